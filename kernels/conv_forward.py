@@ -1,0 +1,618 @@
+"""Convolution forward: an implicit matrix product in NHWC, with batch norm, residual and ReLU in its epilogue."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import INTERPRETER, Call, Cost, TileConfig, interpreting, target_arch
+
+INTERPRETING = tl.constexpr(interpreting())
+
+# Sizes that the compiled code does not depend on. CI, CO and the strides are not among them: their divisibility by 16
+# decides how wide a load or store may be.
+_RUNTIME_SIZES = [
+    *("M", "H", "W", "P", "Q", "chunks", "stride_h", "stride_w", "pad_h", "pad_w", "dil_h", "dil_w"),
+    *("group_ci", "group_co", "res_h", "res_w", "res_channels", "res_step", "res_before"),
+]
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """``a @ b + acc`` in fp32. The interpreter cannot multiply bfloat16: there, both factors are widened first."""
+    if INTERPRETING:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def relu(v):
+    """max(v, 0) that keeps NaN, as PyTorch's does (``tl.maximum`` would drop it)."""
+    return tl.where(v <= 0, 0.0, v)
+
+
+@triton.jit
+def load_channels(ptr, offs, mask):
+    """A vector of per-channel parameters in fp32."""
+    return tl.load(ptr + offs, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def tap_mask(h0, w0, mask_m, H, W, dil_h, dil_w, R: tl.constexpr, S: tl.constexpr):
+    """Per pixel, bit ``r*S + s`` tells whether tap (r, s) lies inside the image."""
+    BITS: tl.constexpr = tl.int32 if R * S < 32 else tl.int64
+    taps = tl.zeros(h0.shape, BITS)
+    for r in tl.static_range(R):
+        for s in tl.static_range(S):
+            h = h0 + r * dil_h
+            w = w0 + s * dil_w
+            inside = mask_m & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+            taps |= inside.to(BITS) << (r * S + s)
+    return taps
+
+
+@triton.jit
+def store_output(
+    acc,
+    offs_m,
+    offs_n,
+    channel,
+    bias_ptr,
+    mean_ptr,
+    var_ptr,
+    gamma_ptr,
+    beta_ptr,
+    res_ptr,
+    y_ptr,
+    M,
+    P,
+    Q,
+    CO,
+    y_stride,
+    res_stride,
+    res_h,
+    res_w,
+    res_channels,
+    res_step,
+    res_before,
+    eps,
+    RES_PADDED: tl.constexpr,
+    RELU: tl.constexpr,
+):
+    """``y = relu((acc + bias - mean) * gamma/sqrt(var + eps) + beta + res)`` for one tile; each step is optional.
+
+    ``channel`` is the number of the first output channel of the group; ``offs_n`` counts from there.
+    """
+    mask_n = offs_n < CO
+    mask = (offs_m < M)[:, None] & mask_n[None, :]
+    c = channel + offs_n
+    v = acc
+    if bias_ptr is not None:
+        v += load_channels(bias_ptr, c, mask_n)[None, :]
+    if mean_ptr is not None:
+        scale = 1.0 / tl.sqrt_rn(load_channels(var_ptr, c, mask_n) + eps)
+        if gamma_ptr is not None:
+            scale *= load_channels(gamma_ptr, c, mask_n)
+        v = (v - load_channels(mean_ptr, c, mask_n)[None, :]) * scale[None, :]
+        if beta_ptr is not None:
+            v += load_channels(beta_ptr, c, mask_n)[None, :]
+    if res_ptr is not None:
+        if RES_PADDED:
+            pixel = (offs_m // (P * Q) * res_h + offs_m // Q % P * res_step) * res_w + offs_m % Q * res_step
+            res_c = c - res_before
+            res_mask = mask & ((res_c >= 0) & (res_c < res_channels))[None, :]
+            res = tl.load(res_ptr + (pixel * res_stride)[:, None] + res_c[None, :], mask=res_mask, other=0.0)
+        else:
+            res = tl.load(res_ptr + (offs_m * res_stride)[:, None] + c[None, :], mask=mask, other=0.0)
+        v += res.to(tl.float32)
+    if RELU:
+        v = relu(v)
+    tl.store(y_ptr + (offs_m * y_stride)[:, None] + c[None, :], v.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=_RUNTIME_SIZES)
+def conv_forward_kernel(
+    x_ptr,
+    w_ptr,
+    scale_ptr,
+    shift_ptr,
+    bias_ptr,
+    mean_ptr,
+    var_ptr,
+    gamma_ptr,
+    beta_ptr,
+    res_ptr,
+    y_ptr,
+    M,
+    H,
+    W,
+    P,
+    Q,
+    CI,
+    CO,
+    chunks,
+    x_stride,
+    w_stride,
+    y_stride,
+    res_stride,
+    res_h,
+    res_w,
+    res_channels,
+    res_step,
+    res_before,
+    eps,
+    stride_h,
+    stride_w,
+    pad_h,
+    pad_w,
+    dil_h,
+    dil_w,
+    group_ci,
+    group_co,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    MERGED: tl.constexpr,
+    POINTWISE: tl.constexpr,
+    PADDED: tl.constexpr,
+    FLAT: tl.constexpr,
+    EVEN_CI: tl.constexpr,
+    ONE_CHUNK: tl.constexpr,
+    RES_PADDED: tl.constexpr,
+    RELU: tl.constexpr,
+    INT64: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """``y[m, co] = epilogue(sum over r, s, ci of prologue(x[pixel(m, r, s), ci]) * w[co, r, s, ci])``.
+
+    One program computes BLOCK_M pixels x BLOCK_N output channels of one group (or of several merged ones). It walks K tap by
+    tap, each tap in ``chunks`` of BLOCK_K channels; which taps of a pixel lie inside the image is decoded once, before the
+    loop. CI and CO are the channels of the group.
+
+    FLAT: so few input channels that a chunk runs across taps: K = (r, s, ci) is cut every BLOCK_K wherever that falls.
+    MERGED: CI and CO hold several groups of group_ci and group_co channels each; the filter of such a tile is block-diagonal.
+    """
+    OFFSET: tl.constexpr = tl.int64 if INT64 else tl.int32
+    tiles_n = tl.cdiv(CO, BLOCK_N)
+    pid = tl.program_id(0)
+    group = tl.program_id(1)
+    offs_m = (pid // tiles_n).to(OFFSET) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    # Rows and columns past the end read the first one instead: no mask in the loop, and the store drops them.
+    mask_m = offs_m < M
+    row = tl.where(mask_m, offs_m, 0)
+    col = tl.where(offs_n < CO, offs_n, 0)
+
+    if POINTWISE:
+        pixel = row
+    else:
+        h0 = row // Q % P * stride_h - pad_h
+        w0 = row % Q * stride_w - pad_w
+        pixel = (row // (P * Q) * H + h0) * W + w0
+    if PADDED:
+        taps = tap_mask(h0, w0, mask_m, H, W, dil_h, dil_w, R, S)
+        tap = tl.full((), 1, taps.dtype)
+
+    x_tile = x_ptr + group * CI
+    x_offs = (pixel * x_stride)[:, None]
+    w_tile = w_ptr + group * CO * w_stride
+    w_offs = (col * w_stride)[None, :] + offs_k[:, None]
+    tap_step = dil_w * x_stride
+    row_step = (W * dil_h - (S - 1) * dil_w) * x_stride
+    if MERGED:
+        same_group = (col // group_co)[None, :] == (offs_k // group_ci)[:, None]
+        w_offs -= (col // group_co * group_ci)[None, :]
+    if FLAT:
+        c = offs_k % CI
+        s = offs_k // CI % S
+        r = offs_k // CI // S
+        k_end = R * S * CI
+        trips = chunks
+    else:
+        x_offs += offs_k[None, :]
+        if ONE_CHUNK:
+            chunks = 1
+        trips = R * S * chunks
+        chunk = 0
+        s = 0
+    x_step = 0
+    w_step = 0
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for _ in range(0, trips):
+        if FLAT:
+            k_mask = offs_k < k_end - w_step
+            x_at = x_offs + (r * dil_h * W * x_stride + s * tap_step + c)[None, :]
+            if PADDED:
+                a_mask = ((taps[:, None] >> (r * S + s)[None, :]) & 1 != 0) & k_mask[None, :]
+            else:
+                a_mask = k_mask[None, :]
+            channel = c
+        else:
+            k_mask = offs_k < CI - chunk * BLOCK_K
+            x_at = x_offs
+            if PADDED:
+                a_mask = (taps & tap != 0)[:, None]
+            else:
+                a_mask = tl.full((BLOCK_M, 1), True, tl.int1)
+            if not EVEN_CI:
+                a_mask = a_mask & k_mask[None, :]
+            channel = chunk * BLOCK_K + offs_k
+        if PADDED or FLAT or not EVEN_CI:
+            a = tl.load(x_tile + x_step + x_at, mask=a_mask, other=0.0)
+        else:
+            a = tl.load(x_tile + x_step + x_at)
+        if MERGED:
+            b = tl.load(w_tile + w_step + w_offs, mask=same_group & k_mask[:, None], other=0.0)
+        elif FLAT or not EVEN_CI:
+            b = tl.load(w_tile + w_step + w_offs, mask=k_mask[:, None], other=0.0)
+        else:
+            b = tl.load(w_tile + w_step + w_offs)
+        if scale_ptr is not None:
+            scale = load_channels(scale_ptr, group * CI + channel, k_mask)
+            shift = load_channels(shift_ptr, group * CI + channel, k_mask)
+            # Padding is zero after the transform, which would turn it into relu(shift).
+            v = relu(tl.fma(a.to(tl.float32), scale[None, :], shift[None, :]))
+            a = tl.where(a_mask, v, 0.0).to(a.dtype)
+        acc = dot(a, b, acc, PRECISION)
+
+        w_step += BLOCK_K
+        if FLAT:
+            c += BLOCK_K % CI
+            s += BLOCK_K // CI % S + (c >= CI)
+            r += BLOCK_K // CI // S + (s >= S)
+            c = tl.where(c >= CI, c - CI, c)
+            s = tl.where(s >= S, s - S, s)
+        else:
+            x_step += BLOCK_K
+            chunk += 1
+            if R * S > 1:
+                if chunk == chunks:
+                    chunk = 0
+                    s += 1
+                    x_step += tap_step - chunks * BLOCK_K
+                    w_step += (group_ci if MERGED else CI) - chunks * BLOCK_K
+                    if PADDED:
+                        tap = tap << 1
+                    if s == S:
+                        s = 0
+                        x_step += row_step - tap_step
+
+    # Half a wide tile at a time: one whole would not leave room in the registers for the residual.
+    HALF: tl.constexpr = BLOCK_N // 2 if BLOCK_N >= 128 else BLOCK_N
+    if HALF < BLOCK_N:
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+    else:
+        left = acc
+    half_n = pid % tiles_n * BLOCK_N + tl.arange(0, HALF)
+    store_output(
+        left, offs_m, half_n, group * CO, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, res_ptr, y_ptr,
+        M, P, Q, CO, y_stride, res_stride, res_h, res_w, res_channels, res_step, res_before, eps,
+        RES_PADDED=RES_PADDED, RELU=RELU,
+    )  # fmt: skip
+    if HALF < BLOCK_N:
+        store_output(
+            right, offs_m, half_n + HALF, group * CO, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, res_ptr, y_ptr,
+            M, P, Q, CO, y_stride, res_stride, res_h, res_w, res_channels, res_step, res_before, eps,
+            RES_PADDED=RES_PADDED, RELU=RELU,
+        )  # fmt: skip
+
+
+class Norm(NamedTuple):
+    """Batch norm in inference: four vectors [CO], gamma and beta optional, and epsilon."""
+
+    mean: Tensor
+    var: Tensor
+    gamma: Tensor | None
+    beta: Tensor | None
+    eps: float
+
+
+@dataclass(frozen=True)
+class ConvProblem:
+    """Everything about a convolution that the choice of its tile may depend on.
+
+    ``ci`` and ``co`` count all channels, over all ``groups``. ``tf32``: fp32 factors may be rounded to TF32. ``arch``: 80 for
+    sm_80 ..., or INTERPRETER.
+    """
+
+    n: int
+    h: int
+    w: int
+    ci: int
+    co: int
+    r: int
+    s: int
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+    dtype: torch.dtype
+    tf32: bool
+    prologue: bool
+    arch: int
+
+    @property
+    def p(self) -> int:
+        """Rows of the output."""
+        return output_size(self.h, self.r, self.stride[0], self.padding[0], self.dilation[0])
+
+    @property
+    def q(self) -> int:
+        """Columns of the output."""
+        return output_size(self.w, self.s, self.stride[1], self.padding[1], self.dilation[1])
+
+    @property
+    def m(self) -> int:
+        """Rows of the matrix product: output pixels of all images."""
+        return self.n * self.p * self.q
+
+    @property
+    def merged(self) -> int:
+        """Groups that share a tile, so that narrow groups fill a tensor-core instruction (at most 32 channels of input)."""
+        if self.groups == 1:
+            return 1
+        width = self.ci // self.groups
+        return max(g for g in range(1, max(32 // width, 1) + 1) if self.groups % g == 0)
+
+    @property
+    def tile_channels(self) -> tuple[int, int]:
+        """Input and output channels that a program's K loop and tile columns range over."""
+        parts = self.groups // self.merged
+        return self.ci // parts, self.co // parts
+
+    @property
+    def flat(self) -> bool:
+        """Whether a chunk of K runs across taps: fewer input channels than the shortest product of a tensor core."""
+        return self.groups == 1 and self.ci < 16 and self.r * self.s > 1
+
+
+def output_size(size: int, taps: int, stride: int, padding: int, dilation: int) -> int:
+    """Rows (or columns) of a convolution's output."""
+    return (size + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
+
+
+_MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
+
+
+@lru_cache(maxsize=4096)
+def default_config(problem: ConvProblem) -> TileConfig:
+    """The tile for ``problem`` where nothing was measured: wide enough for the tensor cores, small enough to fill the GPU."""
+    ci, co = problem.tile_channels
+    block_n = max(16, triton.next_power_of_2(co))
+    k = problem.r * problem.s * ci if problem.flat else ci
+    block_k = max(16, triton.next_power_of_2(k))
+    if problem.arch == INTERPRETER:
+        block_m = min(max(16, triton.next_power_of_2(problem.m)), 1024)
+        return TileConfig(block_m, min(block_n, 512), min(block_k, 512))
+
+    fp32 = problem.dtype == torch.float32
+    hopper = problem.arch in (90, 100)
+    if fp32 and not problem.tf32:
+        block_m, block_n, block_k, stages = 64, min(block_n, 64), min(block_k, 16), 3
+    else:
+        wide = 128 if not fp32 and not problem.prologue else 64
+        block_m = 128 if problem.arch != 100 and not problem.prologue else 64
+        block_n = min(block_n, wide)
+        block_k = min(block_k, 32 if fp32 or problem.flat or (block_n == 128 and not hopper) else 64)
+        stages = 3 if block_k == 64 else 4
+    if problem.merged > 1:
+        block_k = max(16, triton.next_power_of_2(ci))
+    elif not problem.flat and block_k == 64 and ci % 64 and ci % 32 == 0:
+        block_k = 32
+    while _programs(problem, block_m, block_n) < _MULTIPROCESSORS.get(problem.arch, 108) and block_m * block_n > 64 * 64:
+        if block_m >= block_n:
+            block_m //= 2
+        else:
+            block_n //= 2
+    return TileConfig(block_m, block_n, block_k, num_stages=stages)
+
+
+def _programs(problem: ConvProblem, block_m: int, block_n: int) -> int:
+    co = problem.tile_channels[1]
+    return triton.cdiv(problem.m, block_m) * triton.cdiv(co, block_n) * (problem.groups // problem.merged)
+
+
+def pixel_stride(x: Tensor) -> int | None:
+    """Elements from one pixel of ``x`` [N, C, H, W] to the next, or None if ``x`` is not pixel-linear."""
+    n, c, h, w = x.shape
+    if x.numel() == 0:
+        return c
+    if c > 1 and x.stride(1) != 1:
+        return None
+    step, pixels = None, 1
+    for size, stride in ((w, x.stride(3)), (h, x.stride(2)), (n, x.stride(0))):
+        if size > 1:
+            if step is None:
+                step, rest = divmod(stride, pixels)
+                if rest or step < c:
+                    return None
+            elif stride != step * pixels:
+                return None
+        pixels *= size
+    return c if step is None else step
+
+
+def conv_forward(
+    x: Tensor,
+    w: Tensor,
+    *,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+    prologue: tuple[Tensor, Tensor] | None = None,
+    bias: Tensor | None = None,
+    norm: Norm | None = None,
+    residual: Tensor | None = None,
+    residual_step: int = 1,
+    residual_before: int = 0,
+    relu: bool = False,
+    tf32: bool = False,
+    out: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    config: TileConfig | None = None,
+) -> Tensor:
+    """``relu(norm(conv(prologue(x)) + bias) + residual)`` in one launch; every step but the convolution is optional.
+
+    ``x`` [N, CI, H, W] and ``residual`` are pixel-linear (channels_last, or a slice of its channels or images), ``w``
+    [CO, CI/groups, R, S] is channels_last and has the dtype of ``x``. ``prologue`` = (scale, shift), fp32 vectors [CI]:
+    the input becomes ``relu(scale*x + shift)``, and padding zero after it. ``residual``: [N, CO, P, Q]; or, with a
+    ``residual_step`` above 1 or fewer channels, every ``residual_step``-th pixel of it is added to the output channels from
+    ``residual_before`` on. ``out``: a pixel-linear tensor [N, CO, P, Q] to write to. ``config``: the tile; without it,
+    ``default_config``.
+
+    Returns [N, CO, P, Q], channels_last, of ``out_dtype`` (that of ``x`` if not given). Raises ValueError for tensors that
+    are not laid out so, RuntimeError where nothing can execute the kernel.
+    """
+    n, ci, h, width = x.shape
+    co, _, r, s = w.shape
+    problem = ConvProblem(
+        n, h, width, ci, co, r, s, stride, padding, dilation, groups, x.dtype, tf32, prologue is not None, target_arch()
+    )
+    if out is None:
+        shape = (n, co, problem.p, problem.q)
+        out = torch.empty(shape, dtype=out_dtype or x.dtype, device=x.device, memory_format=torch.channels_last)
+    _check(problem, x, w, out, residual, residual_step, residual_before)
+    tile = config or default_config(problem)
+    parts = groups // problem.merged
+    group_co = problem.tile_channels[1]
+    arguments = {
+        **_geometry(problem, tile),
+        **_epilogue(bias, norm, residual, residual_step, residual_before, out),
+        "x_ptr": x,
+        "w_ptr": w,
+        "scale_ptr": prologue[0] if prologue else None,
+        "shift_ptr": prologue[1] if prologue else None,
+        "x_stride": pixel_stride(x),
+        "RELU": relu,
+        "INT64": max(map(_span, (x, out, residual))) + tile.block_m >= 2**31,
+    }
+    grid = (triton.cdiv(problem.m, tile.block_m) * triton.cdiv(group_co, tile.block_n), parts)
+    Call(conv_forward_kernel, grid, arguments, tile, partial(_cost, problem, arguments)).run()
+    return out
+
+
+def _geometry(problem: ConvProblem, tile: TileConfig) -> dict[str, Any]:
+    """The kernel's arguments that follow from the problem and its tile alone."""
+    ci, co = problem.tile_channels
+    taps = problem.r * problem.s
+    chunks = triton.cdiv(taps * ci if problem.flat else ci, tile.block_k)
+    if problem.merged > 1 and chunks > 1:
+        raise ValueError(f"config.block_k must hold the {ci} input channels of merged groups; got {tile.block_k}")
+    padded = problem.padding != (0, 0)
+    return {
+        "M": problem.m,
+        "H": problem.h,
+        "W": problem.w,
+        "P": problem.p,
+        "Q": problem.q,
+        "CI": ci,
+        "CO": co,
+        "chunks": chunks,
+        "w_stride": taps * (problem.ci // problem.groups),
+        "stride_h": problem.stride[0],
+        "stride_w": problem.stride[1],
+        "pad_h": problem.padding[0],
+        "pad_w": problem.padding[1],
+        "dil_h": problem.dilation[0],
+        "dil_w": problem.dilation[1],
+        "R": problem.r,
+        "S": problem.s,
+        "group_ci": problem.ci // problem.groups,
+        "group_co": problem.co // problem.groups,
+        "MERGED": problem.merged > 1,
+        "POINTWISE": taps == 1 and problem.stride == (1, 1) and not padded,
+        "PADDED": padded,
+        "FLAT": problem.flat,
+        "EVEN_CI": ci % tile.block_k == 0,
+        "ONE_CHUNK": chunks == 1,
+        "PRECISION": "tf32" if problem.tf32 else "ieee",
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+    }
+
+
+def _epilogue(
+    bias: Tensor | None, norm: Norm | None, residual: Tensor | None, step: int, before: int, out: Tensor
+) -> dict[str, Any]:
+    """The kernel's arguments for what follows the product."""
+    mean, var, gamma, beta, eps = norm or (None, None, None, None, 0.0)
+    res_channels, res_h, res_w = (0, 0, 0) if residual is None else residual.shape[1:]
+    return {
+        "bias_ptr": bias,
+        "mean_ptr": mean,
+        "var_ptr": var,
+        "gamma_ptr": gamma,
+        "beta_ptr": beta,
+        "eps": eps,
+        "res_ptr": residual,
+        "res_stride": 0 if residual is None else pixel_stride(residual),
+        "res_channels": res_channels,
+        "res_h": res_h,
+        "res_w": res_w,
+        "res_step": step,
+        "res_before": before,
+        "RES_PADDED": residual is not None and residual.shape != out.shape,
+        "y_ptr": out,
+        "y_stride": pixel_stride(out),
+    }
+
+
+def _span(tensor: Tensor | None) -> int:
+    """Elements from the first to the last of a pixel-linear tensor."""
+    return 0 if tensor is None else tensor.shape[0] * tensor.shape[2] * tensor.shape[3] * (pixel_stride(tensor) or 0)
+
+
+def _check(
+    problem: ConvProblem, x: Tensor, w: Tensor, out: Tensor, residual: Tensor | None, step: int, before: int
+) -> None:
+    for name, tensor in (("x", x), ("out", out), ("residual", residual)):
+        if tensor is not None and pixel_stride(tensor) is None:
+            raise ValueError(
+                f"{name} must be pixel-linear (channels_last, or a slice of its channels or images); "
+                f"got shape {tuple(tensor.shape)} with strides {tensor.stride()}"
+            )
+    if not w.permute(0, 2, 3, 1).is_contiguous():
+        raise ValueError(f"w must be channels_last; got shape {tuple(w.shape)} with strides {w.stride()}")
+    if w.shape[1] * problem.groups != problem.ci or problem.co % problem.groups:
+        raise ValueError(f"w of shape {tuple(w.shape)} does not fit {problem.ci} channels in {problem.groups} groups")
+    shape = (problem.n, problem.co, problem.p, problem.q)
+    if tuple(out.shape) != shape:
+        raise ValueError(f"out must have shape {shape}; got {tuple(out.shape)}")
+    if residual is not None:
+        n, channels, h, width = residual.shape
+        kept = (n, -(-h // step), -(-width // step))
+        if kept != (problem.n, problem.p, problem.q) or before < 0 or before + channels > problem.co:
+            raise ValueError(
+                f"residual must have shape {shape}, or fit it with every {step}-th pixel from channel {before} on; "
+                f"got {tuple(residual.shape)}"
+            )
+
+
+def _cost(problem: ConvProblem, arguments: dict[str, Any]) -> Cost:
+    taken = [
+        len({o * st - pad + t * dil for o in range(outs) for t in range(taps)} & set(range(size)))
+        for size, outs, taps, st, pad, dil in (
+            (problem.h, problem.p, problem.r, problem.stride[0], problem.padding[0], problem.dilation[0]),
+            (problem.w, problem.q, problem.s, problem.stride[1], problem.padding[1], problem.dilation[1]),
+        )
+    ]
+    x, y, res = arguments["x_ptr"], arguments["y_ptr"], arguments["res_ptr"]
+    vectors = ("w_ptr", "scale_ptr", "shift_ptr", "bias_ptr", "mean_ptr", "var_ptr", "gamma_ptr", "beta_ptr")
+    read = problem.n * problem.ci * taken[0] * taken[1] * x.element_size()
+    read += sum(arguments[name].nbytes for name in vectors if arguments[name] is not None)
+    if res is not None:
+        read += problem.m * res.shape[1] * res.element_size()
+    depth = problem.r * problem.s * problem.ci // problem.groups
+    return Cost(2 * problem.m * problem.co * depth, read, y.numel() * y.element_size())

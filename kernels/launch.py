@@ -1,0 +1,154 @@
+"""What every launcher shares: a kernel call as a value that can be run, compiled for any GPU, or counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+INTERPRETER = 0
+"""The architecture that stands for Triton's interpreter."""
+
+SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+"""Shared memory that one program may use, in bytes, by architecture (CUDA C++ Programming Guide, compute capabilities)."""
+
+_POINTERS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """How a kernel is cut into programs: the tile of one program, its warps and its software pipeline."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a launch costs at the least.
+
+    ``flops`` counts a multiply-accumulate as two. ``bytes_read`` and ``bytes_written`` count each byte of a tensor that the
+    result depends on once: what device memory carries if the caches are perfect.
+    """
+
+    flops: int
+    bytes_read: int
+    bytes_written: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """One launch of ``kernel``: the grid, every argument by name, and the configuration."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    config: TileConfig
+    cost: Callable[[], Cost]
+
+    def run(self) -> None:
+        """Launch, unless there is nothing to compute, and tell the observers."""
+        if 0 in self.grid:
+            return
+        if _dry_arch is None:
+            options = {"num_warps": self.config.num_warps, "num_stages": self.config.num_stages}
+            self.kernel[self.grid](**self.arguments, **options)
+        for callback in _observers:
+            callback(self)
+
+    def compile(self, arch: int) -> Any:
+        """The kernel compiled for ``arch`` (80 for sm_80 ...) as this call would specialise it; needs no GPU.
+
+        Returns Triton's compiled kernel: ``.asm["ptx"]``, ``.asm["cubin"]``, ``.metadata.shared``.
+        """
+        signature: dict[str, str] = {}
+        constants: dict[str, Any] = {}
+        attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+        for position, parameter in enumerate(self.kernel.params):
+            value = self.arguments[parameter.name]
+            kind, divisible = _specialise(value, parameter)
+            signature[parameter.name] = kind
+            if kind == "constexpr":
+                constants[parameter.name] = value
+            if divisible:
+                attributes[(position,)] = [["tt.divisibility", 16]]
+        source = ASTSource(self.kernel, signature, constexprs=constants, attrs=attributes)
+        options = {"num_warps": self.config.num_warps, "num_stages": self.config.num_stages}
+        return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def _specialise(value: Any, parameter: Any) -> tuple[str, bool]:
+    """The type that Triton's JIT gives an argument, and whether it counts as divisible by 16."""
+    if isinstance(value, Tensor):
+        return _POINTERS[str(value.dtype).removeprefix("torch.")], value.data_ptr() % 16 == 0
+    if parameter.is_constexpr or value is None:
+        return "constexpr", False
+    if isinstance(value, float):
+        return "fp32", False
+    if value == 1 and not parameter.do_not_specialize:
+        return "constexpr", False
+    return "i32" if -(2**31) <= value < 2**31 else "i64", value % 16 == 0 and not parameter.do_not_specialize
+
+
+_observers: list[Callable[[Call], None]] = []
+
+
+@contextmanager
+def observe(callback: Callable[[Call], None]) -> Iterator[None]:
+    """Pass each :class:`Call` that runs inside the ``with`` block to ``callback``."""
+    _observers.append(callback)
+    try:
+        yield
+    finally:
+        _observers.remove(callback)
+
+
+_dry_arch: int | None = None
+
+
+@contextmanager
+def dry_run(arch: int) -> Iterator[None]:
+    """Launch nothing inside the ``with`` block: calls are made for ``arch`` and only observed, so meta tensors will do."""
+    global _dry_arch
+    before, _dry_arch = _dry_arch, arch
+    try:
+        yield
+    finally:
+        _dry_arch = before
+
+
+def dry_running() -> bool:
+    """Whether a :func:`dry_run` block is open."""
+    return _dry_arch is not None
+
+
+def interpreting() -> bool:
+    """Whether ``@triton.jit`` makes functions for Triton's interpreter in this process."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def target_arch() -> int:
+    """The architecture that a launch made now runs on: 80 for sm_80 ..., or ``INTERPRETER``.
+
+    Inside :func:`dry_run`, the architecture named there. Raises RuntimeError where nothing can execute a Triton kernel.
+    """
+    if _dry_arch is not None:
+        return _dry_arch
+    if interpreting():
+        return INTERPRETER
+    try:
+        return int(triton.runtime.driver.active.get_current_target().arch)
+    except RuntimeError as error:
+        raise RuntimeError(
+            "nothing here can execute a Triton kernel: Triton finds no CUDA GPU, and its interpreter is off "
+            "(set TRITON_INTERPRET=1 before the first import to run the kernels on CPU tensors)"
+        ) from error

@@ -1,0 +1,53 @@
+"""Residual blocks whose convolution, batch norm, ReLU and residual addition run as one Triton launch."""
+
+from resnet_fused import functional
+from resnet_fused.convert import explain, fuse, unfuse
+from resnet_fused.inference import optimize_for_inference
+from resnet_fused.models import (
+    resnet18,
+    resnet20,
+    resnet32,
+    resnet34,
+    resnet44,
+    resnet50,
+    resnet56,
+    resnet101,
+    resnet110,
+    resnet152,
+    resnext50_32x4d,
+    resnext101_32x8d,
+    wide_resnet50_2,
+    wide_resnet101_2,
+)
+from resnet_fused.modules import BasicBlock, Bottleneck, ResidualBlock
+from resnet_fused.plan import implementation
+from resnet_fused.trace import trace
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BasicBlock",
+    "Bottleneck",
+    "ResidualBlock",
+    "explain",
+    "functional",
+    "fuse",
+    "implementation",
+    "optimize_for_inference",
+    "resnet18",
+    "resnet20",
+    "resnet32",
+    "resnet34",
+    "resnet44",
+    "resnet50",
+    "resnet56",
+    "resnet101",
+    "resnet110",
+    "resnet152",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+    "trace",
+    "unfuse",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
+]

@@ -1,0 +1,80 @@
+"""Which implementation runs, and why not the fused one, in words."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger("resnet_fused")
+
+IMPLEMENTATIONS = ("auto", "triton", "eager")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MIN_CAPABILITY = (8, 0)
+MAX_FILTER = 7
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"{source} must be one of {', '.join(map(repr, IMPLEMENTATIONS))}; got {name!r}")
+    return name
+
+
+_requested: ContextVar[str] = ContextVar(
+    "resnet_fused_implementation",
+    default=_checked(os.environ.get("RESNET_FUSED", "auto"), "the environment variable RESNET_FUSED"),
+)
+
+
+@contextlib.contextmanager
+def implementation(name: str) -> Iterator[None]:
+    """Force a road inside the ``with`` block, for this thread or task.
+
+    ``"triton"`` launches the kernels on whatever tensors come (on CPU tensors: in Triton's interpreter under
+    ``TRITON_INTERPRET=1``), ``"eager"`` runs PyTorch's own operators, ``"auto"`` (the default, or what the environment
+    variable ``RESNET_FUSED`` says) launches the kernels on CUDA tensors and runs eager elsewhere.
+
+    Raises ValueError for any other name.
+    """
+    token = _requested.set(_checked(name, "implementation"))
+    try:
+        yield
+    finally:
+        _requested.reset(token)
+
+
+def requested() -> str:
+    """The implementation in force: ``"auto"``, ``"triton"`` or ``"eager"``."""
+    return _requested.get()
+
+
+FORCED = "implementation('eager') is in force"
+NO_GPU = "the input is not on a CUDA GPU"
+
+
+def why_eager(x: Tensor) -> str | None:
+    """Why a unit whose input is ``x`` cannot be fused where it stands, or None if it can."""
+    request = requested()
+    if request == "eager":
+        return FORCED
+    if request == "auto":
+        if not x.is_cuda:
+            return NO_GPU
+        if (found := torch.cuda.get_device_capability(x.device)) < MIN_CAPABILITY:
+            return f"the GPU has compute capability {found[0]}.{found[1]}: the kernels need 8.0 or newer"
+    return None
+
+
+_reported: set[str] = set()
+
+
+def report_once(reason: str) -> None:
+    """Log ``reason`` for not fusing a unit the first time that it comes up in this process, unless it was to be expected."""
+    if reason not in (FORCED, NO_GPU) and reason not in _reported and not torch.compiler.is_compiling():
+        _reported.add(reason)
+        logger.warning("runs eager: %s", reason)
