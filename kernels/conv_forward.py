@@ -207,8 +207,9 @@ def conv_forward_kernel(
     x_offs = (pixel * x_stride)[:, None]
     w_tile = w_ptr + group * CO * w_stride
     w_offs = (col * w_stride)[None, :] + offs_k[:, None]
-    tap_step = dil_w * x_stride
-    row_step = (W * dil_h - (S - 1) * dil_w) * x_stride
+    pitch = tl.full((), 1, OFFSET) * x_stride
+    tap_step = dil_w * pitch
+    row_step = (W * dil_h - (S - 1) * dil_w) * pitch
     if MERGED:
         same_group = (col // group_co)[None, :] == (offs_k // group_ci)[:, None]
         w_offs -= (col // group_co * group_ci)[None, :]
@@ -225,13 +226,13 @@ def conv_forward_kernel(
         trips = R * S * chunks
         chunk = 0
         s = 0
-    x_step = 0
+    x_step = tl.full((), 0, OFFSET)
     w_step = 0
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for _ in range(0, trips):
         if FLAT:
             k_mask = offs_k < k_end - w_step
-            x_at = x_offs + (r * dil_h * W * x_stride + s * tap_step + c)[None, :]
+            x_at = x_offs + (r * dil_h * W * pitch + s * tap_step + c)[None, :]
             if PADDED:
                 a_mask = ((taps[:, None] >> (r * S + s)[None, :]) & 1 != 0) & k_mask[None, :]
             else:
@@ -401,7 +402,7 @@ def default_config(problem: ConvProblem) -> TileConfig:
         block_m, block_n, block_k, stages = 64, min(block_n, 64), min(block_k, 16), 3
     else:
         wide = 128 if not fp32 and not problem.prologue else 64
-        block_m = 128 if problem.arch != 100 and not problem.prologue else 64
+        block_m = 64 if problem.arch == 100 or problem.prologue or problem.flat else 128
         block_n = min(block_n, wide)
         block_k = min(block_k, 32 if fp32 or problem.flat or (block_n == 128 and not hopper) else 64)
         stages = 3 if block_k == 64 else 4

@@ -1,0 +1,355 @@
+"""conv_forward against the fp64 reference: geometry, epilogues, prologue, hostile numbers, memory it may touch."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from resnet_fused import reference
+from resnet_fused.kernels import conv_forward as module
+from resnet_fused.kernels.conv_forward import ConvProblem, Norm, conv_forward, default_config, pixel_stride
+from resnet_fused.kernels.launch import INTERPRETER, TileConfig, dry_run, observe
+from tests.rule import assert_within_rule
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The interpreter cannot do arithmetic in bfloat16; there fp16 stands for the 16-bit formats.
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+TILES = [None, TileConfig(16, 16, 16), TileConfig(32, 128, 32)]
+
+
+def channels_last(t: Tensor) -> Tensor:
+    return t.contiguous(memory_format=torch.channels_last)
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    t = torch.randn(shape, device=DEVICE).to(dtype)
+    return channels_last(t) if len(shape) == 4 else t
+
+
+def random_norm(channels: int) -> Norm:
+    return Norm(random(channels), torch.rand(channels, device=DEVICE) + 0.5, random(channels), random(channels), 1e-5)
+
+
+def specification(x, w, *, prologue=None, bias=None, norm=None, residual=None, step=1, before=0, relu=False, dtype, **conv):
+    """What a launch must compute, in ``dtype`` throughout."""
+    cast = lambda t: None if t is None else t.to(dtype)  # noqa: E731
+    x = cast(x)
+    if prologue is not None:
+        x = reference.scale_shift_relu(x, cast(prologue[0]), cast(prologue[1]))
+    z = F.conv2d(x, cast(w), cast(bias), **conv)
+    if norm is not None:
+        z = F.batch_norm(z, cast(norm.mean), cast(norm.var), cast(norm.gamma), cast(norm.beta), False, 0.0, norm.eps)
+    if residual is not None:
+        shortcut = reference.PaddedIdentity(cast(residual), step, before)
+        z = z + shortcut.materialize(z.shape[1])
+    return torch.relu(z) if relu else z
+
+
+def check(x, w, *, config=None, step=1, before=0, **arguments):
+    ours = conv_forward(x, w, residual_step=step, residual_before=before, config=config, **arguments)
+    shared = dict(arguments, step=step, before=before)
+    eager = specification(x, w, dtype=x.dtype, **shared)
+    assert_within_rule(ours, eager, specification(x, w, dtype=torch.float64, **shared))
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+    return ours
+
+
+GEOMETRIES = {
+    "3x3": dict(ci=16, co=24, size=(9, 7), filter=(3, 3), padding=(1, 1)),
+    "3x3 stride 2, odd size": dict(ci=20, co=24, size=(9, 7), filter=(3, 3), stride=(2, 2), padding=(1, 1)),
+    "every parameter differs by axis": dict(
+        ci=18, co=20, size=(11, 8), filter=(3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2)
+    ),
+    "no padding": dict(ci=16, co=16, size=(6, 9), filter=(2, 3)),
+    "padding wider than the filter": dict(ci=16, co=16, size=(3, 4), filter=(2, 2), padding=(3, 3)),
+    "5x5": dict(ci=16, co=16, size=(7, 6), filter=(5, 5), padding=(2, 2)),
+    "7x7 with 16 channels": dict(ci=16, co=16, size=(9, 8), filter=(7, 7), stride=(2, 2), padding=(3, 3)),
+    "stem": dict(ci=3, co=20, size=(15, 13), filter=(7, 7), stride=(2, 2), padding=(3, 3)),
+    "three channels, no padding": dict(ci=3, co=16, size=(8, 7), filter=(3, 2)),
+    "one channel": dict(ci=1, co=16, size=(8, 7), filter=(3, 3), padding=(1, 1)),
+    "1x1": dict(ci=40, co=150, size=(5, 7), filter=(1, 1)),
+    "1x1 with three channels": dict(ci=3, co=5, size=(5, 7), filter=(1, 1)),
+    "1x1 stride 2": dict(ci=20, co=24, size=(9, 7), filter=(1, 1), stride=(2, 2)),
+    "1x1 padded": dict(ci=16, co=16, size=(4, 4), filter=(1, 1), padding=(1, 1)),
+    "two groups": dict(ci=80, co=48, size=(5, 6), filter=(3, 3), padding=(1, 1), groups=2),
+    "narrow groups": dict(ci=32, co=32, size=(5, 6), filter=(3, 3), padding=(1, 1), groups=8),
+    "groups that do not merge evenly": dict(ci=28, co=42, size=(5, 6), filter=(3, 3), padding=(1, 1), groups=7),
+    "depthwise": dict(ci=12, co=24, size=(9, 7), filter=(3, 3), stride=(2, 2), padding=(1, 1), groups=12),
+    "filter as large as the image": dict(ci=16, co=16, size=(4, 5), filter=(4, 5)),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_geometry(name, dtype):
+    g = dict(GEOMETRIES[name])
+    ci, co, size, taps = (g.pop(key) for key in ("ci", "co", "size", "filter"))
+    x = random(2, ci, *size, dtype=dtype)
+    w = random(co, ci // g.get("groups", 1), *taps, dtype=dtype)
+    for config in TILES:
+        if config is not None and g.get("groups", 1) > 1:
+            config = TileConfig(config.block_m, config.block_n, 32 if g["groups"] > 2 else 16)
+        check(x, w, norm=random_norm(co), relu=True, config=config, **g)
+
+
+@pytest.mark.parametrize("filter_size", range(1, 8))
+def test_square_filters_of_every_size(filter_size):
+    x, w = random(1, 16, 9, 8), random(16, 16, filter_size, filter_size)
+    check(x, w, padding=(filter_size // 2, filter_size // 2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("bias", "norm", "residual", "relu"), list(product((False, True), repeat=4)))
+def test_every_epilogue(bias, norm, residual, relu, dtype):
+    x, w = random(2, 16, 5, 6, dtype=dtype), random(20, 16, 3, 3, dtype=dtype)
+    check(
+        x,
+        w,
+        padding=(1, 1),
+        bias=random(20, dtype=dtype) if bias else None,
+        norm=random_norm(20) if norm else None,
+        residual=random(2, 20, 5, 6, dtype=dtype) if residual else None,
+        relu=relu,
+    )
+
+
+@pytest.mark.parametrize("config", TILES)
+def test_wide_tiles_are_finished_in_halves(config):
+    x, w = random(1, 16, 5, 6), random(136, 16, 1, 1)
+    check(x, w, norm=random_norm(136), residual=random(1, 136, 5, 6), relu=True, config=config)
+
+
+@pytest.mark.parametrize("affine", [(True, False), (False, True), (False, False)])
+def test_norm_without_gamma_or_beta(affine):
+    x, w, norm = random(2, 16, 5, 6), random(20, 16, 1, 1), random_norm(20)
+    norm = norm._replace(gamma=norm.gamma if affine[0] else None, beta=norm.beta if affine[1] else None)
+    ours = conv_forward(x, w, norm=norm)
+    gamma = norm.gamma if affine[0] else torch.ones_like(norm.mean)
+    beta = norm.beta if affine[1] else torch.zeros_like(norm.mean)
+    whole = norm._replace(gamma=gamma, beta=beta)
+    assert_within_rule(
+        ours, specification(x, w, norm=whole, dtype=x.dtype), specification(x, w, norm=whole, dtype=torch.float64)
+    )
+
+
+def test_norm_parameters_may_be_16_bit():
+    x, w, norm = random(2, 16, 5, 6, dtype=torch.float16), random(20, 16, 1, 1, dtype=torch.float16), random_norm(20)
+    half = Norm(*(v.half() for v in norm[:4]), norm.eps)
+    wide = Norm(*(v.float() for v in half[:4]), norm.eps)
+    assert torch.equal(conv_forward(x, w, norm=half), conv_forward(x, w, norm=wide))
+
+
+@pytest.mark.parametrize(("step", "before", "size"), [(2, 4, (9, 7)), (2, 0, (8, 6)), (1, 6, (5, 4)), (3, 10, (10, 7))])
+@pytest.mark.parametrize("config", TILES)
+def test_padded_identity_is_read_in_place(step, before, size, config):
+    residual = random(2, 10, *size)
+    p, q = (-(-s // step) for s in size)
+    check(
+        random(2, 16, p, q), random(20, 16, 3, 3), padding=(1, 1), norm=random_norm(20), relu=True,
+        residual=residual, step=step, before=before, config=config,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["3x3", "every parameter differs by axis", "stem", "1x1", "1x1 stride 2", "narrow groups"])
+def test_padding_is_zero_after_the_prologue(name, dtype):
+    g = dict(GEOMETRIES[name])
+    ci, co, size, taps = (g.pop(key) for key in ("ci", "co", "size", "filter"))
+    x, w = random(2, ci, *size, dtype=dtype), random(co, ci // g.get("groups", 1), *taps, dtype=dtype)
+    prologue = (random(ci), random(ci) + 100)
+    ours = conv_forward(x, w, prologue=prologue, **g)
+    a = reference.scale_shift_relu(x.double(), *(v.double() for v in prologue))
+    rounded = F.conv2d(a.to(dtype), w, **{k: v for k, v in g.items()})
+    assert_within_rule(ours, rounded, F.conv2d(a, w.double(), **g))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_negative_zero_and_large_statistics(dtype):
+    x, w = random(2, 16, 5, 6, dtype=dtype), random(24, 16, 3, 3, dtype=dtype)
+    y = F.conv2d(x.double(), w.double(), padding=1)
+    mean, var = y.mean((0, 2, 3)).float(), y.var((0, 2, 3)).float()
+    gamma = torch.linspace(-2, 2, 24, device=DEVICE)
+    gamma[5] = 0
+    for shift, scale in ((0.0, 1.0), (1000.0, 1.0), (0.0, 1e-4)):
+        bias = torch.full((24,), shift, device=DEVICE, dtype=dtype)
+        norm = Norm(mean + shift, var * scale, gamma, random(24), 1e-5)
+        check(x, w, padding=(1, 1), bias=bias, norm=norm, relu=True)
+
+
+def test_tiny_variance_leaves_eps():
+    x, w = random(1, 16, 4, 4), random(16, 16, 1, 1)
+    check(x, w, norm=Norm(random(16), torch.zeros(16, device=DEVICE), random(16), random(16), 1e-3), relu=True)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_nan_and_inf_go_through_as_in_eager(value):
+    x, w, norm = random(2, 16, 6, 5), random(20, 16, 3, 3), random_norm(20)
+    x[0, 3, 2, 2] = value
+    ours = conv_forward(x, w, padding=(1, 1), norm=norm, relu=True)
+    eager = specification(x, w, padding=(1, 1), norm=norm, relu=True, dtype=x.dtype)
+    assert torch.equal(ours.isnan(), eager.isnan())
+    assert torch.equal(ours.isinf(), eager.isinf())
+    assert ours.isnan().any() or ours.isinf().any()
+
+
+def test_relu_keeps_nan_of_the_residual():
+    residual = random(1, 16, 3, 3)
+    residual[0, 1, 1, 1] = float("nan")
+    ours = conv_forward(random(1, 16, 3, 3), random(16, 16, 1, 1), residual=residual, relu=True)
+    assert ours.isnan().nonzero().tolist() == [[0, 1, 1, 1]]
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_reads_only_the_input_and_writes_only_the_output(name, monkeypatch):
+    g = dict(GEOMETRIES[name])
+    ci, co, size, taps = (g.pop(key) for key in ("ci", "co", "size", "filter"))
+    x, w, norm = random(2, ci, *size), random(co, ci // g.get("groups", 1), *taps), random_norm(co)
+    want = conv_forward(x, w, norm=norm, relu=True, **g)
+    residual = torch.zeros_like(want)
+    guarded = [embed(t, float("nan")) for t in (x, residual)]
+    w_guarded = embed_flat(w, float("nan"))
+    out = embed(torch.full_like(want, float("nan")), 7.0)
+    got = conv_forward(guarded[0], w_guarded, norm=norm, relu=True, residual=guarded[1], out=out, **g)
+    assert got is out
+    assert torch.equal(got, want)
+    storage = torch.as_strided(out, (out.untyped_storage().nbytes() // 4,), (1,), 0)
+    assert (storage == 7.0).sum() == storage.numel() - got.numel()
+
+
+def embed(t: Tensor, guard: float) -> Tensor:
+    """``t`` as a slice of channels and images of a larger tensor whose other elements are ``guard``."""
+    n, c, h, w = t.shape
+    whole = channels_last(torch.full((n + 2, c + 16, h, w), guard, dtype=t.dtype, device=t.device))
+    view = whole[1:-1, 8:-8]
+    view.copy_(t)
+    return view
+
+
+def embed_flat(t: Tensor, guard: float) -> Tensor:
+    """``t`` in the middle of a buffer of ``guard``."""
+    buffer = torch.full((t.numel() + 1024,), guard, dtype=t.dtype, device=t.device)
+    view = torch.as_strided(buffer, t.shape, t.stride(), 512)
+    view.copy_(t)
+    return view
+
+
+def test_every_output_element_is_written(monkeypatch):
+    empty = torch.empty
+    monkeypatch.setattr(module.torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
+    for g in GEOMETRIES.values():
+        g = dict(g)
+        ci, co, size, taps = (g.pop(key) for key in ("ci", "co", "size", "filter"))
+        y = conv_forward(random(2, ci, *size), random(co, ci // g.get("groups", 1), *taps), relu=True, **g)
+        assert not y.isnan().any()
+
+
+def test_offsets_beyond_32_bits():
+    """Pixels a gigabyte apart: only the pages that hold them exist."""
+    step = 2**30 + 16
+    buffer = torch.empty(2 * step + 64, dtype=torch.float16, device=DEVICE)
+    x = torch.as_strided(buffer, (1, 16, 1, 3), (3 * step, 1, 3 * step, step))
+    out = torch.as_strided(buffer, (1, 16, 1, 3), (3 * step, 1, 3 * step, step), 32)
+    residual = torch.as_strided(buffer, (1, 16, 1, 3), (3 * step, 1, 3 * step, step), 48)
+    x.copy_(random(1, 16, 1, 3))
+    residual.copy_(random(1, 16, 1, 3))
+    for taps in (1, 3):
+        w = random(16, 16, taps, taps, dtype=torch.float16)
+        pad = (taps // 2, taps // 2)
+        seen = []
+        with observe(seen.append):
+            conv_forward(x, w, padding=pad, residual=residual, out=out, relu=True)
+        assert seen[0].arguments["INT64"]
+        small = conv_forward(channels_last(x), w, padding=pad, residual=channels_last(residual), relu=True)
+        assert torch.equal(out, small)
+
+
+def test_int64_is_chosen_by_extent():
+    def chosen(n: int) -> bool:
+        seen = []
+        with dry_run(90), observe(seen.append):
+            x = torch.empty(n, 64, 64, 64, device="meta", memory_format=torch.channels_last)
+            conv_forward(x, torch.empty(64, 64, 1, 1, device="meta"))
+        return seen[0].arguments["INT64"]
+
+    assert not chosen(2**31 // 64**3 - 1)
+    assert chosen(2**31 // 64**3)
+
+
+def test_no_images():
+    y = conv_forward(random(0, 16, 5, 5), random(20, 16, 3, 3), padding=(1, 1))
+    assert y.shape == (0, 20, 5, 5)
+
+
+def test_output_dtype():
+    x, w = random(1, 16, 4, 4, dtype=torch.float16), random(16, 16, 1, 1, dtype=torch.float16)
+    y = conv_forward(x, w, residual=random(1, 16, 4, 4), out_dtype=torch.float32)
+    assert y.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(x=torch.zeros(1, 16, 4, 4)), r"x must be pixel-linear .* got shape \(1, 16, 4, 4\)"),
+        (dict(w=torch.zeros(8, 16, 3, 3)), r"w must be channels_last"),
+        (dict(w=channels_last(torch.zeros(8, 12, 3, 3))), r"w of shape \(8, 12, 3, 3\) does not fit 16 channels in 1 groups"),
+        (dict(out=channels_last(torch.zeros(1, 8, 4, 5))), r"out must have shape \(1, 8, 4, 4\); got \(1, 8, 4, 5\)"),
+        (dict(residual=channels_last(torch.zeros(1, 8, 3, 4))), r"residual must have shape \(1, 8, 4, 4\).*got \(1, 8, 3, 4\)"),
+        (dict(residual=channels_last(torch.zeros(1, 9, 4, 4))), r"residual must have shape \(1, 8, 4, 4\)"),
+    ],
+)
+def test_bad_arguments_are_named(change, message):
+    arguments = {"x": channels_last(torch.zeros(1, 16, 4, 4)), "w": channels_last(torch.zeros(8, 16, 3, 3)), "padding": (1, 1)}
+    with pytest.raises(ValueError, match=message):
+        conv_forward(**{**arguments, **change})
+
+
+def test_merged_groups_need_a_chunk_that_holds_them():
+    with pytest.raises(ValueError, match=r"config.block_k must hold the 32 input channels"):
+        conv_forward(random(1, 32, 4, 4), random(32, 4, 1, 1), groups=8, config=TileConfig(16, 16, 16))
+
+
+def problem(**change) -> ConvProblem:
+    base = dict(
+        n=8, h=14, w=14, ci=256, co=256, r=3, s=3, stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1,
+        dtype=torch.bfloat16, tf32=False, prologue=False, arch=90,
+    )  # fmt: skip
+    return ConvProblem(**{**base, **change})
+
+
+def test_default_config_widens_with_the_work():
+    assert default_config(problem(n=256)) == TileConfig(128, 128, 64, num_stages=3)
+    small = default_config(problem(n=1))
+    assert small.block_m * small.block_n == 64 * 64
+    assert default_config(problem(arch=INTERPRETER, n=1)).block_m == 256
+
+
+def test_pixel_stride():
+    assert pixel_stride(channels_last(torch.zeros(2, 16, 4, 5))) == 16
+    assert pixel_stride(channels_last(torch.zeros(2, 16, 4, 5))[:, 4:9]) == 16
+    assert pixel_stride(channels_last(torch.zeros(2, 16, 4, 5))[:, :, 1:]) is None
+    assert pixel_stride(channels_last(torch.zeros(1, 16, 4, 5))[:, :, 1:]) == 16
+    assert pixel_stride(torch.zeros(2, 16, 4, 5)) is None
+    assert pixel_stride(torch.zeros(2, 16, 1, 1)) == 16
+    assert pixel_stride(torch.zeros(1, 16, 4, 5).expand(2, 16, 4, 5)) is None
+
+
+def test_cost_counts_each_byte_once():
+    def cost(**change):
+        seen = []
+        with dry_run(90), observe(seen.append):
+            x = torch.empty(2, 64, 9, 9, dtype=torch.float16, device="meta", memory_format=torch.channels_last)
+            size = change.pop("size")
+            w = channels_last(torch.empty(32, 64, size, size, dtype=torch.float16, device="meta"))
+            conv_forward(x, w, **change)
+        return seen[0].cost()
+
+    plain = cost(size=3, padding=(1, 1))
+    assert plain.flops == 2 * 2 * 81 * 32 * 64 * 9
+    assert plain.bytes_read == 2 * (2 * 64 * 81 + 32 * 64 * 9)
+    assert plain.bytes_written == 2 * 2 * 32 * 81
+    strided = cost(size=1, stride=(2, 2))
+    assert strided.bytes_read == 2 * (2 * 64 * 25 + 32 * 64), "a 1x1 convolution of stride 2 reads a quarter of the pixels"

@@ -1,0 +1,201 @@
+"""The public door: dtypes, layouts, autocast, the reasons for running eager, and its error messages."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from resnet_fused import functional, plan, reference
+from resnet_fused.functional import conv_bn_act
+from resnet_fused.plan import implementation
+from resnet_fused.reference import PaddedIdentity
+from resnet_fused.trace import trace
+from tests.rule import assert_within_rule
+
+
+def unit(ci=16, co=24, size=3, **conv) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
+    conv.setdefault("padding", size // 2)
+    modules = nn.Conv2d(ci, co, size, **conv), nn.BatchNorm2d(co)
+    with torch.no_grad():
+        for v in (modules[1].running_mean, modules[1].weight, modules[1].bias):
+            v.normal_()
+        modules[1].running_var.uniform_(0.5, 2)
+    return modules[0].eval(), modules[1].eval()
+
+
+def check(x, conv, bn, residual=None, relu=True):
+    with torch.inference_mode():
+        with implementation("triton"), trace() as t:
+            ours = conv_bn_act(x, conv, bn, residual, relu)
+        eager = reference.conv_bn_act(x, conv, bn, residual, relu)
+        exact = reference.conv_bn_act(*in_double(x, conv, bn, residual), relu)
+    assert_within_rule(ours, eager, exact)
+    assert [launch.name for launch in t.launches].count("conv_forward") == 1
+    return t
+
+
+def in_double(x, conv, bn, residual):
+    if isinstance(residual, PaddedIdentity):
+        residual = residual._replace(x=residual.x.double())
+    elif residual is not None:
+        residual = residual.double()
+    return x.double(), copy.deepcopy(conv).double(), copy.deepcopy(bn).double(), residual
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("kind", ["none", "same", "padded"])
+def test_matches_eager(kind, relu, dtype):
+    conv, bn = (m.to(dtype) for m in unit(stride=2 if kind == "padded" else 1))
+    x = torch.randn(2, 16, 7, 6, dtype=dtype)
+    residual = {"none": None, "same": torch.randn(2, 24, 7, 6, dtype=dtype), "padded": PaddedIdentity(x, 2, 4)}[kind]
+    check(x, conv, bn, residual, relu)
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [
+        dict(bias=True),
+        dict(bias=False, padding="same"),
+        dict(bias=False, padding="valid"),
+        dict(groups=4),
+        dict(dilation=2, padding=2),
+        dict(stride=(2, 1), padding=(0, 1)),
+    ],
+)
+def test_convolution_arguments(conv):
+    check(torch.randn(1, 16, 8, 9), *unit(**conv))
+
+
+def test_batch_norm_without_affine():
+    conv, _ = unit()
+    check(torch.randn(1, 16, 5, 5), conv, nn.BatchNorm2d(24, affine=False, eps=1e-3).eval())
+
+
+def test_channels_last_input_takes_one_launch_and_nothing_else():
+    conv, bn = unit()
+    conv = conv.to(memory_format=torch.channels_last)
+    t = check(torch.randn(2, 16, 5, 5).contiguous(memory_format=torch.channels_last), conv, bn)
+    assert [launch.name for launch in t.launches] == ["conv_forward"]
+
+
+def test_autocast_gives_the_dtype_that_eager_gives():
+    conv, bn = unit()
+    x, residual = torch.randn(1, 16, 5, 5), torch.randn(1, 24, 5, 5)
+    with torch.inference_mode(), torch.autocast("cpu", torch.float16):
+        for res in (None, residual, residual.half()):
+            eager = reference.conv_bn_act(x, conv, bn, res)
+            with implementation("triton"):
+                ours = conv_bn_act(x, conv, bn, res)
+            assert ours.dtype == eager.dtype
+            torch.testing.assert_close(ours, eager, rtol=1e-2, atol=1e-2)
+
+
+def test_empty_batch():
+    with torch.inference_mode(), implementation("triton"):
+        assert conv_bn_act(torch.randn(0, 16, 5, 5), *unit()).shape == (0, 24, 5, 5)
+
+
+def test_auto_is_eager_on_the_cpu_and_says_nothing(caplog):
+    conv, bn = unit()
+    x = torch.randn(1, 16, 5, 5)
+    with torch.inference_mode(), trace() as t:
+        conv_bn_act(x, conv, bn)
+    assert "aten.convolution" in [launch.name for launch in t.launches]
+    assert not caplog.records
+
+
+def hooked(conv, bn):
+    conv.register_forward_hook(lambda *a: None)
+
+
+def parametrised(conv, bn):
+    parametrize.register_parametrization(conv, "weight", nn.Identity())
+
+
+def circular(conv, bn):
+    conv.padding_mode = "circular"
+
+
+REASONS = {
+    "training": (lambda conv, bn: bn.train(), "statistics of the batch"),
+    "hook": (hooked, "hooks are registered"),
+    "parametrization": (parametrised, "ParametrizedConv2d"),
+    "padding mode": (circular, "padding_mode='circular'"),
+}
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_what_cannot_be_fused_runs_eager_and_says_why(name, caplog):
+    change, message = REASONS[name]
+    conv, bn = unit()
+    change(conv, bn)
+    plan._reported.clear()
+    with torch.no_grad(), implementation("triton"), caplog.at_level(logging.WARNING, "resnet_fused"):
+        for _ in range(2):
+            conv_bn_act(torch.randn(2, 16, 5, 5), conv, bn)
+    assert [message in record.getMessage() for record in caplog.records] == [True], "one warning, with the reason"
+
+
+def test_reasons_by_type_and_size():
+    conv, bn = unit()
+    assert functional.why_unfusable(conv, bn) is None
+    assert "SyncBatchNorm" in functional.why_unfusable(conv, nn.SyncBatchNorm(24))
+    assert "ConvTranspose2d" in functional.why_unfusable(nn.ConvTranspose2d(16, 24, 3), bn)
+    assert "9x9" in functional.why_unfusable(nn.Conv2d(16, 24, 9), bn)
+    assert "padding='same'" in functional.why_unfusable(nn.Conv2d(16, 24, 2, padding="same"), bn)
+
+
+def test_gradients_run_eager():
+    conv, bn = unit()
+    x = torch.randn(1, 16, 5, 5)
+    with implementation("triton"):
+        assert "require gradients" in functional.why_eager(x, [(conv, bn)])
+        conv_bn_act(x, conv, bn).sum().backward()
+    assert conv.weight.grad is not None
+    conv.requires_grad_(False)
+    bn.requires_grad_(False)
+    with implementation("triton"):
+        assert functional.why_eager(x, [(conv, bn)]) is None
+        assert "input requires" in functional.why_eager(x.requires_grad_(), [(conv, bn)])
+
+
+def test_unsupported_dtype_runs_eager():
+    conv, bn = (m.double() for m in unit())
+    with implementation("triton"), torch.no_grad():
+        assert "float64" in functional.why_eager(torch.randn(1, 16, 5, 5).double(), [(conv, bn)])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (dict(x="image"), TypeError, r"x must be a torch.*Tensor; got str"),
+        (dict(conv=nn.Linear(2, 2)), TypeError, r"conv must be a .*Conv2d; got Linear"),
+        (dict(x=torch.zeros(16, 5, 5)), ValueError, r"x must have 4 dimensions .*got shape \(16, 5, 5\)"),
+        (dict(x=torch.zeros(1, 3, 5, 5)), ValueError, r"x must have the 16 channels .*got shape \(1, 3, 5, 5\)"),
+        (dict(bn=nn.BatchNorm2d(7)), ValueError, r"bn must normalise the 24 channels .*it has 7"),
+        (dict(residual=1.0), TypeError, r"residual must be a Tensor, a PaddedIdentity or None; got float"),
+        (dict(residual=torch.zeros(1, 24, 4, 5)), ValueError, r"residual must have the output's shape \(1, 24, 5, 5\)"),
+        (dict(residual=PaddedIdentity(torch.zeros(1, 16, 5, 5), 2, 4)), ValueError, r"residual must give 5x5 pixels"),
+        (dict(residual=PaddedIdentity(torch.zeros(1, 16, 5, 5), 1, 9)), ValueError, r"residual must fit 24 channels"),
+    ],
+)
+def test_errors_name_the_argument(change, error, message):
+    conv, bn = unit()
+    arguments = {"x": torch.zeros(1, 16, 5, 5), "conv": conv, "bn": bn, "residual": None, **change}
+    with pytest.raises(error, match=message):
+        conv_bn_act(**arguments)
+
+
+def test_implementation_is_checked_and_restored():
+    before = plan.requested()
+    with pytest.raises(ValueError, match="implementation must be one of 'auto', 'triton', 'eager'; got 'cuda'"), implementation("cuda"):
+        pass
+    with implementation("eager"):
+        assert plan.requested() == "eager"
+    assert plan.requested() == before
