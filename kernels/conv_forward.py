@@ -410,7 +410,9 @@ def default_config(problem: ConvProblem) -> TileConfig:
         block_k = max(16, triton.next_power_of_2(ci))
     elif not problem.flat and block_k == 64 and ci % 64 and ci % 32 == 0:
         block_k = 32
-    while _programs(problem, block_m, block_n) < _MULTIPROCESSORS.get(problem.arch, 108) and block_m * block_n > 64 * 64:
+    while (
+        _programs(problem, block_m, block_n) < _MULTIPROCESSORS.get(problem.arch, 108) and block_m * block_n > 64 * 64
+    ):
         if block_m >= block_n:
             block_m //= 2
         else:

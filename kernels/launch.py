@@ -65,25 +65,33 @@ class Call:
         for callback in _observers:
             callback(self)
 
+    def specialization(self) -> tuple[Any, ...]:
+        """What Triton's JIT compiles a kernel anew for: two calls that agree in it share their compiled code."""
+        return self.kernel.__name__, *self._signature(), self.config.num_warps, self.config.num_stages
+
     def compile(self, arch: int) -> Any:
         """The kernel compiled for ``arch`` (80 for sm_80 ...) as this call would specialise it; needs no GPU.
 
         Returns Triton's compiled kernel: ``.asm["ptx"]``, ``.asm["cubin"]``, ``.metadata.shared``.
         """
-        signature: dict[str, str] = {}
-        constants: dict[str, Any] = {}
-        attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-        for position, parameter in enumerate(self.kernel.params):
-            value = self.arguments[parameter.name]
-            kind, divisible = _specialise(value, parameter)
-            signature[parameter.name] = kind
-            if kind == "constexpr":
-                constants[parameter.name] = value
-            if divisible:
-                attributes[(position,)] = [["tt.divisibility", 16]]
-        source = ASTSource(self.kernel, signature, constexprs=constants, attrs=attributes)
+        signature = self._signature()
+        source = ASTSource(
+            self.kernel,
+            {name: kind for name, kind, _, _ in signature},
+            constexprs={name: value for name, kind, _, value in signature if kind == "constexpr"},
+            attrs={(i,): [["tt.divisibility", 16]] for i, (_, _, divisible, _) in enumerate(signature) if divisible},
+        )
         options = {"num_warps": self.config.num_warps, "num_stages": self.config.num_stages}
         return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+    def _signature(self) -> list[tuple[str, str, bool, Any]]:
+        """Per parameter: its name, type, whether it counts as divisible by 16, and its value if it is a constant."""
+        signature = []
+        for parameter in self.kernel.params:
+            value = self.arguments[parameter.name]
+            kind, divisible = _specialise(value, parameter)
+            signature.append((parameter.name, kind, divisible, value if kind == "constexpr" else None))
+        return signature
 
 
 def _specialise(value: Any, parameter: Any) -> tuple[str, bool]:

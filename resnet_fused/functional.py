@@ -101,15 +101,15 @@ def launch(
     res, step, before = residual if isinstance(residual, PaddedIdentity) else (residual, 1, 0)
     assert bn.running_mean is not None and bn.running_var is not None
     return ops.conv_bn_act(
-        _channels_last(x.to(dtype)),
-        _channels_last(conv.weight.to(dtype)),
+        channels_last(x.to(dtype)),
+        channels_last(conv.weight.to(dtype)),
         conv.bias,
         bn.running_mean,
         bn.running_var,
         bn.weight,
         bn.bias,
         bn.eps,
-        None if res is None else _channels_last(res),
+        None if res is None else channels_last(res),
         step,
         before,
         conv.stride,
@@ -130,7 +130,8 @@ def _padding(conv: nn.Conv2d) -> tuple[int, ...]:
     return tuple(int(p) for p in conv.padding)
 
 
-def _channels_last(x: Tensor) -> Tensor:
+def channels_last(x: Tensor) -> Tensor:
+    """``x`` itself if it is channels_last, else a copy that is."""
     return x.contiguous(memory_format=torch.channels_last)
 
 
@@ -160,7 +161,8 @@ def output_shape(x: Tensor, conv: nn.Conv2d) -> tuple[int, int, int, int]:
     """Shape [N, CO, P, Q] of ``conv(x)``."""
     padding = _padding(conv)
     p, q = (
-        ops.output_size(x.shape[2 + i], conv.kernel_size[i], conv.stride[i], padding[i], conv.dilation[i]) for i in (0, 1)
+        ops.output_size(x.shape[2 + i], conv.kernel_size[i], conv.stride[i], padding[i], conv.dilation[i])
+        for i in (0, 1)
     )
     return x.shape[0], conv.out_channels, p, q
 

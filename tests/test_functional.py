@@ -194,7 +194,10 @@ def test_errors_name_the_argument(change, error, message):
 
 def test_implementation_is_checked_and_restored():
     before = plan.requested()
-    with pytest.raises(ValueError, match="implementation must be one of 'auto', 'triton', 'eager'; got 'cuda'"), implementation("cuda"):
+    with (
+        pytest.raises(ValueError, match="implementation must be one of 'auto', 'triton', 'eager'; got 'cuda'"),
+        implementation("cuda"),
+    ):
         pass
     with implementation("eager"):
         assert plan.requested() == "eager"

@@ -34,7 +34,9 @@ def random_norm(channels: int) -> Norm:
     return Norm(random(channels), torch.rand(channels, device=DEVICE) + 0.5, random(channels), random(channels), 1e-5)
 
 
-def specification(x, w, *, prologue=None, bias=None, norm=None, residual=None, step=1, before=0, relu=False, dtype, **conv):
+def specification(
+    x, w, *, prologue=None, bias=None, norm=None, residual=None, step=1, before=0, relu=False, dtype, **conv
+):
     """What a launch must compute, in ``dtype`` throughout."""
     cast = lambda t: None if t is None else t.to(dtype)  # noqa: E731
     x = cast(x)
@@ -155,7 +157,9 @@ def test_padded_identity_is_read_in_place(step, before, size, config):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["3x3", "every parameter differs by axis", "stem", "1x1", "1x1 stride 2", "narrow groups"])
+@pytest.mark.parametrize(
+    "name", ["3x3", "every parameter differs by axis", "stem", "1x1", "1x1 stride 2", "narrow groups"]
+)
 def test_padding_is_zero_after_the_prologue(name, dtype):
     g = dict(GEOMETRIES[name])
     ci, co, size, taps = (g.pop(key) for key in ("ci", "co", "size", "filter"))
@@ -295,14 +299,24 @@ def test_output_dtype():
     [
         (dict(x=torch.zeros(1, 16, 4, 4)), r"x must be pixel-linear .* got shape \(1, 16, 4, 4\)"),
         (dict(w=torch.zeros(8, 16, 3, 3)), r"w must be channels_last"),
-        (dict(w=channels_last(torch.zeros(8, 12, 3, 3))), r"w of shape \(8, 12, 3, 3\) does not fit 16 channels in 1 groups"),
+        (
+            dict(w=channels_last(torch.zeros(8, 12, 3, 3))),
+            r"w of shape \(8, 12, 3, 3\) does not fit 16 channels in 1 groups",
+        ),
         (dict(out=channels_last(torch.zeros(1, 8, 4, 5))), r"out must have shape \(1, 8, 4, 4\); got \(1, 8, 4, 5\)"),
-        (dict(residual=channels_last(torch.zeros(1, 8, 3, 4))), r"residual must have shape \(1, 8, 4, 4\).*got \(1, 8, 3, 4\)"),
+        (
+            dict(residual=channels_last(torch.zeros(1, 8, 3, 4))),
+            r"residual must have shape \(1, 8, 4, 4\).*got \(1, 8, 3, 4\)",
+        ),
         (dict(residual=channels_last(torch.zeros(1, 9, 4, 4))), r"residual must have shape \(1, 8, 4, 4\)"),
     ],
 )
 def test_bad_arguments_are_named(change, message):
-    arguments = {"x": channels_last(torch.zeros(1, 16, 4, 4)), "w": channels_last(torch.zeros(8, 16, 3, 3)), "padding": (1, 1)}
+    arguments = {
+        "x": channels_last(torch.zeros(1, 16, 4, 4)),
+        "w": channels_last(torch.zeros(8, 16, 3, 3)),
+        "padding": (1, 1),
+    }
     with pytest.raises(ValueError, match=message):
         conv_forward(**{**arguments, **change})
 
@@ -352,4 +366,6 @@ def test_cost_counts_each_byte_once():
     assert plain.bytes_read == 2 * (2 * 64 * 81 + 32 * 64 * 9)
     assert plain.bytes_written == 2 * 2 * 32 * 81
     strided = cost(size=1, stride=(2, 2))
-    assert strided.bytes_read == 2 * (2 * 64 * 25 + 32 * 64), "a 1x1 convolution of stride 2 reads a quarter of the pixels"
+    assert strided.bytes_read == 2 * (2 * 64 * 25 + 32 * 64), (
+        "a 1x1 convolution of stride 2 reads a quarter of the pixels"
+    )

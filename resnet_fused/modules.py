@@ -1,0 +1,292 @@
+"""Residual blocks: modules whose forward runs each unit (convolution, batch norm, ReLU) as one launch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from resnet_fused import functional, plan
+from resnet_fused.reference import PaddedIdentity
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A convolution and its batch norm, by the dotted names of the submodules, and whether a ReLU follows."""
+
+    conv: str
+    norm: str
+    relu: bool = True
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a block computes: ``relu(units(x) + shortcut(x))``, or ``units(x)`` alone if it is not ``residual``.
+
+    The ReLU of the last unit stands behind the addition. ``shortcut``: a projection; the name of a
+    :class:`PaddedShortcut`; or None for the identity. ``pool``: the name of a module in front of the projection.
+    """
+
+    units: tuple[Unit, ...]
+    shortcut: Unit | str | None = None
+    pool: str | None = None
+    residual: bool = True
+
+    def all_units(self) -> tuple[Unit, ...]:
+        """The units of the branch, and the projection if there is one."""
+        return (*self.units, self.shortcut) if isinstance(self.shortcut, Unit) else self.units
+
+
+class PaddedShortcut(nn.Module):
+    """The shortcut without parameters: every ``stride``-th pixel, zero channels split evenly on both sides.
+
+    Option A of He et al. 2015, "Deep Residual Learning for Image Recognition" (arXiv:1512.03385, section 3.3).
+    Takes [N, in_channels, H, W], returns [N, out_channels, ceil(H/stride), ceil(W/stride)].
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
+        super().__init__()
+        if out_channels < in_channels:
+            raise ValueError(f"out_channels must be at least in_channels={in_channels}; got {out_channels}")
+        self.in_channels, self.out_channels, self.stride = in_channels, out_channels, stride
+
+    def view(self, x: Tensor) -> PaddedIdentity:
+        """The shortcut of ``x`` for a kernel that reads it in place."""
+        return PaddedIdentity(x, self.stride, (self.out_channels - self.in_channels) // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.view(x).materialize(self.out_channels)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_channels}, {self.out_channels}, stride={self.stride}"
+
+
+class FusedBlock(nn.Module):
+    """A block that runs its :class:`Layout` in one launch per convolution where it can, and ``eager_forward`` elsewhere."""
+
+    layout: Layout
+
+    def eager_forward(self, x: Tensor) -> Tensor:
+        """The same function through the block's own submodules."""
+        raise NotImplementedError
+
+    def why_eager(self, x: Tensor) -> str | None:
+        """Why the block would run eager on ``x`` as things stand, or None if it is fused."""
+        units = [(self.get_submodule(u.conv), self.get_submodule(u.norm)) for u in self.layout.all_units()]
+        if (reason := functional.why_eager(x, units)) is not None:
+            return reason
+        if any(functional.hooked(m) for m in self.modules() if m is not self):
+            return "hooks are registered on a submodule"
+        return None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if (reason := self.why_eager(x)) is not None:
+            plan.report_once(reason)
+            return self.eager_forward(x)
+        *inner, last = self.layout.units
+        out = x = functional.channels_last(x)  # once, for the branch and the shortcut
+        for unit in inner:
+            out = self._launch(out, unit)
+        return self._launch(out, last, self._shortcut(x))
+
+    def _shortcut(self, x: Tensor) -> Tensor | PaddedIdentity | None:
+        layout = self.layout
+        if not layout.residual:
+            return None
+        if isinstance(layout.shortcut, str):
+            return cast(PaddedShortcut, self.get_submodule(layout.shortcut)).view(x)
+        if layout.pool is not None:
+            x = self.get_submodule(layout.pool)(x)
+        return x if layout.shortcut is None else self._launch(x, layout.shortcut)
+
+    def _launch(self, x: Tensor, unit: Unit, residual: Tensor | PaddedIdentity | None = None) -> Tensor:
+        conv, norm = self.get_submodule(unit.conv), self.get_submodule(unit.norm)
+        return functional.launch(x, cast(nn.Conv2d, conv), cast(nn.BatchNorm2d, norm), residual, unit.relu)
+
+
+class _NumberedBlock(FusedBlock):
+    """A block with submodules ``conv1, bn1, conv2, bn2 ...``, ``relu`` and ``downsample``."""
+
+    depth: int
+    downsample: nn.Module | None
+
+    @property
+    def layout(self) -> Layout:  # type: ignore[override]
+        units = tuple(Unit(f"conv{i}", f"bn{i}") for i in range(1, self.depth + 1))
+        if self.downsample is None:
+            return Layout(units)
+        if isinstance(self.downsample, PaddedShortcut):
+            return Layout(units, "downsample")
+        return Layout(units, Unit("downsample.0", "downsample.1", relu=False))
+
+    def why_eager(self, x: Tensor) -> str | None:
+        downsample = self.downsample
+        if downsample is None or isinstance(downsample, PaddedShortcut):
+            return super().why_eager(x)
+        if type(downsample) is not nn.Sequential or len(downsample) != 2:
+            return f"the shortcut is {type(downsample).__qualname__}, not nn.Sequential of a convolution and its norm"
+        return super().why_eager(x)
+
+
+class BasicBlock(_NumberedBlock):
+    """Two 3x3 convolutions; torchvision's constructor arguments, attribute names and state-dict keys.
+
+    ``x`` [N, inplanes, H, W] -> [N, planes, ceil(H/stride), ceil(W/stride)]. He et al. 2015 (arXiv:1512.03385), figure 5.
+    """
+
+    expansion = 1
+    depth = 2
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        groups: int = 1,
+        base_width: int = 64,
+        dilation: int = 1,
+        norm_layer: Callable[[int], nn.Module] | None = None,
+    ) -> None:
+        super().__init__()
+        if groups != 1 or base_width != 64:
+            raise ValueError(
+                f"BasicBlock needs groups=1 and base_width=64; got groups={groups}, base_width={base_width}"
+            )
+        if dilation > 1:
+            raise ValueError(f"BasicBlock needs dilation=1; got {dilation}")
+        norm_layer = norm_layer or nn.BatchNorm2d
+        self.conv1 = nn.Conv2d(inplanes, planes, 3, stride, padding=1, bias=False)
+        self.bn1 = norm_layer(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.bn2 = norm_layer(planes)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample
+        self.stride = stride
+
+    def eager_forward(self, x: Tensor) -> Tensor:
+        identity = x if self.downsample is None else self.downsample(x)
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        return self.relu(out + identity)
+
+
+class Bottleneck(_NumberedBlock):
+    """1x1, 3x3 and 1x1 convolution, the stride on the 3x3; torchvision's arguments, attribute names and keys.
+
+    ``x`` [N, inplanes, H, W] -> [N, 4*planes, ceil(H/stride), ceil(W/stride)]. He et al. 2015 (arXiv:1512.03385),
+    figure 5; the groups of Xie et al. 2016 (arXiv:1611.05431); the width of Zagoruyko 2016 (arXiv:1605.07146).
+    """
+
+    expansion = 4
+    depth = 3
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        groups: int = 1,
+        base_width: int = 64,
+        dilation: int = 1,
+        norm_layer: Callable[[int], nn.Module] | None = None,
+    ) -> None:
+        super().__init__()
+        norm_layer = norm_layer or nn.BatchNorm2d
+        width = int(planes * (base_width / 64.0)) * groups
+        self.conv1 = nn.Conv2d(inplanes, width, 1, bias=False)
+        self.bn1 = norm_layer(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, dilation, dilation, groups, bias=False)
+        self.bn2 = norm_layer(width)
+        self.conv3 = nn.Conv2d(width, planes * self.expansion, 1, bias=False)
+        self.bn3 = norm_layer(planes * self.expansion)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample
+        self.stride = stride
+
+    def eager_forward(self, x: Tensor) -> Tensor:
+        identity = x if self.downsample is None else self.downsample(x)
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        return self.relu(out + identity)
+
+
+class ResidualBlock(_NumberedBlock):
+    """``relu(branch(x) + shortcut(x))`` with a branch of one to n units (convolution, batch norm, ReLU).
+
+    ``channels``: channels of the input. ``layers``: per unit either ``(out_channels, kernel_size)``, padded so that the
+    size stays, or an ``nn.Conv2d`` of your own. ``shortcut``: ``"identity"``, ``"projection"`` (a 1x1 convolution and
+    batch norm) or ``"pad"`` (:class:`PaddedShortcut`). ``stride``: of the first convolution given as a tuple; the
+    shortcut follows the product of all strides. ``zero_init``: start the last gamma at zero, so that a fresh block is
+    ``relu(shortcut(x))`` (Goyal et al. 2017, arXiv:1706.02677, section 5.1).
+
+    Raises ValueError for layers whose channels do not chain or that the shortcut cannot follow.
+    """
+
+    SHORTCUTS = ("identity", "projection", "pad")
+
+    def __init__(
+        self,
+        channels: int,
+        layers: Sequence[tuple[int, int] | nn.Conv2d],
+        shortcut: str = "identity",
+        *,
+        stride: int = 1,
+        zero_init: bool = False,
+    ) -> None:
+        super().__init__()
+        if not layers:
+            raise ValueError("layers must hold at least one layer; got none")
+        if shortcut not in self.SHORTCUTS:
+            raise ValueError(f"shortcut must be one of {', '.join(map(repr, self.SHORTCUTS))}; got {shortcut!r}")
+        self.depth = len(layers)
+        width, total, pending = channels, (1, 1), stride
+        for i, layer in enumerate(layers, 1):
+            if not isinstance(layer, nn.Conv2d):
+                layer = _same_size(width, *layer, stride=pending)
+                pending = 1
+            if layer.in_channels != width:
+                raise ValueError(f"layers[{i - 1}] must take {width} channels; it takes {layer.in_channels}")
+            width = layer.out_channels
+            total = (total[0] * layer.stride[0], total[1] * layer.stride[1])
+            self.add_module(f"conv{i}", layer)
+            self.add_module(f"bn{i}", nn.BatchNorm2d(width))
+        if pending != 1:
+            raise ValueError(f"stride={stride} has no layer to go to: give it to your own convolutions")
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = _shortcut(shortcut, channels, width, total)
+        if zero_init:
+            nn.init.zeros_(cast(nn.BatchNorm2d, self.get_submodule(f"bn{self.depth}")).weight)
+
+    def eager_forward(self, x: Tensor) -> Tensor:
+        out = x
+        for i in range(1, self.depth + 1):
+            out = self.get_submodule(f"bn{i}")(self.get_submodule(f"conv{i}")(out))
+            if i < self.depth:
+                out = self.relu(out)
+        identity = x if self.downsample is None else self.downsample(x)
+        return F.relu(out + identity)
+
+
+def _same_size(in_channels: int, out_channels: int, kernel_size: int, stride: int) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False)
+
+
+def _shortcut(kind: str, channels: int, width: int, stride: tuple[int, int]) -> nn.Module | None:
+    if kind == "projection":
+        return nn.Sequential(nn.Conv2d(channels, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+    if kind == "pad":
+        if stride[0] != stride[1]:
+            raise ValueError(f"shortcut='pad' needs the same stride in both directions; got {stride}")
+        return PaddedShortcut(channels, width, stride[0])
+    if width != channels or stride != (1, 1):
+        raise ValueError(
+            f"shortcut='identity' needs a branch from {channels} to {channels} channels with stride 1; "
+            f"got {width} channels with stride {stride}"
+        )
+    return None

@@ -1,0 +1,60 @@
+"""What is installed, what importing it brings along, and the commands that the README promises."""
+
+import ast
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import resnet_fused
+import resnet_fused.kernels
+
+ROOT = Path(__file__).parent.parent
+DEMO = "pip install -e '.[demo]' && python -m resnet_fused demo"
+TEST = "pip install -e '.[test]' && python -m pytest"
+
+
+def test_kernels_are_installed_inside_the_package():
+    assert Path(resnet_fused.kernels.__file__).parent == ROOT / "kernels"
+
+
+def test_version_is_the_installed_one():
+    assert metadata.version("resnet-fused") == resnet_fused.__version__
+
+
+def test_public_names_exist():
+    assert all(hasattr(resnet_fused, name) for name in resnet_fused.__all__)
+
+
+def test_importing_needs_only_torch_and_triton():
+    optional = ("torchvision", "timm", "transformers", "skimage", "safetensors", "rich", "PIL", "kernels")
+    code = f"import sys, resnet_fused; print([name for name in {optional} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+SOURCES = [
+    path
+    for folder in ("kernels", "resnet_fused", "benchmarks", "tests", "examples")
+    for path in (ROOT / folder).rglob("*.py")
+]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_imports_the_unrelated_package_kernels(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.append(node.module)
+        assert not any(name.partition(".")[0] == "kernels" for name in names)
+
+
+def test_readme_gives_two_set_up_commands():
+    commands = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("pip install")]
+    assert commands == [DEMO, TEST]
+
+
+def test_continuous_integration_runs_the_test_command():
+    assert TEST.partition(" && ")[2] in (ROOT / ".ci" / "run").read_text()
