@@ -224,8 +224,8 @@ def _agrees(module: nn.Module, layout: Layout) -> bool:
 def _probe(module: nn.Module, layout: Layout) -> bool:
     twin = _random_twin(module)
     first = twin.get_submodule(layout.units[0].conv)
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(2, cast(nn.Conv2d, first).in_channels, 7, 6, dtype=torch.float64, generator=generator)
+    generator = torch.Generator("cpu").manual_seed(1)
+    x = torch.randn(2, cast(nn.Conv2d, first).in_channels, 7, 6, dtype=torch.float64, device="cpu", generator=generator)
     with torch.no_grad(), torch.autocast("cpu", enabled=False), plan.implementation("eager"):
         try:
             got = twin(x.clone())
@@ -241,7 +241,7 @@ def _random_twin(module: nn.Module) -> nn.Module:
     tensors = [*module.parameters(), *module.buffers()]
     memo: dict[int, Any] = {id(t): _on_meta(t) for t in tensors}
     twin = copy.deepcopy(module, memo).to_empty(device="cpu").double().eval()
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     with torch.no_grad():
         for t in (*twin.parameters(), *twin.buffers()):
             if t.is_floating_point():

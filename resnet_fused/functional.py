@@ -96,7 +96,7 @@ def launch(
 ) -> Tensor:
     """:func:`conv_bn_act` for a unit that :func:`why_eager` has already cleared."""
     device, dtype = x.device.type, x.dtype
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     res, step, before = residual if isinstance(residual, PaddedIdentity) else (residual, 1, 0)
     assert bn.running_mean is not None and bn.running_var is not None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-
 from collections.abc import Sequence
 
 
@@ -29,7 +28,9 @@ def render(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]])
 def _plain(title: str, columns: Sequence[str], cells: list[list[str]], numeric: list[bool]) -> str:
     widths = [max(len(text) for text in column) for column in zip(columns, *cells, strict=True)]
     lines = [
-        "  ".join(text.rjust(w) if right else text.ljust(w) for text, w, right in zip(row, widths, numeric, strict=True))
+        "  ".join(
+            text.rjust(w) if right else text.ljust(w) for text, w, right in zip(row, widths, numeric, strict=True)
+        )
         for row in [list(columns), ["-" * w for w in widths], *cells]
     ]
     return "\n".join([title, *(line.rstrip() for line in lines)])

@@ -1,0 +1,279 @@
+"""fuse, unfuse and explain: what is recognised, what is refused and why, and what stays as it was."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+from torchvision.models.resnet import BasicBlock
+
+import resnet_fused
+from resnet_fused import explain, fuse, implementation, unfuse
+from resnet_fused.convert import ConvertedBlock, ConvertedSequential
+from tests import zoo
+
+COUNTS = {
+    "resnet18": 8, "resnet34": 16, "resnet50": 16, "resnet101": 33, "resnet152": 50,
+    "resnext50_32x4d": 16, "resnext101_32x8d": 33, "wide_resnet50_2": 16, "wide_resnet101_2": 33,
+}  # fmt: skip
+
+
+def small() -> nn.Module:
+    model = torchvision.models.ResNet(BasicBlock, [1, 1, 1, 1], num_classes=5)
+    zoo.randomise_norms(model)
+    return model.eval()
+
+
+def converted(model: nn.Module) -> int:
+    return sum(isinstance(m, ConvertedBlock) for m in model.modules())
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_every_block_of_torchvisions_networks(name):
+    with torch.device("meta"):
+        model = getattr(torchvision.models, name)()
+    assert converted(fuse(model, strict=True)) == COUNTS[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks", "runs"),
+    [
+        ("resnet18", 8, 0), ("resnet50", 16, 0), ("resnet18d", 8, 1), ("resnet50d", 16, 1),
+        ("resnext50_32x4d", 16, 0), ("wide_resnet50_2", 16, 0),
+    ],
+)  # fmt: skip
+def test_timm(name, blocks, runs):
+    with torch.device("meta"):
+        model = fuse(timm.create_model(name, pretrained=False), strict=True)
+    assert converted(model) == blocks
+    assert sum(isinstance(m, ConvertedSequential) for m in model.modules()) == runs
+
+
+@pytest.mark.parametrize("layer_type", ["basic", "bottleneck"])
+def test_hugging_face(layer_type):
+    model = fuse(zoo.hugging_face(layer_type), strict=True)
+    assert converted(model) == 6, "five blocks and the unit of the stem"
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        (lambda: timm.create_model("seresnet50", pretrained=False), "se is SEModule"),
+        (lambda: timm.create_model("resnetblur50", pretrained=False), "aa is BlurPool2d"),
+        (lambda: timm.create_model("resnet18", pretrained=False, drop_path_rate=0.5), "drop_path is DropPath"),
+        (lambda: timm.create_model("resnet18", pretrained=False, act_layer=nn.SiLU), "act1 is SiLU"),
+        (lambda: torchvision.models.resnet18(norm_layer=torchvision.ops.FrozenBatchNorm2d), "FrozenBatchNorm2d"),
+        (lambda: nn.SyncBatchNorm.convert_sync_batchnorm(small()), "SyncBatchNorm"),
+    ],
+)
+def test_what_is_not_fused_says_why(build, reason):
+    model = build()
+    refused = [row for row in explain(model).to_dict() if reason in row["reason"]]
+    assert refused
+    before = [type(m) for m in model.modules()]
+    with pytest.raises(ValueError, match="cannot be fused"):
+        fuse(model, strict=True)
+    assert [type(m) for m in model.modules()] == before
+
+
+def test_warns_if_nothing_was_fused():
+    with pytest.warns(UserWarning, match="nothing was fused: no residual block was recognised"):
+        fuse(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module; got str"):
+        fuse("resnet50")
+
+
+class Doubled(BasicBlock):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+class Tired(BasicBlock):
+    def forward(self, x):
+        raise RuntimeError("not today")
+
+
+@pytest.mark.parametrize("block", [Doubled, Tired])
+def test_a_subclass_with_another_forward_is_left_alone(block):
+    model = torchvision.models.ResNet(block, [1, 1, 1, 1])
+    with pytest.warns(UserWarning, match=f"the forward of {block.__name__} computes something else"):
+        fuse(model)
+    assert converted(model) == 0
+
+
+def test_a_copy_of_torchvisions_block_under_another_name_is_fused():
+    class Mine(BasicBlock):
+        pass
+
+    assert converted(fuse(torchvision.models.ResNet(Mine, [1, 1, 1, 1]))) == 4
+
+
+def test_probing_changes_nothing():
+    model, state = small(), torch.get_rng_state()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    fuse(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert model.training is False
+
+
+def test_keys_parameters_and_optimizer_stay():
+    model = small().double().train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+    keys, parameters = list(model.state_dict()), list(model.parameters())
+    fuse(model)
+    assert list(model.state_dict()) == keys
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    twin = unfuse(copy.deepcopy(model))
+    twin_optimizer = torch.optim.SGD(twin.parameters(), lr=1e-4, momentum=0.9)
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    for m, o in ((model, optimizer), (twin, twin_optimizer)):
+        for _ in range(2):
+            o.zero_grad()
+            m(x).square().mean().backward()
+            o.step()
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_unfuse_is_exact():
+    model = small()
+    twin = copy.deepcopy(model)
+    unfuse(fuse(model))
+    for a, b in zip(model.modules(), twin.modules(), strict=True):
+        assert type(a) is type(b)
+        assert a.__dict__.keys() == b.__dict__.keys()
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(a, b)
+        assert a.stride() == b.stride()
+    stem = fuse(nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU()))
+    assert type(stem) is ConvertedSequential
+    assert type(unfuse(stem)) is nn.Sequential
+
+
+def test_idempotent_and_after_loading():
+    model = fuse(small())
+    kinds = [type(m) for m in model.modules()]
+    layouts = [m.layout for m in model.modules() if isinstance(m, ConvertedBlock)]
+    fuse(model)
+    assert [type(m) for m in model.modules()] == kinds
+    assert [m.layout for m in model.modules() if isinstance(m, ConvertedBlock)] == layouts
+    model.load_state_dict(small().state_dict(), strict=True)
+
+
+def test_filter():
+    model = fuse(small(), filter_fn=lambda name, module: name.startswith("layer2"))
+    assert [n for n, m in model.named_modules() if isinstance(m, ConvertedBlock)] == ["layer2.0"]
+
+
+@pytest.mark.parametrize("kind", ["deepcopy", "pickle", "save"])
+def test_copies_compute_the_same(kind):
+    model, x = fuse(small()), torch.randn(1, 3, 32, 32)
+    if kind == "deepcopy":
+        twin = copy.deepcopy(model)
+    elif kind == "pickle":
+        twin = pickle.loads(pickle.dumps(model))
+    else:
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        twin = torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)
+    assert converted(twin) == 4
+    with torch.inference_mode(), implementation("triton"):
+        assert torch.equal(model(x), twin(x))
+
+
+def hook(block):
+    block.relu.register_forward_hook(lambda m, i, o: o * 2)
+
+
+def parametrise(block):
+    parametrizations.weight_norm(block.conv2)
+
+
+def pruned(block):
+    prune.random_unstructured(block.conv1, "weight", amount=0.5)
+
+
+@pytest.mark.parametrize("change", [hook, parametrise, pruned])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_hooks_and_parametrizations_are_honoured(change, when):
+    model, x = small(), torch.randn(1, 3, 32, 32)
+    if when == "after":
+        fuse(model)
+    change(model.layer2[0])
+    if when == "before":
+        fuse(model)
+        assert not isinstance(model.layer2[0], ConvertedBlock)
+    with torch.inference_mode():
+        want = model(x)
+        with implementation("triton"), resnet_fused.trace() as trace:
+            torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-4)
+            rows = {row["name"]: row for row in explain(model, x).to_dict()}
+    assert rows["layer2.0"]["implementation"] == "eager"
+    assert rows["layer1.0"]["implementation"] == "fused"
+    assert "conv_forward" in [launch.name for launch in trace.launches]
+
+
+def test_the_blocks_own_hooks_still_run():
+    model, seen = fuse(small()), []
+    model.layer1[0].register_forward_hook(lambda *a: seen.append(a))
+    with torch.inference_mode(), implementation("triton"):
+        model(torch.randn(1, 3, 32, 32))
+    assert len(seen) == 1
+
+
+def test_train_mode_is_exactly_the_original():
+    model = small().train()
+    twin = copy.deepcopy(model)
+    fuse(twin)
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(twin(x), model(x), rtol=1e-4, atol=1e-4)
+    for (name, a), b in zip(model.state_dict().items(), twin.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_sequential_runs():
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 8, 1), nn.BatchNorm2d(8), nn.Tanh()
+    ).eval()  # fmt: skip
+    zoo.randomise_norms(model)
+    x = torch.randn(2, 3, 9, 9)
+    with torch.inference_mode():
+        want = model(x)
+        fuse(model)
+        with implementation("triton"), resnet_fused.trace() as trace:
+            torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-5)
+    assert [launch.name for launch in trace.launches].count("conv_forward") == 2
+    assert type(model[:2]) is ConvertedSequential
+
+
+def test_explain_with_an_input():
+    model = fuse(small())
+    model.layer3.train()
+    with implementation("triton"):
+        explanation = explain(model, torch.randn(1, 3, 32, 32))
+    rows = explanation.to_dict()
+    assert [row["implementation"] for row in rows] == ["fused"] * 4
+    assert rows[1]["launches"] == 3
+    assert rows[1]["bytes"] > 0
+    assert rows[1]["tiles"]
+    assert model.layer3.training, "training flags are restored"
+    assert not model.layer1.training
+    assert not any(m._forward_hooks for m in model.modules())
+    assert "4 of 4 blocks fused" in str(explanation)
+    assert "not converted" in str(explain(small()))
+
+
+def test_compiles_in_one_graph():
+    model, x = fuse(small()), torch.randn(1, 3, 32, 32)
+    with torch.inference_mode(), implementation("triton"):
+        want = model(x)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), want)

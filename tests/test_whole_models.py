@@ -1,0 +1,54 @@
+"""Whole networks through the kernels: the same output as eager, one launch per convolution and nothing beside it."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import resnet_fused
+from resnet_fused.modules import FusedBlock
+from tests import zoo
+from tests.rule import assert_within_rule
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def run_both(name: str):
+    model = zoo.build(name).to(DEVICE)
+    size = 32 if name.endswith("resnet20") else 64
+    x = torch.randn(1, 3, size, size, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode(), resnet_fused.implementation("eager"):
+        eager = zoo.logits(model, x)
+        exact = zoo.logits(copy.deepcopy(model).double(), x.double())
+    resnet_fused.fuse(model)
+    with torch.inference_mode(), resnet_fused.implementation("triton"), resnet_fused.trace() as trace:
+        ours = zoo.logits(model, x)
+    assert_within_rule(ours, eager, exact)
+    return model, x, trace
+
+
+@pytest.mark.parametrize("name", zoo.MODELS)
+def test_same_output_as_eager(name):
+    run_both(name)
+
+
+def test_resnet50_takes_one_launch_per_convolution_and_no_other_pass():
+    model, x, _ = run_both("torchvision resnet50")
+    model.to(memory_format=torch.channels_last)
+    with resnet_fused.implementation("triton"):
+        rows = resnet_fused.explain(model, x)
+    blocks = {name: m for name, m in model.named_modules() if isinstance(m, FusedBlock)}
+    assert len(rows.rows) == len(blocks) == 16
+    for row in rows.rows:
+        convolutions = sum(isinstance(m, nn.Conv2d) for m in blocks[row.name].modules())
+        assert [launch.name for launch in row.launches] == ["conv_forward"] * convolutions
+
+
+def test_our_resnet50_launches_the_stem_too():
+    _, _, trace = run_both("ours resnet50")
+    names = [launch.name for launch in trace.launches]
+    assert names.count("conv_forward") == 53
+    assert not {"aten.convolution", "aten.relu", "aten.add"} & set(names)
