@@ -145,22 +145,22 @@ def resnet152(**options: Any) -> ResNet:
 
 
 def resnext50_32x4d(**options: Any) -> ResNet:
-    """ResNeXt-50 with 32 groups of 4 channels (Xie et al. 2016, arXiv:1611.05431). ``options``: as of :class:`ResNet`."""
+    """ResNeXt-50 with 32 groups of 4 channels (Xie et al. 2016, arXiv:1611.05431). ``options``: as :class:`ResNet`."""
     return ResNet(Bottleneck, [3, 4, 6, 3], **{"groups": 32, "width_per_group": 4, **options})
 
 
 def resnext101_32x8d(**options: Any) -> ResNet:
-    """ResNeXt-101 with 32 groups of 8 channels (Xie et al. 2016, arXiv:1611.05431). ``options``: as of :class:`ResNet`."""
+    """ResNeXt-101 with 32 groups of 8 channels (Xie et al. 2016, arXiv:1611.05431). ``options``: as :class:`ResNet`."""
     return ResNet(Bottleneck, [3, 4, 23, 3], **{"groups": 32, "width_per_group": 8, **options})
 
 
 def wide_resnet50_2(**options: Any) -> ResNet:
-    """Wide ResNet-50-2 (Zagoruyko and Komodakis 2016, arXiv:1605.07146). ``options``: as of :class:`ResNet`."""
+    """Wide ResNet-50-2 (Zagoruyko and Komodakis 2016, arXiv:1605.07146). ``options``: as :class:`ResNet`."""
     return ResNet(Bottleneck, [3, 4, 6, 3], **{"width_per_group": 128, **options})
 
 
 def wide_resnet101_2(**options: Any) -> ResNet:
-    """Wide ResNet-101-2 (Zagoruyko and Komodakis 2016, arXiv:1605.07146). ``options``: as of :class:`ResNet`."""
+    """Wide ResNet-101-2 (Zagoruyko and Komodakis 2016, arXiv:1605.07146). ``options``: as :class:`ResNet`."""
     return ResNet(Bottleneck, [3, 4, 23, 3], **{"width_per_group": 128, **options})
 
 

@@ -65,7 +65,7 @@ class PaddedShortcut(nn.Module):
 
 
 class FusedBlock(nn.Module):
-    """A block that runs its :class:`Layout` in one launch per convolution where it can, and ``eager_forward`` elsewhere."""
+    """A block that runs its :class:`Layout` in one launch per convolution where it can, else ``eager_forward``."""
 
     layout: Layout
 
@@ -89,28 +89,31 @@ class FusedBlock(nn.Module):
         *inner, last = self.layout.units
         out = x = functional.channels_last(x)  # once, for the branch and the shortcut
         for unit in inner:
-            out = self._launch(out, unit)
-        return self._launch(out, last, self._shortcut(x))
+            out = _run_unit(self, out, unit)
+        return _run_unit(self, out, last, _run_shortcut(self, x))
 
-    def _shortcut(self, x: Tensor) -> Tensor | PaddedIdentity | None:
-        layout = self.layout
-        if not layout.residual:
-            return None
-        if isinstance(layout.shortcut, str):
-            return cast(PaddedShortcut, self.get_submodule(layout.shortcut)).view(x)
-        if layout.pool is not None:
-            x = self.get_submodule(layout.pool)(x)
-        return x if layout.shortcut is None else self._launch(x, layout.shortcut)
 
-    def _launch(self, x: Tensor, unit: Unit, residual: Tensor | PaddedIdentity | None = None) -> Tensor:
-        conv, norm = self.get_submodule(unit.conv), self.get_submodule(unit.norm)
-        return functional.launch(x, cast(nn.Conv2d, conv), cast(nn.BatchNorm2d, norm), residual, unit.relu)
+def _run_shortcut(block: FusedBlock, x: Tensor) -> Tensor | PaddedIdentity | None:
+    layout = block.layout
+    if not layout.residual:
+        return None
+    if isinstance(layout.shortcut, str):
+        return cast(PaddedShortcut, block.get_submodule(layout.shortcut)).view(x)
+    if layout.pool is not None:
+        x = block.get_submodule(layout.pool)(x)
+    return x if layout.shortcut is None else _run_unit(block, x, layout.shortcut)
+
+
+def _run_unit(block: FusedBlock, x: Tensor, unit: Unit, residual: Tensor | PaddedIdentity | None = None) -> Tensor:
+    conv, norm = block.get_submodule(unit.conv), block.get_submodule(unit.norm)
+    return functional.launch(x, cast(nn.Conv2d, conv), cast(nn.BatchNorm2d, norm), residual, unit.relu)
 
 
 class _NumberedBlock(FusedBlock):
     """A block with submodules ``conv1, bn1, conv2, bn2 ...``, ``relu`` and ``downsample``."""
 
     depth: int
+    relu: nn.Module
     downsample: nn.Module | None
 
     @property
@@ -124,17 +127,21 @@ class _NumberedBlock(FusedBlock):
 
     def why_eager(self, x: Tensor) -> str | None:
         downsample = self.downsample
-        if downsample is None or isinstance(downsample, PaddedShortcut):
-            return super().why_eager(x)
-        if type(downsample) is not nn.Sequential or len(downsample) != 2:
-            return f"the shortcut is {type(downsample).__qualname__}, not nn.Sequential of a convolution and its norm"
+        if downsample is not None and not isinstance(downsample, PaddedShortcut):
+            if type(downsample) is not nn.Sequential or len(downsample) != 2:
+                return (
+                    f"the shortcut is {type(downsample).__qualname__}, not nn.Sequential of a convolution and its norm"
+                )
+        if type(self.relu) is not nn.ReLU:
+            return f"the activation is {type(self.relu).__qualname__}"
         return super().why_eager(x)
 
 
 class BasicBlock(_NumberedBlock):
     """Two 3x3 convolutions; torchvision's constructor arguments, attribute names and state-dict keys.
 
-    ``x`` [N, inplanes, H, W] -> [N, planes, ceil(H/stride), ceil(W/stride)]. He et al. 2015 (arXiv:1512.03385), figure 5.
+    ``x`` [N, inplanes, H, W] -> [N, planes, ceil(H/stride), ceil(W/stride)].
+    He et al. 2015 (arXiv:1512.03385), figure 5.
     """
 
     expansion = 1

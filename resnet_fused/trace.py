@@ -15,7 +15,7 @@ from torch.utils.flop_counter import flop_registry
 from resnet_fused.kernels.launch import Call, TileConfig, observe
 from resnet_fused.table import render
 
-_ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh", "set_")
+_ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh", "set_", "as_strided_")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,213 @@
+"""Recognition: what a module computes, read off its own forward."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
+
+from resnet_fused import functional
+from resnet_fused.modules import FusedBlock, Layout, Unit
+
+_PARTS = {"conv": nn.Conv2d, "norm": _BatchNorm, "relu": nn.ReLU, "identity": nn.Identity, "pool": nn.AvgPool2d}
+_EXACT = (nn.ReLU, nn.Identity, nn.AvgPool2d)
+_CALLS = {
+    "relu": (F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"),
+    "add": (operator.add, operator.iadd, torch.add, "add", "add_"),
+}
+_IN_PLACE = (operator.iadd, "add_")
+
+
+class _NoBlock(Exception):
+    """Says why a module is not recognised."""
+
+
+def recognise(module: nn.Module) -> Layout | str:
+    """The layout of ``module``, or in words why it cannot run fused.
+
+    Its submodules must be those of a plain block, without hooks or parametrizations. Then the module's own forward is
+    traced symbolically in eval mode and must come to ``relu(units(x) + shortcut(x))``, or to units alone, and to
+    nothing else. So it matters neither which library the class is from nor how it names its submodules; a forward that
+    looks at shapes or values, or that writes to the module, is refused. Nothing is computed, and the module stays as it
+    was.
+    """
+    try:
+        _check_parts(module)
+        layout = _match(module, _trace(module))
+        _check_units(module, layout)
+    except _NoBlock as reason:
+        return str(reason)
+    return layout
+
+
+def _check_parts(module: nn.Module, prefix: str = "") -> None:
+    for name, part in module.named_children():
+        name = prefix + name
+        if functional.hooked(part):
+            raise _NoBlock(f"hooks are registered on {name}")
+        if parametrize.is_parametrized(part):
+            raise _NoBlock(f"{name} is parametrised")
+        if type(part) in _EXACT or isinstance(part, nn.Conv2d | _BatchNorm):
+            continue
+        if not part._modules and not isinstance(part, nn.Sequential):
+            raise _NoBlock(f"{name} is {type(part).__qualname__}, which is no part of a plain block")
+        _check_parts(part, f"{name}.")
+
+
+class _Proxy(fx.Proxy):
+    """A proxy that tells ``a += b`` from ``a = a + b``."""
+
+    def __iadd__(self, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+
+
+class _Tracer(fx.Tracer):
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, tuple(_PARTS.values()))
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return super().call_module(m, m.eager_forward if isinstance(m, FusedBlock) else forward, args, kwargs)
+
+
+def _trace(module: nn.Module) -> fx.Graph:
+    if "forward" in vars(module):
+        raise _NoBlock("its forward is replaced on the instance")
+    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    if len(parameters) != 1 or parameters[0].kind not in (
+        parameters[0].POSITIONAL_ONLY,
+        parameters[0].POSITIONAL_OR_KEYWORD,
+    ):
+        raise _NoBlock("its forward takes more than one input")
+    with _restored(module):
+        try:
+            return _Tracer().trace(module)
+        except Exception as error:  # whatever the forward of a stranger may raise
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise _NoBlock(f"its forward cannot be traced: {reason}") from error
+
+
+@contextmanager
+def _restored(module: nn.Module) -> Iterator[None]:
+    """Eval mode inside the ``with`` block; every attribute is as before after it, and the block must not write any."""
+    before = [(part, dict(vars(part))) for part in module.modules()]
+    for part, _ in before:
+        part.training = False
+    try:
+        yield
+        for part, attributes in before:
+            now = vars(part)
+            if now.keys() != attributes.keys() or any(
+                now[k] is not v for k, v in attributes.items() if k != "training"
+            ):
+                raise _NoBlock("its forward writes to the module")
+    finally:
+        for part, attributes in before:
+            vars(part).clear()
+            vars(part).update(attributes)
+
+
+def _match(module: nn.Module, graph: fx.Graph) -> Layout:
+    *inner, output = [node for node in graph.nodes if node.op != "placeholder"]
+    if any(len(node.users) != 1 for node in inner) or not isinstance(output.args[0], fx.Node):
+        raise _NoBlock("its forward uses a value twice, drops one, or returns more than one tensor")
+    result = output.args[0]
+    relu = _kind(module, result) == "relu"
+    join = _operand(module, result) if relu else result
+    if _kind(module, join) != "add":
+        return Layout(_units(module, _path(module, result)), residual=False)
+    paths = [_path(module, operand) for operand in _operands(join)]
+    if join.target in _IN_PLACE and not paths[0]:
+        raise _NoBlock("its forward adds to its input in place")
+    branch, shortcut = sorted(paths, key=lambda path: (_pooled(module, path), -len(path)))
+    *units, last = _units(module, branch)
+    if last.relu:
+        raise _NoBlock("a ReLU stands between the last batch norm and the addition")
+    layout = Layout((*units, replace(last, relu=relu)))
+    if not shortcut:
+        return layout
+    pool = str(shortcut.pop(0).target) if _pooled(module, shortcut) else None
+    projection = _units(module, shortcut)
+    if len(projection) != 1 or projection[0].relu:
+        raise _NoBlock("its shortcut is neither the identity nor one convolution with batch norm")
+    return replace(layout, shortcut=projection[0], pool=pool)
+
+
+def _kind(module: nn.Module, node: fx.Node) -> str:
+    if node.op == "placeholder":
+        return "input"
+    if node.op == "call_module":
+        part = module.get_submodule(str(node.target))
+        return next(kind for kind, types in _PARTS.items() if isinstance(part, types))
+    for kind, targets in _CALLS.items():
+        if node.target in targets:
+            return kind
+    raise _NoBlock(f"its forward computes {getattr(node.target, '__name__', node.target)}")
+
+
+def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node]:
+    if len(node.args) == 2 and not node.kwargs and len(node.all_input_nodes) == 2:
+        return node.all_input_nodes[0], node.all_input_nodes[1]
+    raise _NoBlock("its forward adds something else than a branch and a shortcut")
+
+
+def _operand(module: nn.Module, node: fx.Node) -> fx.Node:
+    """The node that the unary ``node`` works on, behind any identities."""
+    if len(node.all_input_nodes) != 1:
+        raise _NoBlock(f"its forward calls {node.target} with other arguments than one tensor")
+    before = node.all_input_nodes[0]
+    return _operand(module, before) if _kind(module, before) == "identity" else before
+
+
+def _path(module: nn.Module, node: fx.Node) -> list[fx.Node]:
+    """The operations from the input to ``node``, without identities."""
+    path: list[fx.Node] = []
+    while (kind := _kind(module, node)) != "input":
+        if kind == "add":
+            raise _NoBlock("it is more than one block")
+        if kind != "identity":
+            path.insert(0, node)
+        node = _operand(module, node)
+    return path
+
+
+def _pooled(module: nn.Module, path: list[fx.Node]) -> bool:
+    return bool(path) and _kind(module, path[0]) == "pool"
+
+
+def _units(module: nn.Module, path: list[fx.Node]) -> tuple[Unit, ...]:
+    kinds = [_kind(module, node) for node in path]
+    units, at = [], 0
+    while at < len(path):
+        if kinds[at : at + 2] != ["conv", "norm"]:
+            raise _NoBlock(f"{path[at].target} is not part of a convolution, batch norm and ReLU in this order")
+        relu = kinds[at + 2 : at + 3] == ["relu"]
+        units.append(Unit(str(path[at].target), str(path[at + 1].target), relu))
+        at += 3 if relu else 2
+    if not units:
+        raise _NoBlock("it has no convolution")
+    return tuple(units)
+
+
+def _check_units(module: nn.Module, layout: Layout) -> None:
+    channels = []
+    for unit in layout.all_units():
+        conv, norm = module.get_submodule(unit.conv), module.get_submodule(unit.norm)
+        if (reason := functional.why_unfusable(conv, norm)) is not None:
+            raise _NoBlock(f"{unit.conv}: {reason}")
+        channels.append((conv.in_channels, conv.out_channels))
+    width = channels[len(layout.units) - 1][1]
+    other = channels[-1][1] if layout.shortcut is not None else channels[0][0]
+    if layout.residual and width != other:
+        raise _NoBlock(f"its branch has {width} channels and its shortcut {other}")
