@@ -174,12 +174,12 @@ def conv_forward_kernel(
 ):
     """``y[m, co] = epilogue(sum over r, s, ci of prologue(x[pixel(m, r, s), ci]) * w[co, r, s, ci])``.
 
-    One program computes BLOCK_M pixels x BLOCK_N output channels of one group (or of several merged ones). It walks K tap by
-    tap, each tap in ``chunks`` of BLOCK_K channels; which taps of a pixel lie inside the image is decoded once, before the
-    loop. CI and CO are the channels of the group.
+    One program computes BLOCK_M pixels x BLOCK_N output channels of one group (or of several merged ones). It walks K
+    tap by tap, each tap in ``chunks`` of BLOCK_K channels; which taps of a pixel lie inside the image is decoded once,
+    before the loop. CI and CO are the channels of the group.
 
     FLAT: so few input channels that a chunk runs across taps: K = (r, s, ci) is cut every BLOCK_K wherever that falls.
-    MERGED: CI and CO hold several groups of group_ci and group_co channels each; the filter of such a tile is block-diagonal.
+    MERGED: CI and CO hold several groups of group_ci and group_co channels each, and the filter is block-diagonal.
     """
     OFFSET: tl.constexpr = tl.int64 if INT64 else tl.int32
     tiles_n = tl.cdiv(CO, BLOCK_N)
@@ -322,8 +322,8 @@ class Norm(NamedTuple):
 class ConvProblem:
     """Everything about a convolution that the choice of its tile may depend on.
 
-    ``ci`` and ``co`` count all channels, over all ``groups``. ``tf32``: fp32 factors may be rounded to TF32. ``arch``: 80 for
-    sm_80 ..., or INTERPRETER.
+    ``ci`` and ``co`` count all channels, over all ``groups``. ``tf32``: fp32 factors may be rounded to TF32. ``arch``:
+    80 for sm_80 ..., or INTERPRETER.
     """
 
     n: int
@@ -359,7 +359,7 @@ class ConvProblem:
 
     @property
     def merged(self) -> int:
-        """Groups that share a tile, so that narrow groups fill a tensor-core instruction (at most 32 channels of input)."""
+        """Groups that share a tile, so that narrow ones fill a tensor-core instruction: at most 32 input channels."""
         if self.groups == 1:
             return 1
         width = self.ci // self.groups
@@ -387,7 +387,7 @@ _MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
 
 @lru_cache(maxsize=4096)
 def default_config(problem: ConvProblem) -> TileConfig:
-    """The tile for ``problem`` where nothing was measured: wide enough for the tensor cores, small enough to fill the GPU."""
+    """The tile where nothing was measured: wide enough for the tensor cores, small enough to fill the GPU."""
     ci, co = problem.tile_channels
     block_n = max(16, triton.next_power_of_2(co))
     k = problem.r * problem.s * ci if problem.flat else ci
@@ -470,12 +470,12 @@ def conv_forward(
     ``x`` [N, CI, H, W] and ``residual`` are pixel-linear (channels_last, or a slice of its channels or images), ``w``
     [CO, CI/groups, R, S] is channels_last and has the dtype of ``x``. ``prologue`` = (scale, shift), fp32 vectors [CI]:
     the input becomes ``relu(scale*x + shift)``, and padding zero after it. ``residual``: [N, CO, P, Q]; or, with a
-    ``residual_step`` above 1 or fewer channels, every ``residual_step``-th pixel of it is added to the output channels from
-    ``residual_before`` on. ``out``: a pixel-linear tensor [N, CO, P, Q] to write to. ``config``: the tile; without it,
-    ``default_config``.
+    ``residual_step`` above 1 or fewer channels, every ``residual_step``-th pixel of it is added to the output channels
+    from ``residual_before`` on. ``out``: a pixel-linear tensor [N, CO, P, Q] to write to. ``config``: the tile; without
+    it, ``default_config``.
 
-    Returns [N, CO, P, Q], channels_last, of ``out_dtype`` (that of ``x`` if not given). Raises ValueError for tensors that
-    are not laid out so, RuntimeError where nothing can execute the kernel.
+    Returns [N, CO, P, Q], channels_last, of ``out_dtype`` (that of ``x`` if not given). Raises ValueError for tensors
+    that are not laid out so, RuntimeError where nothing can execute the kernel.
     """
     n, ci, h, width = x.shape
     co, _, r, s = w.shape

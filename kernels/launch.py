@@ -16,7 +16,7 @@ INTERPRETER = 0
 """The architecture that stands for Triton's interpreter."""
 
 SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
-"""Shared memory that one program may use, in bytes, by architecture (CUDA C++ Programming Guide, compute capabilities)."""
+"""Shared memory that one program may use, in bytes, by architecture (CUDA C++ Programming Guide, compute capability)."""
 
 _POINTERS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
 
@@ -36,8 +36,8 @@ class TileConfig:
 class Cost:
     """What a launch costs at the least.
 
-    ``flops`` counts a multiply-accumulate as two. ``bytes_read`` and ``bytes_written`` count each byte of a tensor that the
-    result depends on once: what device memory carries if the caches are perfect.
+    ``flops`` counts a multiply-accumulate as two. ``bytes_read`` and ``bytes_written`` count each byte of a tensor that
+    the result depends on once: what device memory carries if the caches are perfect.
     """
 
     flops: int
@@ -125,7 +125,7 @@ _dry_arch: int | None = None
 
 @contextmanager
 def dry_run(arch: int) -> Iterator[None]:
-    """Launch nothing inside the ``with`` block: calls are made for ``arch`` and only observed, so meta tensors will do."""
+    """Launch nothing inside the ``with`` block: calls are planned for ``arch`` and observed; meta tensors will do."""
     global _dry_arch
     before, _dry_arch = _dry_arch, arch
     try:

@@ -40,7 +40,7 @@ def conv_bn_act(
 
 
 def why_eager(x: Tensor, units: Iterable[tuple[nn.Module, nn.Module]]) -> str | None:
-    """Why a chain of (convolution, batch norm) ``units`` on input ``x`` runs eager as things stand, or None if fused."""
+    """Why a chain of (convolution, batch norm) ``units`` on input ``x`` runs eager as things stand, or None."""
     if (reason := plan.why_eager(x)) is not None:
         return reason
     if x.dtype not in plan.DTYPES:
@@ -59,7 +59,7 @@ def why_eager(x: Tensor, units: Iterable[tuple[nn.Module, nn.Module]]) -> str | 
 
 
 def why_unfusable(conv: nn.Module, bn: nn.Module) -> str | None:
-    """Why the modules of a unit rule the kernels out, whatever their input (types, hooks, padding mode ...), or None."""
+    """Why the modules of a unit rule the kernels out whatever their input (types, hooks, padding ...), or None."""
     if type(conv) is not nn.Conv2d:
         return f"the convolution is {_named(conv)}, not torch.nn.Conv2d itself"
     if type(bn) is not nn.BatchNorm2d:
@@ -139,7 +139,7 @@ def _named(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
-def _check(x: Tensor, conv: nn.Module, bn: nn.Module, residual: Tensor | PaddedIdentity | None) -> None:
+def _check(x: Tensor, conv: nn.Conv2d, bn: nn.Module, residual: Tensor | PaddedIdentity | None) -> None:
     for name, value, kind in (("x", x, Tensor), ("conv", conv, nn.Conv2d), ("bn", bn, nn.Module)):
         if not isinstance(value, kind):
             raise TypeError(f"{name} must be a {kind.__module__}.{kind.__qualname__}; got {type(value).__qualname__}")

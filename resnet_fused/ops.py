@@ -1,4 +1,4 @@
-"""The operator boundary: kernels as ``torch.library`` operators, opaque to the compiler, with fakes of exact strides."""
+"""The operator boundary: kernels as ``torch.library`` operators with fakes of exact strides."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from resnet_fused.kernels.launch import dry_running
 _library = torch.library.Library("resnet_fused", "DEF")
 _library.define(
     "conv_bn_act(Tensor x, Tensor w, Tensor? bias, Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, float eps, "
-    "Tensor? residual, int residual_step, int residual_before, int[2] stride, int[2] padding, int[2] dilation, int groups, "
-    "bool relu, bool tf32, ScalarType out_dtype) -> Tensor"
+    "Tensor? residual, int residual_step, int residual_before, int[2] stride, int[2] padding, int[2] dilation, "
+    "int groups, bool relu, bool tf32, ScalarType out_dtype) -> Tensor"
 )
 
 

@@ -74,7 +74,7 @@ _reported: set[str] = set()
 
 
 def report_once(reason: str) -> None:
-    """Log ``reason`` for not fusing a unit the first time that it comes up in this process, unless it was to be expected."""
+    """Log why a unit is not fused, the first time that ``reason`` comes up, unless it was to be expected."""
     if reason not in (FORCED, NO_GPU) and reason not in _reported and not torch.compiler.is_compiling():
         _reported.add(reason)
         logger.warning("runs eager: %s", reason)

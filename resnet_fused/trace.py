@@ -15,7 +15,16 @@ from torch.utils.flop_counter import flop_registry
 from resnet_fused.kernels.launch import Call, TileConfig, observe
 from resnet_fused.table import render
 
-_ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh", "set_", "as_strided_")
+_NO_WORK = {
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "lift_fresh",
+    "set_",
+    "as_strided_",
+}
 
 
 @dataclass(frozen=True)
@@ -94,7 +103,7 @@ class _LibraryCalls(TorchDispatchMode):
 
 
 def _does_work(func: Any) -> bool:
-    if func._schema.name.removeprefix("aten::") in _ALLOCATIONS:
+    if func._schema.name.removeprefix("aten::") in _NO_WORK:
         return False
     returns_alias = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
     return bool(func._schema.returns) and not returns_alias

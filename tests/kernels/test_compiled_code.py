@@ -1,7 +1,7 @@
 """Every kernel that the models can launch, compiled for every supported GPU: tensor cores used, nothing spilled.
 
-Compilation needs no GPU, but it needs Triton's compiler in place of its interpreter, so it runs in processes of its own.
-Triton caches what it compiled, so that only the first run takes minutes.
+Compilation needs no GPU, but it needs Triton's compiler in place of its interpreter, so it runs in processes of its
+own. Triton caches what it compiled, so that only the first run takes minutes.
 """
 
 from __future__ import annotations
