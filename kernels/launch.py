@@ -16,7 +16,7 @@ INTERPRETER = 0
 """The architecture that stands for Triton's interpreter."""
 
 SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
-"""Shared memory that one program may use, in bytes, by architecture (CUDA C++ Programming Guide, compute capability)."""
+"""Shared memory that one program may use, in bytes, by architecture (CUDA C++ Programming Guide)."""
 
 _POINTERS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
 

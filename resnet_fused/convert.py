@@ -140,7 +140,7 @@ def unfuse(model: nn.Module) -> nn.Module:
 
 @dataclass
 class _Found:
-    """A module that is or could be fused; ``verdict``: its layout, True for a run or a fused block, or why not."""
+    """A module that is or could be fused; ``verdict``: its layout, True for a sequence with runs, or why not."""
 
     name: str
     module: nn.Module
@@ -157,19 +157,18 @@ def _find(model: nn.Module) -> Iterator[_Found]:
             continue
         seen.add(module)
         verdict = _examine(module)
-        if not isinstance(verdict, str) or _is_innermost(module):
-            if verdict is not None:
-                yield _Found(name, module, verdict)
-        if not isinstance(verdict, Layout) and (
-            not isinstance(module, FusedBlock) or isinstance(module, nn.Sequential)
-        ):
+        if isinstance(verdict, str) and not _is_innermost(module):
+            verdict = None
+        if verdict is not None:
+            yield _Found(name, module, verdict)
+        if not isinstance(verdict, Layout):
             pending += [(f"{name}.{child}".lstrip("."), m) for child, m in module.named_children()]
 
 
 def _examine(module: nn.Module) -> Layout | bool | str | None:
-    """The verdict on ``module``, or None if it is neither a block nor a run."""
+    """The verdict on ``module``, or None if there is nothing to fuse in it."""
     if isinstance(module, FusedBlock):
-        return True
+        return isinstance(module, ConvertedSequential) or module.layout
     if isinstance(module, nn.Conv2d) or not any(isinstance(part, nn.Conv2d) for part in module.modules()):
         return None
     if taken := [name for name in _CLAIMED if hasattr(module, name)]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
@@ -54,6 +54,8 @@ def _check_parts(module: nn.Module, prefix: str = "") -> None:
         name = prefix + name
         if functional.hooked(part):
             raise _NoBlock(f"hooks are registered on {name}")
+        if "forward" in vars(part):
+            raise _NoBlock(f"the forward of {name} is replaced on the instance")
         if parametrize.is_parametrized(part):
             raise _NoBlock(f"{name} is parametrised")
         if type(part) in _EXACT or isinstance(part, nn.Conv2d | _BatchNorm):
@@ -84,11 +86,8 @@ class _Tracer(fx.Tracer):
 def _trace(module: nn.Module) -> fx.Graph:
     if "forward" in vars(module):
         raise _NoBlock("its forward is replaced on the instance")
-    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
-    if len(parameters) != 1 or parameters[0].kind not in (
-        parameters[0].POSITIONAL_ONLY,
-        parameters[0].POSITIONAL_OR_KEYWORD,
-    ):
+    parameters = list(signature(type(module).forward).parameters.values())[1:]
+    if len(parameters) != 1 or parameters[0].kind in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD):
         raise _NoBlock("its forward takes more than one input")
     with _restored(module):
         try:

@@ -205,10 +205,21 @@ def test_each_block_is_judged_by_itself():
     model = torchvision.models.ResNet(BasicBlock, [1, 3, 1, 1])
     model.layer2[1].forward = lambda x: 2 * x
     model.layer2[2].layout = "mine"
+    model.layer3[0].conv2.forward = lambda x: x
     fuse(model)
-    assert [isinstance(block, ConvertedBlock) for block in model.layer2] == [True, False, False]
-    reasons = [row["reason"] for row in explain(model).to_dict()][1:4]
-    assert reasons == ["", "its forward is replaced on the instance", "it has an attribute 'layout' of its own"]
+    assert [isinstance(block, ConvertedBlock) for block in (*model.layer2, *model.layer3)] == [
+        True,
+        False,
+        False,
+        False,
+    ]
+    assert [row["reason"] for row in explain(model).to_dict() if row["name"][:6] in ("layer2", "layer3")] == [
+        "",
+        "its forward is replaced on the instance",
+        "it has an attribute 'layout' of its own",
+        "the forward of conv2 is replaced on the instance",
+        "",
+    ]
 
 
 def test_hooks_of_the_block_do_not_run_while_it_is_examined():
@@ -283,6 +294,30 @@ def test_idempotent_and_after_loading():
     assert [type(m) for m in model.modules()] == kinds
     assert [m.layout for m in model.modules() if isinstance(m, ConvertedBlock)] == layouts
     model.load_state_dict(small().state_dict(), strict=True)
+
+
+def test_in_inference_mode_the_parameters_stay_trainable():
+    model = small()
+    with torch.inference_mode():
+        fuse(model)
+    model.train()(torch.randn(2, 3, 32, 32)).sum().backward()
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_distributed_data_parallel(when, tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = small().train()
+        wrapped = torch.nn.parallel.DistributedDataParallel(fuse(model) if when == "before" else model)
+        fuse(wrapped, strict=True)
+        assert converted(wrapped) == 4
+        optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
+        before = model.layer1[0].conv1.weight.detach().clone()
+        wrapped(torch.randn(2, 3, 32, 32)).sum().backward()
+        optimizer.step()
+        assert not torch.equal(model.layer1[0].conv1.weight, before)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_filter():

@@ -1,0 +1,72 @@
+"""Calls as values: observed, planned without running; and where nothing can run them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from resnet_fused.kernels.conv_forward import conv_forward
+from resnet_fused.kernels.launch import INTERPRETER, dry_run, dry_running, interpreting, observe, target_arch
+
+ROOT = Path(__file__).parents[2]
+
+
+def planned(n: int = 8, ci: int = 64, arch: int = 90):
+    calls = []
+    with dry_run(arch), observe(calls.append):
+        x = torch.empty(n, ci, 14, 14, dtype=torch.float16, device="meta", memory_format=torch.channels_last)
+        y = conv_forward(x, torch.empty(128, ci, 1, 1, dtype=torch.float16, device="meta"))
+    assert y.shape == (n, 128, 14, 14)
+    return calls[0]
+
+
+def test_dry_run_launches_nothing_and_ends():
+    call = planned()
+    assert call.arguments["M"] == 8 * 14 * 14
+    assert not dry_running()
+
+
+@pytest.mark.skipif(not interpreting(), reason="a GPU runs the compiled kernels, the interpreter is off")
+def test_target_of_the_interpreter():
+    assert target_arch() == INTERPRETER
+
+
+def test_specialisation_follows_divisibility_and_not_the_batch():
+    code = """
+from tests.kernels.test_launch import planned
+assert planned(n=64).specialization() == planned(n=65).specialization()
+assert planned(ci=64).specialization() != planned(ci=60).specialization()
+"""
+    compiler_on(code, check=True)
+
+
+def test_observers_are_forgotten():
+    calls = []
+    with observe(calls.append):
+        pass
+    planned()
+    assert calls == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here the kernels can be executed")
+def test_without_gpu_and_interpreter_the_error_says_so():
+    code = (
+        "import torch; from resnet_fused.kernels.conv_forward import conv_forward;"
+        "conv_forward(torch.zeros(1, 16, 1, 1), torch.zeros(16, 16, 1, 1))"
+    )
+    run = compiler_on(code, check=False)
+    assert run.returncode == 1
+    assert "RuntimeError: nothing here can execute a Triton kernel" in run.stderr
+    assert "TRITON_INTERPRET=1" in run.stderr
+
+
+def compiler_on(code: str, check: bool) -> subprocess.CompletedProcess:
+    """Run ``code`` in a process where Triton compiles instead of interpreting."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=check)
