@@ -65,7 +65,7 @@ def why_unfusable(conv: nn.Module, bn: nn.Module) -> str | None:
     if type(bn) is not nn.BatchNorm2d:
         return f"the normalisation is {_named(bn)}, not torch.nn.BatchNorm2d itself"
     if hooked(conv) or hooked(bn):
-        return "hooks are registered on the convolution or the batch norm"
+        return "hooks, or a forward of its own, are set on the convolution or the batch norm"
     if conv.padding_mode != "zeros":
         return f"the convolution has padding_mode={conv.padding_mode!r}"
     if max(conv.kernel_size) > plan.MAX_FILTER:
@@ -76,8 +76,8 @@ def why_unfusable(conv: nn.Module, bn: nn.Module) -> str | None:
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether calling ``module`` would run hooks, which a fused forward would bypass."""
-    return bool(
+    """Whether calling ``module`` would run hooks or a forward set on the instance, which fusing would bypass."""
+    return "forward" in vars(module) or bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
