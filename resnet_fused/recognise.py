@@ -52,10 +52,10 @@ def recognise(module: nn.Module) -> Layout | str:
 def _check_parts(module: nn.Module, prefix: str = "") -> None:
     for name, part in module.named_children():
         name = prefix + name
-        if functional.hooked(part):
-            raise _NoBlock(f"hooks are registered on {name}")
         if "forward" in vars(part):
             raise _NoBlock(f"the forward of {name} is replaced on the instance")
+        if functional.hooked(part):
+            raise _NoBlock(f"hooks are registered on {name}")
         if parametrize.is_parametrized(part):
             raise _NoBlock(f"{name} is parametrised")
         if type(part) in _EXACT or isinstance(part, nn.Conv2d | _BatchNorm):
