@@ -117,7 +117,7 @@ def launch(
         conv.dilation,
         conv.groups,
         relu,
-        dtype == torch.float32 and torch.backends.cudnn.allow_tf32,
+        plan.tf32(dtype),
         dtype if res is None else torch.promote_types(dtype, res.dtype),
     )
 

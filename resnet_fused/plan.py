@@ -48,6 +48,15 @@ def implementation(name: str) -> Iterator[None]:
         _requested.reset(token)
 
 
+def tf32(dtype: torch.dtype) -> bool:
+    """Whether a convolution in ``dtype`` may round its factors to TF32: as cuDNN may.
+
+    Reads what both ``torch.backends.cudnn.allow_tf32`` and the newer ``cudnn.conv.fp32_precision`` set: the former can
+    not be read once the latter was used.
+    """
+    return dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+
+
 def requested() -> str:
     """The implementation in force: ``"auto"``, ``"triton"`` or ``"eager"``."""
     return _requested.get()
