@@ -117,7 +117,6 @@ def launch(
         conv.dilation,
         conv.groups,
         relu,
-        plan.tf32(dtype),
         dtype if res is None else torch.promote_types(dtype, res.dtype),
     )
 

@@ -215,9 +215,8 @@ class TritonConv(nn.Module):
         if residual is not None:
             residual = residual.contiguous(memory_format=torch.channels_last)
         norm = self.mean, self.var, self.gamma, self.beta, self.eps
-        tf32 = plan.tf32(x.dtype)
         return ops.conv_bn_act(
-            x, self.weight, self.conv_bias, *norm, residual, 1, 0, *self.geometry, self.relu, tf32, x.dtype
+            x, self.weight, self.conv_bias, *norm, residual, 1, 0, *self.geometry, self.relu, x.dtype
         )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resnet_fused import plan
 from resnet_fused.kernels.conv_forward import Norm, conv_forward, output_size
 from resnet_fused.kernels.launch import dry_running
 
@@ -14,7 +15,7 @@ _library = torch.library.Library("resnet_fused", "DEF")
 _library.define(
     "conv_bn_act(Tensor x, Tensor w, Tensor? bias, Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, float eps, "
     "Tensor? residual, int residual_step, int residual_before, int[2] stride, int[2] padding, int[2] dilation, "
-    "int groups, bool relu, bool tf32, ScalarType out_dtype) -> Tensor"
+    "int groups, bool relu, ScalarType out_dtype) -> Tensor"
 )
 
 
@@ -35,7 +36,6 @@ def _conv_bn_act(
     dilation: list[int],
     groups: int,
     relu: bool,
-    tf32: bool,
     out_dtype: torch.dtype,
 ) -> Tensor:
     with torch.cuda.device_of(x):
@@ -52,7 +52,7 @@ def _conv_bn_act(
             residual_step=residual_step,
             residual_before=residual_before,
             relu=relu,
-            tf32=tf32,
+            tf32=plan.tf32(x.dtype),
             out_dtype=out_dtype,
         )
 
@@ -60,7 +60,7 @@ def _conv_bn_act(
 def _conv_bn_act_fake(x: Tensor, w: Tensor, *arguments: Any) -> Tensor:
     if dry_running():
         return _conv_bn_act(x, w, *arguments)
-    stride, padding, dilation, out_dtype = *arguments[9:12], arguments[15]
+    stride, padding, dilation, out_dtype = *arguments[9:12], arguments[14]
     p, q = (output_size(x.shape[2 + i], w.shape[2 + i], stride[i], padding[i], dilation[i]) for i in (0, 1))
     shape = (x.shape[0], w.shape[0], p, q)
     return torch.empty(shape, dtype=out_dtype, device=x.device, memory_format=torch.channels_last)
