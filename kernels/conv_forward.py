@@ -11,9 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import INTERPRETER, Call, Cost, TileConfig, interpreting, target_arch
-
-INTERPRETING = tl.constexpr(interpreting())
+from .launch import INTERPRETER, Call, Cost, TileConfig, target_arch
+from .tile import dot, load_channels, pixel_stride, relu, require_pixel_linear, span, tap_mask
 
 # Sizes that the compiled code does not depend on. CI, CO and the strides are not among them: their divisibility by 16
 # decides how wide a load or store may be.
@@ -21,41 +20,6 @@ _RUNTIME_SIZES = [
     *("M", "H", "W", "P", "Q", "chunks", "stride_h", "stride_w", "pad_h", "pad_w", "dil_h", "dil_w"),
     *("group_ci", "group_co", "res_h", "res_w", "res_channels", "res_step", "res_before"),
 ]
-
-
-@triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr):
-    """``a @ b + acc`` in fp32. The interpreter cannot multiply bfloat16: there, both factors are widened first."""
-    if INTERPRETING:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
-
-
-@triton.jit
-def relu(v):
-    """max(v, 0) that keeps NaN, as PyTorch's does (``tl.maximum`` would drop it)."""
-    return tl.where(v <= 0, 0.0, v)
-
-
-@triton.jit
-def load_channels(ptr, offs, mask):
-    """A vector of per-channel parameters in fp32."""
-    return tl.load(ptr + offs, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def tap_mask(h0, w0, mask_m, H, W, dil_h, dil_w, R: tl.constexpr, S: tl.constexpr):
-    """Per pixel, bit ``r*S + s`` tells whether tap (r, s) lies inside the image."""
-    BITS: tl.constexpr = tl.int32 if R * S < 32 else tl.int64
-    taps = tl.zeros(h0.shape, BITS)
-    for r in tl.static_range(R):
-        for s in tl.static_range(S):
-            h = h0 + r * dil_h
-            w = w0 + s * dil_w
-            inside = mask_m & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-            taps |= inside.to(BITS) << (r * S + s)
-    return taps
 
 
 @triton.jit
@@ -425,26 +389,6 @@ def _programs(problem: ConvProblem, block_m: int, block_n: int) -> int:
     return triton.cdiv(problem.m, block_m) * triton.cdiv(co, block_n) * (problem.groups // problem.merged)
 
 
-def pixel_stride(x: Tensor) -> int | None:
-    """Elements from one pixel of ``x`` [N, C, H, W] to the next, or None if ``x`` is not pixel-linear."""
-    n, c, h, w = x.shape
-    if x.numel() == 0:
-        return c
-    if c > 1 and x.stride(1) != 1:
-        return None
-    step, pixels = None, 1
-    for size, stride in ((w, x.stride(3)), (h, x.stride(2)), (n, x.stride(0))):
-        if size > 1:
-            if step is None:
-                step, rest = divmod(stride, pixels)
-                if rest or step < c:
-                    return None
-            elif stride != step * pixels:
-                return None
-        pixels *= size
-    return c if step is None else step
-
-
 def conv_forward(
     x: Tensor,
     w: Tensor,
@@ -498,7 +442,7 @@ def conv_forward(
         "shift_ptr": prologue[1] if prologue else None,
         "x_stride": pixel_stride(x),
         "RELU": relu,
-        "INT64": max(map(_span, (x, out, residual))) + tile.block_m >= 2**31,
+        "INT64": max(map(span, (x, out, residual))) + tile.block_m >= 2**31,
     }
     grid = (triton.cdiv(problem.m, tile.block_m) * triton.cdiv(group_co, tile.block_n), parts)
     Call(conv_forward_kernel, grid, arguments, tile, partial(_cost, problem, arguments)).run()
@@ -572,20 +516,10 @@ def _epilogue(
     }
 
 
-def _span(tensor: Tensor | None) -> int:
-    """Elements from the first to the last of a pixel-linear tensor."""
-    return 0 if tensor is None else tensor.shape[0] * tensor.shape[2] * tensor.shape[3] * (pixel_stride(tensor) or 0)
-
-
 def _check(
     problem: ConvProblem, x: Tensor, w: Tensor, out: Tensor, residual: Tensor | None, step: int, before: int
 ) -> None:
-    for name, tensor in (("x", x), ("out", out), ("residual", residual)):
-        if tensor is not None and pixel_stride(tensor) is None:
-            raise ValueError(
-                f"{name} must be pixel-linear (channels_last, or a slice of its channels or images); "
-                f"got shape {tuple(tensor.shape)} with strides {tensor.stride()}"
-            )
+    require_pixel_linear(x=x, out=out, residual=residual)
     if not w.permute(0, 2, 3, 1).is_contiguous():
         raise ValueError(f"w must be channels_last; got shape {tuple(w.shape)} with strides {w.stride()}")
     if w.shape[1] * problem.groups != problem.ci or problem.co % problem.groups:

@@ -5,7 +5,7 @@ Tests compare the kernels with these functions in fp64; the eager road runs them
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -51,3 +51,74 @@ def conv_bn_act(
 def scale_shift_relu(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """``relu(scale*x + shift)`` per channel of ``x`` [N, C, H, W]; ``scale`` and ``shift`` are [C]."""
     return torch.relu(x * scale[:, None, None] + shift[:, None, None])
+
+
+def batch_norm_stats(
+    mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, inv_count: float
+) -> Tensor:
+    """What batch norm does to each channel, [5, C]: mean, rstd, scale, shift, 1/count. All arguments are [C].
+
+    ``inv_count``: 1/(N*P*Q) if mean and var are the batch's own, 0 if they are constants (evaluation mode).
+    """
+    rstd = (var + eps).rsqrt()
+    scale = rstd if gamma is None else gamma * rstd
+    shift = -mean * scale if beta is None else beta - mean * scale
+    return torch.stack([mean, rstd, scale, shift, torch.full_like(mean, inv_count)])
+
+
+def batch_norm_apply(
+    y: Tensor,
+    stats: Tensor,
+    residual: Tensor | PaddedIdentity | None = None,
+    residual_stats: Tensor | None = None,
+    relu: bool = True,
+) -> Tensor:
+    """``relu(scale*y + shift + residual)`` for ``y`` [N, C, P, Q]; ``residual_stats`` normalise the residual too."""
+    z = y * stats[2, :, None, None] + stats[3, :, None, None]
+    if isinstance(residual, PaddedIdentity):
+        residual = residual.materialize(z.shape[1])
+    if residual is not None and residual_stats is not None:
+        residual = residual * residual_stats[2, :, None, None] + residual_stats[3, :, None, None]
+    if residual is not None:
+        z = z + residual
+    return torch.relu(z) if relu else z
+
+
+def batch_norm_sums(g: Tensor, y: Tensor, stats: Tensor) -> Tensor:
+    """What the backward of batch norm needs of its batch, [2, C]: ``sum g`` and ``sum g*(y - mean)`` per channel."""
+    deviation = y - stats[0, :, None, None]
+    return torch.stack([g.sum((0, 2, 3)), (g * deviation).sum((0, 2, 3))])
+
+
+def batch_norm_coefs(sums: Tensor, stats: Tensor) -> Tensor:
+    """The vectors A, B, C [3, C] of ``dy = A*g + B*y + C`` (Ioffe & Szegedy 2015, arXiv:1502.03167, section 3).
+
+    With ``sums`` of :func:`batch_norm_sums`: ``dbeta = sums[0]`` and ``dgamma = rstd*sums[1]``.
+    """
+    mean, rstd, scale, _, inv_count = stats
+    b = -scale * rstd * rstd * sums[1] * inv_count
+    return torch.stack([scale, b, -scale * sums[0] * inv_count - b * mean])
+
+
+def batch_norm_gradient(g: Tensor, y: Tensor, coefs: Tensor) -> Tensor:
+    """``dy = A*g + B*y + C``: the gradient of the convolution's output [N, C, P, Q]."""
+    a, b, c = coefs[:, :, None, None]
+    return a * g + b * y + c
+
+
+def conv_dgrad(
+    dy: Tensor, w: Tensor, size: tuple[int, int], shortcut: Tensor | None = None, step: int = 1, before: int = 0, **conv: Any
+) -> Tensor:
+    """Gradient of a convolution's input [N, CI, *size] from that of its output; plus the gradient of a shortcut.
+
+    ``shortcut``: added to every ``step``-th pixel, to the channels from ``before`` on: the adjoint of PaddedIdentity.
+    """
+    dx = torch.nn.grad.conv2d_input((dy.shape[0], w.shape[1] * conv.get("groups", 1), *size), w, dy, **conv)
+    if shortcut is not None:
+        dx[:, before : before + shortcut.shape[1], ::step, ::step] += shortcut
+    return dx
+
+
+def conv_wgrad(dy: Tensor, x: Tensor, shape: tuple[int, int, int, int], **conv: Any) -> Tensor:
+    """Gradient of a convolution's filter, of ``shape`` [CO, CI/groups, R, S]."""
+    return torch.nn.grad.conv2d_weight(x, shape, dy, **conv)

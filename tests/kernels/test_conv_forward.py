@@ -11,8 +11,9 @@ from torch import Tensor
 
 from resnet_fused import reference
 from resnet_fused.kernels import conv_forward as module
-from resnet_fused.kernels.conv_forward import ConvProblem, Norm, conv_forward, default_config, pixel_stride
+from resnet_fused.kernels.conv_forward import ConvProblem, Norm, conv_forward, default_config
 from resnet_fused.kernels.launch import INTERPRETER, TileConfig, dry_run, observe
+from resnet_fused.kernels.tile import pixel_stride
 from tests.rule import assert_within_rule
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,97 @@
+"""What the kernels share: pieces of device code, and the memory layout that launchers ask for."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import interpreting
+
+INTERPRETING = tl.constexpr(interpreting())
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """``a @ b + acc`` in fp32. The interpreter cannot multiply bfloat16: there, both factors are widened first."""
+    if INTERPRETING:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def relu(v):
+    """max(v, 0) that keeps NaN, as PyTorch's does (``tl.maximum`` would drop it)."""
+    return tl.where(v <= 0, 0.0, v)
+
+
+@triton.jit
+def load_channels(ptr, offs, mask):
+    """A vector of per-channel parameters in fp32."""
+    return tl.load(ptr + offs, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def tap_mask(h0, w0, mask_m, H, W, dil_h, dil_w, R: tl.constexpr, S: tl.constexpr):
+    """Per pixel, bit ``r*S + s`` tells whether tap (r, s) lies inside the image."""
+    BITS: tl.constexpr = tl.int32 if R * S < 32 else tl.int64
+    taps = tl.zeros(h0.shape, BITS)
+    for r in tl.static_range(R):
+        for s in tl.static_range(S):
+            h = h0 + r * dil_h
+            w = w0 + s * dil_w
+            inside = mask_m & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+            taps |= inside.to(BITS) << (r * S + s)
+    return taps
+
+
+def pixel_stride(x: Tensor) -> int | None:
+    """Elements from one pixel of ``x`` [N, C, H, W] to the next, or None if ``x`` is not pixel-linear."""
+    n, c, h, w = x.shape
+    if x.numel() == 0:
+        return c
+    if c > 1 and x.stride(1) != 1:
+        return None
+    step, pixels = None, 1
+    for size, stride in ((w, x.stride(3)), (h, x.stride(2)), (n, x.stride(0))):
+        if size > 1:
+            if step is None:
+                step, rest = divmod(stride, pixels)
+                if rest or step < c:
+                    return None
+            elif stride != step * pixels:
+                return None
+        pixels *= size
+    return c if step is None else step
+
+
+def span(tensor: Tensor | None) -> int:
+    """Elements from the first to the last of a pixel-linear tensor."""
+    return 0 if tensor is None else tensor.shape[0] * tensor.shape[2] * tensor.shape[3] * (pixel_stride(tensor) or 0)
+
+
+def require_pixel_linear(**tensors: Tensor | None) -> None:
+    """Raise ValueError, by its name, for the first tensor that is not pixel-linear; None passes."""
+    for name, tensor in tensors.items():
+        if tensor is not None and pixel_stride(tensor) is None:
+            raise ValueError(
+                f"{name} must be pixel-linear (channels_last, or a slice of its channels or images); "
+                f"got shape {tuple(tensor.shape)} with strides {tensor.stride()}"
+            )
+
+
+class Moments(NamedTuple):
+    """Statistics of a tensor with C channels, tile by tile.
+
+    ``values``: fp32 [2, T, C], the mean of each of T tiles of pixels, then the sum of squared deviations from it.
+    ``rows``: pixels per tile, ``pixels``: of all tiles, so that the last may have fewer. ``counts``: fp32 [T], the
+    pixels of each tile where they differ otherwise (``rows`` and ``pixels`` do not count then).
+    """
+
+    values: Tensor
+    rows: int
+    pixels: int
+    counts: Tensor | None = None
