@@ -107,7 +107,13 @@ def batch_norm_gradient(g: Tensor, y: Tensor, coefs: Tensor) -> Tensor:
 
 
 def conv_dgrad(
-    dy: Tensor, w: Tensor, size: tuple[int, int], shortcut: Tensor | None = None, step: int = 1, before: int = 0, **conv: Any
+    dy: Tensor,
+    w: Tensor,
+    size: tuple[int, int],
+    shortcut: Tensor | None = None,
+    step: int = 1,
+    before: int = 0,
+    **conv: Any,
 ) -> Tensor:
     """Gradient of a convolution's input [N, CI, *size] from that of its output; plus the gradient of a shortcut.
 
