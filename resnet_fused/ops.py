@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_fused import plan
+from resnet_fused import chain, plan
+from resnet_fused.kernels.batch_norm import batch_norm_apply
 from resnet_fused.kernels.conv_forward import Norm, conv_forward, output_size
 from resnet_fused.kernels.launch import dry_running
 
@@ -16,6 +17,20 @@ _library.define(
     "conv_bn_act(Tensor x, Tensor w, Tensor? bias, Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, float eps, "
     "Tensor? residual, int residual_step, int residual_before, int[2] stride, int[2] padding, int[2] dilation, "
     "int groups, bool relu, ScalarType out_dtype) -> Tensor"
+)
+_library.define(
+    "unit_forward(Tensor x, Tensor? x_stats, Tensor w, Tensor? bias, Tensor? gamma, Tensor? beta, "
+    "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? batches, float? momentum, float eps, "
+    "bool batch_stats, int[] convolution, str group) -> (Tensor, Tensor)"
+)
+_library.define(
+    "join_forward(Tensor y, Tensor stats, Tensor? residual, Tensor? residual_stats, int step, int before, bool relu, "
+    "ScalarType out_dtype) -> Tensor"
+)
+_library.define(
+    "residual_backward(Tensor dz, Tensor? z, Tensor x, Tensor? shortcut, Tensor[] weights, Tensor?[] biases, "
+    "Tensor?[] ys, Tensor[] stats, int[] convolutions, bool[] frozen, str[] groups, str kind, int step, int before, "
+    "bool[] needs, ScalarType weight_dtype, ScalarType norm_dtype) -> Tensor[]"
 )
 
 
@@ -66,7 +81,131 @@ def _conv_bn_act_fake(x: Tensor, w: Tensor, *arguments: Any) -> Tensor:
     return torch.empty(shape, dtype=out_dtype, device=x.device, memory_format=torch.channels_last)
 
 
+def _unit_forward(
+    x: Tensor,
+    x_stats: Tensor | None,
+    w: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    batches: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    batch_stats: bool,
+    convolution: list[int],
+    group: str,
+) -> tuple[Tensor, Tensor]:
+    running = chain.Running(running_mean, running_var, batches, momentum)
+    conv = chain.Convolution.decode(convolution)
+    with torch.cuda.device_of(x):
+        return chain.unit_forward(x, x_stats, w, bias, gamma, beta, running, eps, batch_stats, conv, group)
+
+
+def _unit_forward_fake(x: Tensor, x_stats: Tensor | None, w: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    if dry_running():
+        return _unit_forward(x, x_stats, w, *arguments)
+    conv = chain.Convolution.decode(arguments[9])
+    p, q = (
+        output_size(x.shape[2 + i], w.shape[2 + i], conv.stride[i], conv.padding[i], conv.dilation[i]) for i in (0, 1)
+    )
+    y = x.new_empty(x.shape[0], w.shape[0], p, q).contiguous(memory_format=torch.channels_last)
+    return y, x.new_empty(5, w.shape[0], dtype=torch.float32)
+
+
+def _join_forward(
+    y: Tensor,
+    stats: Tensor,
+    residual: Tensor | None,
+    residual_stats: Tensor | None,
+    step: int,
+    before: int,
+    relu: bool,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    with torch.cuda.device_of(y):
+        return batch_norm_apply(
+            y,
+            stats,
+            residual=residual,
+            residual_stats=residual_stats,
+            residual_step=step,
+            residual_before=before,
+            relu=relu,
+            out_dtype=out_dtype,
+        )
+
+
+def _join_forward_fake(y: Tensor, *arguments: Any) -> Tensor:
+    if dry_running():
+        return _join_forward(y, *arguments)
+    return torch.empty_like(y, dtype=arguments[6], memory_format=torch.channels_last)
+
+
+def _residual_backward(
+    dz: Tensor,
+    z: Tensor | None,
+    x: Tensor,
+    shortcut: Tensor | None,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    ys: list[Tensor | None],
+    stats: list[Tensor],
+    convolutions: list[int],
+    frozen: list[bool],
+    groups: list[str],
+    kind: str,
+    step: int,
+    before: int,
+    needs: list[bool],
+    weight_dtype: torch.dtype,
+    norm_dtype: torch.dtype,
+) -> list[Tensor]:
+    units = [
+        chain.Unit(
+            chain.Convolution.decode(convolutions[8 * i : 8 * i + 8]),
+            weights[i],
+            biases[i],
+            ys[i],
+            stats[i],
+            frozen[i],
+            groups[i],
+            chain.Needs(*needs[2 + 4 * i : 6 + 4 * i]),
+        )
+        for i in range(len(weights))
+    ]
+    branch, projection = (units[:-1], units[-1]) if kind == "projection" else (units, None)
+    wanted = chain.Wanted(needs[0], needs[1], weight_dtype, norm_dtype)
+    with torch.cuda.device_of(x):
+        dx, d_shortcut = chain.backward(dz, z, x, shortcut, branch, projection, chain.Join(kind, step, before), wanted)
+    found = [dx, d_shortcut]
+    for unit in units:
+        found += [unit.gradients.w, unit.gradients.bias, unit.gradients.gamma, unit.gradients.beta]
+    return [gradient for gradient, need in zip(found, needs, strict=True) if need and gradient is not None]
+
+
+def _residual_backward_fake(dz: Tensor, z: Tensor | None, x: Tensor, shortcut: Tensor | None, *arguments: Any) -> Any:
+    if dry_running():
+        return _residual_backward(dz, z, x, shortcut, *arguments)
+    weights, needs, weight_dtype, norm_dtype = arguments[0], *arguments[10:13]
+    like = [x, shortcut]
+    for w in weights:
+        vector = w.new_empty(w.shape[0])
+        like += [w.to(weight_dtype), vector.to(weight_dtype), vector.to(norm_dtype), vector.to(norm_dtype)]
+    return [torch.empty_like(t) for t, need in zip(like, needs, strict=True) if need and t is not None]
+
+
 _library.impl("conv_bn_act", _conv_bn_act, "CompositeExplicitAutograd")
+_library.impl("unit_forward", _unit_forward, "CompositeExplicitAutograd")
+_library.impl("join_forward", _join_forward, "CompositeExplicitAutograd")
+_library.impl("residual_backward", _residual_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("resnet_fused::conv_bn_act", _conv_bn_act_fake, lib=_library)
+torch.library.register_fake("resnet_fused::unit_forward", _unit_forward_fake, lib=_library)
+torch.library.register_fake("resnet_fused::join_forward", _join_forward_fake, lib=_library)
+torch.library.register_fake("resnet_fused::residual_backward", _residual_backward_fake, lib=_library)
 
 conv_bn_act = torch.ops.resnet_fused.conv_bn_act.default
+unit_forward = torch.ops.resnet_fused.unit_forward.default
+join_forward = torch.ops.resnet_fused.join_forward.default
+residual_backward = torch.ops.resnet_fused.residual_backward.default

@@ -11,9 +11,11 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
+from resnet_fused.kernels.launch import dry_running
+
 logger = logging.getLogger("resnet_fused")
 
-IMPLEMENTATIONS = ("auto", "triton", "eager")
+IMPLEMENTATIONS = ("auto", "triton", "mixed", "eager")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MIN_CAPABILITY = (8, 0)
 MAX_FILTER = 7
@@ -36,8 +38,10 @@ def implementation(name: str) -> Iterator[None]:
     """Force a road inside the ``with`` block, for this thread or task.
 
     ``"triton"`` launches the kernels on whatever tensors come (on CPU tensors: in Triton's interpreter under
-    ``TRITON_INTERPRET=1``), ``"eager"`` runs PyTorch's own operators, ``"auto"`` (the default, or what the environment
-    variable ``RESNET_FUSED`` says) launches the kernels on CUDA tensors and runs eager elsewhere.
+    ``TRITON_INTERPRET=1``), convolutions included. ``"mixed"`` does the same, but leaves the convolutions to PyTorch.
+    ``"eager"`` runs PyTorch's own operators. ``"auto"`` (the default, or what the environment variable
+    ``RESNET_FUSED`` says) launches the kernels on CUDA tensors, chooses per unit who convolves (see
+    :func:`convolves`), and runs eager elsewhere.
 
     Raises ValueError for any other name.
     """
@@ -58,8 +62,20 @@ def tf32(dtype: torch.dtype) -> bool:
 
 
 def requested() -> str:
-    """The implementation in force: ``"auto"``, ``"triton"`` or ``"eager"``."""
+    """The implementation in force: ``"auto"``, ``"triton"``, ``"mixed"`` or ``"eager"``."""
     return _requested.get()
+
+
+def convolves(kernel_size: tuple[int, ...], stride: tuple[int, ...], training: bool) -> bool:
+    """Whether a unit that is not eager runs its convolution in Triton ("fused") rather than in PyTorch ("mixed").
+
+    Pointwise and strided convolutions do: device memory bounds them. A wider filter with stride 1 is bound by
+    arithmetic, of which a prologue in training costs more than the passes over memory that it saves.
+    """
+    request = requested()
+    if max(kernel_size) > MAX_FILTER or request == "mixed":
+        return False
+    return request == "triton" or not training or max(kernel_size) == 1 or max(stride) > 1
 
 
 FORCED = "implementation('eager') is in force"
@@ -72,6 +88,8 @@ def why_eager(x: Tensor) -> str | None:
     if request == "eager":
         return FORCED
     if request == "auto":
+        if dry_running():
+            return None
         if not x.is_cuda:
             return NO_GPU
         if (found := torch.cuda.get_device_capability(x.device)) < MIN_CAPABILITY:

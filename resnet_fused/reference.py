@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import grad as conv_grad
 
 
 class PaddedIdentity(NamedTuple):
@@ -119,7 +120,7 @@ def conv_dgrad(
 
     ``shortcut``: added to every ``step``-th pixel, to the channels from ``before`` on: the adjoint of PaddedIdentity.
     """
-    dx = torch.nn.grad.conv2d_input((dy.shape[0], w.shape[1] * conv.get("groups", 1), *size), w, dy, **conv)
+    dx = conv_grad.conv2d_input((dy.shape[0], w.shape[1] * conv.get("groups", 1), *size), w, dy, **conv)
     if shortcut is not None:
         dx[:, before : before + shortcut.shape[1], ::step, ::step] += shortcut
     return dx
@@ -127,4 +128,4 @@ def conv_dgrad(
 
 def conv_wgrad(dy: Tensor, x: Tensor, shape: tuple[int, int, int, int], **conv: Any) -> Tensor:
     """Gradient of a convolution's filter, of ``shape`` [CO, CI/groups, R, S]."""
-    return torch.nn.grad.conv2d_weight(x, shape, dy, **conv)
+    return conv_grad.conv2d_weight(x, shape, dy, **conv)

@@ -1,0 +1,138 @@
+"""A residual block as one node of the autograd graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from resnet_fused import ops
+
+
+class UnitSpec(NamedTuple):
+    """What is constant about a unit. ``convolution``: see :meth:`resnet_fused.chain.Convolution.encode`.
+
+    ``batch_stats``: batch norm uses the batch's own statistics, shared by the process group ``group`` unless it is "".
+    """
+
+    convolution: tuple[int, ...]
+    eps: float
+    momentum: float | None
+    batch_stats: bool
+    group: str
+
+
+@dataclass(frozen=True)
+class ChainSpec:
+    """What is constant about a chain; the projection's unit, if there is one, stands last in ``units``.
+
+    ``kind`` of the shortcut: none, identity, padded (every ``step``-th pixel, ``before`` zero channels in front) or
+    projection. ``keep_last_y``: save the outputs of the last convolution and of the projection for the backward, rather
+    than compute them again there.
+    """
+
+    units: tuple[UnitSpec, ...]
+    kind: str
+    step: int
+    before: int
+    relu: bool
+    dtype: torch.dtype
+    keep_last_y: bool
+
+
+TENSORS_PER_UNIT = 7
+"""w, bias, gamma, beta, running mean, running variance, number of batches."""
+
+
+class ResidualFunction(torch.autograd.Function):
+    """``relu(units(x) + shortcut(x))``, each unit a convolution and batch norm, with a ReLU between units.
+
+    ``apply(spec, x, shortcut, *tensors)``: ``x`` and the ``shortcut``'s input (None: x itself) are channels_last;
+    ``tensors`` are TENSORS_PER_UNIT for each unit of ``spec``, None where there is none. Saved for the backward are the
+    convolutions' raw outputs, the block's output and vectors. First derivatives only.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, spec: ChainSpec, x: Tensor, shortcut: Tensor | None, *tensors: Tensor | None) -> Tensor:
+        units = [tensors[i : i + TENSORS_PER_UNIT] for i in range(0, len(tensors), TENSORS_PER_UNIT)]
+        weights = [_laid_out(unit[0], x.dtype) for unit in units]
+        branch = len(units) - (spec.kind == "projection")
+        source = x if shortcut is None else shortcut
+        ys: list[Tensor] = []
+        stats: list[Tensor] = []
+        for i, unit in enumerate(spec.units):
+            chained = 0 < i < branch
+            y, s = ops.unit_forward(
+                ys[-1] if chained else x if i == 0 else source,
+                stats[-1] if chained else None,
+                weights[i],
+                *units[i][1:],
+                unit.momentum,
+                unit.eps,
+                unit.batch_stats,
+                unit.convolution,
+                unit.group,
+            )
+            ys.append(y)
+            stats.append(s)
+        residual, residual_stats = (ys[-1], stats[-1]) if spec.kind == "projection" else (source, None)
+        if spec.kind == "none":
+            residual = None
+        z = ops.join_forward(
+            ys[branch - 1],
+            stats[branch - 1],
+            residual,
+            residual_stats,
+            spec.step,
+            spec.before,
+            spec.relu,
+            spec.dtype,
+        )
+        kept = ys if spec.keep_last_y else [*ys[: branch - 1], *[None] * (len(ys) - branch + 1)]
+        biases = [unit[1] for unit in units]
+        ctx.save_for_backward(x, shortcut, z if spec.relu else None, *weights, *biases, *kept, *stats)
+        ctx.spec, ctx.dtypes = spec, (tensors[0].dtype, x.dtype if tensors[2] is None else tensors[2].dtype)
+        return z
+
+    @staticmethod
+    def backward(ctx: Any, dz: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "fused residual blocks have first derivatives only, and create_graph=True asks for second ones: "
+                "run the forward under resnet_fused.implementation('eager')"
+            )
+        spec, n = ctx.spec, len(ctx.spec.units)
+        x, shortcut, z, *saved = ctx.saved_tensors
+        weights, biases, ys, stats = (saved[i * n : i * n + n] for i in range(4))
+        needs = [*ctx.needs_input_grad[1:3]]
+        for i in range(n):
+            needs += ctx.needs_input_grad[3 + i * TENSORS_PER_UNIT : 7 + i * TENSORS_PER_UNIT]
+        found = iter(
+            ops.residual_backward(
+                dz.contiguous(memory_format=torch.channels_last),
+                z,
+                x,
+                shortcut,
+                weights,
+                biases,
+                ys,
+                stats,
+                [number for unit in spec.units for number in unit.convolution],
+                [not unit.batch_stats for unit in spec.units],
+                [unit.group for unit in spec.units],
+                spec.kind,
+                spec.step,
+                spec.before,
+                needs,
+                *ctx.dtypes,
+            )
+        )
+        gradients = [next(found) if need else None for need in needs]
+        per_unit = [[*gradients[i : i + 4], None, None, None] for i in range(2, len(gradients), 4)]
+        return None, *gradients[:2], *(gradient for unit in per_unit for gradient in unit)
+
+
+def _laid_out(w: Tensor, dtype: torch.dtype) -> Tensor:
+    return w.to(dtype).contiguous(memory_format=torch.channels_last)

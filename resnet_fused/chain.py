@@ -1,0 +1,424 @@
+"""A chain of units, forward unit by unit and backward at once: which launches compute it, in which order.
+
+A *fused* unit runs its convolution in Triton, with batch norm's share in the prologue and the epilogue. A *mixed* one
+calls PyTorch's convolution (cuDNN on a GPU) and does batch norm's share in kernels of its own before and after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
+
+from resnet_fused import plan
+from resnet_fused.kernels.batch_norm import (
+    batch_norm_apply,
+    batch_norm_backward,
+    batch_norm_coefs,
+    batch_norm_reduce,
+    batch_norm_stats,
+    channel_moments,
+    merge_moments,
+    merge_sums,
+)
+from resnet_fused.kernels.conv_dgrad import conv_dgrad
+from resnet_fused.kernels.conv_forward import conv_forward, conv_forward_moments
+from resnet_fused.kernels.conv_wgrad import conv_wgrad
+from resnet_fused.kernels.tile import Moments
+
+
+class Convolution(NamedTuple):
+    """The arguments of a convolution, and whether it runs in Triton or in PyTorch."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+    fused: bool
+
+    def encode(self) -> list[int]:
+        """As eight integers, for the schema of an operator."""
+        return [*self.stride, *self.padding, *self.dilation, self.groups, int(self.fused)]
+
+    @classmethod
+    def decode(cls, code: Sequence[int]) -> Convolution:
+        """The inverse of :meth:`encode`."""
+        return cls((code[0], code[1]), (code[2], code[3]), (code[4], code[5]), code[6], bool(code[7]))
+
+    def geometry(self) -> dict[str, Any]:
+        """The keyword arguments that every launcher of a convolution takes."""
+        return {"stride": self.stride, "padding": self.padding, "dilation": self.dilation, "groups": self.groups}
+
+
+class Join(NamedTuple):
+    """How a chain ends. ``kind`` of the shortcut: none, identity, padded (PaddedIdentity) or projection."""
+
+    kind: str
+    step: int
+    before: int
+
+
+class Running(NamedTuple):
+    """Batch norm's buffers and how they are updated; ``momentum`` None: the average over all batches."""
+
+    mean: Tensor | None
+    var: Tensor | None
+    batches: Tensor | None
+    momentum: float | None
+
+
+class Needs(NamedTuple):
+    """Which gradients of a unit are wanted."""
+
+    w: bool
+    bias: bool
+    gamma: bool
+    beta: bool
+
+
+@dataclass
+class Gradients:
+    """Of one unit's parameters; None where not wanted."""
+
+    w: Tensor | None = None
+    bias: Tensor | None = None
+    gamma: Tensor | None = None
+    beta: Tensor | None = None
+
+
+@dataclass
+class Unit:
+    """A unit as the backward sees it, which fills in ``gradients``.
+
+    ``y`` is None if it was not kept. ``frozen``: its statistics are constants. ``group``: see :func:`unit_forward`.
+    """
+
+    conv: Convolution
+    w: Tensor
+    bias: Tensor | None
+    y: Tensor | None
+    stats: Tensor
+    frozen: bool
+    group: str
+    needs: Needs
+    gradients: Gradients = field(default_factory=Gradients)
+
+    @property
+    def reads_y(self) -> bool:
+        """Whether a gradient depends on y other than through a ReLU."""
+        return not self.frozen or self.needs.gamma
+
+    @property
+    def in_prologue(self) -> bool:
+        """Whether dy is computed inside the convolution's gradients; a wider filter would repeat that at every tap."""
+        return self.conv.fused and self.w.shape[2:] == (1, 1)
+
+    @property
+    def subsamples(self) -> bool:
+        """Whether the convolution reads every n-th pixel alone (n its stride): its gradient is a small tensor."""
+        (step, other), padding = self.conv.stride, self.conv.padding
+        return self.in_prologue and step == other and padding == (0, 0)
+
+
+class Incoming(NamedTuple):
+    """The gradient ``dy`` of a convolution's output: g itself, or ``A*g + B*y + C`` with the vectors ``coefs``."""
+
+    g: Tensor
+    y: Tensor | None = None
+    coefs: Tensor | None = None
+
+
+class Addend(NamedTuple):
+    """A shortcut's gradient, for every ``step``-th pixel of x and its channels from ``before`` on."""
+
+    g: Tensor
+    step: int
+    before: int
+
+
+def unit_forward(
+    x: Tensor,
+    x_stats: Tensor | None,
+    w: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    running: Running,
+    eps: float,
+    batch_stats: bool,
+    conv: Convolution,
+    group: str,
+) -> tuple[Tensor, Tensor]:
+    """The raw output ``y`` of a unit's convolution, and what its batch norm does to it (stats [5, CO]).
+
+    ``x_stats``: the input is the raw output of the unit before, which these normalise. ``group``: the process group
+    that shares the statistics of the batch, or "".
+    """
+    if not batch_stats:
+        y = _convolve(x, x_stats, w, bias, conv)
+        return y, batch_norm_stats(None, gamma, beta, eps, running_mean=running.mean, running_var=running.var)
+    if conv.fused:
+        y, moments = conv_forward_moments(
+            x, w, prologue=_prologue(x_stats), bias=bias, tf32=plan.tf32(x.dtype), **conv.geometry()
+        )
+    else:
+        y = _convolve(x, x_stats, w, bias, conv)
+        moments = channel_moments(y)
+    stats = batch_norm_stats(
+        _gather(moments, group) if group else moments,
+        gamma,
+        beta,
+        eps,
+        running_mean=running.mean,
+        running_var=running.var,
+        batches=running.batches,
+        momentum=running.momentum,
+    )
+    return y, stats
+
+
+def _prologue(stats: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    return None if stats is None else (stats[2], stats[3])
+
+
+def _convolve(x: Tensor, x_stats: Tensor | None, w: Tensor, bias: Tensor | None, conv: Convolution) -> Tensor:
+    if conv.fused:
+        return conv_forward(x, w, prologue=_prologue(x_stats), bias=bias, tf32=plan.tf32(x.dtype), **conv.geometry())
+    if x_stats is not None:
+        x = batch_norm_apply(x, x_stats)
+    bias = None if bias is None else bias.to(x.dtype)
+    y = torch.ops.aten.convolution(x, w, bias, conv.stride, conv.padding, conv.dilation, False, (0, 0), conv.groups)
+    return y.contiguous(memory_format=torch.channels_last)
+
+
+def _gather(moments: Moments, group: str) -> Moments:
+    """The statistics of every process, one tile each: a single small message."""
+    local = merge_moments(moments)
+    message = torch.cat([local.flatten(), local.new_full((1,), moments.pixels)])
+    process_group = _resolve_process_group(group)
+    gathered = message.new_empty(dist.get_world_size(process_group), message.numel())
+    dist.all_gather_into_tensor(gathered, message, group=process_group)
+    values = gathered[:, :-1].unflatten(1, local.shape).transpose(0, 1).contiguous()
+    return Moments(values, rows=0, pixels=0, counts=gathered[:, -1].contiguous())
+
+
+class Wanted(NamedTuple):
+    """Which gradients of the chain's inputs are wanted, and the dtypes of the parameters' gradients."""
+
+    x: bool
+    shortcut: bool
+    weight_dtype: torch.dtype
+    norm_dtype: torch.dtype
+
+
+def backward(
+    dz: Tensor,
+    z: Tensor | None,
+    x: Tensor,
+    shortcut: Tensor | None,
+    units: Sequence[Unit],
+    projection: Unit | None,
+    join: Join,
+    wanted: Wanted,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of x and of the shortcut's own input; those of the parameters go to each unit.
+
+    ``z``: the output, None if no ReLU stands in front of it. ``shortcut``: what the shortcut reads, None for x.
+    Formulas: :func:`resnet_fused.reference.batch_norm_coefs` and its neighbours.
+    """
+    source = x if shortcut is None else shortcut
+    needs_source = wanted.x if shortcut is None else wanted.shortcut
+    g, dy, dy_p = _join_backward(dz, z, x, source, units, projection, join.kind != "none" and needs_source, wanted)
+    addend: Addend | None = None
+    if projection is not None and dy_p is not None:
+        compact = shortcut is None and projection.subsamples
+        d_source, _ = _conv_backward(projection, dy_p, source, None, needs_source, wanted, compact=compact)
+        if d_source is not None:
+            addend = Addend(d_source, projection.conv.stride[0] if compact else 1, 0)
+    elif join.kind != "none" and needs_source:
+        addend = Addend(g, join.step, join.before)
+    dx = _branch_backward(dy, x, units, addend if shortcut is None else None, wanted)
+    return dx, None if shortcut is None or addend is None else _spread(addend, shortcut, dz)
+
+
+def _join_backward(
+    dz: Tensor,
+    z: Tensor | None,
+    x: Tensor,
+    source: Tensor,
+    units: Sequence[Unit],
+    projection: Unit | None,
+    keeps_g: bool,
+    wanted: Wanted,
+) -> tuple[Tensor, Incoming, Incoming | None]:
+    """The gradient g behind the addition, and of the last convolution's output and of the projection's."""
+    last = units[-1]
+    if last.reads_y or projection is not None:
+        _recompute(last, *_input(units, len(units) - 1, x))
+    if projection is None:
+        y, stats = (last.y, last.stats) if last.reads_y else (None, None)
+        g, sums = batch_norm_reduce(dz, y, stats, z=z)
+        coefs = _norm_backward(last, sums[0], sums[1], wanted)
+        return g, _incoming(last, g, coefs, overwrite=g is not dz and not keeps_g), None
+    _recompute(projection, source, None)
+    g, sums = batch_norm_reduce(dz, last.y, last.stats, z=z, second=(projection.y, projection.stats))
+    coefs = _norm_backward(last, sums[0], sums[1], wanted)
+    coefs_p = _norm_backward(projection, sums[0], sums[2], wanted)
+    if last.in_prologue or projection.in_prologue:
+        dy_p = _incoming(projection, g, coefs_p, overwrite=False)
+        return g, _incoming(last, g, coefs, overwrite=False), dy_p
+    out = g if g is not dz and g.dtype == last.w.dtype else torch.empty_like(g, dtype=last.w.dtype)
+    dy, dy_p = batch_norm_backward(g, last.y, coefs, out=out, second=(projection.y, coefs_p))
+    return g, Incoming(dy), Incoming(dy_p)
+
+
+def _branch_backward(
+    dy: Incoming, x: Tensor, units: Sequence[Unit], addend: Addend | None, wanted: Wanted
+) -> Tensor | None:
+    """Down the branch, from the gradient of its last convolution's output to that of x, as far as any is wanted."""
+    for i in reversed(range(len(units))):
+        below = wanted.x or any(any(unit.needs) for unit in units[:i])
+        source, stats = _input(units, i, x)
+        dx, sums = _conv_backward(units[i], dy, source, stats, below, wanted, addend=addend if i == 0 else None)
+        if dx is None or sums is None:
+            return dx
+        coefs = _norm_backward(units[i - 1], sums[0], sums[1], wanted)
+        dy = _incoming(units[i - 1], dx, coefs, overwrite=True)
+    raise AssertionError("the first unit has no sums")
+
+
+def _input(units: Sequence[Unit], i: int, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What unit ``i`` reads, and the stats that normalise it, if any."""
+    if i == 0:
+        return x, None
+    y = units[i - 1].y
+    assert y is not None
+    return y, units[i - 1].stats
+
+
+def _recompute(unit: Unit, source: Tensor, stats: Tensor | None) -> None:
+    if unit.y is None:
+        unit.y = _convolve(source, stats, unit.w, unit.bias, unit.conv)
+
+
+def _norm_backward(unit: Unit, sum_g: Tensor, sum_gy: Tensor, wanted: Wanted) -> Tensor:
+    """The coefs of ``dy``; notes the gradients of gamma, beta and the convolution's bias."""
+    if unit.group and not unit.frozen:
+        own = merge_sums(torch.stack([sum_g, sum_gy]))
+        total = own.clone()
+        dist.all_reduce(total, group=_resolve_process_group(unit.group))
+        coefs, _, _ = batch_norm_coefs(total[:1], total[1:], unit.stats)
+        dgamma, dbeta = (own[1] * unit.stats[1]).to(wanted.norm_dtype), own[0].to(wanted.norm_dtype)
+    else:
+        coefs, dgamma, dbeta = batch_norm_coefs(sum_g, sum_gy, unit.stats, gamma_dtype=wanted.norm_dtype)
+    if unit.needs.gamma:
+        unit.gradients.gamma = dgamma
+    if unit.needs.beta:
+        unit.gradients.beta = dbeta
+    if unit.needs.bias:
+        # Batch norm takes the mean away, and the bias with it, unless the mean is a constant.
+        bias = unit.stats[2] * dbeta if unit.frozen else torch.zeros_like(dbeta)
+        unit.gradients.bias = bias.to(wanted.weight_dtype)
+    return coefs
+
+
+def _incoming(unit: Unit, g: Tensor, coefs: Tensor, *, overwrite: bool) -> Incoming:
+    y = None if unit.frozen else unit.y
+    if unit.in_prologue:
+        return Incoming(g, y, coefs)
+    out = g if overwrite and g.dtype == unit.w.dtype else torch.empty_like(g, dtype=unit.w.dtype)
+    return Incoming(batch_norm_backward(g, y, coefs, out=out))
+
+
+def _conv_backward(
+    unit: Unit,
+    dy: Incoming,
+    source: Tensor,
+    stats: Tensor | None,
+    needs_input: bool,
+    wanted: Wanted,
+    *,
+    addend: Addend | None = None,
+    compact: bool = False,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradient of a unit's input, and its sums for the batch norm of the unit before if ``source`` is raw.
+
+    Notes the gradient of the filter. ``compact``: leave out the pixels of the input that the convolution never reads.
+    """
+    if not unit.conv.fused:
+        return _library_backward(unit, dy.g, source, stats, needs_input, wanted, addend)
+    shared = {"y": dy.y, "coefs": dy.coefs, "tf32": plan.tf32(source.dtype)}
+    geometry = unit.conv.geometry()
+    if unit.needs.w:
+        r, s = unit.w.shape[2:]
+        dtype = wanted.weight_dtype
+        unit.gradients.w = conv_wgrad(dy.g, source, (r, s), x_stats=stats, out_dtype=dtype, **shared, **geometry)
+    if not needs_input:
+        return None, None
+    h, w = dy.g.shape[2:] if compact else source.shape[2:]
+    if compact:
+        geometry["stride"] = (1, 1)
+    g, step, before = addend or (None, 1, 0)
+    mask = None if stats is None else (source, stats)
+    return conv_dgrad(
+        dy.g, unit.w, (h, w), shortcut=g, shortcut_step=step, shortcut_before=before, mask=mask, **shared, **geometry
+    )
+
+
+def _library_backward(
+    unit: Unit,
+    dy: Tensor,
+    source: Tensor,
+    stats: Tensor | None,
+    needs_input: bool,
+    wanted: Wanted,
+    addend: Addend | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """:func:`_conv_backward` by PyTorch's convolution: it reads a materialised input and writes a plain gradient."""
+    if not needs_input and not unit.needs.w:
+        return None, None
+    a = batch_norm_apply(source, stats) if stats is not None and unit.needs.w else source
+    c = unit.conv
+    dx, dw, _ = torch.ops.aten.convolution_backward(
+        dy,
+        a,
+        unit.w,
+        None,
+        c.stride,
+        c.padding,
+        c.dilation,
+        False,
+        (0, 0),
+        c.groups,
+        (needs_input, unit.needs.w, False),
+    )
+    if unit.needs.w:
+        unit.gradients.w = dw.to(wanted.weight_dtype)
+    if not needs_input:
+        return None, None
+    dx = dx.contiguous(memory_format=torch.channels_last)
+    if stats is not None:
+        return batch_norm_reduce(dx, source, stats, mask=True, out=dx)
+    if addend is not None:
+        _add(dx, addend)
+    return dx, None
+
+
+def _add(dx: Tensor, addend: Addend) -> None:
+    g, step, before = addend
+    dx[:, :, ::step, ::step] += g[:, before : before + dx.shape[1]]
+
+
+def _spread(addend: Addend, shortcut: Tensor, dz: Tensor) -> Tensor:
+    """The gradient of the shortcut's own input."""
+    g = addend.g
+    if g.shape == shortcut.shape:
+        return g.clone() if g is dz else g.to(shortcut.dtype)
+    dx = torch.zeros_like(shortcut)
+    _add(dx, addend)
+    return dx
