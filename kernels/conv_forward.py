@@ -12,12 +12,22 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import INTERPRETER, Call, Cost, TileConfig, target_arch
-from .tile import dot, load_channels, pixel_stride, relu, require_pixel_linear, span, tap_mask
+from .tile import (
+    Moments,
+    dot,
+    load_channels,
+    pixel_stride,
+    relu,
+    require_pixel_linear,
+    span,
+    store_moments,
+    tap_mask,
+)
 
 # Sizes that the compiled code does not depend on. CI, CO and the strides are not among them: their divisibility by 16
 # decides how wide a load or store may be.
 _RUNTIME_SIZES = [
-    *("M", "H", "W", "P", "Q", "chunks", "stride_h", "stride_w", "pad_h", "pad_w", "dil_h", "dil_w"),
+    *("M", "H", "W", "P", "Q", "tiles", "chunks", "stride_h", "stride_w", "pad_h", "pad_w", "dil_h", "dil_w"),
     *("group_ci", "group_co", "res_h", "res_w", "res_channels", "res_step", "res_before"),
 ]
 
@@ -35,10 +45,13 @@ def store_output(
     beta_ptr,
     res_ptr,
     y_ptr,
+    moments_ptr,
     M,
     P,
     Q,
     CO,
+    channels,
+    tiles,
     y_stride,
     res_stride,
     res_h,
@@ -52,6 +65,7 @@ def store_output(
 ):
     """``y = relu((acc + bias - mean) * gamma/sqrt(var + eps) + beta + res)`` for one tile; each step is optional.
 
+    With ``moments_ptr``, also the mean of the tile's rounded values and the sum of squared deviations from it.
     ``channel`` is the number of the first output channel of the group; ``offs_n`` counts from there.
     """
     mask_n = offs_n < CO
@@ -78,7 +92,11 @@ def store_output(
         v += res.to(tl.float32)
     if RELU:
         v = relu(v)
-    tl.store(y_ptr + (offs_m * y_stride)[:, None] + c[None, :], v.to(y_ptr.dtype.element_ty), mask=mask)
+    rounded = v.to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + (offs_m * y_stride)[:, None] + c[None, :], rounded, mask=mask)
+    if moments_ptr is not None:
+        tile = (tl.min(offs_m, 0) // offs_m.shape[0]).to(tl.int64)
+        store_moments(rounded, mask, moments_ptr + tile * channels + c, tiles * channels, mask_n)
 
 
 @triton.jit(do_not_specialize=_RUNTIME_SIZES)
@@ -94,6 +112,7 @@ def conv_forward_kernel(
     beta_ptr,
     res_ptr,
     y_ptr,
+    moments_ptr,
     M,
     H,
     W,
@@ -101,6 +120,8 @@ def conv_forward_kernel(
     Q,
     CI,
     CO,
+    channels,
+    tiles,
     chunks,
     x_stride,
     w_stride,
@@ -260,14 +281,15 @@ def conv_forward_kernel(
         left = acc
     half_n = pid % tiles_n * BLOCK_N + tl.arange(0, HALF)
     store_output(
-        left, offs_m, half_n, group * CO, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, res_ptr, y_ptr,
-        M, P, Q, CO, y_stride, res_stride, res_h, res_w, res_channels, res_step, res_before, eps,
+        left, offs_m, half_n, group * CO, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, res_ptr, y_ptr, moments_ptr,
+        M, P, Q, CO, channels, tiles, y_stride, res_stride, res_h, res_w, res_channels, res_step, res_before, eps,
         RES_PADDED=RES_PADDED, RELU=RELU,
     )  # fmt: skip
     if HALF < BLOCK_N:
         store_output(
             right, offs_m, half_n + HALF, group * CO, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, res_ptr, y_ptr,
-            M, P, Q, CO, y_stride, res_stride, res_h, res_w, res_channels, res_step, res_before, eps,
+            moments_ptr, M, P, Q, CO, channels, tiles, y_stride, res_stride, res_h, res_w, res_channels, res_step,
+            res_before, eps,
             RES_PADDED=RES_PADDED, RELU=RELU,
         )  # fmt: skip
 
@@ -320,6 +342,18 @@ class ConvProblem:
     def m(self) -> int:
         """Rows of the matrix product: output pixels of all images."""
         return self.n * self.p * self.q
+
+    @property
+    def pixels_read(self) -> int:
+        """Input pixels, of all images, that some tap of the filter meets."""
+        rows, columns = (
+            len({o * st - pad + t * dil for o in range(outs) for t in range(taps)} & set(range(size)))
+            for size, outs, taps, st, pad, dil in (
+                (self.h, self.p, self.r, self.stride[0], self.padding[0], self.dilation[0]),
+                (self.w, self.q, self.s, self.stride[1], self.padding[1], self.dilation[1]),
+            )
+        )
+        return self.n * rows * columns
 
     @property
     def merged(self) -> int:
@@ -421,32 +455,89 @@ def conv_forward(
     Returns [N, CO, P, Q], channels_last, of ``out_dtype`` (that of ``x`` if not given). Raises ValueError for tensors
     that are not laid out so, RuntimeError where nothing can execute the kernel.
     """
+    problem = _problem(x, w, stride, padding, dilation, groups, tf32, prologue is not None)
+    if out is None:
+        out = _output(problem, x, out_dtype or x.dtype)
+    _check(problem, x, w, out, residual, residual_step, residual_before)
+    epilogue = _epilogue(bias, norm, residual, residual_step, residual_before, out)
+    _launch(problem, x, w, out, prologue, epilogue | {"moments_ptr": None, "RELU": relu}, config)
+    return out
+
+
+def conv_forward_moments(
+    x: Tensor,
+    w: Tensor,
+    *,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+    prologue: tuple[Tensor, Tensor] | None = None,
+    bias: Tensor | None = None,
+    tf32: bool = False,
+    config: TileConfig | None = None,
+) -> tuple[Tensor, Moments]:
+    """``y = conv(prologue(x)) + bias`` [N, CO, P, Q] as it is, and the moments of its channels, in one launch.
+
+    Arguments as for :func:`conv_forward`. The moments are those of the rounded values.
+    """
+    problem = _problem(x, w, stride, padding, dilation, groups, tf32, prologue is not None)
+    y = _output(problem, x, x.dtype)
+    _check(problem, x, w, y, None, 1, 0)
+    tile = config or default_config(problem)
+    tiles = triton.cdiv(problem.m, tile.block_m)
+    values = torch.empty(2, tiles, problem.co, dtype=torch.float32, device=x.device)
+    epilogue = _epilogue(bias, None, None, 1, 0, y)
+    _launch(problem, x, w, y, prologue, epilogue | {"moments_ptr": values, "RELU": False}, tile)
+    return y, Moments(values, tile.block_m, problem.m)
+
+
+def _problem(
+    x: Tensor,
+    w: Tensor,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    tf32: bool,
+    prologue: bool,
+) -> ConvProblem:
     n, ci, h, width = x.shape
     co, _, r, s = w.shape
-    problem = ConvProblem(
-        n, h, width, ci, co, r, s, stride, padding, dilation, groups, x.dtype, tf32, prologue is not None, target_arch()
-    )
-    if out is None:
-        shape = (n, co, problem.p, problem.q)
-        out = torch.empty(shape, dtype=out_dtype or x.dtype, device=x.device, memory_format=torch.channels_last)
-    _check(problem, x, w, out, residual, residual_step, residual_before)
+    geometry = (stride, padding, dilation, groups)
+    return ConvProblem(n, h, width, ci, co, r, s, *geometry, x.dtype, tf32, prologue, target_arch())
+
+
+def _output(problem: ConvProblem, x: Tensor, dtype: torch.dtype) -> Tensor:
+    shape = (problem.n, problem.co, problem.p, problem.q)
+    return torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _launch(
+    problem: ConvProblem,
+    x: Tensor,
+    w: Tensor,
+    out: Tensor,
+    prologue: tuple[Tensor, Tensor] | None,
+    epilogue: dict[str, Any],
+    config: TileConfig | None,
+) -> None:
     tile = config or default_config(problem)
-    parts = groups // problem.merged
-    group_co = problem.tile_channels[1]
+    tiles = triton.cdiv(problem.m, tile.block_m)
     arguments = {
         **_geometry(problem, tile),
-        **_epilogue(bias, norm, residual, residual_step, residual_before, out),
+        **epilogue,
         "x_ptr": x,
         "w_ptr": w,
         "scale_ptr": prologue[0] if prologue else None,
         "shift_ptr": prologue[1] if prologue else None,
+        "channels": problem.co,
+        "tiles": tiles,
         "x_stride": pixel_stride(x),
-        "RELU": relu,
-        "INT64": max(map(span, (x, out, residual))) + tile.block_m >= 2**31,
+        "INT64": max(map(span, (x, out, epilogue["res_ptr"]))) + tile.block_m >= 2**31,
     }
-    grid = (triton.cdiv(problem.m, tile.block_m) * triton.cdiv(group_co, tile.block_n), parts)
+    grid = (tiles * triton.cdiv(problem.tile_channels[1], tile.block_n), problem.groups // problem.merged)
     Call(conv_forward_kernel, grid, arguments, tile, partial(_cost, problem, arguments)).run()
-    return out
 
 
 def _geometry(problem: ConvProblem, tile: TileConfig) -> dict[str, Any]:
@@ -538,18 +629,13 @@ def _check(
 
 
 def _cost(problem: ConvProblem, arguments: dict[str, Any]) -> Cost:
-    taken = [
-        len({o * st - pad + t * dil for o in range(outs) for t in range(taps)} & set(range(size)))
-        for size, outs, taps, st, pad, dil in (
-            (problem.h, problem.p, problem.r, problem.stride[0], problem.padding[0], problem.dilation[0]),
-            (problem.w, problem.q, problem.s, problem.stride[1], problem.padding[1], problem.dilation[1]),
-        )
-    ]
     x, y, res = arguments["x_ptr"], arguments["y_ptr"], arguments["res_ptr"]
     vectors = ("w_ptr", "scale_ptr", "shift_ptr", "bias_ptr", "mean_ptr", "var_ptr", "gamma_ptr", "beta_ptr")
-    read = problem.n * problem.ci * taken[0] * taken[1] * x.element_size()
+    read = problem.pixels_read * problem.ci * x.element_size()
     read += sum(arguments[name].nbytes for name in vectors if arguments[name] is not None)
     if res is not None:
         read += problem.m * res.shape[1] * res.element_size()
     depth = problem.r * problem.s * problem.ci // problem.groups
-    return Cost(2 * problem.m * problem.co * depth, read, y.numel() * y.element_size())
+    moments = arguments["moments_ptr"]
+    written = y.nbytes + (0 if moments is None else moments.nbytes)
+    return Cost(2 * problem.m * problem.co * depth, read, written)

@@ -18,7 +18,7 @@ INTERPRETER = 0
 SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 """Shared memory that one program may use, in bytes, by architecture (CUDA C++ Programming Guide)."""
 
-_POINTERS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
+_POINTERS = {"float32": "*fp32", "int64": "*i64", "float16": "*fp16", "bfloat16": "*bf16"}
 
 
 @dataclass(frozen=True)

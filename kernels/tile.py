@@ -48,6 +48,17 @@ def tap_mask(h0, w0, mask_m, H, W, dil_h, dil_w, R: tl.constexpr, S: tl.constexp
     return taps
 
 
+@triton.jit
+def store_moments(v, mask, mean_ptrs, m2_step, mask_n):
+    """Per column of a tile, the mean of the values under ``mask``; ``m2_step`` further, their squared deviations."""
+    v = tl.where(mask, v.to(tl.float32), 0.0)
+    count = tl.maximum(tl.sum(mask.to(tl.float32), 0), 1.0)
+    mean = tl.sum(v, 0) / count
+    deviation = tl.where(mask, v - mean[None, :], 0.0)
+    tl.store(mean_ptrs, mean, mask=mask_n)
+    tl.store(mean_ptrs + m2_step, tl.sum(deviation * deviation, 0), mask=mask_n)
+
+
 def pixel_stride(x: Tensor) -> int | None:
     """Elements from one pixel of ``x`` [N, C, H, W] to the next, or None if ``x`` is not pixel-linear."""
     n, c, h, w = x.shape

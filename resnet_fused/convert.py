@@ -18,7 +18,8 @@ from resnet_fused.trace import Launch, trace
 
 Filter = Callable[[str, nn.Module], bool]
 
-_STATE = ("layout", "kinds", "relaid")
+_STATE = ("layout", "kinds", "relaid", "memory")
+MEMORY = ("default", "recompute")
 _CLAIMED = (*_STATE, "original", "why_eager", "eager_forward")
 
 
@@ -66,7 +67,8 @@ class ConvertedSequential(Converted):
                 plan.report_once(reason)
             if run and reason is None:
                 conv, norm = children[at : at + 2]
-                x = functional.launch(x, cast(nn.Conv2d, conv), cast(nn.BatchNorm2d, norm), relu=run == 3)
+                layer = functional.Layer(cast(nn.Conv2d, conv), cast(nn.BatchNorm2d, norm), relu=run == 3)
+                x = functional.residual_block(x, [layer], recompute=self.memory == "recompute")
                 at += run
             else:
                 x = children[at](x)
@@ -91,7 +93,9 @@ def _blank(kind: type[Converted], original: type[nn.Module]) -> Converted:
 
 
 def _kinds(module: nn.Module) -> tuple[type[nn.Module], ...]:
-    return tuple(type(part) for part in module.modules())[1:]
+    """The types of the submodules; ``convert_sync_batchnorm`` may come before or after."""
+    types = [type(part) for part in module.modules()][1:]
+    return tuple(nn.BatchNorm2d if kind is nn.SyncBatchNorm else kind for kind in types)
 
 
 def _run_length(modules: list[nn.Module]) -> int:
@@ -101,8 +105,10 @@ def _run_length(modules: list[nn.Module]) -> int:
     return 3 if len(modules) > 2 and type(modules[2]) is nn.ReLU and not functional.hooked(modules[2]) else 2
 
 
-def fuse(model: nn.Module, *, filter_fn: Filter | None = None, strict: bool = False) -> nn.Module:
-    """Let the residual blocks of ``model`` run fused, in place; returns ``model``.
+def fuse(
+    model: nn.Module, *, filter_fn: Filter | None = None, strict: bool = False, memory: str = "default"
+) -> nn.Module:
+    """Let the residual blocks of ``model`` run fused, in training and in inference, in place; returns ``model``.
 
     A block is recognised by what its own forward does (see :func:`resnet_fused.recognise.recognise`): those of
     torchvision's ResNets, of timm's plain, ``d``, ResNeXt and wide ResNets, of Hugging Face's
@@ -112,10 +118,14 @@ def fuse(model: nn.Module, *, filter_fn: Filter | None = None, strict: bool = Fa
     loading, moving, wrapping or training, and again on a model that is fused already.
 
     ``filter_fn(name, module)``: return False to leave a block alone. ``strict``: raise ValueError, changing nothing, if
-    any block cannot be fused. Warns (UserWarning) if nothing was fused.
+    any block cannot be fused. ``memory``: ``"default"`` keeps the raw output of each convolution for the backward;
+    ``"recompute"`` computes the last one of each block, and its projection, again. Warns (UserWarning) if nothing was
+    fused.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__qualname__}")
+    if memory not in MEMORY:
+        raise ValueError(f"memory must be one of {', '.join(map(repr, MEMORY))}; got {memory!r}")
     found = [f for f in _find(model) if filter_fn is None or filter_fn(f.name, f.module)]
     refused = [f for f in found if isinstance(f.verdict, str)]
     if strict and refused:
@@ -124,6 +134,8 @@ def fuse(model: nn.Module, *, filter_fn: Filter | None = None, strict: bool = Fa
     with torch.inference_mode(False):
         for block in found:
             _swap(block)
+            if isinstance(block.module, FusedBlock):
+                block.module.memory = memory
     if len(found) == len(refused):
         reasons = "; ".join(sorted({str(f.verdict) for f in refused})) or "no residual block was recognised"
         warnings.warn(f"nothing was fused: {reasons}", UserWarning, stacklevel=2)

@@ -2,16 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from resnet_fused import ops, plan, reference
+from resnet_fused.autograd import ChainSpec, ResidualFunction, UnitSpec
+from resnet_fused.chain import Convolution
 from resnet_fused.reference import PaddedIdentity
 
-__all__ = ["PaddedIdentity", "conv_bn_act"]
+__all__ = ["Layer", "PaddedIdentity", "Projection", "conv_bn_act", "residual_block"]
+
+
+class Layer(NamedTuple):
+    """A convolution, the batch norm behind it, and whether a ReLU follows."""
+
+    conv: nn.Conv2d
+    bn: nn.BatchNorm2d
+    relu: bool = True
+
+
+class Projection(NamedTuple):
+    """The shortcut ``bn(conv(x))``."""
+
+    x: Tensor
+    conv: nn.Conv2d
+    bn: nn.BatchNorm2d
+
+
+Shortcut = Tensor | PaddedIdentity | Projection
 
 
 def conv_bn_act(
@@ -21,40 +44,167 @@ def conv_bn_act(
     residual: Tensor | PaddedIdentity | None = None,
     relu: bool = True,
 ) -> Tensor:
-    """``relu(bn(conv(x)) + residual)`` in one launch; the residual and the ReLU are optional.
+    """``relu(bn(conv(x)) + residual)``; the residual and the ReLU are optional.
 
     ``x``: [N, CI, H, W], fp32, fp16 or bf16, any memory format. ``residual``: a tensor of the output's shape
     [N, CO, P, Q], or a :class:`PaddedIdentity`. Returns [N, CO, P, Q] in channels_last, in the dtype that the same
-    modules would return (autocast included).
+    modules would return (autocast included). In evaluation mode without gradients it is one launch.
 
-    Units that cannot be fused as they stand (training mode, gradients needed, unsupported arguments, hooks on the
-    modules) run ``conv`` and ``bn`` themselves, and the reason is logged once.
+    Units that cannot be fused as they stand (unsupported arguments, hooks on the modules) run ``conv`` and ``bn``
+    themselves, and the reason is logged once.
 
     Raises TypeError or ValueError for arguments that do not fit each other.
     """
     _check(x, conv, bn, residual)
-    if (reason := why_eager(x, [(conv, bn)])) is not None:
+    if (reason := why_eager(x, [Layer(conv, bn)])) is not None:
         plan.report_once(reason)
         return reference.conv_bn_act(x, conv, bn, residual, relu)
-    return launch(x, conv, bn, residual, relu)
+    return residual_block(x, [Layer(conv, bn, relu)], residual)
 
 
-def why_eager(x: Tensor, units: Iterable[tuple[nn.Module, nn.Module]]) -> str | None:
-    """Why a chain of (convolution, batch norm) ``units`` on input ``x`` runs eager as things stand, or None."""
+def residual_block(
+    x: Tensor, layers: Sequence[Layer], shortcut: Shortcut | None = None, *, recompute: bool = False
+) -> Tensor:
+    """``relu(layers(x) + shortcut)``, for layers that :func:`why_eager` has cleared; returns channels_last.
+
+    The last layer's ReLU stands behind the addition. Without gradients and with fixed statistics every layer is one
+    launch. Otherwise layers are run as :class:`resnet_fused.autograd.ResidualFunction`. ``recompute``: its backward
+    computes the last convolution again instead of keeping its output.
+
+    Raises ValueError if batch norm would take statistics of one value per channel.
+    """
+    x = channels_last(x)
+    if _is_inference(x, layers, shortcut):
+        return _infer(x, layers, shortcut)
+    _check_values_per_channel(x, layers, shortcut)
+    parts = list(_parts(layers))
+    for i, (eager, part) in enumerate(parts):
+        last = shortcut if i == len(parts) - 1 else None
+        x = _run_eager(x, part, last) if eager else _train(x, part, last, recompute)
+    return x
+
+
+def _is_inference(x: Tensor, layers: Sequence[Layer], shortcut: Shortcut | None) -> bool:
+    """Whether nothing needs a gradient, no statistics are taken, and every convolution is Triton's."""
+    inputs = [x]
+    if shortcut is not None:
+        inputs.append(shortcut if isinstance(shortcut, Tensor) else shortcut.x)
+    units = [*layers, shortcut] if isinstance(shortcut, Projection) else layers
+    for unit in units:
+        if _uses_batch(unit.bn) or plan.choose(unit.conv.kernel_size, unit.conv.stride, training=False) != "fused":
+            return False
+        inputs += [p for m in (unit.conv, unit.bn) for p in m._parameters.values() if p is not None]
+    return not torch.is_grad_enabled() or not any(t.requires_grad for t in inputs)
+
+
+def _infer(x: Tensor, layers: Sequence[Layer], shortcut: Shortcut | None) -> Tensor:
+    if isinstance(shortcut, Projection):
+        shortcut = _launch(channels_last(shortcut.x), shortcut.conv, shortcut.bn, None, False)
+    for layer in layers[:-1]:
+        x = _launch(x, *layer[:2], None, layer.relu)
+    return _launch(x, *layers[-1][:2], shortcut, layers[-1].relu)
+
+
+def _parts(layers: Sequence[Layer]) -> Iterator[tuple[bool, list[Layer]]]:
+    """Runs of layers, and whether they run eager. The chain is cut there, and where no ReLU stands between layers."""
+    part: list[Layer] = []
+    for layer in layers:
+        eager = plan.choose(layer.conv.kernel_size, layer.conv.stride, training=True) == "eager"
+        if part and (eager or not part[-1].relu):
+            yield False, part
+            part = []
+        if eager:
+            yield True, [layer]
+        else:
+            part.append(layer)
+    if part:
+        yield False, part
+
+
+def _run_eager(x: Tensor, layers: Sequence[Layer], shortcut: Shortcut | None) -> Tensor:
+    (layer,) = layers
+    if isinstance(shortcut, Projection):
+        shortcut = shortcut.bn(shortcut.conv(shortcut.x))
+    return channels_last(reference.conv_bn_act(x, layer.conv, layer.bn, shortcut, layer.relu))
+
+
+def _train(x: Tensor, layers: Sequence[Layer], shortcut: Shortcut | None, recompute: bool) -> Tensor:
+    dtype = out_dtype = _compute_dtype(x)
+    units, step, before = list(layers), 1, 0
+    kind, source = ("none" if shortcut is None else "identity"), shortcut
+    if isinstance(shortcut, Projection):
+        kind, source = "projection", shortcut.x if shortcut.x is x else shortcut.x.to(dtype)
+        units.append(Layer(shortcut.conv, shortcut.bn))
+    elif isinstance(shortcut, PaddedIdentity):
+        kind, (source, step, before) = "padded", shortcut
+    if kind in ("identity", "padded"):
+        assert isinstance(source, Tensor)
+        out_dtype = torch.promote_types(dtype, source.dtype)
+    shared = source is x and (kind == "projection" or x.dtype == dtype)
+    spec = ChainSpec(
+        tuple(_spec(unit) for unit in units), kind, step, before, layers[-1].relu, out_dtype, keep_last_y=not recompute
+    )
+    tensors = [tensor for unit in units for tensor in _tensors(unit)]
+    source = None if shared or source is None else channels_last(source)
+    return ResidualFunction.apply(spec, x.to(dtype), source, *tensors)
+
+
+def _spec(unit: Layer) -> UnitSpec:
+    conv, bn = unit.conv, unit.bn
+    fused = plan.choose(conv.kernel_size, conv.stride, training=True) == "fused"
+    convolution = Convolution(conv.stride, _padding(conv), conv.dilation, conv.groups, fused)
+    momentum = 0.0 if bn.momentum is None and bn.num_batches_tracked is None else bn.momentum
+    return UnitSpec(tuple(convolution.encode()), bn.eps, momentum, _uses_batch(bn), _group(bn))
+
+
+def _tensors(unit: Layer) -> list[Tensor | None]:
+    """The tensors of a unit in the order of :class:`resnet_fused.autograd.ResidualFunction`."""
+    conv, bn = unit.conv, unit.bn
+    buffers = [bn.running_mean, bn.running_var, bn.num_batches_tracked]
+    if bn.training and not bn.track_running_stats:
+        buffers = [None, None, None]
+    return [conv.weight, conv.bias, bn.weight, bn.bias, *buffers]
+
+
+def _uses_batch(bn: nn.BatchNorm2d) -> bool:
+    """Whether batch norm normalises with the statistics of the batch."""
+    return bn.training or bn.running_mean is None
+
+
+def _group(bn: nn.Module) -> str:
+    """The name of the process group that shares the statistics of a batch, or "" if they are this process's own."""
+    if not isinstance(bn, nn.SyncBatchNorm) or not bn.training or not dist.is_available() or not dist.is_initialized():
+        return ""
+    group = bn.process_group or dist.group.WORLD
+    return group.group_name if dist.get_world_size(group) > 1 else ""
+
+
+def _check_values_per_channel(x: Tensor, layers: Sequence[Layer], shortcut: Shortcut | None) -> None:
+    shape = tuple(x.shape)
+    shapes = []
+    for layer in layers:
+        shape = _output_shape(shape, layer.conv)
+        shapes.append((layer.bn, shape))
+    if isinstance(shortcut, Projection):
+        shapes.append((shortcut.bn, _output_shape(tuple(shortcut.x.shape), shortcut.conv)))
+    for bn, (n, channels, p, q) in shapes:
+        if n * p * q == 1 and _uses_batch(bn) and not _group(bn):
+            raise ValueError(
+                f"Expected more than 1 value per channel when training, got input size {(n, channels, p, q)}"
+            )
+
+
+def why_eager(x: Tensor, units: Iterable[Sequence[Any]]) -> str | None:
+    """Why a chain of ``units`` (convolution, batch norm, ...) on input ``x`` runs eager as things stand, or None."""
     if (reason := plan.why_eager(x)) is not None:
         return reason
     if x.dtype not in plan.DTYPES:
         return f"the input is {x.dtype}: the kernels take float32, float16 and bfloat16"
-    recording = torch.is_grad_enabled()
-    if recording and x.requires_grad:
-        return "the input requires gradients"
-    for conv, bn in units:
+    for conv, bn, *_ in units:
         if (reason := why_unfusable(conv, bn)) is not None:
             return reason
-        if bn.training or bn.running_mean is None:
-            return "batch norm uses the statistics of the batch (training mode, or none are tracked)"
-        if recording and any(p.requires_grad for m in (conv, bn) for p in m._parameters.values() if p is not None):
-            return "parameters require gradients and gradients are enabled (serve under torch.inference_mode())"
+        if x.numel() == 0 and _uses_batch(cast(nn.BatchNorm2d, bn)):
+            return "the batch is empty"
     return None
 
 
@@ -62,8 +212,8 @@ def why_unfusable(conv: nn.Module, bn: nn.Module) -> str | None:
     """Why the modules of a unit rule the kernels out whatever their input (types, hooks, padding ...), or None."""
     if type(conv) is not nn.Conv2d:
         return f"the convolution is {_named(conv)}, not torch.nn.Conv2d itself"
-    if type(bn) is not nn.BatchNorm2d:
-        return f"the normalisation is {_named(bn)}, not torch.nn.BatchNorm2d itself"
+    if type(bn) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
+        return f"the normalisation is {_named(bn)}, not torch.nn.BatchNorm2d or SyncBatchNorm itself"
     if hooked(conv) or hooked(bn):
         return "hooks, or a forward of its own, are set on the convolution or the batch norm"
     if conv.padding_mode != "zeros":
@@ -87,21 +237,14 @@ def hooked(module: nn.Module) -> bool:
     )
 
 
-def launch(
-    x: Tensor,
-    conv: nn.Conv2d,
-    bn: nn.BatchNorm2d,
-    residual: Tensor | PaddedIdentity | None = None,
-    relu: bool = True,
+def _launch(
+    x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, residual: Tensor | PaddedIdentity | None, relu: bool
 ) -> Tensor:
-    """:func:`conv_bn_act` for a unit that :func:`why_eager` has already cleared."""
-    device, dtype = x.device.type, x.dtype
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    dtype = _compute_dtype(x)
     res, step, before = residual if isinstance(residual, PaddedIdentity) else (residual, 1, 0)
     assert bn.running_mean is not None and bn.running_var is not None
     return ops.conv_bn_act(
-        channels_last(x.to(dtype)),
+        x.to(dtype),
         channels_last(conv.weight.to(dtype)),
         conv.bias,
         bn.running_mean,
@@ -121,7 +264,14 @@ def launch(
     )
 
 
-def _padding(conv: nn.Conv2d) -> tuple[int, ...]:
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def _padding(conv: nn.Conv2d) -> tuple[int, int]:
     if conv.padding == "valid":
         return (0, 0)
     if conv.padding == "same":
@@ -153,17 +303,16 @@ def _check(x: Tensor, conv: nn.Conv2d, bn: nn.Module, residual: Tensor | PaddedI
         return
     if not isinstance(residual, Tensor | PaddedIdentity):
         raise TypeError(f"residual must be a Tensor, a PaddedIdentity or None; got {type(residual).__qualname__}")
-    _check_residual(output_shape(x, conv), residual)
+    _check_residual(_output_shape(tuple(x.shape), conv), residual)
 
 
-def output_shape(x: Tensor, conv: nn.Conv2d) -> tuple[int, int, int, int]:
-    """Shape [N, CO, P, Q] of ``conv(x)``."""
+def _output_shape(shape: tuple[int, ...], conv: nn.Conv2d) -> tuple[int, int, int, int]:
+    """Shape [N, CO, P, Q] of ``conv(x)`` for an x of ``shape``."""
     padding = _padding(conv)
     p, q = (
-        ops.output_size(x.shape[2 + i], conv.kernel_size[i], conv.stride[i], padding[i], conv.dilation[i])
-        for i in (0, 1)
+        ops.output_size(shape[2 + i], conv.kernel_size[i], conv.stride[i], padding[i], conv.dilation[i]) for i in (0, 1)
     )
-    return x.shape[0], conv.out_channels, p, q
+    return shape[0], conv.out_channels, p, q
 
 
 def _check_residual(shape: tuple[int, int, int, int], residual: Tensor | PaddedIdentity) -> None:

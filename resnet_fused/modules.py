@@ -65,9 +65,14 @@ class PaddedShortcut(nn.Module):
 
 
 class FusedBlock(nn.Module):
-    """A block that runs its :class:`Layout` in one launch per convolution where it can, else ``eager_forward``."""
+    """A block that runs its :class:`Layout` fused where it can, else ``eager_forward``.
+
+    ``memory``: what training keeps for the backward. ``"default"``: the raw output of every convolution.
+    ``"recompute"``: the backward computes the last one, and the projection, again.
+    """
 
     layout: Layout
+    memory: str = "default"
 
     def eager_forward(self, x: Tensor) -> Tensor:
         """The same function through the block's own submodules."""
@@ -75,8 +80,7 @@ class FusedBlock(nn.Module):
 
     def why_eager(self, x: Tensor) -> str | None:
         """Why the block would run eager on ``x`` as things stand, or None if it is fused."""
-        units = [(self.get_submodule(u.conv), self.get_submodule(u.norm)) for u in self.layout.all_units()]
-        if (reason := functional.why_eager(x, units)) is not None:
+        if (reason := functional.why_eager(x, map(self._layer, self.layout.all_units()))) is not None:
             return reason
         if any(functional.hooked(m) for m in self.modules() if m is not self):
             return "hooks are registered on a submodule"
@@ -86,27 +90,23 @@ class FusedBlock(nn.Module):
         if (reason := self.why_eager(x)) is not None:
             plan.report_once(reason)
             return self.eager_forward(x)
-        *inner, last = self.layout.units
-        out = x = functional.channels_last(x)  # once, for the branch and the shortcut
-        for unit in inner:
-            out = _run_unit(self, out, unit)
-        return _run_unit(self, out, last, _run_shortcut(self, x))
+        x = functional.channels_last(x)  # once, for the branch and the shortcut
+        layers = [self._layer(unit) for unit in self.layout.units]
+        return functional.residual_block(x, layers, self._shortcut(x), recompute=self.memory == "recompute")
 
+    def _layer(self, unit: Unit) -> functional.Layer:
+        conv, bn = self.get_submodule(unit.conv), self.get_submodule(unit.norm)
+        return functional.Layer(cast(nn.Conv2d, conv), cast(nn.BatchNorm2d, bn), unit.relu)
 
-def _run_shortcut(block: FusedBlock, x: Tensor) -> Tensor | PaddedIdentity | None:
-    layout = block.layout
-    if not layout.residual:
-        return None
-    if isinstance(layout.shortcut, str):
-        return cast(PaddedShortcut, block.get_submodule(layout.shortcut)).view(x)
-    if layout.pool is not None:
-        x = block.get_submodule(layout.pool)(x)
-    return x if layout.shortcut is None else _run_unit(block, x, layout.shortcut)
-
-
-def _run_unit(block: FusedBlock, x: Tensor, unit: Unit, residual: Tensor | PaddedIdentity | None = None) -> Tensor:
-    conv, norm = block.get_submodule(unit.conv), block.get_submodule(unit.norm)
-    return functional.launch(x, cast(nn.Conv2d, conv), cast(nn.BatchNorm2d, norm), residual, unit.relu)
+    def _shortcut(self, x: Tensor) -> functional.Shortcut | None:
+        layout = self.layout
+        if not layout.residual:
+            return None
+        if isinstance(layout.shortcut, str):
+            return cast(PaddedShortcut, self.get_submodule(layout.shortcut)).view(x)
+        if layout.pool is not None:
+            x = self.get_submodule(layout.pool)(x)
+        return x if layout.shortcut is None else functional.Projection(x, *self._layer(layout.shortcut)[:2])
 
 
 class _NumberedBlock(FusedBlock):

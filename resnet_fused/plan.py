@@ -41,7 +41,7 @@ def implementation(name: str) -> Iterator[None]:
     ``TRITON_INTERPRET=1``), convolutions included. ``"mixed"`` does the same, but leaves the convolutions to PyTorch.
     ``"eager"`` runs PyTorch's own operators. ``"auto"`` (the default, or what the environment variable
     ``RESNET_FUSED`` says) launches the kernels on CUDA tensors, chooses per unit who convolves (see
-    :func:`convolves`), and runs eager elsewhere.
+    :func:`choose`), and runs eager elsewhere.
 
     Raises ValueError for any other name.
     """
@@ -66,16 +66,16 @@ def requested() -> str:
     return _requested.get()
 
 
-def convolves(kernel_size: tuple[int, ...], stride: tuple[int, ...], training: bool) -> bool:
-    """Whether a unit that is not eager runs its convolution in Triton ("fused") rather than in PyTorch ("mixed").
+def choose(kernel_size: tuple[int, ...], stride: tuple[int, ...], training: bool) -> str:
+    """Who computes a unit that the kernels can take: ``"fused"``, ``"mixed"`` (PyTorch convolves) or ``"eager"``.
 
-    Pointwise and strided convolutions do: device memory bounds them. A wider filter with stride 1 is bound by
-    arithmetic, of which a prologue in training costs more than the passes over memory that it saves.
+    Pointwise and strided convolutions are fused: device memory bounds them. A wider filter with stride 1 is bound by
+    arithmetic, and in training a prologue would cost it more than the passes over memory that it saves.
     """
     request = requested()
-    if max(kernel_size) > MAX_FILTER or request == "mixed":
-        return False
-    return request == "triton" or not training or max(kernel_size) == 1 or max(stride) > 1
+    if request != "auto":
+        return "fused" if request == "triton" else request
+    return "fused" if not training or max(kernel_size) == 1 or max(stride) > 1 else "mixed"
 
 
 FORCED = "implementation('eager') is in force"

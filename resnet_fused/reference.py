@@ -118,11 +118,11 @@ def conv_dgrad(
 ) -> Tensor:
     """Gradient of a convolution's input [N, CI, *size] from that of its output; plus the gradient of a shortcut.
 
-    ``shortcut``: added to every ``step``-th pixel, to the channels from ``before`` on: the adjoint of PaddedIdentity.
+    ``shortcut``: its channels from ``before`` on belong to every ``step``-th pixel: the adjoint of PaddedIdentity.
     """
     dx = conv_grad.conv2d_input((dy.shape[0], w.shape[1] * conv.get("groups", 1), *size), w, dy, **conv)
     if shortcut is not None:
-        dx[:, before : before + shortcut.shape[1], ::step, ::step] += shortcut
+        dx[:, :, ::step, ::step] += shortcut[:, before : before + dx.shape[1]]
     return dx
 
 

@@ -1,0 +1,733 @@
+"""Batch norm around the convolutions: statistics, normalisation with residual and ReLU, and the backward of both.
+
+Every sum over pixels is taken tile by tile, and the tiles are merged in a fixed order: two runs agree to the bit.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import INTERPRETER, Call, Cost, TileConfig, target_arch
+from .tile import Moments, load_channels, pixel_stride, relu, require_pixel_linear, span
+
+_RUNTIME_SIZES = ["M", "P", "Q", "T", "rows", "pixels", "res_h", "res_w", "res_channels", "res_step", "res_before"]
+
+
+@triton.jit
+def load_pixels(ptr, offs_m, stride, c, mask):
+    """A tile of pixels in fp32."""
+    return tl.load(ptr + (offs_m * stride)[:, None] + c[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_pixels(ptr, offs_m, stride, c, v, mask):
+    """Store a tile of pixels, rounded to the tensor's type."""
+    tl.store(ptr + (offs_m * stride)[:, None] + c[None, :], v.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def normalise(v, stats_ptr, c, mask_c, C):
+    """``scale*v + shift``, in the one fma with which every kernel computes it."""
+    scale = load_channels(stats_ptr + 2 * C, c, mask_c)
+    shift = load_channels(stats_ptr + 3 * C, c, mask_c)
+    return tl.fma(v, scale[None, :], shift[None, :])
+
+
+@triton.jit(do_not_specialize=_RUNTIME_SIZES)
+def channel_moments_kernel(
+    y_ptr,
+    values_ptr,
+    M,
+    C,
+    T,
+    y_stride,
+    INT64: tl.constexpr,
+    STEPS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Mean and sum of squared deviations of STEPS*BLOCK_M pixels x BLOCK_N channels.
+
+    Each row of the tile keeps a running mean (Welford), and the rows are merged at the end (Chan).
+    """
+    OFFSET: tl.constexpr = tl.int64 if INT64 else tl.int32
+    pid = tl.program_id(0)
+    c = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_c = c < C
+    mean = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    m2 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    count = tl.zeros((BLOCK_M,), tl.float32)
+    offs_m = pid.to(OFFSET) * (STEPS * BLOCK_M) + tl.arange(0, BLOCK_M)
+    for i in range(STEPS):
+        mask_m = offs_m < M
+        v = load_pixels(y_ptr, offs_m, y_stride, c, mask_m[:, None] & mask_c[None, :])
+        delta = tl.where(mask_m[:, None], v - mean, 0.0)
+        count += mask_m.to(tl.float32)
+        mean += delta * (1.0 / (i + 1))
+        m2 += delta * tl.where(mask_m[:, None], v - mean, 0.0)
+        offs_m += BLOCK_M
+    total = tl.sum(count, 0)
+    pivot = tl.sum(mean * count[:, None], 0) / total
+    spread = mean - pivot[None, :]
+    merged = tl.sum(m2 + spread * spread * count[:, None], 0)
+    tl.store(values_ptr + pid * C + c, pivot, mask=mask_c)
+    tl.store(values_ptr + (T + pid) * C + c, merged, mask=mask_c)
+
+
+@triton.jit
+def tile_counts(counts_ptr, t, T, rows, pixels):
+    """Pixels of each tile ``t``, 0 past the last one."""
+    if counts_ptr is not None:
+        counts = tl.load(counts_ptr + t, mask=t < T, other=0.0)
+    else:
+        counts = tl.minimum(pixels - t * rows, rows).to(tl.float32)
+    return tl.where(t < T, counts, 0.0)
+
+
+@triton.jit
+def merge_tiles(values_ptr, counts_ptr, T, C, rows, pixels, c, mask_c, BLOCK_T: tl.constexpr):
+    """Pixels, mean and sum of squared deviations over all tiles, for the channels ``c`` (Chan et al. 1979)."""
+    pivot = load_channels(values_ptr, c, mask_c)
+    weighted = tl.zeros((BLOCK_T, c.shape[0]), tl.float32)
+    total = tl.zeros((BLOCK_T,), tl.float32)
+    for start in range(0, T, BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)
+        counts = tile_counts(counts_ptr, t, T, rows, pixels)
+        mask = (t < T)[:, None] & mask_c[None, :]
+        mean = tl.load(values_ptr + t[:, None] * C + c[None, :], mask=mask, other=0.0)
+        weighted += counts[:, None] * (mean - pivot[None, :])
+        total += counts
+    count = tl.sum(total, 0)
+    mean_all = pivot + tl.sum(weighted, 0) / count
+    spread = tl.zeros((BLOCK_T, c.shape[0]), tl.float32)
+    for start in range(0, T, BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)
+        counts = tile_counts(counts_ptr, t, T, rows, pixels)
+        mask = (t < T)[:, None] & mask_c[None, :]
+        mean = tl.load(values_ptr + t[:, None] * C + c[None, :], mask=mask, other=0.0)
+        m2 = tl.load(values_ptr + (T + t)[:, None] * C + c[None, :], mask=mask, other=0.0)
+        d = mean - mean_all[None, :]
+        spread += m2 + counts[:, None] * d * d
+    return count, mean_all, tl.sum(spread, 0)
+
+
+@triton.jit(do_not_specialize=_RUNTIME_SIZES)
+def merge_moments_kernel(
+    values_ptr, counts_ptr, merged_ptr, T, C, rows, pixels, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Mean and sum of squared deviations of all tiles, for BLOCK_N channels."""
+    c = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_c = c < C
+    _, mean, m2 = merge_tiles(values_ptr, counts_ptr, T, C, rows, pixels, c, mask_c, BLOCK_M)
+    tl.store(merged_ptr + c, mean, mask=mask_c)
+    tl.store(merged_ptr + C + c, m2, mask=mask_c)
+
+
+@triton.jit(do_not_specialize=[*_RUNTIME_SIZES, "momentum"])
+def batch_norm_stats_kernel(
+    values_ptr,
+    counts_ptr,
+    gamma_ptr,
+    beta_ptr,
+    running_mean_ptr,
+    running_var_ptr,
+    batches_ptr,
+    stats_ptr,
+    T,
+    C,
+    rows,
+    pixels,
+    eps,
+    momentum,
+    CUMULATIVE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """stats [5, C] of BLOCK_N channels from the batch's moments, and the running statistics' update.
+
+    Without moments, the running statistics are the ones that normalise. CUMULATIVE: they are the average over all
+    batches, of which ``batches_ptr`` counts this one already; else the first program counts it.
+    """
+    c = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_c = c < C
+    if values_ptr is not None:
+        count, mean, m2 = merge_tiles(values_ptr, counts_ptr, T, C, rows, pixels, c, mask_c, BLOCK_M)
+        var = m2 / count
+        inv_count = tl.zeros_like(mean) + 1.0 / count
+        if running_mean_ptr is not None:
+            if CUMULATIVE:
+                factor = 1.0 / tl.load(batches_ptr).to(tl.float32)
+            else:
+                factor = momentum
+            old_mean = load_channels(running_mean_ptr, c, mask_c)
+            old_var = load_channels(running_var_ptr, c, mask_c)
+            new_mean = factor * mean + (1.0 - factor) * old_mean
+            new_var = factor * (m2 / (count - 1.0)) + (1.0 - factor) * old_var
+            tl.store(running_mean_ptr + c, new_mean.to(running_mean_ptr.dtype.element_ty), mask=mask_c)
+            tl.store(running_var_ptr + c, new_var.to(running_var_ptr.dtype.element_ty), mask=mask_c)
+        if batches_ptr is not None:
+            if not CUMULATIVE:
+                if tl.program_id(0) == 0:
+                    tl.store(batches_ptr, tl.load(batches_ptr) + 1)
+    else:
+        mean = load_channels(running_mean_ptr, c, mask_c)
+        var = load_channels(running_var_ptr, c, mask_c)
+        inv_count = tl.zeros_like(mean)
+    rstd = 1.0 / tl.sqrt_rn(var + eps)
+    scale = rstd
+    if gamma_ptr is not None:
+        scale = rstd * load_channels(gamma_ptr, c, mask_c)
+    shift = -mean * scale
+    if beta_ptr is not None:
+        shift += load_channels(beta_ptr, c, mask_c)
+    tl.store(stats_ptr + c, mean, mask=mask_c)
+    tl.store(stats_ptr + C + c, rstd, mask=mask_c)
+    tl.store(stats_ptr + 2 * C + c, scale, mask=mask_c)
+    tl.store(stats_ptr + 3 * C + c, shift, mask=mask_c)
+    tl.store(stats_ptr + 4 * C + c, inv_count, mask=mask_c)
+
+
+@triton.jit(do_not_specialize=_RUNTIME_SIZES)
+def batch_norm_apply_kernel(
+    y_ptr,
+    stats_ptr,
+    res_ptr,
+    res_stats_ptr,
+    z_ptr,
+    M,
+    C,
+    P,
+    Q,
+    y_stride,
+    res_stride,
+    res_h,
+    res_w,
+    res_channels,
+    res_step,
+    res_before,
+    RES_PADDED: tl.constexpr,
+    RELU: tl.constexpr,
+    INT64: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """``z = relu(scale*y + shift + residual)`` for BLOCK_M pixels x BLOCK_N channels; the residual may be raw too."""
+    OFFSET: tl.constexpr = tl.int64 if INT64 else tl.int32
+    offs_m = tl.program_id(0).to(OFFSET) * BLOCK_M + tl.arange(0, BLOCK_M)
+    c = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_c = c < C
+    mask = (offs_m < M)[:, None] & mask_c[None, :]
+    v = normalise(load_pixels(y_ptr, offs_m, y_stride, c, mask), stats_ptr, c, mask_c, C)
+    if res_ptr is not None:
+        if RES_PADDED:
+            pixel = (offs_m // (P * Q) * res_h + offs_m // Q % P * res_step) * res_w + offs_m % Q * res_step
+            res_c = c - res_before
+            res_mask = mask & ((res_c >= 0) & (res_c < res_channels))[None, :]
+            res = load_pixels(res_ptr, pixel, res_stride, res_c, res_mask)
+        else:
+            res = load_pixels(res_ptr, offs_m, res_stride, c, mask)
+        if res_stats_ptr is not None:
+            res = normalise(res, res_stats_ptr, c, mask_c, C)
+        v += res
+    if RELU:
+        v = relu(v)
+    store_pixels(z_ptr, offs_m, C, c, v, mask)
+
+
+@triton.jit(do_not_specialize=_RUNTIME_SIZES)
+def batch_norm_reduce_kernel(
+    dz_ptr,
+    z_ptr,
+    y_ptr,
+    stats_ptr,
+    y2_ptr,
+    stats2_ptr,
+    g_ptr,
+    sums_ptr,
+    M,
+    C,
+    T,
+    dz_stride,
+    z_stride,
+    y_stride,
+    y2_stride,
+    MASK: tl.constexpr,
+    INT64: tl.constexpr,
+    STEPS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """``g = dz`` where the ReLU let pass, and its sums over STEPS*BLOCK_M pixels x BLOCK_N channels.
+
+    The sums: of g, of ``g*(y - mean)`` and of ``g*(y2 - mean2)``. MASK: the ReLU's input is ``scale*y + shift``.
+    """
+    OFFSET: tl.constexpr = tl.int64 if INT64 else tl.int32
+    pid = tl.program_id(0)
+    c = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_c = c < C
+    sum_g = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    sum_gy = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    sum_gy2 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    offs_m = pid.to(OFFSET) * (STEPS * BLOCK_M) + tl.arange(0, BLOCK_M)
+    for _ in range(STEPS):
+        mask = (offs_m < M)[:, None] & mask_c[None, :]
+        g = load_pixels(dz_ptr, offs_m, dz_stride, c, mask)
+        if z_ptr is not None:
+            g = tl.where(load_pixels(z_ptr, offs_m, z_stride, c, mask) <= 0, 0.0, g)
+        if y_ptr is not None:
+            y = load_pixels(y_ptr, offs_m, y_stride, c, mask)
+            if MASK:
+                g = tl.where(normalise(y, stats_ptr, c, mask_c, C) <= 0, 0.0, g)
+            deviation = tl.where(mask, y - load_channels(stats_ptr, c, mask_c)[None, :], 0.0)
+            sum_gy += g * deviation
+        if y2_ptr is not None:
+            y2 = load_pixels(y2_ptr, offs_m, y2_stride, c, mask)
+            sum_gy2 += g * tl.where(mask, y2 - load_channels(stats2_ptr, c, mask_c)[None, :], 0.0)
+        sum_g += g
+        if g_ptr is not None:
+            store_pixels(g_ptr, offs_m, C, c, g, mask)
+        offs_m += BLOCK_M
+    tl.store(sums_ptr + pid * C + c, tl.sum(sum_g, 0), mask=mask_c)
+    tl.store(sums_ptr + (T + pid) * C + c, tl.sum(sum_gy, 0), mask=mask_c)
+    if y2_ptr is not None:
+        tl.store(sums_ptr + (2 * T + pid) * C + c, tl.sum(sum_gy2, 0), mask=mask_c)
+
+
+@triton.jit
+def add_tiles(ptr, T, C, c, mask_c, BLOCK_T: tl.constexpr):
+    """The sum over all T tiles, in a fixed order."""
+    acc = tl.zeros((BLOCK_T, c.shape[0]), tl.float32)
+    for start in range(0, T, BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)
+        acc += tl.load(ptr + t[:, None] * C + c[None, :], mask=(t < T)[:, None] & mask_c[None, :], other=0.0)
+    return tl.sum(acc, 0)
+
+
+@triton.jit(do_not_specialize=_RUNTIME_SIZES)
+def merge_sums_kernel(sums_ptr, merged_ptr, T, C, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """One row of sums over all tiles, for BLOCK_N channels."""
+    c = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = tl.program_id(1)
+    mask_c = c < C
+    tl.store(merged_ptr + row * C + c, add_tiles(sums_ptr + row * T * C, T, C, c, mask_c, BLOCK_M), mask=mask_c)
+
+
+@triton.jit(do_not_specialize=_RUNTIME_SIZES)
+def batch_norm_coefs_kernel(
+    sum_g_ptr,
+    sum_gy_ptr,
+    stats_ptr,
+    coefs_ptr,
+    dgamma_ptr,
+    dbeta_ptr,
+    T,
+    C,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """dgamma, dbeta and the vectors of ``dy = A*g + B*y + C`` for BLOCK_N channels."""
+    c = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_c = c < C
+    dbeta = add_tiles(sum_g_ptr, T, C, c, mask_c, BLOCK_M)
+    sum_gy = add_tiles(sum_gy_ptr, T, C, c, mask_c, BLOCK_M)
+    mean = load_channels(stats_ptr, c, mask_c)
+    rstd = load_channels(stats_ptr + C, c, mask_c)
+    scale = load_channels(stats_ptr + 2 * C, c, mask_c)
+    inv_count = load_channels(stats_ptr + 4 * C, c, mask_c)
+    # Zero times infinity would spoil the constants of evaluation mode.
+    used = inv_count > 0
+    b = tl.where(used, -scale * rstd * rstd * sum_gy * inv_count, 0.0)
+    constant = tl.where(used, -scale * dbeta * inv_count - b * mean, 0.0)
+    tl.store(coefs_ptr + c, scale, mask=mask_c)
+    tl.store(coefs_ptr + C + c, b, mask=mask_c)
+    tl.store(coefs_ptr + 2 * C + c, constant, mask=mask_c)
+    tl.store(dgamma_ptr + c, (rstd * sum_gy).to(dgamma_ptr.dtype.element_ty), mask=mask_c)
+    tl.store(dbeta_ptr + c, dbeta.to(dbeta_ptr.dtype.element_ty), mask=mask_c)
+
+
+@triton.jit
+def gradient(g, y_ptr, y_stride, coefs_ptr, offs_m, c, mask, mask_c, C):
+    """``A*g + B*y + C`` for one tile."""
+    dy = g * load_channels(coefs_ptr, c, mask_c)[None, :]
+    if y_ptr is not None:
+        b = load_channels(coefs_ptr + C, c, mask_c)
+        constant = load_channels(coefs_ptr + 2 * C, c, mask_c)
+        dy += tl.fma(load_pixels(y_ptr, offs_m, y_stride, c, mask), b[None, :], constant[None, :])
+    return dy
+
+
+@triton.jit(do_not_specialize=_RUNTIME_SIZES)
+def batch_norm_backward_kernel(
+    g_ptr,
+    y_ptr,
+    coefs_ptr,
+    y2_ptr,
+    coefs2_ptr,
+    dy_ptr,
+    dy2_ptr,
+    M,
+    C,
+    g_stride,
+    y_stride,
+    y2_stride,
+    dy_stride,
+    INT64: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """``dy = A*g + B*y + C`` for BLOCK_M pixels x BLOCK_N channels; twice from one g if there is a second norm."""
+    OFFSET: tl.constexpr = tl.int64 if INT64 else tl.int32
+    offs_m = tl.program_id(0).to(OFFSET) * BLOCK_M + tl.arange(0, BLOCK_M)
+    c = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_c = c < C
+    mask = (offs_m < M)[:, None] & mask_c[None, :]
+    g = load_pixels(g_ptr, offs_m, g_stride, c, mask)
+    dy = gradient(g, y_ptr, y_stride, coefs_ptr, offs_m, c, mask, mask_c, C)
+    if dy2_ptr is not None:
+        dy2 = gradient(g, y2_ptr, y2_stride, coefs2_ptr, offs_m, c, mask, mask_c, C)
+        store_pixels(dy2_ptr, offs_m, C, c, dy2, mask)
+    store_pixels(dy_ptr, offs_m, dy_stride, c, dy, mask)
+
+
+@lru_cache(maxsize=4096)
+def default_config(pixels: int, channels: int, arch: int) -> TileConfig:
+    """The tile of the kernels that pass over pixels: block_m pixels x block_n channels, ``block_k`` such steps."""
+    block_n = min(64, max(16, triton.next_power_of_2(channels)))
+    if arch == INTERPRETER:
+        return TileConfig(min(max(16, triton.next_power_of_2(pixels)), 512), block_n, 2)
+    steps = 8
+    while steps > 1 and triton.cdiv(pixels, 32 * steps) * triton.cdiv(channels, block_n) < 4 * 132:
+        steps //= 2
+    return TileConfig(2048 // block_n, block_n, steps, num_stages=1)
+
+
+_MERGE = TileConfig(256, 8, 1, num_stages=1)
+"""Tiles and channels that a program merges at a time."""
+
+
+def channel_moments(y: Tensor, *, config: TileConfig | None = None) -> Moments:
+    """Mean and sum of squared deviations of ``y`` [N, C, P, Q] (pixel-linear), tile by tile."""
+    require_pixel_linear(y=y)
+    pixels, channels = _sizes(y)
+    tile = config or default_config(pixels, channels, target_arch())
+    rows = tile.block_m * tile.block_k
+    tiles = triton.cdiv(pixels, rows)
+    values = torch.empty(2, tiles, channels, dtype=torch.float32, device=y.device)
+    arguments = {
+        "y_ptr": y,
+        "values_ptr": values,
+        "M": pixels,
+        "C": channels,
+        "T": tiles,
+        "y_stride": pixel_stride(y),
+        "INT64": _wide(tile, y),
+        "STEPS": tile.block_k,
+    }
+    _pass_over(channel_moments_kernel, tiles, channels, arguments, tile, read=[y], written=[values])
+    return Moments(values, rows, pixels)
+
+
+def merge_moments(moments: Moments) -> Tensor:
+    """Mean and sum of squared deviations of all tiles together, fp32 [2, C]."""
+    _, _, channels = moments.values.shape
+    merged = moments.values.new_empty(2, channels)
+    arguments = {**_moments_arguments(moments), "merged_ptr": merged, "C": channels}
+    _merge(merge_moments_kernel, (triton.cdiv(channels, _MERGE.block_n),), arguments, [moments.values], [merged])
+    return merged
+
+
+def batch_norm_stats(
+    moments: Moments | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    *,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    batches: Tensor | None = None,
+    momentum: float | None = None,
+) -> Tensor:
+    """What batch norm does to each channel: stats, fp32 [5, C] (see the glossary).
+
+    ``moments``: of the batch, whose biased variance normalises; the running statistics [C], if given, are updated in
+    place with the unbiased one, by ``momentum`` or (None) to the average over all ``batches``, an int64 scalar that is
+    incremented. Without ``moments`` the running statistics normalise, and nothing is updated.
+    """
+    like = running_mean if moments is None else moments.values
+    assert like is not None
+    channels = like.shape[-1]
+    stats = torch.empty(5, channels, dtype=torch.float32, device=like.device)
+    cumulative = moments is not None and momentum is None and batches is not None
+    if cumulative:
+        batches += 1
+    arguments = {
+        **_moments_arguments(moments),
+        "gamma_ptr": gamma,
+        "beta_ptr": beta,
+        "running_mean_ptr": running_mean,
+        "running_var_ptr": running_var,
+        "batches_ptr": None if moments is None else batches,
+        "stats_ptr": stats,
+        "C": channels,
+        "eps": eps,
+        "momentum": 0.0 if momentum is None else momentum,
+        "CUMULATIVE": cumulative,
+    }
+    vectors = [v for v in (gamma, beta, running_mean, running_var) if v is not None]
+    updated = [v for v in (running_mean, running_var) if v is not None and moments is not None]
+    read = vectors + ([] if moments is None else [moments.values])
+    _merge(batch_norm_stats_kernel, (triton.cdiv(channels, _MERGE.block_n),), arguments, read, [stats, *updated])
+    return stats
+
+
+def batch_norm_apply(
+    y: Tensor,
+    stats: Tensor,
+    *,
+    residual: Tensor | None = None,
+    residual_stats: Tensor | None = None,
+    residual_step: int = 1,
+    residual_before: int = 0,
+    relu: bool = True,
+    out_dtype: torch.dtype | None = None,
+    config: TileConfig | None = None,
+) -> Tensor:
+    """``relu(scale*y + shift + residual)`` for ``y`` [N, C, P, Q]; one read of each tensor and one write.
+
+    ``residual``: of the same shape, normalised by ``residual_stats`` if given; or, with a ``residual_step`` above 1 or
+    fewer channels, every ``residual_step``-th pixel of it is added to the channels from ``residual_before`` on.
+
+    Returns [N, C, P, Q], channels_last, of ``out_dtype`` (that of ``y`` if not given). Raises ValueError for tensors
+    that are not pixel-linear or do not fit.
+    """
+    require_pixel_linear(y=y, residual=residual)
+    pixels, channels = _sizes(y)
+    n, _, p, q = y.shape
+    padded = residual is not None and residual.shape != y.shape
+    if padded:
+        _check_padded(y, residual, residual_step, residual_before)
+    z = torch.empty(y.shape, dtype=out_dtype or y.dtype, device=y.device, memory_format=torch.channels_last)
+    tile = config or default_config(pixels, channels, target_arch())
+    res_channels, res_h, res_w = (0, 0, 0) if residual is None else residual.shape[1:]
+    arguments = {
+        "y_ptr": y,
+        "stats_ptr": stats,
+        "res_ptr": residual,
+        "res_stats_ptr": residual_stats,
+        "z_ptr": z,
+        "M": pixels,
+        "C": channels,
+        "P": p,
+        "Q": q,
+        "y_stride": pixel_stride(y),
+        "res_stride": 0 if residual is None else pixel_stride(residual),
+        "res_h": res_h,
+        "res_w": res_w,
+        "res_channels": res_channels,
+        "res_step": residual_step,
+        "res_before": residual_before,
+        "RES_PADDED": padded,
+        "RELU": relu,
+        "INT64": _wide(tile, y, residual),
+    }
+    res_bytes = 0 if residual is None else n * res_channels * p * q * residual.element_size()
+    tiles = triton.cdiv(pixels, tile.block_m)
+    _pass_over(batch_norm_apply_kernel, tiles, channels, arguments, tile, [y], [z], more_read=res_bytes)
+    return z
+
+
+def batch_norm_reduce(
+    dz: Tensor,
+    y: Tensor | None,
+    stats: Tensor | None,
+    *,
+    z: Tensor | None = None,
+    mask: bool = False,
+    second: tuple[Tensor, Tensor] | None = None,
+    out: Tensor | None = None,
+    config: TileConfig | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The gradient ``g`` in front of a ReLU from that behind it, ``dz`` [N, C, P, Q], and its sums.
+
+    The ReLU's output is ``z``, or its input ``scale*y + shift`` if ``mask``; with neither there is no ReLU and g is
+    ``dz`` itself. ``second``: y and stats of a second batch norm in front of the same ReLU. ``out``: where g goes, in
+    the layout of channels_last; ``dz`` itself will do.
+
+    Returns g and fp32 [2 or 3, T, C]: tile by tile ``sum g``, ``sum g*(y - mean)`` (0 without ``y``), and the second's.
+    """
+    y2, stats2 = second or (None, None)
+    require_pixel_linear(dz=dz, y=y, z=z, y2=y2)
+    pixels, channels = _sizes(dz)
+    tile = config or default_config(pixels, channels, target_arch())
+    tiles = triton.cdiv(pixels, tile.block_m * tile.block_k)
+    masked = z is not None or mask
+    if masked and out is None:
+        out = torch.empty(dz.shape, dtype=dz.dtype, device=dz.device, memory_format=torch.channels_last)
+    sums = torch.empty(2 if second is None else 3, tiles, channels, dtype=torch.float32, device=dz.device)
+    arguments = {
+        "dz_ptr": dz,
+        "z_ptr": z,
+        "y_ptr": y,
+        "stats_ptr": stats,
+        "y2_ptr": y2,
+        "stats2_ptr": stats2,
+        "g_ptr": out if masked else None,
+        "sums_ptr": sums,
+        "M": pixels,
+        "C": channels,
+        "T": tiles,
+        "dz_stride": pixel_stride(dz),
+        "z_stride": 0 if z is None else pixel_stride(z),
+        "y_stride": 0 if y is None else pixel_stride(y),
+        "y2_stride": 0 if y2 is None else pixel_stride(y2),
+        "MASK": mask,
+        "INT64": _wide(tile, dz),
+        "STEPS": tile.block_k,
+    }
+    read = [t for t in (dz, z, y, y2) if t is not None]
+    _pass_over(batch_norm_reduce_kernel, tiles, channels, arguments, tile, read, [sums] + ([out] if masked else []))
+    return (out if masked else dz), sums
+
+
+def merge_sums(sums: Tensor) -> Tensor:
+    """Sums [K, T, C] over all tiles: fp32 [K, C]."""
+    rows, tiles, channels = sums.shape
+    merged = sums.new_empty(rows, channels)
+    arguments = {"sums_ptr": sums, "merged_ptr": merged, "T": tiles, "C": channels}
+    _merge(merge_sums_kernel, (triton.cdiv(channels, _MERGE.block_n), rows), arguments, [sums], [merged])
+    return merged
+
+
+def batch_norm_coefs(
+    sum_g: Tensor, sum_gy: Tensor, stats: Tensor, *, gamma_dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
+    """coefs, fp32 [3, C], and the gradients of gamma and beta [C] in ``gamma_dtype``, from the sums [T, C] of a batch.
+
+    Ioffe & Szegedy 2015 (arXiv:1502.03167), section 3.
+    """
+    tiles, channels = sum_g.shape
+    coefs = torch.empty(3, channels, dtype=torch.float32, device=stats.device)
+    dgamma, dbeta = (torch.empty(channels, dtype=gamma_dtype, device=stats.device) for _ in range(2))
+    arguments = {
+        "sum_g_ptr": sum_g,
+        "sum_gy_ptr": sum_gy,
+        "stats_ptr": stats,
+        "coefs_ptr": coefs,
+        "dgamma_ptr": dgamma,
+        "dbeta_ptr": dbeta,
+        "T": tiles,
+        "C": channels,
+    }
+    grid = (triton.cdiv(channels, _MERGE.block_n),)
+    _merge(batch_norm_coefs_kernel, grid, arguments, [sum_g, sum_gy, stats], [coefs, dgamma, dbeta])
+    return coefs, dgamma, dbeta
+
+
+def batch_norm_backward(
+    g: Tensor,
+    y: Tensor | None,
+    coefs: Tensor,
+    *,
+    out: Tensor | None = None,
+    second: tuple[Tensor | None, Tensor] | None = None,
+    config: TileConfig | None = None,
+) -> Any:
+    """``dy = A*g + B*y + C`` [N, C, P, Q]; ``y`` None where B and C are zero. ``out`` may be ``g`` itself.
+
+    Without ``out``, dy has the dtype of ``g``. ``second``: y and coefs of another batch norm that the same g goes
+    into; then the result is a pair, and the second is a new tensor.
+    """
+    y2, coefs2 = second or (None, None)
+    require_pixel_linear(g=g, y=y, y2=y2)
+    pixels, channels = _sizes(g)
+    dy = torch.empty_like(g, memory_format=torch.channels_last) if out is None else out
+    dy2 = None if second is None else torch.empty_like(dy, memory_format=torch.channels_last)
+    tile = config or default_config(pixels, channels, target_arch())
+    arguments = {
+        "g_ptr": g,
+        "y_ptr": y,
+        "coefs_ptr": coefs,
+        "y2_ptr": y2,
+        "coefs2_ptr": coefs2,
+        "dy_ptr": dy,
+        "dy2_ptr": dy2,
+        "M": pixels,
+        "C": channels,
+        "g_stride": pixel_stride(g),
+        "y_stride": 0 if y is None else pixel_stride(y),
+        "y2_stride": 0 if y2 is None else pixel_stride(y2),
+        "dy_stride": pixel_stride(dy),
+        "INT64": _wide(tile, g),
+    }
+    read = [t for t in (g, y, y2) if t is not None]
+    tiles = triton.cdiv(pixels, tile.block_m)
+    written = [dy] if dy2 is None else [dy, dy2]
+    _pass_over(batch_norm_backward_kernel, tiles, channels, arguments, tile, read, written)
+    return dy if dy2 is None else (dy, dy2)
+
+
+def _sizes(y: Tensor) -> tuple[int, int]:
+    n, c, p, q = y.shape
+    return n * p * q, c
+
+
+def _wide(tile: TileConfig, *tensors: Tensor | None) -> bool:
+    """Whether offsets may pass 2^31."""
+    return max(map(span, tensors)) + tile.block_m * tile.block_k * 4096 >= 2**31
+
+
+def _moments_arguments(moments: Moments | None) -> dict[str, Any]:
+    if moments is None:
+        return {"values_ptr": None, "counts_ptr": None, "T": 0, "rows": 0, "pixels": 0}
+    return {
+        "values_ptr": moments.values,
+        "counts_ptr": moments.counts,
+        "T": moments.values.shape[1],
+        "rows": moments.rows,
+        "pixels": moments.pixels,
+    }
+
+
+def _check_padded(y: Tensor, residual: Tensor, step: int, before: int) -> None:
+    n, channels, h, w = residual.shape
+    kept = (n, -(-h // step), -(-w // step))
+    if kept != (y.shape[0], *y.shape[2:]) or before < 0 or before + channels > y.shape[1]:
+        raise ValueError(
+            f"residual must have shape {tuple(y.shape)}, or fit it with every {step}-th pixel from channel {before} "
+            f"on; got {tuple(residual.shape)}"
+        )
+
+
+def _pass_over(
+    kernel: Any,
+    tiles: int,
+    channels: int,
+    arguments: dict[str, Any],
+    tile: TileConfig,
+    read: list[Tensor],
+    written: list[Tensor],
+    more_read: int = 0,
+) -> None:
+    """Launch a kernel of ``tiles`` x blocks of channels; every tensor's bytes count once."""
+    vectors = [v for name, v in arguments.items() if "stats" in name or "coefs" in name]
+    whole = [*read, *(v for v in vectors if v is not None)]
+    blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
+    grid = (tiles, triton.cdiv(channels, tile.block_n))
+    Call(kernel, grid, arguments | blocks, tile, lambda: Cost(0, _bytes(whole) + more_read, _bytes(written))).run()
+
+
+def _merge(
+    kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], read: list[Tensor], written: list[Tensor]
+) -> None:
+    blocks = {"BLOCK_M": _MERGE.block_m, "BLOCK_N": _MERGE.block_n}
+    Call(kernel, grid, arguments | blocks, _MERGE, lambda: Cost(0, _bytes(read), _bytes(written))).run()
+
+
+def _bytes(tensors: list[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)

@@ -1,0 +1,434 @@
+"""Convolution, gradient of the input: an implicit matrix product over the taps that reach each pixel."""
+
+from __future__ import annotations
+
+from functools import partial
+from math import gcd
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .conv_forward import ConvProblem, default_config
+from .launch import Call, Cost, TileConfig, target_arch
+from .tile import dot, load_channels, pixel_stride, require_pixel_linear, span, tap_mask
+
+_RUNTIME_SIZES = [
+    *("N", "H", "W", "P", "Q", "tiles", "chunks", "stride_h", "stride_w", "pad_h", "pad_w", "dil_h", "dil_w"),
+    *("tap_h", "tap_w", "hop_h", "hop_w", "group_ci", "group_co", "cut_h", "cut_w", "cut_step"),
+    "cut_before",
+]
+
+
+@triton.jit
+def first_tap(parity, stride, dil, TAPS: tl.constexpr):
+    """The first tap that reaches a pixel of this parity (position plus padding, modulo the stride), or TAPS."""
+    first = TAPS
+    for i in tl.static_range(TAPS):
+        first = tl.where((parity - (TAPS - 1 - i) * dil) % stride == 0, TAPS - 1 - i, first)
+    return first
+
+
+@triton.jit
+def store_gradient(
+    acc,
+    pixel,
+    n,
+    h,
+    w,
+    mask_m,
+    c,
+    mask_n,
+    cut_ptr,
+    y_in_ptr,
+    stats_ptr,
+    dx_ptr,
+    sums_ptr,
+    channels,
+    tiles,
+    tile,
+    cut_stride,
+    cut_h,
+    cut_w,
+    cut_step,
+    cut_before,
+    y_in_stride,
+    CUT_SPARSE: tl.constexpr,
+):
+    """``dx = acc + shortcut``, then the ReLU's mask and the sums for the batch norm in front of it, for one tile."""
+    mask = mask_m[:, None] & mask_n[None, :]
+    v = acc
+    if cut_ptr is not None:
+        if CUT_SPARSE:
+            at = (n * cut_h + h // cut_step) * cut_w + w // cut_step
+            hit = (h % cut_step == 0) & (w % cut_step == 0)
+            cut_at = (at * cut_stride)[:, None] + (c + cut_before)[None, :]
+            v += tl.load(cut_ptr + cut_at, mask=mask & hit[:, None], other=0.0).to(tl.float32)
+        else:
+            cut = tl.load(cut_ptr + (pixel * cut_stride)[:, None] + c[None, :], mask=mask, other=0.0)
+            v += cut.to(tl.float32)
+    at = (pixel * channels)[:, None] + c[None, :]
+    if y_in_ptr is not None:
+        y = tl.load(y_in_ptr + (pixel * y_in_stride)[:, None] + c[None, :], mask=mask, other=0.0).to(tl.float32)
+        scale = load_channels(stats_ptr + 2 * channels, c, mask_n)
+        shift = load_channels(stats_ptr + 3 * channels, c, mask_n)
+        v = tl.where(tl.fma(y, scale[None, :], shift[None, :]) <= 0, 0.0, v)
+        rounded = v.to(dx_ptr.dtype.element_ty)
+        tl.store(dx_ptr + at, rounded, mask=mask)
+        g = tl.where(mask, rounded.to(tl.float32), 0.0)
+        deviation = y - load_channels(stats_ptr, c, mask_n)[None, :]
+        sums = sums_ptr + tile.to(tl.int64) * channels + c
+        tl.store(sums, tl.sum(g, 0), mask=mask_n)
+        tl.store(sums + tiles.to(tl.int64) * channels, tl.sum(g * deviation, 0), mask=mask_n)
+    else:
+        tl.store(dx_ptr + at, v.to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=_RUNTIME_SIZES)
+def conv_dgrad_kernel(
+    g_ptr,
+    y_ptr,
+    coefs_ptr,
+    w_ptr,
+    cut_ptr,
+    y_in_ptr,
+    stats_ptr,
+    dx_ptr,
+    sums_ptr,
+    N,
+    H,
+    W,
+    P,
+    Q,
+    CI,
+    CO,
+    channels,
+    out_channels,
+    tiles,
+    chunks,
+    g_stride,
+    w_stride,
+    w_tap,
+    cut_stride,
+    y_in_stride,
+    cut_h,
+    cut_w,
+    cut_step,
+    cut_before,
+    stride_h,
+    stride_w,
+    pad_h,
+    pad_w,
+    dil_h,
+    dil_w,
+    tap_h,
+    tap_w,
+    hop_h,
+    hop_w,
+    group_ci,
+    group_co,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    MERGED: tl.constexpr,
+    POINTWISE: tl.constexpr,
+    EVEN_CO: tl.constexpr,
+    ONE_CHUNK: tl.constexpr,
+    CUT_SPARSE: tl.constexpr,
+    INT64: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """``dx[pixel, ci] = epilogue(sum over r, s, co of dy[p, q, co] * w[co, r, s, ci])``, dy = A*g + B*y + C.
+
+    Pixel (h, w) hears tap (r, s) of output (p, q) where ``p*stride + r*dilation - padding = h``, so only pixels of one
+    parity (h and w modulo the stride) hear the same taps, every ``tap``-th one: a parity is a convolution of stride 1
+    over dy, whose position moves back by ``hop`` from tap to tap. One program computes BLOCK_M pixels of one parity x
+    BLOCK_N input channels of one group (or of several merged ones). CI and CO are the channels of the group.
+
+    ``cut``: the gradient of the shortcut. CUT_SPARSE: it belongs to every ``cut_step``-th pixel, or is wider.
+    """
+    OFFSET: tl.constexpr = tl.int64 if INT64 else tl.int32
+    tiles_n = tl.cdiv(CI, BLOCK_N)
+    pid = tl.program_id(0)
+    group = tl.program_id(1)
+    parity = tl.program_id(2)
+    first_h = parity // stride_w
+    first_w = parity % stride_w
+    rows = tl.maximum(tl.cdiv(H - first_h, stride_h), 0)
+    columns = tl.maximum(tl.cdiv(W - first_w, stride_w), 0)
+    offs_m = (pid // tiles_n).to(OFFSET) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_m = offs_m < N * rows * columns
+    row = tl.where(mask_m, offs_m, 0)
+    col = tl.where(offs_n < CI, offs_n, 0)
+    # An image smaller than the stride leaves parities without pixels.
+    rows = tl.maximum(rows, 1)
+    columns = tl.maximum(columns, 1)
+    n = row // (rows * columns)
+    i = row // columns % rows
+    j = row % columns
+
+    r = first_tap(first_h + pad_h, stride_h, dil_h, R)
+    s = first_tap(first_w + pad_w, stride_w, dil_w, S)
+    taps_h = tl.cdiv(R - r, tap_h)
+    taps_w = tl.cdiv(S - s, tap_w)
+    p = i + (first_h + pad_h - r * dil_h) // stride_h
+    q = j + (first_w + pad_w - s * dil_w) // stride_w
+    if POINTWISE:
+        source = (n * P + i) * Q + j
+    else:
+        source = (n * P + p) * Q + q
+        taps = tap_mask(p, q, mask_m, P, Q, -hop_h, -hop_w, R, S)
+        tap = tl.full((), 1, taps.dtype)
+
+    g_offs = (source * g_stride)[:, None] + (group * CO + offs_k)[None, :]
+    w_tile = w_ptr + group * CO * w_stride + (r * S + s) * w_tap
+    w_offs = (offs_k * w_stride)[:, None] + col[None, :]
+    if MERGED:
+        w_offs -= (col // group_ci * group_ci)[None, :]
+    pitch = tl.full((), 1, OFFSET) * g_stride
+    if ONE_CHUNK:
+        chunks = 1
+    g_step = tl.full((), 0, OFFSET)
+    w_step = 0
+    chunk = 0
+    along = 0
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for _ in range(0, taps_h * taps_w * chunks):
+        channel = chunk * BLOCK_K + offs_k
+        k_mask = channel < CO
+        if POINTWISE:
+            a_mask = tl.full((BLOCK_M, 1), True, tl.int1)
+        else:
+            a_mask = (taps & tap != 0)[:, None]
+        if not EVEN_CO:
+            a_mask = a_mask & k_mask[None, :]
+        if POINTWISE and EVEN_CO:
+            a = tl.load(g_ptr + g_step + g_offs)
+        else:
+            a = tl.load(g_ptr + g_step + g_offs, mask=a_mask, other=0.0)
+        if MERGED:
+            same_group = (col // group_ci)[None, :] == (channel // group_co)[:, None]
+            b = tl.load(w_tile + w_step + w_offs, mask=same_group & k_mask[:, None], other=0.0)
+        elif not EVEN_CO:
+            b = tl.load(w_tile + w_step + w_offs, mask=k_mask[:, None], other=0.0)
+        else:
+            b = tl.load(w_tile + w_step + w_offs)
+        if coefs_ptr is not None:
+            c = group * CO + channel
+            v = a.to(tl.float32) * load_channels(coefs_ptr, c, k_mask)[None, :]
+            if y_ptr is not None:
+                if POINTWISE and EVEN_CO:
+                    y = tl.load(y_ptr + g_step + g_offs)
+                else:
+                    y = tl.load(y_ptr + g_step + g_offs, mask=a_mask, other=0.0)
+                scale = load_channels(coefs_ptr + out_channels, c, k_mask)
+                constant = load_channels(coefs_ptr + 2 * out_channels, c, k_mask)
+                v += tl.fma(y.to(tl.float32), scale[None, :], constant[None, :])
+            # Outside the image there is no dy, whatever the formula makes of zeros.
+            a = tl.where(a_mask, v, 0.0).to(b.dtype)
+        acc = dot(a, b, acc, PRECISION)
+
+        g_step += BLOCK_K
+        w_step += BLOCK_K * w_stride
+        chunk += 1
+        if R * S > 1:
+            if chunk == chunks:
+                chunk = 0
+                along += 1
+                g_step -= chunks * BLOCK_K + hop_w * pitch
+                w_step += tap_w * w_tap - chunks * BLOCK_K * w_stride
+                tap = tap << 1
+                if along == taps_w:
+                    along = 0
+                    g_step += (taps_w * hop_w - hop_h * Q) * pitch
+                    w_step += (tap_h * S - taps_w * tap_w) * w_tap
+                    tap = tap << (S - taps_w)
+
+    h = first_h + i * stride_h
+    w = first_w + j * stride_w
+    pixel = (n * H + h) * W + w
+    tile = parity * tl.cdiv(tiles, stride_h * stride_w) + pid // tiles_n
+    # Half a wide tile at a time: one whole would not leave room in the registers for the other tensors.
+    HALF: tl.constexpr = BLOCK_N // 2 if BLOCK_N >= 128 else BLOCK_N
+    if HALF < BLOCK_N:
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+    else:
+        left = acc
+    half_n = pid % tiles_n * BLOCK_N + tl.arange(0, HALF)
+    store_gradient(
+        left, pixel, n, h, w, mask_m, group * CI + half_n, half_n < CI, cut_ptr, y_in_ptr, stats_ptr, dx_ptr, sums_ptr,
+        channels, tiles, tile, cut_stride, cut_h, cut_w, cut_step, cut_before, y_in_stride,
+        CUT_SPARSE=CUT_SPARSE,
+    )  # fmt: skip
+    if HALF < BLOCK_N:
+        half_n += HALF
+        store_gradient(
+            right, pixel, n, h, w, mask_m, group * CI + half_n, half_n < CI, cut_ptr, y_in_ptr, stats_ptr, dx_ptr,
+            sums_ptr, channels, tiles, tile, cut_stride, cut_h, cut_w, cut_step, cut_before, y_in_stride,
+            CUT_SPARSE=CUT_SPARSE,
+        )  # fmt: skip
+
+
+def conv_dgrad(
+    dy: Tensor,
+    w: Tensor,
+    size: tuple[int, int],
+    *,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+    y: Tensor | None = None,
+    coefs: Tensor | None = None,
+    shortcut: Tensor | None = None,
+    shortcut_step: int = 1,
+    shortcut_before: int = 0,
+    mask: tuple[Tensor, Tensor] | None = None,
+    tf32: bool = False,
+    out_dtype: torch.dtype | None = None,
+    config: TileConfig | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradient of the input, [N, CI, *size], of a convolution with filter ``w`` [CO, CI/groups, R, S].
+
+    ``dy`` [N, CO, P, Q]: the gradient of its output; or, with ``coefs`` fp32 [3, CO], the g of
+    ``dy = coefs[0]*g + coefs[1]*y + coefs[2]`` (``y`` None: only the first term). ``shortcut``: its channels from
+    ``shortcut_before`` on are added to every ``shortcut_step``-th pixel. ``mask`` = (y_in [N, CI, *size], stats
+    [5, CI]): the input was ``relu(scale*y_in + shift)``, and the gradient in front of that ReLU is wanted.
+
+    Returns it, channels_last, of ``out_dtype`` (that of ``w`` if not given); and with a mask fp32 [2, T, CI], tile by
+    tile the sums of it and of its product with ``y_in - mean``, of the rounded values. Raises ValueError for tensors
+    that are not laid out so.
+    """
+    n, co, _, _ = dy.shape
+    ci, (r, s) = w.shape[1] * groups, w.shape[2:]
+    problem = ConvProblem(
+        n, *size, ci, co, r, s, stride, padding, dilation, groups, w.dtype, tf32, coefs is not None, target_arch()
+    )
+    y_in, stats = mask or (None, None)
+    _check(problem, dy, w, y, shortcut, y_in)
+    transposed = _transposed(problem)
+    tile = config or default_config(transposed)
+    parities = stride[0] * stride[1]
+    largest = n * triton.cdiv(size[0], stride[0]) * triton.cdiv(size[1], stride[1])
+    tiles = triton.cdiv(largest, tile.block_m)
+    dx = torch.empty((n, ci, *size), dtype=out_dtype or w.dtype, device=dy.device, memory_format=torch.channels_last)
+    sums = None
+    if mask is not None:
+        sums = torch.empty(2, parities * tiles, ci, dtype=torch.float32, device=dy.device)
+    arguments = {
+        **_geometry(problem, transposed, tile),
+        **_shortcut(shortcut, shortcut_step, shortcut_before, dx),
+        "g_ptr": dy,
+        "y_ptr": y,
+        "coefs_ptr": coefs,
+        "w_ptr": w,
+        "y_in_ptr": y_in,
+        "stats_ptr": stats,
+        "dx_ptr": dx,
+        "sums_ptr": sums,
+        "tiles": parities * tiles,
+        "g_stride": pixel_stride(dy),
+        "y_in_stride": 0 if y_in is None else pixel_stride(y_in),
+        "INT64": max(map(span, (dy, dx, shortcut, y_in))) + tile.block_m >= 2**31,
+    }
+    width, parts = transposed.tile_channels[1], groups // transposed.merged
+    grid = (tiles * triton.cdiv(width, tile.block_n), parts, parities)
+    Call(conv_dgrad_kernel, grid, arguments, tile, partial(_cost, problem, arguments)).run()
+    return dx, sums
+
+
+def _transposed(problem: ConvProblem) -> ConvProblem:
+    """The product as the choice of a tile sees it: rows are input pixels, columns input channels."""
+    return ConvProblem(
+        *(problem.n, problem.h, problem.w, problem.co, problem.ci, 1, 1, (1, 1), (0, 0), (1, 1)),
+        *(problem.groups, problem.dtype, problem.tf32, problem.prologue, problem.arch),
+    )
+
+
+def _geometry(problem: ConvProblem, transposed: ConvProblem, tile: TileConfig) -> dict[str, Any]:
+    co, ci = transposed.tile_channels
+    taps = problem.r * problem.s
+    chunks = triton.cdiv(co, tile.block_k)
+    tap = [st // gcd(st, dil) for st, dil in zip(problem.stride, problem.dilation, strict=True)]
+    hop = [t * dil // st for t, dil, st in zip(tap, problem.dilation, problem.stride, strict=True)]
+    return {
+        "N": problem.n,
+        "H": problem.h,
+        "W": problem.w,
+        "P": problem.p,
+        "Q": problem.q,
+        "CI": ci,
+        "CO": co,
+        "channels": problem.ci,
+        "out_channels": problem.co,
+        "chunks": chunks,
+        "w_stride": taps * (problem.ci // problem.groups),
+        "w_tap": problem.ci // problem.groups,
+        "stride_h": problem.stride[0],
+        "stride_w": problem.stride[1],
+        "pad_h": problem.padding[0],
+        "pad_w": problem.padding[1],
+        "dil_h": problem.dilation[0],
+        "dil_w": problem.dilation[1],
+        "tap_h": tap[0],
+        "tap_w": tap[1],
+        "hop_h": hop[0],
+        "hop_w": hop[1],
+        "group_ci": problem.ci // problem.groups,
+        "group_co": problem.co // problem.groups,
+        "R": problem.r,
+        "S": problem.s,
+        "MERGED": transposed.merged > 1,
+        "POINTWISE": taps == 1 and problem.padding == (0, 0),
+        "EVEN_CO": co % tile.block_k == 0,
+        "ONE_CHUNK": chunks == 1,
+        "PRECISION": "tf32" if problem.tf32 else "ieee",
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+    }
+
+
+def _shortcut(shortcut: Tensor | None, step: int, before: int, dx: Tensor) -> dict[str, Any]:
+    h, w = (0, 0) if shortcut is None else shortcut.shape[2:]
+    return {
+        "cut_ptr": shortcut,
+        "cut_stride": 0 if shortcut is None else pixel_stride(shortcut),
+        "cut_h": h,
+        "cut_w": w,
+        "cut_step": step,
+        "cut_before": before,
+        "CUT_SPARSE": shortcut is not None and shortcut.shape != dx.shape,
+    }
+
+
+def _check(
+    problem: ConvProblem, dy: Tensor, w: Tensor, y: Tensor | None, shortcut: Tensor | None, y_in: Tensor | None
+) -> None:
+    require_pixel_linear(dy=dy, y=y, shortcut=shortcut, y_in=y_in)
+    if not w.permute(0, 2, 3, 1).is_contiguous():
+        raise ValueError(f"w must be channels_last; got shape {tuple(w.shape)} with strides {w.stride()}")
+    if w.shape[0] != problem.co or problem.co % problem.groups:
+        raise ValueError(f"w of shape {tuple(w.shape)} does not fit {problem.co} channels in {problem.groups} groups")
+    if tuple(dy.shape[2:]) != (problem.p, problem.q):
+        raise ValueError(f"dy must have shape [N, CO, {problem.p}, {problem.q}]; got {tuple(dy.shape)}")
+    if y is not None and (y.shape != dy.shape or pixel_stride(y) != pixel_stride(dy)):
+        raise ValueError(f"y must lie in memory as dy does, {tuple(dy.shape)}; got {tuple(y.shape)}, {y.stride()}")
+    if y_in is not None and tuple(y_in.shape) != (problem.n, problem.ci, problem.h, problem.w):
+        raise ValueError(f"mask[0] must have the shape of the result; got {tuple(y_in.shape)}")
+
+
+def _cost(problem: ConvProblem, arguments: dict[str, Any]) -> Cost:
+    names = ("g_ptr", "y_ptr", "coefs_ptr", "w_ptr", "y_in_ptr", "stats_ptr")
+    read = sum(t.numel() * t.element_size() for t in (arguments[name] for name in names) if t is not None)
+    cut, dx, sums = arguments["cut_ptr"], arguments["dx_ptr"], arguments["sums_ptr"]
+    if cut is not None:
+        read += cut.shape[0] * problem.ci * cut.shape[2] * cut.shape[3] * cut.element_size()
+    written = dx.numel() * dx.element_size() + (0 if sums is None else sums.nbytes)
+    return Cost(2 * problem.m * problem.co * problem.r * problem.s * (problem.ci // problem.groups), read, written)

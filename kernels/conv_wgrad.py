@@ -1,0 +1,354 @@
+"""Convolution, gradient of the filter: a matrix product as deep as there are pixels, split and added in order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .conv_forward import ConvProblem
+from .launch import INTERPRETER, Call, Cost, TileConfig, target_arch
+from .tile import dot, load_channels, pixel_stride, relu, require_pixel_linear, span
+
+_RUNTIME_SIZES = [
+    *("M", "H", "W", "P", "Q", "steps", "stride_h", "stride_w", "pad_h", "pad_w", "dil_h", "dil_w"),
+    *("group_ci", "group_co", "splits", "SIZE"),
+]
+
+
+@triton.jit(do_not_specialize=_RUNTIME_SIZES)
+def conv_wgrad_kernel(
+    g_ptr,
+    y_ptr,
+    coefs_ptr,
+    x_ptr,
+    stats_ptr,
+    dw_ptr,
+    M,
+    H,
+    W,
+    P,
+    Q,
+    CI,
+    CO,
+    channels,
+    out_channels,
+    steps,
+    g_stride,
+    x_stride,
+    w_stride,
+    stride_h,
+    stride_w,
+    pad_h,
+    pad_w,
+    dil_h,
+    dil_w,
+    group_ci,
+    group_co,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    MERGED: tl.constexpr,
+    POINTWISE: tl.constexpr,
+    PADDED: tl.constexpr,
+    FLAT: tl.constexpr,
+    INT64: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """``dw[co, r, s, ci] = sum over pixels of dy[pixel, co] * a[pixel(r, s), ci]`` over one split's share of pixels.
+
+    dy = A*g + B*y + C and a = relu(scale*x + shift), where their vectors are given. One program computes BLOCK_M
+    output channels x BLOCK_N input channels of one tap, of one group (or of several merged ones), from ``steps`` times
+    BLOCK_K pixels, whose coordinates it carries along. CI and CO are the channels of the group.
+
+    FLAT: so few input channels that the columns run across taps.
+    """
+    OFFSET: tl.constexpr = tl.int64 if INT64 else tl.int32
+    pid = tl.program_id(0)
+    group = tl.program_id(1)
+    split = tl.program_id(2)
+    tiles_m = tl.cdiv(CO, BLOCK_M)
+    offs_co = pid % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = pid // tiles_m
+    if FLAT:
+        offs_n = column * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < R * S * CI
+        ci = offs_n % CI
+        r = offs_n // CI // S
+        s = offs_n // CI % S
+    else:
+        tiles_n = tl.cdiv(CI, BLOCK_N)
+        ci = column % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask_n = ci < CI
+        r = column // tiles_n // S
+        s = column // tiles_n % S
+    mask_co = offs_co < CO
+    co = group * CO + offs_co
+    c = group * CI + ci
+    if coefs_ptr is not None:
+        dy_scale = load_channels(coefs_ptr, co, mask_co)
+        if y_ptr is not None:
+            dy_slope = load_channels(coefs_ptr + out_channels, co, mask_co)
+            dy_constant = load_channels(coefs_ptr + 2 * out_channels, co, mask_co)
+    if stats_ptr is not None:
+        scale = load_channels(stats_ptr + 2 * channels, c, mask_n)
+        shift = load_channels(stats_ptr + 3 * channels, c, mask_n)
+
+    m = split.to(OFFSET) * (steps * BLOCK_K) + tl.arange(0, BLOCK_K)
+    if not POINTWISE:
+        q = m % Q
+        p = m // Q % P
+        image = m // (P * Q)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for _ in range(0, steps):
+        mask_m = m < M
+        dy_mask = mask_m[:, None] & mask_co[None, :]
+        dy_at = (m * g_stride)[:, None] + co[None, :]
+        dy = tl.load(g_ptr + dy_at, mask=dy_mask, other=0.0)
+        if POINTWISE:
+            a_mask = mask_m[:, None] & mask_n[None, :]
+            a_at = (m * x_stride)[:, None] + c[None, :]
+        else:
+            h = p * stride_h - pad_h
+            w = q * stride_w - pad_w
+            if FLAT:
+                tap_h = h[:, None] + (r * dil_h)[None, :]
+                tap_w = w[:, None] + (s * dil_w)[None, :]
+                a_mask = mask_m[:, None] & mask_n[None, :]
+                if PADDED:
+                    a_mask = a_mask & (tap_h >= 0) & (tap_h < H) & (tap_w >= 0) & (tap_w < W)
+                base = ((image * H + h) * W + w) * x_stride
+                a_at = base[:, None] + ((r * dil_h * W + s * dil_w) * x_stride + c)[None, :]
+            else:
+                h += r * dil_h
+                w += s * dil_w
+                inside = mask_m
+                if PADDED:
+                    inside = mask_m & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+                a_mask = inside[:, None] & mask_n[None, :]
+                a_at = (((image * H + h) * W + w) * x_stride)[:, None] + c[None, :]
+        a = tl.load(x_ptr + a_at, mask=a_mask, other=0.0)
+        if coefs_ptr is not None:
+            v = dy.to(tl.float32) * dy_scale[None, :]
+            if y_ptr is not None:
+                y = tl.load(y_ptr + dy_at, mask=dy_mask, other=0.0).to(tl.float32)
+                v += tl.fma(y, dy_slope[None, :], dy_constant[None, :])
+            dy = tl.where(dy_mask, v, 0.0).to(a.dtype)
+        if stats_ptr is not None:
+            v = relu(tl.fma(a.to(tl.float32), scale[None, :], shift[None, :]))
+            # Padding is zero after the transform, which would turn it into relu(shift).
+            a = tl.where(a_mask, v, 0.0).to(a.dtype)
+        acc = dot(tl.trans(dy), a, acc, PRECISION)
+        m += BLOCK_K
+        if not POINTWISE:
+            q += BLOCK_K % Q
+            p += BLOCK_K // Q % P + (q >= Q).to(q.dtype)
+            q = tl.where(q >= Q, q - Q, q)
+            image += BLOCK_K // Q // P + (p >= P).to(p.dtype)
+            p = tl.where(p >= P, p - P, p)
+
+    mask = mask_co[:, None] & mask_n[None, :]
+    if MERGED:
+        mask = mask & (offs_co // group_co)[:, None] == (ci // group_ci)[None, :]
+        ci -= ci // group_ci * group_ci
+    if FLAT:
+        within = offs_n
+    else:
+        within = (r * S + s) * (group_ci if MERGED else CI) + ci
+    dw_at = split.to(tl.int64) * out_channels * w_stride + (co * w_stride)[:, None] + within[None, :]
+    tl.store(dw_ptr + dw_at, acc.to(dw_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def sum_splits_kernel(partial_ptr, dw_ptr, SIZE, splits, BLOCK_M: tl.constexpr):
+    """``dw[i] = sum over splits of partial[split, i]``, in order, for BLOCK_M elements."""
+    i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask = i < SIZE
+    acc = tl.zeros((BLOCK_M,), tl.float32)
+    for split in range(0, splits):
+        acc += tl.load(partial_ptr + split * SIZE.to(tl.int64) + i, mask=mask, other=0.0)
+    tl.store(dw_ptr + i, acc.to(dw_ptr.dtype.element_ty), mask=mask)
+
+
+@dataclass(frozen=True)
+class WgradConfig:
+    """A tile, and how many programs share the pixels of one tile of the filter."""
+
+    tile: TileConfig
+    splits: int
+
+
+_MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
+
+
+@lru_cache(maxsize=4096)
+def default_config(problem: ConvProblem) -> WgradConfig:
+    """Wide tiles, and as many splits as two waves of programs need, unless partial filters outweigh the pixels."""
+    ci, co = problem.tile_channels
+    columns = problem.r * problem.s * ci if problem.flat else ci
+    block_m, block_n = (max(16, triton.next_power_of_2(size)) for size in (co, columns))
+    if problem.arch == INTERPRETER:
+        block_k = min(max(16, triton.next_power_of_2(problem.m)), 256)
+        tile = TileConfig(min(block_m, 256), min(block_n, 256), block_k)
+        return WgradConfig(tile, 1 if problem.m <= 256 else 2)
+    fp32 = problem.dtype == torch.float32
+    if fp32 and not problem.tf32:
+        tile = TileConfig(min(block_m, 64), min(block_n, 64), 16)
+    else:
+        tile = TileConfig(min(block_m, 64), min(block_n, 64 if fp32 or problem.prologue else 128), 32)
+    steps = triton.cdiv(problem.m, tile.block_k)
+    programs = _programs(problem, tile)
+    wanted = max(1, 2 * _MULTIPROCESSORS.get(problem.arch, 108) // programs)
+    filter_bytes = 8 * problem.co * problem.r * problem.s * problem.ci // problem.groups
+    pixel_bytes = (problem.m * problem.co + problem.n * problem.h * problem.w * problem.ci) * problem.dtype.itemsize
+    affordable = max(pixel_bytes // (8 * filter_bytes), 1)
+    return WgradConfig(tile, max(1, min(wanted, steps // 8, affordable)))
+
+
+def _programs(problem: ConvProblem, tile: TileConfig) -> int:
+    """Tiles of the whole filter."""
+    ci, co = problem.tile_channels
+    taps = problem.r * problem.s
+    columns = triton.cdiv(taps * ci, tile.block_n) if problem.flat else taps * triton.cdiv(ci, tile.block_n)
+    return triton.cdiv(co, tile.block_m) * columns * (problem.groups // problem.merged)
+
+
+def conv_wgrad(
+    dy: Tensor,
+    x: Tensor,
+    filter_size: tuple[int, int],
+    *,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+    y: Tensor | None = None,
+    coefs: Tensor | None = None,
+    x_stats: Tensor | None = None,
+    tf32: bool = False,
+    out_dtype: torch.dtype | None = None,
+    config: WgradConfig | None = None,
+) -> Tensor:
+    """Gradient [CO, CI/groups, R, S] of the filter of a convolution of ``x`` [N, CI, H, W].
+
+    ``dy`` [N, CO, P, Q]: the gradient of its output; or, with ``coefs`` fp32 [3, CO], the g of
+    ``dy = coefs[0]*g + coefs[1]*y + coefs[2]`` (``y`` None: only the first term). ``x_stats`` fp32 [5, CI]: the
+    convolution's input was ``relu(scale*x + shift)``.
+
+    Returns it channels_last, of ``out_dtype`` (that of ``x`` if not given). Raises ValueError for tensors that are not
+    laid out so.
+    """
+    n, ci, h, w = x.shape
+    co, (r, s) = dy.shape[1], filter_size
+    prologue = coefs is not None or x_stats is not None
+    problem = ConvProblem(
+        n, h, w, ci, co, r, s, stride, padding, dilation, groups, x.dtype, tf32, prologue, target_arch()
+    )
+    _check(problem, dy, y, x)
+    chosen = config or default_config(problem)
+    shape = (co, ci // groups, r, s)
+    dw = torch.empty(shape, dtype=out_dtype or x.dtype, device=x.device, memory_format=torch.channels_last)
+    if problem.m == 0:
+        return dw.zero_()
+    steps = triton.cdiv(triton.cdiv(problem.m, chosen.tile.block_k), chosen.splits)
+    splits = triton.cdiv(problem.m, steps * chosen.tile.block_k)
+    partials = dw if splits == 1 else torch.empty(splits, dw.numel(), dtype=torch.float32, device=x.device)
+    arguments = {
+        **_geometry(problem, chosen.tile),
+        "g_ptr": dy,
+        "y_ptr": y,
+        "coefs_ptr": coefs,
+        "x_ptr": x,
+        "stats_ptr": x_stats,
+        "dw_ptr": partials,
+        "steps": steps,
+        "g_stride": pixel_stride(dy),
+        "x_stride": pixel_stride(x),
+        "INT64": max(map(span, (dy, x))) + steps * chosen.tile.block_k * max(ci, co) >= 2**31,
+    }
+    parts = groups // problem.merged
+    grid = (_programs(problem, chosen.tile) // parts, parts, splits)
+    Call(conv_wgrad_kernel, grid, arguments, chosen.tile, partial(_cost, problem, arguments)).run()
+    if splits > 1:
+        _sum_splits(partials, dw)
+    return dw
+
+
+def _geometry(problem: ConvProblem, tile: TileConfig) -> dict[str, Any]:
+    ci, co = problem.tile_channels
+    taps = problem.r * problem.s
+    return {
+        "M": problem.m,
+        "H": problem.h,
+        "W": problem.w,
+        "P": problem.p,
+        "Q": problem.q,
+        "CI": ci,
+        "CO": co,
+        "channels": problem.ci,
+        "out_channels": problem.co,
+        "w_stride": taps * (problem.ci // problem.groups),
+        "stride_h": problem.stride[0],
+        "stride_w": problem.stride[1],
+        "pad_h": problem.padding[0],
+        "pad_w": problem.padding[1],
+        "dil_h": problem.dilation[0],
+        "dil_w": problem.dilation[1],
+        "group_ci": problem.ci // problem.groups,
+        "group_co": problem.co // problem.groups,
+        "R": problem.r,
+        "S": problem.s,
+        "MERGED": problem.merged > 1,
+        "POINTWISE": taps == 1 and problem.stride == (1, 1) and problem.padding == (0, 0),
+        "PADDED": problem.padding != (0, 0),
+        "FLAT": problem.flat,
+        "PRECISION": "tf32" if problem.tf32 else "ieee",
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+    }
+
+
+def _sum_splits(partials: Tensor, dw: Tensor) -> None:
+    tile = TileConfig(1024, 1, 1)
+    arguments = {
+        "partial_ptr": partials,
+        "dw_ptr": dw,
+        "SIZE": dw.numel(),
+        "splits": partials.shape[0],
+        "BLOCK_M": tile.block_m,
+    }
+    grid = (triton.cdiv(dw.numel(), tile.block_m),)
+    Call(sum_splits_kernel, grid, arguments, tile, lambda: Cost(0, partials.nbytes, _bytes(dw))).run()
+
+
+def _check(problem: ConvProblem, dy: Tensor, y: Tensor | None, x: Tensor) -> None:
+    require_pixel_linear(dy=dy, y=y, x=x)
+    if tuple(dy.shape) != (problem.n, problem.co, problem.p, problem.q):
+        raise ValueError(f"dy must have shape [{problem.n}, CO, {problem.p}, {problem.q}]; got {tuple(dy.shape)}")
+    if problem.ci % problem.groups or problem.co % problem.groups:
+        raise ValueError(f"groups must divide {problem.ci} and {problem.co} channels; got {problem.groups}")
+    if y is not None and (y.shape != dy.shape or pixel_stride(y) != pixel_stride(dy)):
+        raise ValueError(f"y must lie in memory as dy does, {tuple(dy.shape)}; got {tuple(y.shape)}, {y.stride()}")
+
+
+def _cost(problem: ConvProblem, arguments: dict[str, Any]) -> Cost:
+    tensors = [arguments[name] for name in ("g_ptr", "y_ptr", "coefs_ptr", "stats_ptr")]
+    read = sum(_bytes(t) for t in tensors if t is not None) + problem.pixels_read * _channel_bytes(arguments["x_ptr"])
+    depth = problem.r * problem.s * problem.ci // problem.groups
+    return Cost(2 * problem.m * problem.co * depth, read, _bytes(arguments["dw_ptr"]))
+
+
+def _channel_bytes(x: Tensor) -> int:
+    return x.shape[1] * x.element_size()
+
+
+def _bytes(t: Tensor) -> int:
+    return t.numel() * t.element_size()
