@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from torch import nn
-from torch.autograd import gradcheck
-from torch.utils.checkpoint import checkpoint
 
-from resnet_fused import BasicBlock, Bottleneck, ResidualBlock, functional, implementation, plan, reference
-from resnet_fused.trace import trace
-from tests.training import DEVICE, check, draw, step
+from resnet_fused import BasicBlock, Bottleneck, ResidualBlock
+from tests.training import DEVICE, check, draw
 
 ROADS = ["triton", "mixed"]
 
