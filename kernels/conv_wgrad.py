@@ -156,7 +156,7 @@ def conv_wgrad_kernel(
 
     mask = mask_co[:, None] & mask_n[None, :]
     if MERGED:
-        mask = mask & (offs_co // group_co)[:, None] == (ci // group_ci)[None, :]
+        mask = mask & ((offs_co // group_co)[:, None] == (ci // group_ci)[None, :])
         ci -= ci // group_ci * group_ci
     if FLAT:
         within = offs_n
