@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from math import gcd
 from typing import Any
@@ -12,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .conv_forward import ConvProblem, default_config
-from .launch import Call, Cost, TileConfig, target_arch
+from .launch import INTERPRETER, Call, Cost, TileConfig, target_arch
 from .tile import dot, load_channels, pixel_stride, require_pixel_linear, span, tap_mask
 
 _RUNTIME_SIZES = [
@@ -34,11 +35,7 @@ def first_tap(parity, stride, dil, TAPS: tl.constexpr):
 @triton.jit
 def store_gradient(
     acc,
-    pixel,
-    n,
-    h,
-    w,
-    mask_m,
+    offs_m,
     c,
     mask_n,
     cut_ptr,
@@ -46,18 +43,36 @@ def store_gradient(
     stats_ptr,
     dx_ptr,
     sums_ptr,
+    N,
+    H,
+    W,
     channels,
     tiles,
     tile,
+    first_h,
+    first_w,
+    rows,
+    columns,
+    stride_h,
+    stride_w,
     cut_stride,
     cut_h,
     cut_w,
     cut_step,
     cut_before,
     y_in_stride,
+    STRIDED: tl.constexpr,
     CUT_SPARSE: tl.constexpr,
 ):
     """``dx = acc + shortcut``, then the ReLU's mask and the sums for the batch norm in front of it, for one tile."""
+    n = offs_m // (rows * columns)
+    h = first_h + offs_m // columns % rows * stride_h
+    w = first_w + offs_m % columns * stride_w
+    if STRIDED:
+        pixel = (n * H + h) * W + w
+    else:
+        pixel = offs_m
+    mask_m = offs_m < N * rows * columns
     mask = mask_m[:, None] & mask_n[None, :]
     v = acc
     if cut_ptr is not None:
@@ -135,6 +150,7 @@ def conv_dgrad_kernel(
     POINTWISE: tl.constexpr,
     EVEN_CO: tl.constexpr,
     ONE_CHUNK: tl.constexpr,
+    STRIDED: tl.constexpr,
     CUT_SPARSE: tl.constexpr,
     INT64: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -158,17 +174,17 @@ def conv_dgrad_kernel(
     parity = tl.program_id(2)
     first_h = parity // stride_w
     first_w = parity % stride_w
-    rows = tl.maximum(tl.cdiv(H - first_h, stride_h), 0)
-    columns = tl.maximum(tl.cdiv(W - first_w, stride_w), 0)
+    # An image smaller than the stride leaves parities without pixels.
+    present = (first_h < H) & (first_w < W)
+    rows = tl.maximum(tl.cdiv(H - first_h, stride_h), 1)
+    columns = tl.maximum(tl.cdiv(W - first_w, stride_w), 1)
+    N = tl.where(present, N, 0)
     offs_m = (pid // tiles_n).to(OFFSET) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     mask_m = offs_m < N * rows * columns
     row = tl.where(mask_m, offs_m, 0)
     col = tl.where(offs_n < CI, offs_n, 0)
-    # An image smaller than the stride leaves parities without pixels.
-    rows = tl.maximum(rows, 1)
-    columns = tl.maximum(columns, 1)
     n = row // (rows * columns)
     i = row // columns % rows
     j = row % columns
@@ -250,9 +266,6 @@ def conv_dgrad_kernel(
                     w_step += (tap_h * S - taps_w * tap_w) * w_tap
                     tap = tap << (S - taps_w)
 
-    h = first_h + i * stride_h
-    w = first_w + j * stride_w
-    pixel = (n * H + h) * W + w
     tile = parity * tl.cdiv(tiles, stride_h * stride_w) + pid // tiles_n
     # Half a wide tile at a time: one whole would not leave room in the registers for the other tensors.
     HALF: tl.constexpr = BLOCK_N // 2 if BLOCK_N >= 128 else BLOCK_N
@@ -262,16 +275,16 @@ def conv_dgrad_kernel(
         left = acc
     half_n = pid % tiles_n * BLOCK_N + tl.arange(0, HALF)
     store_gradient(
-        left, pixel, n, h, w, mask_m, group * CI + half_n, half_n < CI, cut_ptr, y_in_ptr, stats_ptr, dx_ptr, sums_ptr,
-        channels, tiles, tile, cut_stride, cut_h, cut_w, cut_step, cut_before, y_in_stride,
-        CUT_SPARSE=CUT_SPARSE,
+        left, offs_m, group * CI + half_n, half_n < CI, cut_ptr, y_in_ptr, stats_ptr, dx_ptr, sums_ptr, N, H, W,
+        channels, tiles, tile, first_h, first_w, rows, columns, stride_h, stride_w, cut_stride, cut_h, cut_w, cut_step,
+        cut_before, y_in_stride, STRIDED=STRIDED, CUT_SPARSE=CUT_SPARSE,
     )  # fmt: skip
     if HALF < BLOCK_N:
         half_n += HALF
         store_gradient(
-            right, pixel, n, h, w, mask_m, group * CI + half_n, half_n < CI, cut_ptr, y_in_ptr, stats_ptr, dx_ptr,
-            sums_ptr, channels, tiles, tile, cut_stride, cut_h, cut_w, cut_step, cut_before, y_in_stride,
-            CUT_SPARSE=CUT_SPARSE,
+            right, offs_m, group * CI + half_n, half_n < CI, cut_ptr, y_in_ptr, stats_ptr, dx_ptr, sums_ptr, N, H, W,
+            channels, tiles, tile, first_h, first_w, rows, columns, stride_h, stride_w, cut_stride, cut_h, cut_w,
+            cut_step, cut_before, y_in_stride, STRIDED=STRIDED, CUT_SPARSE=CUT_SPARSE,
         )  # fmt: skip
 
 
@@ -313,7 +326,7 @@ def conv_dgrad(
     y_in, stats = mask or (None, None)
     _check(problem, dy, w, y, shortcut, y_in)
     transposed = _transposed(problem)
-    tile = config or default_config(transposed)
+    tile = config or _tile(transposed, epilogue=mask is not None or shortcut is not None)
     parities = stride[0] * stride[1]
     largest = n * triton.cdiv(size[0], stride[0]) * triton.cdiv(size[1], stride[1])
     tiles = triton.cdiv(largest, tile.block_m)
@@ -349,6 +362,13 @@ def _transposed(problem: ConvProblem) -> ConvProblem:
         *(problem.n, problem.h, problem.w, problem.co, problem.ci, 1, 1, (1, 1), (0, 0), (1, 1)),
         *(problem.groups, problem.dtype, problem.tf32, problem.prologue, problem.arch),
     )
+
+
+def _tile(transposed: ConvProblem, epilogue: bool) -> TileConfig:
+    tile = default_config(transposed)
+    if epilogue and transposed.arch != INTERPRETER:
+        return replace(tile, block_m=min(tile.block_m, 64))  # its tensors need registers too
+    return tile
 
 
 def _geometry(problem: ConvProblem, transposed: ConvProblem, tile: TileConfig) -> dict[str, Any]:
@@ -388,6 +408,7 @@ def _geometry(problem: ConvProblem, transposed: ConvProblem, tile: TileConfig) -
         "POINTWISE": taps == 1 and problem.padding == (0, 0),
         "EVEN_CO": co % tile.block_k == 0,
         "ONE_CHUNK": chunks == 1,
+        "STRIDED": problem.stride != (1, 1),
         "PRECISION": "tf32" if problem.tf32 else "ieee",
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,

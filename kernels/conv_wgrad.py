@@ -109,9 +109,9 @@ def conv_wgrad_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for _ in range(0, steps):
         mask_m = m < M
-        dy_mask = mask_m[:, None] & mask_co[None, :]
-        dy_at = (m * g_stride)[:, None] + co[None, :]
-        dy = tl.load(g_ptr + dy_at, mask=dy_mask, other=0.0)
+        # Past the end, dy is that of the first pixel: a is zero there.
+        dy_at = (tl.where(mask_m, m, 0) * g_stride)[:, None] + co[None, :]
+        dy = tl.load(g_ptr + dy_at, mask=mask_co[None, :], other=0.0)
         if POINTWISE:
             a_mask = mask_m[:, None] & mask_n[None, :]
             a_at = (m * x_stride)[:, None] + c[None, :]
@@ -138,9 +138,9 @@ def conv_wgrad_kernel(
         if coefs_ptr is not None:
             v = dy.to(tl.float32) * dy_scale[None, :]
             if y_ptr is not None:
-                y = tl.load(y_ptr + dy_at, mask=dy_mask, other=0.0).to(tl.float32)
+                y = tl.load(y_ptr + dy_at, mask=mask_co[None, :], other=0.0).to(tl.float32)
                 v += tl.fma(y, dy_slope[None, :], dy_constant[None, :])
-            dy = tl.where(dy_mask, v, 0.0).to(a.dtype)
+            dy = v.to(a.dtype)
         if stats_ptr is not None:
             v = relu(tl.fma(a.to(tl.float32), scale[None, :], shift[None, :]))
             # Padding is zero after the transform, which would turn it into relu(shift).
@@ -149,9 +149,9 @@ def conv_wgrad_kernel(
         m += BLOCK_K
         if not POINTWISE:
             q += BLOCK_K % Q
-            p += BLOCK_K // Q % P + (q >= Q).to(q.dtype)
+            p += tl.where(q >= Q, BLOCK_K // Q % P + 1, BLOCK_K // Q % P)
             q = tl.where(q >= Q, q - Q, q)
-            image += BLOCK_K // Q // P + (p >= P).to(p.dtype)
+            image += tl.where(p >= P, BLOCK_K // Q // P + 1, BLOCK_K // Q // P)
             p = tl.where(p >= P, p - P, p)
 
     mask = mask_co[:, None] & mask_n[None, :]
@@ -202,7 +202,10 @@ def default_config(problem: ConvProblem) -> WgradConfig:
     if fp32 and not problem.tf32:
         tile = TileConfig(min(block_m, 64), min(block_n, 64), 16)
     else:
-        tile = TileConfig(min(block_m, 64), min(block_n, 64 if fp32 or problem.prologue else 128), 32)
+        narrow = fp32 or problem.prologue or problem.flat
+        block_m, block_n = min(block_m, 64), min(block_n, 64 if narrow else 128)
+        # Masks that wait for their tile in a third stage would spill where registers are given to occupancy.
+        tile = TileConfig(block_m, block_n, 32, num_stages=3 if block_m * block_n > 32 * 32 else 2)
     steps = triton.cdiv(problem.m, tile.block_k)
     programs = _programs(problem, tile)
     wanted = max(1, 2 * _MULTIPROCESSORS.get(problem.arch, 108) // programs)

@@ -82,6 +82,10 @@ def trace() -> Iterator[Trace]:
         yield record
 
 
+implementations: dict[Any, Callable[..., Any]] = {}
+"""Operators of this package, and what they run: :func:`trace` records the library calls inside."""
+
+
 class _LibraryCalls(TorchDispatchMode):
     def __init__(self, launches: list[Launch]) -> None:
         super().__init__()
@@ -91,6 +95,9 @@ class _LibraryCalls(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in implementations and not tensors_are_fake(args):
+            with self:
+                return implementations[func](*args, **kwargs)
         if func.namespace == "aten" and func._can_decompose() and not func.is_view:
             with self:
                 parts = func.decompose(*args, **kwargs)
