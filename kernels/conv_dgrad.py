@@ -366,7 +366,7 @@ def _transposed(problem: ConvProblem) -> ConvProblem:
 
 def _tile(transposed: ConvProblem, epilogue: bool) -> TileConfig:
     tile = default_config(transposed)
-    if epilogue and transposed.arch != INTERPRETER:
+    if (epilogue or transposed.prologue) and transposed.arch != INTERPRETER:
         return replace(tile, block_m=min(tile.block_m, 64))  # its tensors need registers too
     return tile
 

@@ -400,7 +400,7 @@ def default_config(problem: ConvProblem) -> TileConfig:
         block_m, block_n, block_k, stages = 64, min(block_n, 64), min(block_k, 16), 3
     else:
         wide = 128 if not fp32 and not problem.prologue else 64
-        block_m = 64 if problem.arch == 100 or problem.prologue or problem.flat else 128
+        block_m = 64 if problem.arch == 100 or problem.flat else 128
         block_n = min(block_n, wide)
         block_k = min(block_k, 32 if fp32 or problem.flat or (block_n == 128 and not hopper) else 64)
         stages = 3 if block_k == 64 else 4

@@ -28,6 +28,7 @@ def conv_wgrad_kernel(
     coefs_ptr,
     x_ptr,
     stats_ptr,
+    dy_ptr,
     dw_ptr,
     M,
     H,
@@ -64,9 +65,9 @@ def conv_wgrad_kernel(
 ):
     """``dw[co, r, s, ci] = sum over pixels of dy[pixel, co] * a[pixel(r, s), ci]`` over one split's share of pixels.
 
-    dy = A*g + B*y + C and a = relu(scale*x + shift), where their vectors are given. One program computes BLOCK_M
-    output channels x BLOCK_N input channels of one tap, of one group (or of several merged ones), from ``steps`` times
-    BLOCK_K pixels, whose coordinates it carries along. CI and CO are the channels of the group.
+    dy = A*g + B*y + C, stored at ``dy_ptr`` if given, and a = relu(scale*x + shift), where there are vectors. One
+    program computes BLOCK_M output channels x BLOCK_N input channels of one tap, of one group (or of several merged
+    ones), from ``steps`` times BLOCK_K pixels, whose coordinates it carries along. CI and CO are the group's channels.
 
     FLAT: so few input channels that the columns run across taps.
     """
@@ -141,6 +142,9 @@ def conv_wgrad_kernel(
                 y = tl.load(y_ptr + dy_at, mask=mask_co[None, :], other=0.0).to(tl.float32)
                 v += tl.fma(y, dy_slope[None, :], dy_constant[None, :])
             dy = v.to(a.dtype)
+            if dy_ptr is not None:
+                if column == 0:
+                    tl.store(dy_ptr + dy_at, dy, mask=mask_m[:, None] & mask_co[None, :])
         if stats_ptr is not None:
             v = relu(tl.fma(a.to(tl.float32), scale[None, :], shift[None, :]))
             # Padding is zero after the transform, which would turn it into relu(shift).
@@ -190,7 +194,7 @@ _MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
 
 @lru_cache(maxsize=4096)
 def default_config(problem: ConvProblem) -> WgradConfig:
-    """Wide tiles, and as many splits as two waves of programs need, unless partial filters outweigh the pixels."""
+    """Wide tiles, and as many splits as a wave of programs needs, unless partial filters outweigh the pixels."""
     ci, co = problem.tile_channels
     columns = problem.r * problem.s * ci if problem.flat else ci
     block_m, block_n = (max(16, triton.next_power_of_2(size)) for size in (co, columns))
@@ -208,7 +212,7 @@ def default_config(problem: ConvProblem) -> WgradConfig:
         tile = TileConfig(block_m, block_n, 32, num_stages=3 if block_m * block_n > 32 * 32 else 2)
     steps = triton.cdiv(problem.m, tile.block_k)
     programs = _programs(problem, tile)
-    wanted = max(1, 2 * _MULTIPROCESSORS.get(problem.arch, 108) // programs)
+    wanted = triton.cdiv(_MULTIPROCESSORS.get(problem.arch, 108), programs)
     filter_bytes = 8 * problem.co * problem.r * problem.s * problem.ci // problem.groups
     pixel_bytes = (problem.m * problem.co + problem.n * problem.h * problem.w * problem.ci) * problem.dtype.itemsize
     affordable = max(pixel_bytes // (8 * filter_bytes), 1)
@@ -235,6 +239,7 @@ def conv_wgrad(
     y: Tensor | None = None,
     coefs: Tensor | None = None,
     x_stats: Tensor | None = None,
+    dy_out: Tensor | None = None,
     tf32: bool = False,
     out_dtype: torch.dtype | None = None,
     config: WgradConfig | None = None,
@@ -243,7 +248,7 @@ def conv_wgrad(
 
     ``dy`` [N, CO, P, Q]: the gradient of its output; or, with ``coefs`` fp32 [3, CO], the g of
     ``dy = coefs[0]*g + coefs[1]*y + coefs[2]`` (``y`` None: only the first term). ``x_stats`` fp32 [5, CI]: the
-    convolution's input was ``relu(scale*x + shift)``.
+    convolution's input was ``relu(scale*x + shift)``. ``dy_out``: where to keep dy, laid out in memory as ``dy`` is.
 
     Returns it channels_last, of ``out_dtype`` (that of ``x`` if not given). Raises ValueError for tensors that are not
     laid out so.
@@ -254,7 +259,7 @@ def conv_wgrad(
     problem = ConvProblem(
         n, h, w, ci, co, r, s, stride, padding, dilation, groups, x.dtype, tf32, prologue, target_arch()
     )
-    _check(problem, dy, y, x)
+    _check(problem, dy, x, y=y, dy_out=dy_out)
     chosen = config or default_config(problem)
     shape = (co, ci // groups, r, s)
     dw = torch.empty(shape, dtype=out_dtype or x.dtype, device=x.device, memory_format=torch.channels_last)
@@ -270,6 +275,7 @@ def conv_wgrad(
         "coefs_ptr": coefs,
         "x_ptr": x,
         "stats_ptr": x_stats,
+        "dy_ptr": dy_out,
         "dw_ptr": partials,
         "steps": steps,
         "g_stride": pixel_stride(dy),
@@ -332,21 +338,23 @@ def _sum_splits(partials: Tensor, dw: Tensor) -> None:
     Call(sum_splits_kernel, grid, arguments, tile, lambda: Cost(0, partials.nbytes, _bytes(dw))).run()
 
 
-def _check(problem: ConvProblem, dy: Tensor, y: Tensor | None, x: Tensor) -> None:
-    require_pixel_linear(dy=dy, y=y, x=x)
+def _check(problem: ConvProblem, dy: Tensor, x: Tensor, **alike: Tensor | None) -> None:
+    require_pixel_linear(dy=dy, x=x)
     if tuple(dy.shape) != (problem.n, problem.co, problem.p, problem.q):
         raise ValueError(f"dy must have shape [{problem.n}, CO, {problem.p}, {problem.q}]; got {tuple(dy.shape)}")
     if problem.ci % problem.groups or problem.co % problem.groups:
         raise ValueError(f"groups must divide {problem.ci} and {problem.co} channels; got {problem.groups}")
-    if y is not None and (y.shape != dy.shape or pixel_stride(y) != pixel_stride(dy)):
-        raise ValueError(f"y must lie in memory as dy does, {tuple(dy.shape)}; got {tuple(y.shape)}, {y.stride()}")
+    for name, t in alike.items():
+        if t is not None and (t.shape != dy.shape or pixel_stride(t) != pixel_stride(dy)):
+            raise ValueError(f"{name} must lie in memory as dy, {tuple(dy.shape)}; got {tuple(t.shape)}, {t.stride()}")
 
 
 def _cost(problem: ConvProblem, arguments: dict[str, Any]) -> Cost:
     tensors = [arguments[name] for name in ("g_ptr", "y_ptr", "coefs_ptr", "stats_ptr")]
     read = sum(_bytes(t) for t in tensors if t is not None) + problem.pixels_read * _channel_bytes(arguments["x_ptr"])
     depth = problem.r * problem.s * problem.ci // problem.groups
-    return Cost(2 * problem.m * problem.co * depth, read, _bytes(arguments["dw_ptr"]))
+    written = sum(_bytes(t) for t in (arguments["dw_ptr"], arguments["dy_ptr"]) if t is not None)
+    return Cost(2 * problem.m * problem.co * depth, read, written)
 
 
 def _channel_bytes(x: Tensor) -> int:

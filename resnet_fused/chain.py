@@ -114,15 +114,19 @@ class Unit:
         return not self.frozen or self.needs.gamma
 
     @property
+    def pointwise(self) -> bool:
+        return self.w.shape[2:] == (1, 1)
+
+    @property
     def in_prologue(self) -> bool:
-        """Whether dy is computed inside the convolution's gradients; a wider filter would repeat that at every tap."""
-        return self.conv.fused and self.w.shape[2:] == (1, 1)
+        """Whether the convolution's gradients compute dy themselves: in Triton, if the first has a use for it."""
+        return self.conv.fused and (self.pointwise or self.needs.w)
 
     @property
     def subsamples(self) -> bool:
         """Whether the convolution reads every n-th pixel alone (n its stride): its gradient is a small tensor."""
         (step, other), padding = self.conv.stride, self.conv.padding
-        return self.in_prologue and step == other and padding == (0, 0)
+        return self.conv.fused and self.pointwise and step == other and padding == (0, 0)
 
 
 class Incoming(NamedTuple):
@@ -355,9 +359,22 @@ def _conv_backward(
     shared = {"y": dy.y, "coefs": dy.coefs, "tf32": plan.tf32(source.dtype)}
     geometry = unit.conv.geometry()
     if unit.needs.w:
-        r, s = unit.w.shape[2:]
-        dtype = wanted.weight_dtype
-        unit.gradients.w = conv_wgrad(dy.g, source, (r, s), x_stats=stats, out_dtype=dtype, **shared, **geometry)
+        # A filter wider than a pixel would compute dy anew at every tap: its gradient keeps it for the input's.
+        kept = None
+        if needs_input and dy.coefs is not None and not unit.pointwise:
+            kept = torch.empty_like(dy.g, dtype=unit.w.dtype)
+        unit.gradients.w = conv_wgrad(
+            dy.g,
+            source,
+            unit.w.shape[2:],
+            x_stats=stats,
+            dy_out=kept,
+            out_dtype=wanted.weight_dtype,
+            **shared,
+            **geometry,
+        )
+        if kept is not None:
+            dy, shared = Incoming(kept), {"tf32": shared["tf32"]}
     if not needs_input:
         return None, None
     h, w = dy.g.shape[2:] if compact else source.shape[2:]
@@ -411,7 +428,7 @@ def _library_backward(
 
 def _add(dx: Tensor, addend: Addend) -> None:
     g, step, before = addend
-    dx[:, :, ::step, ::step] += g[:, before : before + dx.shape[1]]
+    dx[:, :, ::step, ::step].add_(g[:, before : before + dx.shape[1]])
 
 
 def _spread(addend: Addend, shortcut: Tensor, dz: Tensor) -> Tensor:

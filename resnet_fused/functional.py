@@ -91,7 +91,7 @@ def _is_inference(x: Tensor, layers: Sequence[Layer], shortcut: Shortcut | None)
         inputs.append(shortcut if isinstance(shortcut, Tensor) else shortcut.x)
     units = [*layers, shortcut] if isinstance(shortcut, Projection) else layers
     for unit in units:
-        if _uses_batch(unit.bn) or plan.choose(unit.conv.kernel_size, unit.conv.stride, training=False) != "fused":
+        if _uses_batch(unit.bn) or plan.choose(unit.conv, training=False) != "fused":
             return False
         inputs += [p for m in (unit.conv, unit.bn) for p in m._parameters.values() if p is not None]
     return not torch.is_grad_enabled() or not any(t.requires_grad for t in inputs)
@@ -109,7 +109,7 @@ def _parts(layers: Sequence[Layer]) -> Iterator[tuple[bool, list[Layer]]]:
     """Runs of layers, and whether they run eager. The chain is cut there, and where no ReLU stands between layers."""
     part: list[Layer] = []
     for layer in layers:
-        eager = plan.choose(layer.conv.kernel_size, layer.conv.stride, training=True) == "eager"
+        eager = plan.choose(layer.conv, training=True) == "eager"
         if part and (eager or not part[-1].relu):
             yield False, part
             part = []
@@ -151,7 +151,7 @@ def _train(x: Tensor, layers: Sequence[Layer], shortcut: Shortcut | None, recomp
 
 def _spec(unit: Layer) -> UnitSpec:
     conv, bn = unit.conv, unit.bn
-    fused = plan.choose(conv.kernel_size, conv.stride, training=True) == "fused"
+    fused = plan.choose(conv, training=True) == "fused"
     convolution = Convolution(conv.stride, _padding(conv), conv.dilation, conv.groups, fused)
     momentum = 0.0 if bn.momentum is None and bn.num_batches_tracked is None else bn.momentum
     return UnitSpec(tuple(convolution.encode()), bn.eps, momentum, _uses_batch(bn), _group(bn))

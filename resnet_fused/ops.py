@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from resnet_fused import chain, plan
+from resnet_fused import chain, plan, trace
 from resnet_fused.kernels.batch_norm import batch_norm_apply
 from resnet_fused.kernels.conv_forward import Norm, conv_forward, output_size
 from resnet_fused.kernels.launch import dry_running
@@ -196,16 +197,15 @@ def _residual_backward_fake(dz: Tensor, z: Tensor | None, x: Tensor, shortcut: T
     return [torch.empty_like(t) for t, need in zip(like, needs, strict=True) if need and t is not None]
 
 
-_library.impl("conv_bn_act", _conv_bn_act, "CompositeExplicitAutograd")
-_library.impl("unit_forward", _unit_forward, "CompositeExplicitAutograd")
-_library.impl("join_forward", _join_forward, "CompositeExplicitAutograd")
-_library.impl("residual_backward", _residual_backward, "CompositeExplicitAutograd")
-torch.library.register_fake("resnet_fused::conv_bn_act", _conv_bn_act_fake, lib=_library)
-torch.library.register_fake("resnet_fused::unit_forward", _unit_forward_fake, lib=_library)
-torch.library.register_fake("resnet_fused::join_forward", _join_forward_fake, lib=_library)
-torch.library.register_fake("resnet_fused::residual_backward", _residual_backward_fake, lib=_library)
+def _register(name: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"resnet_fused::{name}", fake, lib=_library)
+    operator = getattr(torch.ops.resnet_fused, name).default
+    trace.implementations[operator] = implementation
+    return operator
 
-conv_bn_act = torch.ops.resnet_fused.conv_bn_act.default
-unit_forward = torch.ops.resnet_fused.unit_forward.default
-join_forward = torch.ops.resnet_fused.join_forward.default
-residual_backward = torch.ops.resnet_fused.residual_backward.default
+
+conv_bn_act = _register("conv_bn_act", _conv_bn_act, _conv_bn_act_fake)
+unit_forward = _register("unit_forward", _unit_forward, _unit_forward_fake)
+join_forward = _register("join_forward", _join_forward, _join_forward_fake)
+residual_backward = _register("residual_backward", _residual_backward, _residual_backward_fake)

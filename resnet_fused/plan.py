@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from resnet_fused.kernels.launch import dry_running
 
@@ -66,16 +66,19 @@ def requested() -> str:
     return _requested.get()
 
 
-def choose(kernel_size: tuple[int, ...], stride: tuple[int, ...], training: bool) -> str:
+def choose(conv: nn.Conv2d, training: bool) -> str:
     """Who computes a unit that the kernels can take: ``"fused"``, ``"mixed"`` (PyTorch convolves) or ``"eager"``.
 
-    Pointwise and strided convolutions are fused: device memory bounds them. A wider filter with stride 1 is bound by
-    arithmetic, and in training a prologue would cost it more than the passes over memory that it saves.
+    A convolution of R x S taps and C channels does ``R*S*C/2`` operations per byte of 16-bit activations. Up to some
+    300, about what a GPU does in the time that it moves a byte, memory is what fusion must save. Above, arithmetic
+    decides, and in training a prologue would cost it more than the passes over memory that it saves.
     """
     request = requested()
     if request != "auto":
         return "fused" if request == "triton" else request
-    return "fused" if not training or max(kernel_size) == 1 or max(stride) > 1 else "mixed"
+    taps = conv.kernel_size[0] * conv.kernel_size[1]
+    per_byte = taps * conv.in_channels // conv.groups / 2
+    return "fused" if not training or taps == 1 or max(conv.stride) > 1 or per_byte < 300 else "mixed"
 
 
 FORCED = "implementation('eager') is in force"
