@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import triton
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -61,7 +62,9 @@ class Call:
             return
         if _dry_arch is None:
             options = {"num_warps": self.config.num_warps, "num_stages": self.config.num_stages}
-            self.kernel[self.grid](**self.arguments, **options)
+            # The interpreter moves data by PyTorch's operators, which are none that a caller may count or transform.
+            with _disable_current_modes() if interpreting() else nullcontext():
+                self.kernel[self.grid](**self.arguments, **options)
         for callback in _observers:
             callback(self)
 

@@ -203,9 +203,9 @@ def _convolve(x: Tensor, x_stats: Tensor | None, w: Tensor, bias: Tensor | None,
 def _gather(moments: Moments, group: str) -> Moments:
     """The statistics of every process, one tile each: a single small message."""
     local = merge_moments(moments)
-    message = torch.cat([local.flatten(), local.new_full((1,), moments.pixels)])
+    message = torch.cat([local.flatten(), local.new_full((1,), moments.pixels)])[None]
     process_group = _resolve_process_group(group)
-    gathered = message.new_empty(dist.get_world_size(process_group), message.numel())
+    gathered = message.new_empty(dist.get_world_size(process_group), message.shape[1])
     dist.all_gather_into_tensor(gathered, message, group=process_group)
     values = gathered[:, :-1].unflatten(1, local.shape).transpose(0, 1).contiguous()
     return Moments(values, rows=0, pixels=0, counts=gathered[:, -1].contiguous())
@@ -363,7 +363,7 @@ def _conv_backward(
         kept = None
         if needs_input and dy.coefs is not None and not unit.pointwise:
             kept = torch.empty_like(dy.g, dtype=unit.w.dtype)
-        unit.gradients.w = conv_wgrad(
+        dw = conv_wgrad(
             dy.g,
             source,
             unit.w.shape[2:],
@@ -373,6 +373,7 @@ def _conv_backward(
             **shared,
             **geometry,
         )
+        unit.gradients.w = _strided_as(dw, unit.w)
         if kept is not None:
             dy, shared = Incoming(kept), {"tf32": shared["tf32"]}
     if not needs_input:
@@ -415,7 +416,7 @@ def _library_backward(
         (needs_input, unit.needs.w, False),
     )
     if unit.needs.w:
-        unit.gradients.w = dw.to(wanted.weight_dtype)
+        unit.gradients.w = _strided_as(dw.to(wanted.weight_dtype), unit.w)
     if not needs_input:
         return None, None
     dx = dx.contiguous(memory_format=torch.channels_last)
@@ -424,6 +425,11 @@ def _library_backward(
     if addend is not None:
         _add(dx, addend)
     return dx, None
+
+
+def _strided_as(dw: Tensor, w: Tensor) -> Tensor:
+    """``dw`` with the strides of ``w``: DistributedDataParallel compares those of dimensions of size one too."""
+    return dw.contiguous(memory_format=torch.channels_last).as_strided(w.shape, w.stride())
 
 
 def _add(dx: Tensor, addend: Addend) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from resnet_fused import BasicBlock, Bottleneck, ResidualBlock
-from tests.training import DEVICE, check, draw
+from resnet_fused import BasicBlock, Bottleneck, ResidualBlock, fuse, implementation, ops, plan, reference
+from resnet_fused.trace import trace
+from tests.training import DEVICE, check, draw, step
 
 ROADS = ["triton", "mixed"]
 
@@ -16,9 +20,34 @@ def projection(inplanes: int, planes: int, stride: int) -> nn.Module:
     return nn.Sequential(nn.Conv2d(inplanes, planes, 1, stride, bias=False), nn.BatchNorm2d(planes))
 
 
-def pooled() -> nn.Module:
-    """The shortcut of ResNet-D: an average pool in front of the projection."""
-    return nn.Sequential(nn.AvgPool2d(2, 2), nn.Conv2d(12, 24, 1, bias=False), nn.BatchNorm2d(24))
+class Pooled(nn.Module):
+    """A block whose shortcut is that of ResNet-D: an average pool in front of the projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(12, 20, 3, 2, 1, bias=False), nn.BatchNorm2d(20)
+        self.conv2, self.bn2 = nn.Conv2d(20, 20, 3, padding=1, bias=False), nn.BatchNorm2d(20)
+        self.relu = nn.ReLU()
+        self.shortcut = nn.Sequential(nn.AvgPool2d(2, 2), nn.Conv2d(12, 20, 1, bias=False), nn.BatchNorm2d(20))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        return self.relu(out + self.shortcut(x))
+
+
+class Linear(nn.Module):
+    """An inverted bottleneck: no ReLU behind the middle of the chain, nor behind the addition."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(12, 16, 1, bias=False), nn.BatchNorm2d(16)
+        self.conv2, self.bn2 = nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False), nn.BatchNorm2d(16)
+        self.conv3, self.bn3 = nn.Conv2d(16, 12, 1, bias=False), nn.BatchNorm2d(12)
+        self.relu = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        return x + self.bn3(self.conv3(out))
 
 
 BLOCKS = {
@@ -32,6 +61,8 @@ BLOCKS = {
     "one unit": (lambda: ResidualBlock(16, [(16, 3)]), (2, 16, 5, 3)),
     "four units": (lambda: ResidualBlock(12, [(8, 1), (8, 3), (8, 3), (12, 1)]), (2, 12, 3, 4)),
     "padded identity": (lambda: ResidualBlock(12, [(20, 3), (20, 3)], "pad", stride=2), (2, 12, 5, 7)),
+    "pooled projection": (lambda: fuse(Pooled(), strict=True), (2, 12, 6, 4)),
+    "without the last ReLU": (lambda: fuse(Linear(), strict=True), (2, 12, 3, 5)),
     "5x5 and bias": (
         lambda: ResidualBlock(12, [nn.Conv2d(12, 8, 5, padding=2), nn.Conv2d(8, 12, 1)]),
         (2, 12, 4, 3),
@@ -58,3 +89,269 @@ def test_a_training_step_in_fp16(name, road):
 def test_a_training_step_in_bf16(road):
     for build, shape in BLOCKS.values():
         check(*draw(build, shape, torch.bfloat16), road)
+
+
+@pytest.mark.parametrize("road", ROADS)
+def test_statistics_far_from_zero(road):
+    """Mean over standard deviation of 100: raw sums of squares would leave nothing of the variance."""
+
+    def build() -> nn.Module:
+        block = Bottleneck(16, 4)
+        block.conv1 = nn.Conv2d(16, 4, 1)
+        nn.init.constant_(block.conv1.bias, 60.0)
+        return block
+
+    check(*draw(build, (2, 16, 3, 5), torch.float32), road)
+
+
+@pytest.mark.parametrize("road", ROADS)
+def test_zero_init_starts_as_the_identity(road):
+    block = ResidualBlock(12, [(8, 3), (12, 3)], zero_init=True)
+    x = torch.randn(2, 12, 4, 3)
+    left = step(block, x, torch.randn(2, 12, 4, 3), road)
+    assert torch.equal(left["z"], torch.relu(x))
+    assert left["conv1.weight.grad"].abs().max() == 0
+    assert left["bn2.weight.grad"].abs().max() > 0
+
+
+@pytest.mark.parametrize("frozen", ["bn1", "bn3", "downsample.1", "all"])
+@pytest.mark.parametrize("road", ROADS)
+def test_frozen_batch_norm(frozen, road):
+    def build() -> nn.Module:
+        block = Bottleneck(12, 6, 2, projection(12, 24, 2)).train()
+        for name, module in block.named_modules():
+            if isinstance(module, nn.BatchNorm2d) and frozen in (name, "all"):
+                module.eval()
+        return block
+
+    check(*draw(build, (2, 12, 5, 3), torch.float32), road)
+
+
+@pytest.mark.parametrize("road", ROADS)
+def test_what_needs_no_gradient_gets_none(road):
+    block, x, dz = draw(lambda: Bottleneck(16, 4), (2, 16, 3, 5), torch.float32)
+    everything = step(block, x, dz, road)
+    for name in ("conv1.weight", "conv2.weight", "bn3.bias"):
+        block.get_parameter(name).requires_grad_(False)
+    some = step(block, x, dz, road)
+    assert everything.keys() - some.keys() == {"conv1.weight.grad", "conv2.weight.grad", "bn3.bias.grad"}
+    assert all(torch.equal(value, everything[name]) for name, value in some.items())
+
+
+def test_nothing_is_computed_for_what_needs_no_gradient():
+    block = Bottleneck(16, 4)
+    for module in (block.conv1, block.bn1, block.conv2, block.bn2):
+        module.requires_grad_(False)
+    with implementation("triton"), trace() as t:
+        block(torch.randn(2, 16, 3, 5)).sum().backward()
+    names = [launch.name for launch in t.launches]
+    assert names.count("conv_dgrad") == 0
+    assert names.count("conv_wgrad") == 1
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        dict(affine=False),
+        dict(track_running_stats=False),
+        dict(momentum=None),
+        dict(eps=1e-2, momentum=0.3),
+    ],
+    ids=str,
+)
+def test_arguments_of_batch_norm(norm):
+    block, x, dz = draw(
+        lambda: BasicBlock(12, 12, norm_layer=lambda c: nn.BatchNorm2d(c, **norm)), (2, 12, 4, 3), torch.float32
+    )
+    check(block, x, dz, "triton")
+    twin = copy.deepcopy(block)
+    for _ in range(3):
+        with implementation("triton"), torch.no_grad():
+            block(x)
+        with implementation("eager"), torch.no_grad():
+            twin(x)
+    for (name, ours), eager in zip(block.named_buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(ours, eager, msg=name)
+    if norm.get("track_running_stats", True):
+        assert block.bn1.num_batches_tracked == 3
+
+
+@pytest.mark.parametrize("memory", ["default", "recompute"])
+@pytest.mark.parametrize("road", ROADS)
+def test_two_runs_are_equal_to_the_bit(road, memory):
+    block, x, dz = draw(lambda: Bottleneck(12, 6, 2, projection(12, 24, 2)), (2, 12, 7, 5), torch.float32)
+    block.memory = memory
+    first, second = (step(block, x, dz, road) for _ in range(2))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+@pytest.mark.parametrize("name", ["basic", "bottleneck, projection", "one unit", "padded identity"])
+@pytest.mark.parametrize("road", ROADS)
+def test_recomputing_changes_nothing(name, road):
+    block, x, dz = draw(*BLOCKS[name], torch.float32)
+    kept = step(block, x, dz, road)
+    block.memory = "recompute"
+    again = step(block, x, dz, road)
+    assert all(torch.equal(value, again[key]) for key, value in kept.items())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_updates_the_statistics_as_in_eager(reentrant):
+    block, x, dz = draw(*BLOCKS["bottleneck"], torch.float32)
+    left = []
+    for road in ("eager", "triton"):
+        twin, leaf = copy.deepcopy(block), x.clone().requires_grad_()
+        with implementation(road):
+            checkpoint(twin, leaf, use_reentrant=reentrant).backward(dz)
+        left.append((leaf.grad, *(p.grad for p in twin.parameters()), *twin.buffers()))
+    for ours, eager in zip(*left, strict=True):
+        torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-5)
+
+
+def test_second_derivatives_are_refused():
+    block, x = Bottleneck(16, 4), torch.randn(2, 16, 3, 5, requires_grad=True)
+    with implementation("triton"), pytest.raises(RuntimeError, match=r"first derivatives only.*implementation"):
+        torch.autograd.grad(block(x).sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("first", ["float32 input", "16-bit input"])
+def test_autocast(dtype, first):
+    if DEVICE == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("the interpreter cannot do arithmetic in bfloat16")
+    block, x, dz = draw(*BLOCKS["bottleneck"], torch.float16)
+    block, x = block.float(), x.float() if first == "float32 input" else x.to(dtype)
+    left = []
+    for road in ("eager", "triton", "mixed"):
+        with torch.autocast(DEVICE, dtype):
+            left.append(step(block, x, dz.float(), road))
+    exact = step(copy.deepcopy(block).double(), x.double(), dz.double(), "eager")
+    for name, value in exact.items():
+        if value.is_floating_point():
+            allowed = 3 * (left[0][name].double() - value).abs().max() + 2e-2 * value.abs().max()
+            for ours in left[1:]:
+                assert ours[name].dtype == left[0][name].dtype, name
+                assert (ours[name].double() - value).abs().max() <= allowed, name
+    assert left[1]["conv1.weight.grad"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_what_is_not_finite_reaches_every_gradient_scaler(value):
+    block, x, dz = draw(*BLOCKS["basic"], torch.float32)
+    dz[0, 0, 0, 0] = value
+    eager, ours = (step(block, x, dz, road) for road in ("eager", "triton"))
+    for name, gradient in eager.items():
+        assert torch.isfinite(ours[name]).all() == torch.isfinite(gradient).all(), name
+
+
+def test_a_block_mixes_implementations_by_the_plan(monkeypatch):
+    chosen = {(1, 1): "fused", (3, 3): "mixed"}
+    monkeypatch.setattr(plan, "choose", lambda conv, training: chosen[conv.kernel_size])
+    check(*draw(*BLOCKS["bottleneck, projection"], torch.float32), "triton")
+    chosen[3, 3] = "eager"
+    check(*draw(*BLOCKS["bottleneck, projection"], torch.float32), "triton")
+
+
+def test_training_without_gradients_updates_the_statistics():
+    block = BasicBlock(12, 12)
+    twin, x = copy.deepcopy(block), torch.randn(2, 12, 4, 3)
+    with torch.no_grad():
+        with implementation("triton"):
+            ours = block(x)
+        with implementation("eager"):
+            eager = twin(x)
+    torch.testing.assert_close(ours, eager)
+    torch.testing.assert_close(block.bn2.running_var, twin.bn2.running_var)
+
+
+def test_operators_pass_opcheck():
+    x, w = torch.randn(2, 12, 5, 4), torch.randn(16, 12, 3, 3)
+    x, w = (t.contiguous(memory_format=torch.channels_last) for t in (x, w))
+    gamma, beta, mean, var = torch.rand(4, 16)
+    batches = torch.zeros((), dtype=torch.int64)
+    convolution = [2, 1, 1, 1, 1, 1, 1, 1]
+    arguments = (x, None, w, None, gamma, beta, mean, var, batches, 0.1, 1e-5, True, convolution, "")
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
+    torch.library.opcheck(ops.unit_forward, arguments, test_utils=tests)
+    y, stats = ops.unit_forward(*arguments)
+    residual = torch.randn_like(y)
+    torch.library.opcheck(ops.join_forward, (y, stats, residual, None, 1, 0, True, torch.float32), test_utils=tests)
+    z = ops.join_forward(y, stats, residual, None, 1, 0, True, torch.float32)
+    needs = [True, True, True, False, True, True]
+    rest = (
+        [w],
+        [None],
+        [y],
+        [stats],
+        convolution,
+        [False],
+        [""],
+        "identity",
+        1,
+        0,
+        needs,
+        torch.float32,
+        torch.float32,
+    )
+    torch.library.opcheck(ops.residual_backward, (torch.randn_like(z), z, x, residual, *rest), test_utils=tests)
+    norm = (mean, var, gamma, beta, 1e-5)
+    geometry = ([2, 1], [1, 1], [1, 1], 1)
+    arguments = (x, w, None, *norm, residual, 1, 0, *geometry, True, torch.float32)
+    torch.library.opcheck(ops.conv_bn_act, arguments, test_utils=tests)
+
+
+@pytest.mark.parametrize("name", ["bottleneck, projection", "padded identity"])
+def test_a_compiled_step_is_the_same_step(name):
+    block, x, dz = draw(*BLOCKS[name], torch.float32)
+    plain = step(block, x, dz, "triton")
+    twin, leaf = copy.deepcopy(block), x.clone().requires_grad_()
+    with implementation("triton"):
+        compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
+        compiled(leaf).backward(dz)
+    left = (
+        {"x.grad": leaf.grad} | {f"{n}.grad": p.grad for n, p in twin.named_parameters()} | dict(twin.named_buffers())
+    )
+    assert all(torch.equal(value, plain[key]) for key, value in left.items())
+
+
+def test_the_reference_is_its_own_gradient():
+    """The formulas of the backward against numerical derivatives of the forward, in fp64."""
+    torch.manual_seed(0)
+    y, residual = torch.randn(2, 3, 2, 2).double(), torch.randn(2, 3, 2, 2).double()
+    gamma, beta = torch.randn(3).double(), torch.randn(3).double()
+
+    class Norm(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y, gamma, beta):
+            mean, var = y.mean((0, 2, 3)), y.var((0, 2, 3), correction=0)
+            stats = reference.batch_norm_stats(mean, var, gamma, beta, 1e-5, 1 / 8)
+            ctx.save_for_backward(y, stats)
+            return reference.batch_norm_apply(y, stats, relu=False)
+
+        @staticmethod
+        def backward(ctx, g):
+            y, stats = ctx.saved_tensors
+            sums = reference.batch_norm_sums(g, y, stats)
+            dy = reference.batch_norm_gradient(g, y, reference.batch_norm_coefs(sums, stats))
+            return dy, stats[1] * sums[1], sums[0]
+
+    inputs = [t.requires_grad_() for t in (y, gamma, beta)]
+    assert torch.autograd.gradcheck(Norm.apply, inputs)
+    conv = dict(stride=(2, 1), padding=(1, 0), dilation=(1, 2), groups=2)
+
+    class Convolution(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, w):
+            ctx.save_for_backward(x, w)
+            return nn.functional.conv2d(x, w, **conv)
+
+        @staticmethod
+        def backward(ctx, dy):
+            x, w = ctx.saved_tensors
+            return reference.conv_dgrad(dy, w, x.shape[2:], **conv), reference.conv_wgrad(dy, x, w.shape, **conv)
+
+    x, w = torch.randn(1, 4, 4, 5).double(), torch.randn(4, 2, 2, 3).double()
+    assert torch.autograd.gradcheck(Convolution.apply, [x.requires_grad_(), w.requires_grad_()])
+    block = BasicBlock(3, 3).double()
+    with implementation("eager"):
+        assert torch.autograd.gradcheck(block, residual.requires_grad_())

@@ -70,7 +70,6 @@ def test_hugging_face(layer_type):
         (lambda: timm.create_model("resnet18", pretrained=False, drop_path_rate=0.5), "drop_path is DropPath"),
         (lambda: timm.create_model("resnet18", pretrained=False, act_layer=nn.SiLU), "act1 is SiLU"),
         (lambda: torchvision.models.resnet18(norm_layer=torchvision.ops.FrozenBatchNorm2d), "FrozenBatchNorm2d"),
-        (lambda: nn.SyncBatchNorm.convert_sync_batchnorm(small()), "SyncBatchNorm"),
     ],
 )
 def test_what_is_not_fused_says_why(build, reason):

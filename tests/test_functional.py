@@ -127,7 +127,6 @@ def circular(conv, bn):
 
 
 REASONS = {
-    "training": (lambda conv, bn: bn.train(), "statistics of the batch"),
     "hook": (hooked, "hooks, or a forward of its own"),
     "own forward": (replaced, "hooks, or a forward of its own"),
     "parametrization": (parametrised, "ParametrizedConv2d"),
@@ -150,24 +149,44 @@ def test_what_cannot_be_fused_runs_eager_and_says_why(name, caplog):
 def test_reasons_by_type_and_size():
     conv, bn = unit()
     assert functional.why_unfusable(conv, bn) is None
-    assert "SyncBatchNorm" in functional.why_unfusable(conv, nn.SyncBatchNorm(24))
+    assert functional.why_unfusable(conv, nn.SyncBatchNorm(24)) is None
+    assert "InstanceNorm2d" in functional.why_unfusable(conv, nn.InstanceNorm2d(24))
     assert "ConvTranspose2d" in functional.why_unfusable(nn.ConvTranspose2d(16, 24, 3), bn)
     assert "9x9" in functional.why_unfusable(nn.Conv2d(16, 24, 9), bn)
     assert "padding='same'" in functional.why_unfusable(nn.Conv2d(16, 24, 2, padding="same"), bn)
 
 
-def test_gradients_run_eager():
+def test_a_unit_in_training_leaves_what_eager_leaves():
+    x, residual = torch.randn(2, 16, 5, 3), torch.randn(2, 24, 5, 3)
+    for relu, shortcut in ((True, residual), (False, None), (True, PaddedIdentity(torch.randn(2, 8, 9, 6), 2, 4))):
+        conv, bn = unit()
+        bn.train()
+        twins = copy.deepcopy((conv, bn))
+        with implementation("triton"):
+            ours = conv_bn_act(x, conv, bn, shortcut, relu)
+        eager = reference.conv_bn_act(x, *twins, shortcut, relu)
+        torch.testing.assert_close(ours, eager)
+        for z in (ours, eager):
+            (z * torch.arange(z.numel()).view_as(z).cos()).sum().backward()
+        for mine, its in zip((conv, bn), twins, strict=True):
+            for p, q in zip(mine.parameters(), its.parameters(), strict=True):
+                torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-4)
+            assert all(torch.allclose(p, q) for p, q in zip(mine.buffers(), its.buffers(), strict=True))
+
+
+def test_an_empty_batch_in_training_runs_eager():
     conv, bn = unit()
-    x = torch.randn(1, 16, 5, 5)
     with implementation("triton"):
-        assert "require gradients" in functional.why_eager(x, [(conv, bn)])
-        conv_bn_act(x, conv, bn).sum().backward()
-    assert conv.weight.grad is not None
-    conv.requires_grad_(False)
-    bn.requires_grad_(False)
-    with implementation("triton"):
-        assert functional.why_eager(x, [(conv, bn)]) is None
-        assert "input requires" in functional.why_eager(x.requires_grad_(), [(conv, bn)])
+        assert functional.why_eager(torch.empty(0, 16, 5, 5), [(conv, bn)]) is None
+        assert "batch is empty" in functional.why_eager(torch.empty(0, 16, 5, 5), [(conv, bn.train())])
+
+
+def test_one_value_per_channel_is_refused_as_in_eager():
+    conv, bn = unit()
+    bn.train()
+    for road in ("triton", "eager"):
+        with implementation(road), pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+            conv_bn_act(torch.randn(1, 16, 1, 1), conv, bn)
 
 
 def test_unsupported_dtype_runs_eager():
@@ -200,7 +219,7 @@ def test_errors_name_the_argument(change, error, message):
 def test_implementation_is_checked_and_restored():
     before = plan.requested()
     with (
-        pytest.raises(ValueError, match="implementation must be one of 'auto', 'triton', 'eager'; got 'cuda'"),
+        pytest.raises(ValueError, match="implementation must be one of 'auto', 'triton', 'mixed', 'eager'; got 'cuda'"),
         implementation("cuda"),
     ):
         pass

@@ -1,0 +1,126 @@
+"""What each process of tests/test_distributed.py runs. Tensors travel between processes as NumPy arrays, by value."""
+
+from __future__ import annotations
+
+import datetime
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.models import resnet
+
+from resnet_fused import BasicBlock, Bottleneck, ResidualBlock, fuse, implementation
+from tests.training import draw
+
+Arrays = dict[str, np.ndarray]
+
+
+def projection(inplanes: int, planes: int, stride: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(inplanes, planes, 1, stride, bias=False), nn.BatchNorm2d(planes))
+
+
+def small_model() -> nn.Module:
+    """torchvision's blocks behind a stem, for ``fuse`` to convert."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(inplace=True),
+        resnet.BasicBlock(8, 8),
+        resnet.Bottleneck(8, 4, 2, projection(8, 16, 2)),
+    )
+
+
+def averaging() -> nn.Module:
+    """A block whose running statistics are the average over all batches."""
+    block = ResidualBlock(6, [nn.Conv2d(6, 8, 3, padding=1), nn.Conv2d(8, 6, 1, bias=False)])
+    block.bn1.momentum = None
+    return block
+
+
+MODELS = {
+    "basic, projection": (lambda: BasicBlock(6, 10, 2, projection(6, 10, 2)), (6, 5, 7)),
+    "bottleneck, projection": (lambda: Bottleneck(6, 4, 2, projection(6, 16, 2)), (6, 5, 4)),
+    "bias, average of all batches": (averaging, (6, 3, 4)),
+    "one pixel": (lambda: BasicBlock(6, 6), (6, 1, 1)),
+    "small model": (small_model, (3, 6, 5)),
+}
+
+
+def sample(name: str, images: int) -> tuple[nn.Module, Tensor, Tensor]:
+    """The same model, whole batch and gradient of its output in every process."""
+    build, shape = MODELS[name]
+    return draw(build, (images, *shape), torch.float32)
+
+
+def join(rank: int, ranks: int, rendezvous: str) -> None:
+    torch.set_num_threads(1)
+    limit = datetime.timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=ranks, timeout=limit)
+
+
+def leave() -> None:
+    dist.destroy_process_group()
+
+
+def _own(batch: Tensor, split: tuple[int, ...]) -> Tensor:
+    return batch.split(split)[dist.get_rank()]
+
+
+def _step(model: nn.Module, x: Tensor, dz: Tensor, road: str) -> Arrays:
+    """One forward and backward; what it leaves, under the names of tests.training.step."""
+    x = x.clone().requires_grad_()
+    with implementation(road), warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Grad strides do not match bucket view strides")
+        z = model(x)
+        z.backward(dz)
+    module = model.module if isinstance(model, DistributedDataParallel) else model
+    left = {"z": z.detach(), "x.grad": x.grad}
+    left |= {f"{name}.grad": p.grad for name, p in module.named_parameters()}
+    return {name: t.cpu().numpy() for name, t in (left | dict(module.named_buffers())).items()}
+
+
+def sync_step(name: str, split: tuple[int, ...], road: str, group: str = "default") -> Arrays:
+    """A step of this rank's share of the batch, every batch norm converted to SyncBatchNorm.
+
+    ``group`` that shares the statistics: the default one, "all" (another one of all ranks) or "own" (this rank alone).
+    """
+    model, x, dz = sample(name, sum(split))
+    every, alone = list(range(len(split))), [dist.new_group([rank]) for rank in range(len(split))]
+    groups = {"default": None, "all": dist.new_group(every), "own": alone[dist.get_rank()]}
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model, groups[group])
+    return _step(model, _own(x, split), _own(dz, split), road)
+
+
+def _fuse_then_synchronise(model: nn.Module) -> nn.Module:
+    return nn.SyncBatchNorm.convert_sync_batchnorm(fuse(model))
+
+
+def _synchronise_then_fuse(model: nn.Module) -> nn.Module:
+    return fuse(nn.SyncBatchNorm.convert_sync_batchnorm(model))
+
+
+CONVERSIONS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "fuse, then synchronise": _fuse_then_synchronise,
+    "synchronise, then fuse": _synchronise_then_fuse,
+    "fuse": fuse,
+}
+
+
+def model_step(conversion: str, split: tuple[int, ...], road: str, parallel: bool) -> Arrays:
+    """A step of this rank's share of the batch, under DistributedDataParallel if ``parallel``."""
+    model, x, dz = sample("small model", sum(split))
+    model = CONVERSIONS[conversion](model)
+    if parallel:
+        model = DistributedDataParallel(model)
+    return _step(model, _own(x, split), _own(dz, split), road)
+
+
+def evaluate(name: str, split: tuple[int, ...], road: str) -> Arrays:
+    """A step in evaluation mode with SyncBatchNorm."""
+    model, x, dz = sample(name, sum(split))
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model).eval()
+    return _step(model, _own(x, split), _own(dz, split), road)
