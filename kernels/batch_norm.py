@@ -284,11 +284,10 @@ def batch_norm_reduce_kernel(
             y = load_pixels(y_ptr, offs_m, y_stride, c, mask)
             if MASK:
                 g = tl.where(normalise(y, stats_ptr, c, mask_c, C) <= 0, 0.0, g)
-            deviation = tl.where(mask, y - load_channels(stats_ptr, c, mask_c)[None, :], 0.0)
-            sum_gy += g * deviation
+            sum_gy += g * (y - load_channels(stats_ptr, c, mask_c)[None, :])
         if y2_ptr is not None:
             y2 = load_pixels(y2_ptr, offs_m, y2_stride, c, mask)
-            sum_gy2 += g * tl.where(mask, y2 - load_channels(stats2_ptr, c, mask_c)[None, :], 0.0)
+            sum_gy2 += g * (y2 - load_channels(stats2_ptr, c, mask_c)[None, :])
         sum_g += g
         if g_ptr is not None:
             store_pixels(g_ptr, offs_m, C, c, g, mask)

@@ -52,6 +52,7 @@ def store_output(
     CO,
     channels,
     tiles,
+    tile,
     y_stride,
     res_stride,
     res_h,
@@ -95,8 +96,9 @@ def store_output(
     rounded = v.to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + (offs_m * y_stride)[:, None] + c[None, :], rounded, mask=mask)
     if moments_ptr is not None:
-        tile = (tl.min(offs_m, 0) // offs_m.shape[0]).to(tl.int64)
-        store_moments(rounded, mask, moments_ptr + tile * channels + c, tiles * channels, mask_n)
+        count = tl.minimum(M - tile * offs_m.shape[0], offs_m.shape[0]).to(tl.float32)
+        mean_ptrs = moments_ptr + tile * channels + c
+        store_moments(rounded, (offs_m < M)[:, None], count, mean_ptrs, tiles * channels, mask_n)
 
 
 @triton.jit(do_not_specialize=_RUNTIME_SIZES)
@@ -280,17 +282,17 @@ def conv_forward_kernel(
     else:
         left = acc
     half_n = pid % tiles_n * BLOCK_N + tl.arange(0, HALF)
+    tile = (pid // tiles_n).to(OFFSET)
     store_output(
         left, offs_m, half_n, group * CO, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, res_ptr, y_ptr, moments_ptr,
-        M, P, Q, CO, channels, tiles, y_stride, res_stride, res_h, res_w, res_channels, res_step, res_before, eps,
+        M, P, Q, CO, channels, tiles, tile, y_stride, res_stride, res_h, res_w, res_channels, res_step, res_before, eps,
         RES_PADDED=RES_PADDED, RELU=RELU,
     )  # fmt: skip
     if HALF < BLOCK_N:
         store_output(
             right, offs_m, half_n + HALF, group * CO, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, res_ptr, y_ptr,
-            moments_ptr, M, P, Q, CO, channels, tiles, y_stride, res_stride, res_h, res_w, res_channels, res_step,
-            res_before, eps,
-            RES_PADDED=RES_PADDED, RELU=RELU,
+            moments_ptr, M, P, Q, CO, channels, tiles, tile, y_stride, res_stride, res_h, res_w, res_channels, res_step,
+            res_before, eps, RES_PADDED=RES_PADDED, RELU=RELU,
         )  # fmt: skip
 
 

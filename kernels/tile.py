@@ -49,11 +49,10 @@ def tap_mask(h0, w0, mask_m, H, W, dil_h, dil_w, R: tl.constexpr, S: tl.constexp
 
 
 @triton.jit
-def store_moments(v, mask, mean_ptrs, m2_step, mask_n):
-    """Per column of a tile, the mean of the values under ``mask``; ``m2_step`` further, their squared deviations."""
-    v = tl.where(mask, v.to(tl.float32), 0.0)
-    count = tl.maximum(tl.sum(mask.to(tl.float32), 0), 1.0)
-    mean = tl.sum(v, 0) / count
+def store_moments(v, mask, count, mean_ptrs, m2_step, mask_n):
+    """Per column, the mean of the ``count`` rows under ``mask``; ``m2_step`` further, their squared deviations."""
+    v = v.to(tl.float32)
+    mean = tl.sum(tl.where(mask, v, 0.0), 0) / count
     deviation = tl.where(mask, v - mean[None, :], 0.0)
     tl.store(mean_ptrs, mean, mask=mask_n)
     tl.store(mean_ptrs + m2_step, tl.sum(deviation * deviation, 0), mask=mask_n)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -29,8 +29,8 @@ class ChainSpec:
     """What is constant about a chain; the projection's unit, if there is one, stands last in ``units``.
 
     ``kind`` of the shortcut: none, identity, padded (every ``step``-th pixel, ``before`` zero channels in front) or
-    projection. ``keep_last_y``: save the outputs of the last convolution and of the projection for the backward, rather
-    than compute them again there.
+    projection. ``keep_last_y``, ``keep_projection_y``: save the raw output of the branch's last convolution, of the
+    projection, for the backward, rather than compute it again there.
     """
 
     units: tuple[UnitSpec, ...]
@@ -40,6 +40,7 @@ class ChainSpec:
     relu: bool
     dtype: torch.dtype
     keep_last_y: bool
+    keep_projection_y: bool
 
 
 TENSORS_PER_UNIT = 7
@@ -57,7 +58,7 @@ class ResidualFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, spec: ChainSpec, x: Tensor, shortcut: Tensor | None, *tensors: Tensor | None) -> Tensor:
         units = [tensors[i : i + TENSORS_PER_UNIT] for i in range(0, len(tensors), TENSORS_PER_UNIT)]
-        weights = [_laid_out(unit[0], x.dtype) for unit in units]
+        weights = [_laid_out(cast(Tensor, unit[0]), x.dtype) for unit in units]
         branch = len(units) - (spec.kind == "projection")
         source = x if shortcut is None else shortcut
         ys: list[Tensor] = []
@@ -77,9 +78,10 @@ class ResidualFunction(torch.autograd.Function):
             )
             ys.append(y)
             stats.append(s)
-        residual, residual_stats = (ys[-1], stats[-1]) if spec.kind == "projection" else (source, None)
-        if spec.kind == "none":
-            residual = None
+        residual = None if spec.kind == "none" else source
+        residual_stats: Tensor | None = None
+        if spec.kind == "projection":
+            residual, residual_stats = ys[-1], stats[-1]
         z = ops.join_forward(
             ys[branch - 1],
             stats[branch - 1],
@@ -90,10 +92,12 @@ class ResidualFunction(torch.autograd.Function):
             spec.relu,
             spec.dtype,
         )
-        kept = ys if spec.keep_last_y else [*ys[: branch - 1], *[None] * (len(ys) - branch + 1)]
+        keep = [True] * (branch - 1) + [spec.keep_last_y, spec.keep_projection_y]
+        kept = [y if k else None for y, k in zip(ys, keep, strict=False)]
         biases = [unit[1] for unit in units]
         ctx.save_for_backward(x, shortcut, z if spec.relu else None, *weights, *biases, *kept, *stats)
-        ctx.spec, ctx.dtypes = spec, (tensors[0].dtype, x.dtype if tensors[2] is None else tensors[2].dtype)
+        w, gamma = cast(Tensor, tensors[0]), tensors[2]
+        ctx.spec, ctx.dtypes = spec, (w.dtype, x.dtype if gamma is None else gamma.dtype)
         return z
 
     @staticmethod

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed import ProcessGroup
+from torch.distributed import distributed_c10d as c10d
 
 from resnet_fused import plan
 from resnet_fused.kernels.batch_norm import (
@@ -204,11 +205,15 @@ def _gather(moments: Moments, group: str) -> Moments:
     """The statistics of every process, one tile each: a single small message."""
     local = merge_moments(moments)
     message = torch.cat([local.flatten(), local.new_full((1,), moments.pixels)])[None]
-    process_group = _resolve_process_group(group)
+    process_group = _process_group(group)
     gathered = message.new_empty(dist.get_world_size(process_group), message.shape[1])
     dist.all_gather_into_tensor(gathered, message, group=process_group)
     values = gathered[:, :-1].unflatten(1, local.shape).transpose(0, 1).contiguous()
     return Moments(values, rows=0, pixels=0, counts=gathered[:, -1].contiguous())
+
+
+def _process_group(name: str) -> ProcessGroup:
+    return c10d._resolve_process_group(cast(Any, name))
 
 
 class Wanted(NamedTuple):
@@ -315,7 +320,7 @@ def _norm_backward(unit: Unit, sum_g: Tensor, sum_gy: Tensor, wanted: Wanted) ->
     if unit.group and not unit.frozen:
         own = merge_sums(torch.stack([sum_g, sum_gy]))
         total = own.clone()
-        dist.all_reduce(total, group=_resolve_process_group(unit.group))
+        dist.all_reduce(total, group=_process_group(unit.group))
         coefs, _, _ = batch_norm_coefs(total[:1], total[1:], unit.stats)
         dgamma, dbeta = (own[1] * unit.stats[1]).to(wanted.norm_dtype), own[0].to(wanted.norm_dtype)
     else:

@@ -89,8 +89,8 @@ def _is_inference(x: Tensor, layers: Sequence[Layer], shortcut: Shortcut | None)
     inputs = [x]
     if shortcut is not None:
         inputs.append(shortcut if isinstance(shortcut, Tensor) else shortcut.x)
-    units = [*layers, shortcut] if isinstance(shortcut, Projection) else layers
-    for unit in units:
+    projection = [Layer(shortcut.conv, shortcut.bn)] if isinstance(shortcut, Projection) else []
+    for unit in [*layers, *projection]:
         if _uses_batch(unit.bn) or plan.choose(unit.conv, training=False) != "fused":
             return False
         inputs += [p for m in (unit.conv, unit.bn) for p in m._parameters.values() if p is not None]
@@ -99,10 +99,15 @@ def _is_inference(x: Tensor, layers: Sequence[Layer], shortcut: Shortcut | None)
 
 def _infer(x: Tensor, layers: Sequence[Layer], shortcut: Shortcut | None) -> Tensor:
     if isinstance(shortcut, Projection):
-        shortcut = _launch(channels_last(shortcut.x), shortcut.conv, shortcut.bn, None, False)
-    for layer in layers[:-1]:
-        x = _launch(x, *layer[:2], None, layer.relu)
-    return _launch(x, *layers[-1][:2], shortcut, layers[-1].relu)
+        residual: Tensor | PaddedIdentity | None = _launch(
+            channels_last(shortcut.x), Layer(shortcut.conv, shortcut.bn, relu=False), None
+        )
+    else:
+        residual = shortcut
+    *inner, last = layers
+    for layer in inner:
+        x = _launch(x, layer, None)
+    return _launch(x, last, residual)
 
 
 def _parts(layers: Sequence[Layer]) -> Iterator[tuple[bool, list[Layer]]]:
@@ -123,36 +128,50 @@ def _parts(layers: Sequence[Layer]) -> Iterator[tuple[bool, list[Layer]]]:
 
 def _run_eager(x: Tensor, layers: Sequence[Layer], shortcut: Shortcut | None) -> Tensor:
     (layer,) = layers
-    if isinstance(shortcut, Projection):
-        shortcut = shortcut.bn(shortcut.conv(shortcut.x))
-    return channels_last(reference.conv_bn_act(x, layer.conv, layer.bn, shortcut, layer.relu))
+    residual = shortcut.bn(shortcut.conv(shortcut.x)) if isinstance(shortcut, Projection) else shortcut
+    return channels_last(reference.conv_bn_act(x, layer.conv, layer.bn, residual, layer.relu))
 
 
 def _train(x: Tensor, layers: Sequence[Layer], shortcut: Shortcut | None, recompute: bool) -> Tensor:
     dtype = out_dtype = _compute_dtype(x)
-    units, step, before = list(layers), 1, 0
-    kind, source = ("none" if shortcut is None else "identity"), shortcut
+    units, kind, source, step, before = list(layers), "none", None, 1, 0
     if isinstance(shortcut, Projection):
         kind, source = "projection", shortcut.x if shortcut.x is x else shortcut.x.to(dtype)
         units.append(Layer(shortcut.conv, shortcut.bn))
-    elif isinstance(shortcut, PaddedIdentity):
-        kind, (source, step, before) = "padded", shortcut
-    if kind in ("identity", "padded"):
-        assert isinstance(source, Tensor)
+    elif shortcut is not None:
+        if isinstance(shortcut, PaddedIdentity):
+            kind, (source, step, before) = "padded", shortcut
+        else:
+            kind, source = "identity", shortcut
         out_dtype = torch.promote_types(dtype, source.dtype)
     shared = source is x and (kind == "projection" or x.dtype == dtype)
     spec = ChainSpec(
-        tuple(_spec(unit) for unit in units), kind, step, before, layers[-1].relu, out_dtype, keep_last_y=not recompute
+        tuple(_spec(unit) for unit in units),
+        *(kind, step, before, layers[-1].relu, out_dtype),
+        keep_last_y=not recompute,
+        keep_projection_y=not recompute and not _is_cheap(shortcut, x, layers),
     )
     tensors = [tensor for unit in units for tensor in _tensors(unit)]
     source = None if shared or source is None else channels_last(source)
     return ResidualFunction.apply(spec, x.to(dtype), source, *tensors)
 
 
+def _is_cheap(shortcut: Shortcut | None, x: Tensor, layers: Sequence[Layer]) -> bool:
+    """Whether a projection does so little arithmetic, next to the branch, that its output is not worth its memory."""
+    if not isinstance(shortcut, Projection):
+        return False
+    branch, shape = 0, tuple(x.shape)
+    for layer in layers:
+        shape = _output_shape(shape, layer.conv)
+        branch += shape[2] * shape[3] * layer.conv.weight.numel()
+    _, _, p, q = _output_shape(tuple(shortcut.x.shape), shortcut.conv)
+    return 8 * p * q * shortcut.conv.weight.numel() <= branch
+
+
 def _spec(unit: Layer) -> UnitSpec:
     conv, bn = unit.conv, unit.bn
     fused = plan.choose(conv, training=True) == "fused"
-    convolution = Convolution(conv.stride, _padding(conv), conv.dilation, conv.groups, fused)
+    convolution = Convolution(_pair(conv.stride), _padding(conv), _pair(conv.dilation), conv.groups, fused)
     momentum = 0.0 if bn.momentum is None and bn.num_batches_tracked is None else bn.momentum
     return UnitSpec(tuple(convolution.encode()), bn.eps, momentum, _uses_batch(bn), _group(bn))
 
@@ -175,7 +194,7 @@ def _group(bn: nn.Module) -> str:
     """The name of the process group that shares the statistics of a batch, or "" if they are this process's own."""
     if not isinstance(bn, nn.SyncBatchNorm) or not bn.training or not dist.is_available() or not dist.is_initialized():
         return ""
-    group = bn.process_group or dist.group.WORLD
+    group = cast(dist.ProcessGroup, bn.process_group or dist.group.WORLD)
     return group.group_name if dist.get_world_size(group) > 1 else ""
 
 
@@ -237,9 +256,8 @@ def hooked(module: nn.Module) -> bool:
     )
 
 
-def _launch(
-    x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, residual: Tensor | PaddedIdentity | None, relu: bool
-) -> Tensor:
+def _launch(x: Tensor, layer: Layer, residual: Tensor | PaddedIdentity | None) -> Tensor:
+    conv, bn, relu = layer
     dtype = _compute_dtype(x)
     res, step, before = residual if isinstance(residual, PaddedIdentity) else (residual, 1, 0)
     assert bn.running_mean is not None and bn.running_var is not None
@@ -271,12 +289,16 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+def _pair(sizes: Sequence[Any]) -> tuple[int, int]:
+    return int(sizes[0]), int(sizes[1])
+
+
 def _padding(conv: nn.Conv2d) -> tuple[int, int]:
     if conv.padding == "valid":
         return (0, 0)
     if conv.padding == "same":
-        return tuple(d * (k - 1) // 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True))
-    return tuple(int(p) for p in conv.padding)
+        return _pair([d * (k - 1) // 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)])
+    return _pair(cast(tuple[int, ...], conv.padding))
 
 
 def channels_last(x: Tensor) -> Tensor:

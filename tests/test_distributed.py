@@ -23,6 +23,11 @@ PATIENCE = 120
 Run = Callable[..., list[Arrays]]
 
 
+@pytest.fixture(autouse=True)
+def _deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     """Calls a function of tests.distributed_worker in every rank; returns what each returned."""
@@ -75,8 +80,14 @@ def check(key: str, ours: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor
         raise AssertionError(f"{key}: {error}") from error
 
 
+def assert_same(found: Arrays, expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.equal(torch.from_numpy(found[key]), value.cpu()), key
+
+
 @pytest.mark.parametrize("road", ROADS)
-@pytest.mark.parametrize("split", [(2, 2), (3, 2), (1, 3)])
+@pytest.mark.parametrize("split", [(3, 2), (1, 3)])
 @pytest.mark.parametrize("name", [name for name in worker.MODELS if name != "small model"])
 def test_synchronised_ranks_train_as_one_process(run, name, split, road):
     assert_as_one(run(worker.sync_step, name, split, road), name, sum(split))
@@ -94,8 +105,7 @@ def test_a_group_of_one_rank_shares_nothing(run, road):
     model, x, dz = worker.sample(name, sum(split))
     ranks = run(worker.sync_step, name, split, road, "own")
     for found, own_x, own_dz in zip(ranks, x.split(split), dz.split(split), strict=True):
-        alone = step(model, own_x, own_dz, road)
-        assert all(torch.equal(torch.from_numpy(found[key]), value.cpu()) for key, value in alone.items())
+        assert_same(found, step(model, own_x, own_dz, road))
 
 
 @pytest.mark.parametrize("road", ROADS)
@@ -120,11 +130,9 @@ def test_data_parallel_gradients_are_the_mean_over_ranks(run, road):
 
 @pytest.mark.parametrize("road", ROADS)
 def test_evaluation_does_not_communicate(run, road):
-    """Each rank has a batch of its own, and the statistics are constants."""
-    name, split = "basic, projection", (3, 2)
+    """Each rank has a batch of its own, whose statistics stay its own where there are no running ones."""
+    name, split = "no running statistics", (3, 2)
     model, x, dz = worker.sample(name, sum(split))
-    for found, own_x, own_dz in zip(
-        run(worker.evaluate, name, split, road), x.split(split), dz.split(split), strict=True
-    ):
-        alone = step(model.eval(), own_x, own_dz, road)
-        assert all(torch.equal(torch.from_numpy(found[key]), value.cpu()) for key, value in alone.items())
+    ranks = run(worker.evaluate, name, split, road)
+    for found, own_x, own_dz in zip(ranks, x.split(split), dz.split(split), strict=True):
+        assert_same(found, step(model.eval(), own_x, own_dz, road))

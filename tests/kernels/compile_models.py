@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -17,21 +18,23 @@ from resnet_fused.kernels.launch import Call, dry_run, observe
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "tf32": torch.float32, "float32": torch.float32}
+TRAINED = ["resnet18", "resnet50", "resnext50_32x4d"]
 INSTRUCTIONS = ("mma.sync", "wgmma", "tcgen05.mma")
 
 
-def launches(arch: int, number_format: str, models: list[str]) -> list[Call]:
-    """The distinct kernels of the models at 224x224, for one image and for a batch that fills the GPU."""
+def launches(arch: int, number_format: str, models: list[str], batches: tuple[int, ...], training: bool) -> list[Call]:
+    """The distinct kernels of the models at 224x224, in inference or in a training step, on every road."""
     torch.backends.cudnn.allow_tf32 = number_format == "tf32"
     calls: list[Call] = []
-    with resnet_fused.implementation("triton"), dry_run(arch), observe(calls.append), torch.inference_mode():
-        for name in models:
-            with torch.device("meta"):
-                model = (
-                    getattr(resnet_fused, name)().eval().to(DTYPES[number_format], memory_format=torch.channels_last)
-                )
-                for batch in (1, 64):
-                    model(torch.empty(batch, 3, 224, 224, dtype=DTYPES[number_format]))
+    for road in ("triton", "mixed") if training else ("triton",):
+        with resnet_fused.implementation(road), dry_run(arch), observe(calls.append), torch.set_grad_enabled(training):
+            for name, batch in product(models, batches):
+                with torch.device("meta"):
+                    model = getattr(resnet_fused, name)().train(training)
+                    model.to(DTYPES[number_format], memory_format=torch.channels_last)
+                    logits = model(torch.empty(batch, 3, 224, 224, dtype=DTYPES[number_format]))
+                if training:
+                    logits.sum().backward()
     return list({call.specialization(): call for call in calls}.values())
 
 
@@ -45,6 +48,7 @@ def describe(call: Call, arch: int, number_format: str) -> dict:
     registers = re.search(r"REG:(\d+)", usage.stdout)
     assert registers is not None
     return {
+        "kernel": call.kernel.__name__,
         "number_format": number_format,
         "registers": int(registers[1]),
         "spills": len(re.findall(r"\b(?:STL|LDL)\b", code.stdout)),
@@ -55,11 +59,21 @@ def describe(call: Call, arch: int, number_format: str) -> dict:
 
 
 def main() -> None:
+    """Compile what the models launch in inference, and in training those of TRAINED.
+
+    fp16 differs from bf16 in the name of an instruction only, so that one GPU of each kind of tensor core will do. So
+    it will for fp32 in training, with tiles that are smaller than those of 16 bits everywhere.
+    """
     arch, models = int(sys.argv[1]), sys.argv[2:]
-    # fp16 differs from bf16 in the name of an instruction only: it is compiled for one GPU of each kind of tensor core.
-    formats = [name for name in DTYPES if name != "float16" or arch in (80, 90)]
-    kernels = [describe(call, arch, name) for name in formats for call in launches(arch, name, models)]
-    json.dump(kernels, sys.stdout)
+    found = []
+    for name in DTYPES:
+        if name != "float16" or arch in (80, 90):
+            found += [describe(call, arch, name) for call in launches(arch, name, models, (1, 64), training=False)]
+        if name == "bfloat16":
+            found += [describe(call, arch, name) for call in launches(arch, name, TRAINED, (1, 64), training=True)]
+        elif name != "float16" and arch in (80, 90):
+            found += [describe(call, arch, name) for call in launches(arch, name, TRAINED, (64,), training=True)]
+    json.dump(found, sys.stdout)
 
 
 if __name__ == "__main__":
