@@ -169,12 +169,17 @@ def batch_norm_stats_kernel(
             old_var = load_channels(running_var_ptr, c, mask_c)
             new_mean = factor * mean + (1.0 - factor) * old_mean
             new_var = factor * (m2 / (count - 1.0)) + (1.0 - factor) * old_var
+        # Threads that share a value have all read it before one of them stores the new one.
+        tl.debug_barrier()
+        if running_mean_ptr is not None:
             tl.store(running_mean_ptr + c, new_mean.to(running_mean_ptr.dtype.element_ty), mask=mask_c)
             tl.store(running_var_ptr + c, new_var.to(running_var_ptr.dtype.element_ty), mask=mask_c)
         if batches_ptr is not None:
             if not CUMULATIVE:
                 if tl.program_id(0) == 0:
-                    tl.store(batches_ptr, tl.load(batches_ptr) + 1)
+                    batches = tl.load(batches_ptr)
+                    tl.debug_barrier()
+                    tl.store(batches_ptr, batches + 1)
     else:
         mean = load_channels(running_mean_ptr, c, mask_c)
         var = load_channels(running_var_ptr, c, mask_c)

@@ -1,0 +1,82 @@
+"""Training on real images, scikit-learn's digits: the kernels follow eager PyTorch step by step and arrive as well."""
+
+from __future__ import annotations
+
+import copy
+from functools import lru_cache
+
+import pytest
+import torch
+from torch import nn
+
+import resnet_fused
+from examples import train_digits
+from examples.train_digits import Digits, Run
+from resnet_fused.trace import Trace
+from tests.rule import assert_within_rule
+from tests.training import DEVICE
+
+ENOUGH = 24
+"""Steps to more than 90 % accuracy."""
+STEPS = {"triton": ENOUGH if DEVICE == "cuda" else 5, "mixed": ENOUGH}
+"""A step takes the interpreter three seconds where it convolves too."""
+
+
+@pytest.fixture(scope="module")
+def digits() -> Digits:
+    return train_digits.load()
+
+
+@lru_cache
+def trained(road: str, steps: int) -> tuple[Run, int]:
+    """A training, and how many kernels it launched."""
+    with resnet_fused.trace() as seen:
+        run = train_digits.train(train_digits.load(), road, steps, batch=32, rate=0.2)
+    return run, kernels(seen)
+
+
+def kernels(seen: Trace) -> int:
+    return sum(launch.config is not None for launch in seen.launches)
+
+
+@pytest.mark.parametrize("road", STEPS)
+def test_losses_of_the_first_steps_agree(road):
+    (ours, launches), (eager, none) = trained(road, STEPS[road]), trained("eager", STEPS[road])
+    assert launches > 40 * STEPS[road]
+    assert none == 0
+    torch.testing.assert_close(torch.tensor(ours.losses[:10]), torch.tensor(eager.losses[:10]), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("road", [road for road in STEPS if STEPS[road] == ENOUGH])
+def test_training_reaches_the_accuracy_of_eager(digits, road):
+    found, expected = (
+        train_digits.accuracy(trained(each, ENOUGH)[0].model, digits, "eager") for each in (road, "eager")
+    )
+    assert found > 0.9
+    assert abs(found - expected) <= 0.02
+
+
+@pytest.mark.parametrize("road", STEPS)
+def test_evaluation_after_training_is_that_of_eager(digits, road):
+    model = trained(road, STEPS[road])[0].model
+    assert_same_predictions(model, model, digits, road)
+
+
+def test_a_checkpoint_of_eager_predicts_the_same_when_fused(digits):
+    eager = trained("eager", ENOUGH)[0].model
+    fused = train_digits.small_resnet(seed=1)
+    fused.load_state_dict(eager.state_dict())
+    assert_same_predictions(resnet_fused.fuse(fused), eager, digits, "triton")
+    assert train_digits.accuracy(fused, digits, "triton") > 0.9
+
+
+def assert_same_predictions(ours: nn.Module, model: nn.Module, digits: Digits, road: str) -> None:
+    """``ours`` by ``road`` predicts what ``model`` does by eager PyTorch."""
+    images = digits.test_images[:32]
+    exact = train_digits.predict(copy.deepcopy(model).double(), images.double(), "eager")
+    eager = train_digits.predict(model, images, "eager")
+    with resnet_fused.trace() as seen:
+        logits = train_digits.predict(ours, images, road)
+    assert kernels(seen)
+    assert_within_rule(logits, eager, exact, sums=48)
+    assert torch.equal(logits.argmax(1), exact.argmax(1))
