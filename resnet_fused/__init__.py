@@ -1,4 +1,4 @@
-"""Residual blocks whose convolution, batch norm, ReLU and residual addition run as one Triton launch."""
+"""Residual blocks whose batch norm, ReLU and residual addition run inside their convolutions, forward and backward."""
 
 from resnet_fused import functional
 from resnet_fused.convert import explain, fuse, unfuse

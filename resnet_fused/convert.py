@@ -50,7 +50,7 @@ class ConvertedBlock(Converted):
 
 
 class ConvertedSequential(Converted):
-    """A converted ``nn.Sequential``: each run of convolution, batch norm and ReLU in it is one launch."""
+    """A converted ``nn.Sequential``: each run of convolution, batch norm and ReLU in it is fused."""
 
     def why_eager(self, x: Tensor) -> str | None:
         children = list(self.children())
@@ -99,7 +99,7 @@ def _kinds(module: nn.Module) -> tuple[type[nn.Module], ...]:
 
 
 def _run_length(modules: list[nn.Module]) -> int:
-    """How many of the first modules make one launch: convolution, batch norm and perhaps a ReLU; 0 if none do."""
+    """How many of the first modules make one unit: convolution, batch norm and perhaps a ReLU; 0 if none do."""
     if len(modules) < 2 or functional.why_unfusable(modules[0], modules[1]) is not None:
         return 0
     return 3 if len(modules) > 2 and type(modules[2]) is nn.ReLU and not functional.hooked(modules[2]) else 2

@@ -1,4 +1,4 @@
-"""Residual blocks: modules whose forward runs each unit (convolution, batch norm, ReLU) as one launch."""
+"""Residual blocks: modules that run their units (convolution, batch norm, ReLU) fused."""
 
 from __future__ import annotations
 
