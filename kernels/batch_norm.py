@@ -262,6 +262,7 @@ def batch_norm_reduce_kernel(
     z_stride,
     y_stride,
     y2_stride,
+    g_stride,
     MASK: tl.constexpr,
     INT64: tl.constexpr,
     STEPS: tl.constexpr,
@@ -295,7 +296,7 @@ def batch_norm_reduce_kernel(
             sum_gy2 += g * (y2 - load_channels(stats2_ptr, c, mask_c)[None, :])
         sum_g += g
         if g_ptr is not None:
-            store_pixels(g_ptr, offs_m, C, c, g, mask)
+            store_pixels(g_ptr, offs_m, g_stride, c, g, mask)
         offs_m += BLOCK_M
     tl.store(sums_ptr + pid * C + c, tl.sum(sum_g, 0), mask=mask_c)
     tl.store(sums_ptr + (T + pid) * C + c, tl.sum(sum_gy, 0), mask=mask_c)
@@ -433,7 +434,7 @@ def channel_moments(y: Tensor, *, config: TileConfig | None = None) -> Moments:
         "INT64": _wide(tile, y),
         "STEPS": tile.block_k,
     }
-    _pass_over(channel_moments_kernel, tiles, channels, arguments, tile, read=[y], written=[values])
+    _pass_over(channel_moments_kernel, tiles, channels, arguments, tile, [y], [values])
     return Moments(values, rows, pixels)
 
 
@@ -442,7 +443,7 @@ def merge_moments(moments: Moments) -> Tensor:
     _, _, channels = moments.values.shape
     merged = moments.values.new_empty(2, channels)
     arguments = {**_moments_arguments(moments), "merged_ptr": merged, "C": channels}
-    _merge(merge_moments_kernel, (triton.cdiv(channels, _MERGE.block_n),), arguments, [moments.values], [merged])
+    _merge(merge_moments_kernel, channels, arguments, [moments.values, moments.counts], [merged])
     return merged
 
 
@@ -483,10 +484,11 @@ def batch_norm_stats(
         "momentum": 0.0 if momentum is None else momentum,
         "CUMULATIVE": cumulative,
     }
-    vectors = [v for v in (gamma, beta, running_mean, running_var) if v is not None]
-    updated = [v for v in (running_mean, running_var) if v is not None and moments is not None]
-    read = vectors + ([] if moments is None else [moments.values])
-    _merge(batch_norm_stats_kernel, (triton.cdiv(channels, _MERGE.block_n),), arguments, read, [stats, *updated])
+    read, written = [gamma, beta, running_mean, running_var], [stats]
+    if moments is not None:
+        read += [moments.values, moments.counts, batches]
+        written += [running_mean, running_var, None if cumulative else batches]
+    _merge(batch_norm_stats_kernel, channels, arguments, read, written)
     return stats
 
 
@@ -512,7 +514,7 @@ def batch_norm_apply(
     """
     require_pixel_linear(y=y, residual=residual)
     pixels, channels = _sizes(y)
-    n, _, p, q = y.shape
+    _, _, p, q = y.shape
     padded = residual is not None and residual.shape != y.shape
     if padded:
         _check_padded(y, residual, residual_step, residual_before)
@@ -540,9 +542,11 @@ def batch_norm_apply(
         "RELU": relu,
         "INT64": _wide(tile, y, residual),
     }
-    res_bytes = 0 if residual is None else n * res_channels * p * q * residual.element_size()
+    # Of a padded residual, the pixels that are added.
+    read = residual if not padded else residual[:, :, ::residual_step, ::residual_step]
     tiles = triton.cdiv(pixels, tile.block_m)
-    _pass_over(batch_norm_apply_kernel, tiles, channels, arguments, tile, [y], [z], more_read=res_bytes)
+    vectors = 2 if residual_stats is None else 4
+    _pass_over(batch_norm_apply_kernel, tiles, channels, arguments, tile, [y, read], [z], vectors)
     return z
 
 
@@ -560,13 +564,13 @@ def batch_norm_reduce(
     """The gradient ``g`` in front of a ReLU from that behind it, ``dz`` [N, C, P, Q], and its sums.
 
     The ReLU's output is ``z``, or its input ``scale*y + shift`` if ``mask``; with neither there is no ReLU and g is
-    ``dz`` itself. ``second``: y and stats of a second batch norm in front of the same ReLU. ``out``: where g goes, in
-    the layout of channels_last; ``dz`` itself will do.
+    ``dz`` itself. ``second``: y and stats of a second batch norm in front of the same ReLU. ``out``: a pixel-linear
+    tensor that g goes to; ``dz`` itself will do.
 
     Returns g and fp32 [2 or 3, T, C]: tile by tile ``sum g``, ``sum g*(y - mean)`` (0 without ``y``), and the second's.
     """
     y2, stats2 = second or (None, None)
-    require_pixel_linear(dz=dz, y=y, z=z, y2=y2)
+    require_pixel_linear(dz=dz, y=y, z=z, y2=y2, out=out)
     pixels, channels = _sizes(dz)
     tile = config or default_config(pixels, channels, target_arch())
     tiles = triton.cdiv(pixels, tile.block_m * tile.block_k)
@@ -590,13 +594,16 @@ def batch_norm_reduce(
         "z_stride": 0 if z is None else pixel_stride(z),
         "y_stride": 0 if y is None else pixel_stride(y),
         "y2_stride": 0 if y2 is None else pixel_stride(y2),
+        "g_stride": pixel_stride(out) if masked else 0,
         "MASK": mask,
-        "INT64": _wide(tile, dz),
+        "INT64": _wide(tile, dz, z, y, y2, out),
         "STEPS": tile.block_k,
     }
-    read = [t for t in (dz, z, y, y2) if t is not None]
-    _pass_over(batch_norm_reduce_kernel, tiles, channels, arguments, tile, read, [sums] + ([out] if masked else []))
-    return (out if masked else dz), sums
+    vectors = (y is not None) * (3 if mask else 1) + (y2 is not None)
+    g = out if masked else dz
+    written = [sums, g] if masked else [sums]
+    _pass_over(batch_norm_reduce_kernel, tiles, channels, arguments, tile, [dz, z, y, y2], written, vectors)
+    return g, sums
 
 
 def merge_sums(sums: Tensor) -> Tensor:
@@ -604,7 +611,7 @@ def merge_sums(sums: Tensor) -> Tensor:
     rows, tiles, channels = sums.shape
     merged = sums.new_empty(rows, channels)
     arguments = {"sums_ptr": sums, "merged_ptr": merged, "T": tiles, "C": channels}
-    _merge(merge_sums_kernel, (triton.cdiv(channels, _MERGE.block_n), rows), arguments, [sums], [merged])
+    _merge(merge_sums_kernel, channels, arguments, [sums], [merged], rows)
     return merged
 
 
@@ -628,8 +635,9 @@ def batch_norm_coefs(
         "T": tiles,
         "C": channels,
     }
-    grid = (triton.cdiv(channels, _MERGE.block_n),)
-    _merge(batch_norm_coefs_kernel, grid, arguments, [sum_g, sum_gy, stats], [coefs, dgamma, dbeta])
+    # The shift is the one row of stats that nothing depends on.
+    read = [sum_g, sum_gy, stats[:3], stats[4]]
+    _merge(batch_norm_coefs_kernel, channels, arguments, read, [coefs, dgamma, dbeta])
     return coefs, dgamma, dbeta
 
 
@@ -644,13 +652,13 @@ def batch_norm_backward(
 ) -> Any:
     """``dy = A*g + B*y + C`` [N, C, P, Q]; ``y`` None where B and C are zero. ``out`` may be ``g`` itself.
 
-    Without ``out``, dy has the dtype of ``g``. ``second``: y and coefs of another batch norm that the same g goes
-    into; then the result is a pair, and the second is a new tensor.
+    Without ``out``, dy has the dtype of ``y``, or of ``g`` if there is none. ``second``: y and coefs of another batch
+    norm that the same g goes into; then the result is a pair, and the second is a new tensor of the same dtype.
     """
     y2, coefs2 = second or (None, None)
-    require_pixel_linear(g=g, y=y, y2=y2)
+    require_pixel_linear(g=g, y=y, y2=y2, out=out)
     pixels, channels = _sizes(g)
-    dy = torch.empty_like(g, memory_format=torch.channels_last) if out is None else out
+    dy = torch.empty_like(g if y is None else y, memory_format=torch.channels_last) if out is None else out
     dy2 = None if second is None else torch.empty_like(dy, memory_format=torch.channels_last)
     tile = config or default_config(pixels, channels, target_arch())
     arguments = {
@@ -667,12 +675,11 @@ def batch_norm_backward(
         "y_stride": 0 if y is None else pixel_stride(y),
         "y2_stride": 0 if y2 is None else pixel_stride(y2),
         "dy_stride": pixel_stride(dy),
-        "INT64": _wide(tile, g),
+        "INT64": _wide(tile, g, y, y2, dy),
     }
-    read = [t for t in (g, y, y2) if t is not None]
+    vectors = (1 if y is None else 3) + (0 if second is None else 1 if y2 is None else 3)
     tiles = triton.cdiv(pixels, tile.block_m)
-    written = [dy] if dy2 is None else [dy, dy2]
-    _pass_over(batch_norm_backward_kernel, tiles, channels, arguments, tile, read, written)
+    _pass_over(batch_norm_backward_kernel, tiles, channels, arguments, tile, [g, y, y2], [dy, dy2], vectors)
     return dy if dy2 is None else (dy, dy2)
 
 
@@ -714,24 +721,30 @@ def _pass_over(
     channels: int,
     arguments: dict[str, Any],
     tile: TileConfig,
-    read: list[Tensor],
-    written: list[Tensor],
-    more_read: int = 0,
+    read: list[Tensor | None],
+    written: list[Tensor | None],
+    vectors: int = 0,
 ) -> None:
-    """Launch a kernel of ``tiles`` x blocks of channels; every tensor's bytes count once."""
-    vectors = [v for name, v in arguments.items() if "stats" in name or "coefs" in name]
-    whole = [*read, *(v for v in vectors if v is not None)]
+    """Launch a kernel over ``tiles`` of pixels and blocks of channels; it reads ``vectors`` rows of stats or coefs."""
     blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
     grid = (tiles, triton.cdiv(channels, tile.block_n))
-    Call(kernel, grid, arguments | blocks, tile, lambda: Cost(0, _bytes(whole) + more_read, _bytes(written))).run()
+    more = 4 * vectors * channels
+    Call(kernel, grid, arguments | blocks, tile, lambda: Cost(0, _bytes(read) + more, _bytes(written))).run()
 
 
 def _merge(
-    kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], read: list[Tensor], written: list[Tensor]
+    kernel: Any,
+    channels: int,
+    arguments: dict[str, Any],
+    read: list[Tensor | None],
+    written: list[Tensor | None],
+    rows: int = 1,
 ) -> None:
+    """Launch a kernel that merges the tiles, by blocks of channels, of ``rows`` of sums."""
     blocks = {"BLOCK_M": _MERGE.block_m, "BLOCK_N": _MERGE.block_n}
+    grid = (triton.cdiv(channels, _MERGE.block_n), rows)
     Call(kernel, grid, arguments | blocks, _MERGE, lambda: Cost(0, _bytes(read), _bytes(written))).run()
 
 
-def _bytes(tensors: list[Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
+def _bytes(tensors: list[Tensor | None]) -> int:
+    return sum(t.nbytes for t in tensors if t is not None)

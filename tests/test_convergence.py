@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from functools import lru_cache
 
 import pytest
@@ -18,8 +19,13 @@ from tests.training import DEVICE
 
 ENOUGH = 24
 """Steps to more than 90 % accuracy."""
-STEPS = {"triton": ENOUGH if DEVICE == "cuda" else 5, "mixed": ENOUGH}
+STEPS = {"triton": ENOUGH if DEVICE == "cuda" else 4, "mixed": ENOUGH}
 """A step takes the interpreter three seconds where it convolves too."""
+
+
+@pytest.fixture(autouse=True)
+def _without_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +47,13 @@ def kernels(seen: Trace) -> int:
 
 @pytest.mark.parametrize("road", STEPS)
 def test_losses_of_the_first_steps_agree(road):
+    """Up to rounding at first; later a ReLU's input within rounding of zero falls on either side of it."""
     (ours, launches), (eager, none) = trained(road, STEPS[road]), trained("eager", STEPS[road])
     assert launches > 40 * STEPS[road]
     assert none == 0
-    torch.testing.assert_close(torch.tensor(ours.losses[:10]), torch.tensor(eager.losses[:10]), rtol=1e-4, atol=0)
+    found, expected = torch.tensor(ours.losses), torch.tensor(eager.losses)
+    torch.testing.assert_close(found[:3], expected[:3], rtol=1e-4, atol=0)
+    torch.testing.assert_close(found[:10], expected[:10], rtol=1e-2, atol=0)
 
 
 @pytest.mark.parametrize("road", [road for road in STEPS if STEPS[road] == ENOUGH])
@@ -52,8 +61,9 @@ def test_training_reaches_the_accuracy_of_eager(digits, road):
     found, expected = (
         train_digits.accuracy(trained(each, ENOUGH)[0].model, digits, "eager") for each in (road, "eager")
     )
+    standard_error = math.sqrt(expected * (1 - expected) / len(digits.test_labels))
     assert found > 0.9
-    assert abs(found - expected) <= 0.02
+    assert abs(found - expected) <= 3 * standard_error
 
 
 @pytest.mark.parametrize("road", STEPS)
