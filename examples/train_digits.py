@@ -80,9 +80,9 @@ def train(
     digits: Digits,
     implementation: str,
     steps: int,
-    batch: int = 64,
+    batch: int = 128,
     seed: int = 0,
-    rate: float = 0.1,
+    rate: float = 0.2,
     advance: Callable[[], None] = lambda: None,
 ) -> Run:
     """SGD with momentum and a cosine schedule; ``advance`` is called after each step."""
@@ -144,8 +144,8 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=128)
     parser.add_argument(
         "--implementation",
         choices=["eager", "auto", "triton", "mixed", "both"],

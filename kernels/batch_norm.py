@@ -54,7 +54,8 @@ def channel_moments_kernel(
 ):
     """Mean and sum of squared deviations of STEPS*BLOCK_M pixels x BLOCK_N channels.
 
-    Each row of the tile keeps a running mean (Welford), and the rows are merged at the end (Chan).
+    Each row of the tile keeps a running mean (Welford), and the rows are merged at the end (Chan). All of them count
+    from the tile's first pixel, so that a mean far from zero rounds nothing away.
     """
     OFFSET: tl.constexpr = tl.int64 if INT64 else tl.int32
     pid = tl.program_id(0)
@@ -63,10 +64,12 @@ def channel_moments_kernel(
     mean = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     m2 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     count = tl.zeros((BLOCK_M,), tl.float32)
-    offs_m = pid.to(OFFSET) * (STEPS * BLOCK_M) + tl.arange(0, BLOCK_M)
+    first = pid.to(OFFSET) * (STEPS * BLOCK_M)
+    origin = load_channels(y_ptr + first * y_stride, c, mask_c)
+    offs_m = first + tl.arange(0, BLOCK_M)
     for i in range(STEPS):
         mask_m = offs_m < M
-        v = load_pixels(y_ptr, offs_m, y_stride, c, mask_m[:, None] & mask_c[None, :])
+        v = load_pixels(y_ptr, offs_m, y_stride, c, mask_m[:, None] & mask_c[None, :]) - origin[None, :]
         delta = tl.where(mask_m[:, None], v - mean, 0.0)
         count += mask_m.to(tl.float32)
         mean += delta * (1.0 / (i + 1))
@@ -76,7 +79,7 @@ def channel_moments_kernel(
     pivot = tl.sum(mean * count[:, None], 0) / total
     spread = mean - pivot[None, :]
     merged = tl.sum(m2 + spread * spread * count[:, None], 0)
-    tl.store(values_ptr + pid * C + c, pivot, mask=mask_c)
+    tl.store(values_ptr + pid * C + c, origin + pivot, mask=mask_c)
     tl.store(values_ptr + (T + pid) * C + c, merged, mask=mask_c)
 
 
