@@ -90,6 +90,8 @@ def why_eager(x: Tensor) -> str | None:
     request = requested()
     if request == "eager":
         return FORCED
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a transform of torch.func is active"
     if request == "auto":
         if dry_running():
             return None

@@ -214,6 +214,20 @@ def test_second_derivatives_are_refused():
         torch.autograd.grad(block(x).sum(), x, create_graph=True)
 
 
+def test_transforms_of_functions_run_eager():
+    block, x = Bottleneck(16, 4), torch.randn(2, 16, 3, 5)
+    parameters = dict(block.named_parameters())
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(block, parameters, (x,)).sum()
+
+    with implementation("triton"):
+        gradients = torch.func.grad(loss)(parameters)
+    with implementation("eager"):
+        loss(parameters).backward()
+    assert all(torch.equal(gradients[name], p.grad) for name, p in parameters.items())
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("first", ["float32 input", "16-bit input"])
 def test_autocast(dtype, first):

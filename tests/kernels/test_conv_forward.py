@@ -11,7 +11,7 @@ from torch import Tensor
 
 from resnet_fused import reference
 from resnet_fused.kernels import conv_forward as module
-from resnet_fused.kernels.conv_forward import ConvProblem, Norm, conv_forward, default_config
+from resnet_fused.kernels.conv_forward import ConvProblem, Norm, conv_forward, conv_forward_moments, default_config
 from resnet_fused.kernels.launch import INTERPRETER, TileConfig, dry_run, observe
 from resnet_fused.kernels.tile import pixel_stride
 from tests.rule import assert_within_rule
@@ -370,3 +370,94 @@ def test_cost_counts_each_byte_once():
     assert strided.bytes_read == 2 * (2 * 64 * 25 + 32 * 64), (
         "a 1x1 convolution of stride 2 reads a quarter of the pixels"
     )
+
+
+def moments_of(y: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+    """Per tile of ``rows`` pixels, the mean and the sum of squared deviations of each channel, [2, T, C]."""
+    tiles = y.to(dtype).permute(0, 2, 3, 1).flatten(0, 2).split(rows)
+    means = [tile.mean(0) for tile in tiles]
+    spreads = [(tile - mean).square().sum(0) for tile, mean in zip(tiles, means, strict=True)]
+    return torch.stack([torch.stack(means), torch.stack(spreads)])
+
+
+def check_moments(x, w, **arguments):
+    y, (values, rows, pixels, counts) = conv_forward_moments(x, w, **arguments)
+    assert torch.equal(y, conv_forward(x, w, **arguments))
+    assert pixels == y.numel() // y.shape[1]
+    assert counts is None
+    eager, exact = moments_of(y, rows, torch.float32), moments_of(y, rows, torch.float64)
+    for ours, plain, want in zip(values, eager, exact, strict=True):
+        # The interpreter adds row after row, a GPU and PyTorch in a tree.
+        assert_within_rule(ours, plain, want, sums=16)
+    return values
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_moments_are_those_of_the_rounded_output(name, dtype):
+    g = dict(GEOMETRIES[name])
+    ci, co, size, taps = (g.pop(key) for key in ("ci", "co", "size", "filter"))
+    x, w = random(2, ci, *size, dtype=dtype), random(co, ci // g.get("groups", 1), *taps, dtype=dtype)
+    for config in (None, TileConfig(16, 16, 32)):
+        check_moments(x, w, config=config, **g)
+
+
+@pytest.mark.parametrize("config", [*TILES, TileConfig(16, 256, 16)])
+@pytest.mark.parametrize("prologue", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_moments_with_prologue_and_bias(bias, prologue, config):
+    """The last tile is ragged in its pixels (47 of them) and in its channels, in both halves of a wide one."""
+    x, w = random(1, 16, 47, 1, dtype=torch.float16), random(200, 16, 1, 1, dtype=torch.float16)
+    check_moments(
+        x, w, config=config, prologue=(random(16), random(16)) if prologue else None,
+        bias=random(200, dtype=torch.float16) if bias else None,
+    )  # fmt: skip
+
+
+def test_moments_far_from_zero():
+    x, w = random(2, 16, 9, 7), random(20, 16, 3, 3) * 0.01
+    check_moments(x, w, bias=torch.full((20,), 100.0, device=DEVICE), config=TILES[1])
+
+
+@pytest.mark.parametrize("name", ["3x3", "stem", "1x1", "narrow groups"])
+def test_moments_are_written_where_they_belong(name, monkeypatch):
+    """In a buffer of NaN between guards, every element is written and none beside it."""
+    g = dict(GEOMETRIES[name])
+    ci, co, size, taps = (g.pop(key) for key in ("ci", "co", "size", "filter"))
+    x, w = random(2, ci, *size), random(co, ci // g.get("groups", 1), *taps)
+    empty, buffers = torch.empty, []
+
+    def guarded(*shape, **options):
+        if len(shape) != 3:
+            return empty(*shape, **options)
+        buffers.append(torch.full((shape[0] * shape[1] * shape[2] + 64,), 7.0, device=DEVICE))
+        return buffers[-1][32:-32].view(shape).fill_(float("nan"))
+
+    monkeypatch.setattr(module.torch, "empty", guarded)
+    _, moments = conv_forward_moments(x, w, config=TileConfig(16, 16, 32), **g)
+    assert len(buffers) == 1
+    assert not moments.values.isnan().any()
+    assert (buffers[0] == 7.0).sum() == 64
+
+
+def test_moments_keep_nan_in_its_tile_and_channels():
+    x, w = random(1, 16, 8, 8), random(20, 16, 1, 1)
+    x[0, 3, 2, 5] = float("nan")
+    w[4:, 3] = 0  # times NaN is NaN too
+    values = conv_forward_moments(x, w, config=TileConfig(16, 16, 16))[1].values
+    assert values.isnan().any(0).any(1).nonzero().flatten().tolist() == [(2 * 8 + 5) // 16]
+
+
+def test_moments_repeat_to_the_bit_and_cost_what_is_written():
+    x, w = random(2, 16, 9, 7), random(40, 16, 3, 3)
+    seen = []
+    with observe(seen.append):
+        results = [conv_forward_moments(x, w, config=TILES[1]) for _ in range(2)]
+    (y, first), (again, second) = results
+    assert torch.equal(y, again)
+    assert torch.equal(first.values, second.values)
+    assert seen[0].cost().bytes_written == y.nbytes + first.values.nbytes
+    with observe(seen.append):
+        conv_forward(x, w, config=TILES[1])
+    assert seen[-1].cost().bytes_written == y.nbytes
+    assert seen[-1].cost().bytes_read == seen[0].cost().bytes_read
