@@ -215,7 +215,7 @@ def test_second_derivatives_are_refused():
 
 
 def test_transforms_of_functions_run_eager():
-    block, x = Bottleneck(16, 4), torch.randn(2, 16, 3, 5)
+    block, x = Bottleneck(16, 4).eval(), torch.randn(2, 16, 3, 5)
     parameters = dict(block.named_parameters())
 
     def loss(parameters: dict[str, Tensor]) -> Tensor:
