@@ -409,10 +409,10 @@ def default_config(pixels: int, channels: int, arch: int) -> TileConfig:
     block_n = min(64, max(16, triton.next_power_of_2(channels)))
     if arch == INTERPRETER:
         return TileConfig(min(max(16, triton.next_power_of_2(pixels)), 512), block_n, 2)
-    steps = 8
-    while steps > 1 and triton.cdiv(pixels, 32 * steps) * triton.cdiv(channels, block_n) < 4 * 132:
+    steps = 16
+    while steps > 1 and triton.cdiv(pixels, 16 * steps) * triton.cdiv(channels, block_n) < 4 * 132:
         steps //= 2
-    return TileConfig(2048 // block_n, block_n, steps, num_stages=1)
+    return TileConfig(1024 // block_n, block_n, steps, num_stages=1)
 
 
 _MERGE = TileConfig(256, 8, 1, num_stages=1)
