@@ -358,9 +358,11 @@ def conv_dgrad(
 
 def _transposed(problem: ConvProblem) -> ConvProblem:
     """The product as the choice of a tile sees it: rows are input pixels, columns input channels."""
+    # Without tensor cores, this prologue fits the tile of a product without one.
+    prologue = problem.prologue and (problem.tf32 or problem.dtype != torch.float32)
     return ConvProblem(
         *(problem.n, problem.h, problem.w, problem.co, problem.ci, 1, 1, (1, 1), (0, 0), (1, 1)),
-        *(problem.groups, problem.dtype, problem.tf32, problem.prologue, problem.arch),
+        *(problem.groups, problem.dtype, problem.tf32, prologue, problem.arch),
     )
 
 

@@ -399,9 +399,8 @@ def default_config(problem: ConvProblem) -> TileConfig:
     fp32 = problem.dtype == torch.float32
     hopper = problem.arch in (90, 100)
     if fp32 and not problem.tf32:
-        block_m, block_n, block_k, stages = 64, min(block_n, 64), min(block_k, 16), 3
-        if problem.prologue:
-            block_k, stages = min(2 * block_k, 32), 2
+        deep = 32 if problem.prologue else 16
+        block_m, block_n, block_k, stages = 64, min(block_n, 64), min(block_k, deep), 2 if problem.prologue else 3
     else:
         wide = 128 if not fp32 and not problem.prologue else 64
         block_m = 64 if problem.arch == 100 or problem.flat else 128
