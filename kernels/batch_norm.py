@@ -5,6 +5,7 @@ Every sum over pixels is taken tile by tile, and the tiles are merged in a fixed
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -16,7 +17,10 @@ from torch import Tensor
 from .launch import INTERPRETER, Call, Cost, TileConfig, target_arch
 from .tile import Moments, load_channels, pixel_stride, relu, require_pixel_linear, span
 
-_RUNTIME_SIZES = ["M", "P", "Q", "T", "rows", "pixels", "res_h", "res_w", "res_channels", "res_step", "res_before"]
+_RUNTIME_SIZES = [
+    *("M", "P", "Q", "T", "steps", "rows", "pixels"),
+    *("res_h", "res_w", "res_channels", "res_step", "res_before"),
+]
 
 
 @triton.jit
@@ -46,13 +50,13 @@ def channel_moments_kernel(
     M,
     C,
     T,
+    steps,
     y_stride,
     INT64: tl.constexpr,
-    STEPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Mean and sum of squared deviations of STEPS*BLOCK_M pixels x BLOCK_N channels.
+    """Mean and sum of squared deviations of steps*BLOCK_M pixels x BLOCK_N channels.
 
     Each row of the tile keeps a running mean (Welford), and the rows are merged at the end (Chan). All of them count
     from the tile's first pixel, so that a mean far from zero rounds nothing away.
@@ -64,10 +68,10 @@ def channel_moments_kernel(
     mean = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     m2 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     count = tl.zeros((BLOCK_M,), tl.float32)
-    first = pid.to(OFFSET) * (STEPS * BLOCK_M)
+    first = pid.to(OFFSET) * (steps * BLOCK_M)
     origin = load_channels(y_ptr + first * y_stride, c, mask_c)
     offs_m = first + tl.arange(0, BLOCK_M)
-    for i in range(STEPS):
+    for i in range(steps):
         mask_m = offs_m < M
         v = load_pixels(y_ptr, offs_m, y_stride, c, mask_m[:, None] & mask_c[None, :]) - origin[None, :]
         delta = tl.where(mask_m[:, None], v - mean, 0.0)
@@ -261,6 +265,7 @@ def batch_norm_reduce_kernel(
     M,
     C,
     T,
+    steps,
     dz_stride,
     z_stride,
     y_stride,
@@ -268,11 +273,10 @@ def batch_norm_reduce_kernel(
     g_stride,
     MASK: tl.constexpr,
     INT64: tl.constexpr,
-    STEPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """``g = dz`` where the ReLU let pass, and its sums over STEPS*BLOCK_M pixels x BLOCK_N channels.
+    """``g = dz`` where the ReLU let pass, and its sums over steps*BLOCK_M pixels x BLOCK_N channels.
 
     The sums: of g, of ``g*(y - mean)`` and of ``g*(y2 - mean2)``. MASK: the ReLU's input is ``scale*y + shift``.
     """
@@ -283,8 +287,8 @@ def batch_norm_reduce_kernel(
     sum_g = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     sum_gy = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     sum_gy2 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    offs_m = pid.to(OFFSET) * (STEPS * BLOCK_M) + tl.arange(0, BLOCK_M)
-    for _ in range(STEPS):
+    offs_m = pid.to(OFFSET) * (steps * BLOCK_M) + tl.arange(0, BLOCK_M)
+    for _ in range(steps):
         mask = (offs_m < M)[:, None] & mask_c[None, :]
         g = load_pixels(dz_ptr, offs_m, dz_stride, c, mask)
         if z_ptr is not None:
@@ -435,7 +439,7 @@ def channel_moments(y: Tensor, *, config: TileConfig | None = None) -> Moments:
         "T": tiles,
         "y_stride": pixel_stride(y),
         "INT64": _wide(tile, y),
-        "STEPS": tile.block_k,
+        "steps": tile.block_k,
     }
     _pass_over(channel_moments_kernel, tiles, channels, arguments, tile, [y], [values])
     return Moments(values, rows, pixels)
@@ -575,7 +579,9 @@ def batch_norm_reduce(
     y2, stats2 = second or (None, None)
     require_pixel_linear(dz=dz, y=y, z=z, y2=y2, out=out)
     pixels, channels = _sizes(dz)
-    tile = config or default_config(pixels, channels, target_arch())
+    # In 16 bits, with one batch norm, 64 registers are enough: the compiler would spill to do with fewer.
+    registers = 64 if second is None and dz.element_size() == 2 else None
+    tile = config or replace(default_config(pixels, channels, target_arch()), max_registers=registers)
     tiles = triton.cdiv(pixels, tile.block_m * tile.block_k)
     masked = z is not None or mask
     if masked and out is None:
@@ -600,7 +606,7 @@ def batch_norm_reduce(
         "g_stride": pixel_stride(out) if masked else 0,
         "MASK": mask,
         "INT64": _wide(tile, dz, z, y, y2, out),
-        "STEPS": tile.block_k,
+        "steps": tile.block_k,
     }
     vectors = (y is not None) * (3 if mask else 1) + (y2 is not None)
     g = out if masked else dz

@@ -309,14 +309,15 @@ def conv_dgrad(
 ) -> tuple[Tensor, Tensor | None]:
     """Gradient of the input, [N, CI, *size], of a convolution with filter ``w`` [CO, CI/groups, R, S].
 
-    ``dy`` [N, CO, P, Q]: the gradient of its output; or, with ``coefs`` fp32 [3, CO], the g of
-    ``dy = coefs[0]*g + coefs[1]*y + coefs[2]`` (``y`` None: only the first term). ``shortcut``: its channels from
-    ``shortcut_before`` on are added to every ``shortcut_step``-th pixel. ``mask`` = (y_in [N, CI, *size], stats
-    [5, CI]): the input was ``relu(scale*y_in + shift)``, and the gradient in front of that ReLU is wanted.
+    ``dy`` [N, CO, P, Q]: the gradient of its output, of the dtype of ``w``; or, with ``coefs`` fp32 [3, CO], the g of
+    ``dy = coefs[0]*g + coefs[1]*y + coefs[2]`` (``y`` None: only the first term), which is rounded to that dtype.
+    ``shortcut``: its channels from ``shortcut_before`` on are added to every ``shortcut_step``-th pixel. ``mask`` =
+    (y_in [N, CI, *size], stats fp32 [5, CI]): the input was ``relu(scale*y_in + shift)``, and the gradient in front of
+    that ReLU is wanted. Tensors are pixel-linear, ``w`` is channels_last.
 
     Returns it, channels_last, of ``out_dtype`` (that of ``w`` if not given); and with a mask fp32 [2, T, CI], tile by
     tile the sums of it and of its product with ``y_in - mean``, of the rounded values. Raises ValueError for tensors
-    that are not laid out so.
+    that do not fit, and for filters of more than 64 taps.
     """
     n, co, _, _ = dy.shape
     ci, (r, s) = w.shape[1] * groups, w.shape[2:]
@@ -324,7 +325,8 @@ def conv_dgrad(
         n, *size, ci, co, r, s, stride, padding, dilation, groups, w.dtype, tf32, coefs is not None, target_arch()
     )
     y_in, stats = mask or (None, None)
-    _check(problem, dy, w, y, shortcut, y_in)
+    _check(problem, dy, w, y, coefs, y_in, stats)
+    _check_shortcut(problem, shortcut, shortcut_step, shortcut_before)
     transposed = _transposed(problem)
     tile = config or _tile(transposed, epilogue=mask is not None or shortcut is not None)
     parities = stride[0] * stride[1]
@@ -348,7 +350,7 @@ def conv_dgrad(
         "tiles": parities * tiles,
         "g_stride": pixel_stride(dy),
         "y_in_stride": 0 if y_in is None else pixel_stride(y_in),
-        "INT64": max(map(span, (dy, dx, shortcut, y_in))) + tile.block_m >= 2**31,
+        "INT64": max(_reach(problem, dy), *map(span, (dx, shortcut, y_in))) + tile.block_m >= 2**31,
     }
     width, parts = transposed.tile_channels[1], groups // transposed.merged
     grid = (tiles * triton.cdiv(width, tile.block_n), parts, parities)
@@ -371,6 +373,13 @@ def _tile(transposed: ConvProblem, epilogue: bool) -> TileConfig:
     if (epilogue or transposed.prologue) and transposed.arch != INTERPRETER:
         return replace(tile, block_m=min(tile.block_m, 64))  # its tensors need registers too
     return tile
+
+
+def _reach(problem: ConvProblem, dy: Tensor) -> int:
+    """Elements of ``dy`` that the walk over the taps spans; it starts past the image where the padding is met first."""
+    row = (problem.n - 1) * problem.p + (problem.h - 1 + 2 * problem.padding[0]) // problem.stride[0]
+    column = (problem.w - 1 + 2 * problem.padding[1]) // problem.stride[1]
+    return max(span(dy), (row * problem.q + column + 1) * pixel_stride(dy))
 
 
 def _geometry(problem: ConvProblem, transposed: ConvProblem, tile: TileConfig) -> dict[str, Any]:
@@ -432,26 +441,68 @@ def _shortcut(shortcut: Tensor | None, step: int, before: int, dx: Tensor) -> di
 
 
 def _check(
-    problem: ConvProblem, dy: Tensor, w: Tensor, y: Tensor | None, shortcut: Tensor | None, y_in: Tensor | None
+    problem: ConvProblem,
+    dy: Tensor,
+    w: Tensor,
+    y: Tensor | None,
+    coefs: Tensor | None,
+    y_in: Tensor | None,
+    stats: Tensor | None,
 ) -> None:
-    require_pixel_linear(dy=dy, y=y, shortcut=shortcut, y_in=y_in)
+    require_pixel_linear(dy=dy, y=y, y_in=y_in)
     if not w.permute(0, 2, 3, 1).is_contiguous():
         raise ValueError(f"w must be channels_last; got shape {tuple(w.shape)} with strides {w.stride()}")
     if w.shape[0] != problem.co or problem.co % problem.groups:
         raise ValueError(f"w of shape {tuple(w.shape)} does not fit {problem.co} channels in {problem.groups} groups")
+    if problem.r * problem.s > 64:
+        raise ValueError(f"w may have at most 64 taps, one per bit of a mask; got shape {tuple(w.shape)}")
     if tuple(dy.shape[2:]) != (problem.p, problem.q):
         raise ValueError(f"dy must have shape [N, CO, {problem.p}, {problem.q}]; got {tuple(dy.shape)}")
+    if coefs is None and (y is not None or dy.dtype != w.dtype):
+        raise ValueError(f"without coefs, dy must have the dtype of w, {w.dtype}, and y be None; got {dy.dtype}")
     if y is not None and (y.shape != dy.shape or pixel_stride(y) != pixel_stride(dy)):
         raise ValueError(f"y must lie in memory as dy does, {tuple(dy.shape)}; got {tuple(y.shape)}, {y.stride()}")
     if y_in is not None and tuple(y_in.shape) != (problem.n, problem.ci, problem.h, problem.w):
         raise ValueError(f"mask[0] must have the shape of the result; got {tuple(y_in.shape)}")
+    for name, vectors, shape in (("coefs", coefs, (3, problem.co)), ("mask[1]", stats, (5, problem.ci))):
+        if vectors is not None and (tuple(vectors.shape) != shape or not vectors.is_contiguous()):
+            raise ValueError(f"{name} must be contiguous, of shape {shape}; got {tuple(vectors.shape)}")
+
+
+def _check_shortcut(problem: ConvProblem, shortcut: Tensor | None, step: int, before: int) -> None:
+    require_pixel_linear(shortcut=shortcut)
+    if shortcut is None:
+        return
+    n, channels, h, w = shortcut.shape
+    kept = (problem.n, -(-problem.h // step), -(-problem.w // step))
+    if (n, h, w) != kept or before < 0 or before + problem.ci > channels:
+        raise ValueError(
+            f"shortcut must have shape [{kept[0]}, C, {kept[1]}, {kept[2]}] and {problem.ci} channels from channel "
+            f"{before} on; got {tuple(shortcut.shape)}"
+        )
+
+
+def _pixels_heard(problem: ConvProblem) -> int:
+    """Pixels of ``dy``, of all images, that some tap carries to a pixel of the result, not to the padding."""
+    rows, columns = (
+        sum(any(0 <= o * st - pad + t * dil < size for t in range(taps)) for o in range(outs))
+        for size, outs, taps, st, pad, dil in (
+            (problem.h, problem.p, problem.r, problem.stride[0], problem.padding[0], problem.dilation[0]),
+            (problem.w, problem.q, problem.s, problem.stride[1], problem.padding[1], problem.dilation[1]),
+        )
+    )
+    return problem.n * rows * columns
 
 
 def _cost(problem: ConvProblem, arguments: dict[str, Any]) -> Cost:
-    names = ("g_ptr", "y_ptr", "coefs_ptr", "w_ptr", "y_in_ptr", "stats_ptr")
-    read = sum(t.numel() * t.element_size() for t in (arguments[name] for name in names) if t is not None)
-    cut, dx, sums = arguments["cut_ptr"], arguments["dx_ptr"], arguments["sums_ptr"]
+    dy, y, coefs, w = (arguments[name] for name in ("g_ptr", "y_ptr", "coefs_ptr", "w_ptr"))
+    cut, y_in, dx, sums = (arguments[name] for name in ("cut_ptr", "y_in_ptr", "dx_ptr", "sums_ptr"))
+    read = w.nbytes + sum(_pixels_heard(problem) * problem.co * t.element_size() for t in (dy, y) if t is not None)
+    if coefs is not None:
+        read += (1 if y is None else 3) * problem.co * 4
     if cut is not None:
         read += cut.shape[0] * problem.ci * cut.shape[2] * cut.shape[3] * cut.element_size()
-    written = dx.numel() * dx.element_size() + (0 if sums is None else sums.nbytes)
+    if y_in is not None:
+        read += y_in.nbytes + 3 * problem.ci * 4  # mean, scale and shift
+    written = dx.nbytes + (0 if sums is None else sums.nbytes)
     return Cost(2 * problem.m * problem.co * problem.r * problem.s * (problem.ci // problem.groups), read, written)

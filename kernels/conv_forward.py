@@ -418,7 +418,9 @@ def default_config(problem: ConvProblem) -> TileConfig:
             block_m //= 2
         else:
             block_n //= 2
-    return TileConfig(block_m, block_n, block_k, num_stages=stages)
+    # Here the compiler would spill for a program more, which on sm_120 shared memory has no room for anyway.
+    tight = block_k == 64 and (problem.arch == 120 or (problem.arch == 100 and problem.r * problem.s > 1))
+    return TileConfig(block_m, block_n, block_k, num_stages=stages, max_registers=255 if tight else None)
 
 
 def _programs(problem: ConvProblem, block_m: int, block_n: int) -> int:

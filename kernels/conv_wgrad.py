@@ -17,7 +17,7 @@ from .tile import dot, load_channels, pixel_stride, relu, require_pixel_linear, 
 
 _RUNTIME_SIZES = [
     *("M", "H", "W", "P", "Q", "steps", "stride_h", "stride_w", "pad_h", "pad_w", "dil_h", "dil_w"),
-    *("group_ci", "group_co", "splits", "SIZE"),
+    *("group_ci", "group_co"),
 ]
 
 
@@ -102,31 +102,49 @@ def conv_wgrad_kernel(
         scale = load_channels(stats_ptr + 2 * channels, c, mask_n)
         shift = load_channels(stats_ptr + 3 * channels, c, mask_n)
 
-    m = split.to(OFFSET) * (steps * BLOCK_K) + tl.arange(0, BLOCK_K)
-    if not POINTWISE:
+    offs_k = tl.arange(0, BLOCK_K).to(OFFSET)
+    first = split.to(OFFSET) * (steps * BLOCK_K)
+    left = M - first
+    g_pitch = tl.full((), 1, OFFSET) * g_stride
+    g_tile = g_ptr + first * g_pitch
+    g_offs = (offs_k * g_pitch)[:, None] + co[None, :]
+    if y_ptr is not None:
+        y_tile = y_ptr + first * g_pitch
+    if dy_ptr is not None:
+        dy_tile = dy_ptr + first * g_pitch
+    x_pitch = tl.full((), 1, OFFSET) * x_stride
+    if POINTWISE:
+        x_tile = x_ptr + first * x_pitch
+        x_offs = (offs_k * x_pitch)[:, None] + c[None, :]
+    else:
+        m = first + offs_k
         q = m % Q
         p = m // Q % P
         image = m // (P * Q)
+        # The loop carries these along: there is no division in it.
+        step_q = BLOCK_K % Q
+        step_p = BLOCK_K // Q % P
+        step_n = BLOCK_K // Q // P
+        if FLAT:
+            tap = (r * dil_h * W + s * dil_w) * x_pitch + c
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for _ in range(0, steps):
-        mask_m = m < M
-        # Past the end, dy is that of the first pixel: a is zero there.
-        dy_at = (tl.where(mask_m, m, 0) * g_stride)[:, None] + co[None, :]
-        dy = tl.load(g_ptr + dy_at, mask=mask_co[None, :], other=0.0)
+        mask_m = offs_k < left
+        dy_mask = mask_m[:, None] & mask_co[None, :]
+        dy = tl.load(g_tile + g_offs, mask=dy_mask, other=0.0)
         if POINTWISE:
             a_mask = mask_m[:, None] & mask_n[None, :]
-            a_at = (m * x_stride)[:, None] + c[None, :]
+            a = tl.load(x_tile + x_offs, mask=a_mask, other=0.0)
         else:
             h = p * stride_h - pad_h
             w = q * stride_w - pad_w
             if FLAT:
-                tap_h = h[:, None] + (r * dil_h)[None, :]
-                tap_w = w[:, None] + (s * dil_w)[None, :]
                 a_mask = mask_m[:, None] & mask_n[None, :]
                 if PADDED:
+                    tap_h = h[:, None] + (r * dil_h)[None, :]
+                    tap_w = w[:, None] + (s * dil_w)[None, :]
                     a_mask = a_mask & (tap_h >= 0) & (tap_h < H) & (tap_w >= 0) & (tap_w < W)
-                base = ((image * H + h) * W + w) * x_stride
-                a_at = base[:, None] + ((r * dil_h * W + s * dil_w) * x_stride + c)[None, :]
+                column_offs = tap
             else:
                 h += r * dil_h
                 w += s * dil_w
@@ -134,28 +152,38 @@ def conv_wgrad_kernel(
                 if PADDED:
                     inside = mask_m & (h >= 0) & (h < H) & (w >= 0) & (w < W)
                 a_mask = inside[:, None] & mask_n[None, :]
-                a_at = (((image * H + h) * W + w) * x_stride)[:, None] + c[None, :]
-        a = tl.load(x_ptr + a_at, mask=a_mask, other=0.0)
+                column_offs = c
+            row_offs = ((image * H + h) * W + w) * x_pitch
+            a = tl.load(x_ptr + row_offs[:, None] + column_offs[None, :], mask=a_mask, other=0.0)
         if coefs_ptr is not None:
             v = dy.to(tl.float32) * dy_scale[None, :]
             if y_ptr is not None:
-                y = tl.load(y_ptr + dy_at, mask=mask_co[None, :], other=0.0).to(tl.float32)
-                v += tl.fma(y, dy_slope[None, :], dy_constant[None, :])
-            dy = v.to(a.dtype)
+                y = tl.load(y_tile + g_offs, mask=dy_mask, other=0.0)
+                v += tl.fma(y.to(tl.float32), dy_slope[None, :], dy_constant[None, :])
+            # Past the last pixel there is no dy, whatever the formula makes of zeros.
+            dy = tl.where(dy_mask, v, 0.0).to(a.dtype)
             if dy_ptr is not None:
                 if column == 0:
-                    tl.store(dy_ptr + dy_at, dy, mask=mask_m[:, None] & mask_co[None, :])
+                    tl.store(dy_tile + g_offs, dy, mask=dy_mask)
         if stats_ptr is not None:
             v = relu(tl.fma(a.to(tl.float32), scale[None, :], shift[None, :]))
             # Padding is zero after the transform, which would turn it into relu(shift).
             a = tl.where(a_mask, v, 0.0).to(a.dtype)
         acc = dot(tl.trans(dy), a, acc, PRECISION)
-        m += BLOCK_K
-        if not POINTWISE:
-            q += BLOCK_K % Q
-            p += tl.where(q >= Q, BLOCK_K // Q % P + 1, BLOCK_K // Q % P)
+
+        left -= BLOCK_K
+        g_tile += BLOCK_K * g_pitch
+        if y_ptr is not None:
+            y_tile += BLOCK_K * g_pitch
+        if dy_ptr is not None:
+            dy_tile += BLOCK_K * g_pitch
+        if POINTWISE:
+            x_tile += BLOCK_K * x_pitch
+        else:
+            q += step_q
+            p += step_p + (q >= Q).to(q.dtype)
             q = tl.where(q >= Q, q - Q, q)
-            image += tl.where(p >= P, BLOCK_K // Q // P + 1, BLOCK_K // Q // P)
+            image += step_n + (p >= P).to(p.dtype)
             p = tl.where(p >= P, p - P, p)
 
     mask = mask_co[:, None] & mask_n[None, :]
@@ -170,7 +198,7 @@ def conv_wgrad_kernel(
     tl.store(dw_ptr + dw_at, acc.to(dw_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["SIZE", "splits"])
 def sum_splits_kernel(partial_ptr, dw_ptr, SIZE, splits, BLOCK_M: tl.constexpr):
     """``dw[i] = sum over splits of partial[split, i]``, in order, for BLOCK_M elements."""
     i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -194,7 +222,7 @@ _MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
 
 @lru_cache(maxsize=4096)
 def default_config(problem: ConvProblem) -> WgradConfig:
-    """Wide tiles, and as many splits as a wave of programs needs, unless partial filters outweigh the pixels."""
+    """Wide tiles, and splits for a wave of programs; for half of one where partial filters outweigh the pixels."""
     ci, co = problem.tile_channels
     columns = problem.r * problem.s * ci if problem.flat else ci
     block_m, block_n = (max(16, triton.next_power_of_2(size)) for size in (co, columns))
@@ -206,17 +234,19 @@ def default_config(problem: ConvProblem) -> WgradConfig:
     if fp32 and not problem.tf32:
         tile = TileConfig(min(block_m, 64), min(block_n, 64), 16)
     else:
-        narrow = fp32 or problem.prologue or problem.flat
+        narrow = fp32 or problem.prologue or problem.flat or problem.arch == 120
         block_m, block_n = min(block_m, 64), min(block_n, 64 if narrow else 128)
-        # Masks that wait for their tile in a third stage would spill where registers are given to occupancy.
-        tile = TileConfig(block_m, block_n, 32, num_stages=3 if block_m * block_n > 32 * 32 else 2)
+        # 32 pixels a step would spill in 16 bits, and so would masks that wait in a third stage for a small tile:
+        # the compiler gives registers to occupancy there.
+        tile = TileConfig(block_m, block_n, 32 if fp32 else 64, num_stages=3 if block_m * block_n > 32 * 32 else 2)
     steps = triton.cdiv(problem.m, tile.block_k)
     programs = _programs(problem, tile)
-    wanted = triton.cdiv(_MULTIPROCESSORS.get(problem.arch, 108), programs)
+    multiprocessors = _MULTIPROCESSORS.get(problem.arch, 108)
+    wanted, least = triton.cdiv(multiprocessors, programs), triton.cdiv(multiprocessors, 2 * programs)
     filter_bytes = 8 * problem.co * problem.r * problem.s * problem.ci // problem.groups
     pixel_bytes = (problem.m * problem.co + problem.n * problem.h * problem.w * problem.ci) * problem.dtype.itemsize
-    affordable = max(pixel_bytes // (8 * filter_bytes), 1)
-    return WgradConfig(tile, max(1, min(wanted, steps // 8, affordable)))
+    affordable = pixel_bytes // (8 * filter_bytes)
+    return WgradConfig(tile, max(1, min(wanted, steps // 8, max(affordable, least))))
 
 
 def _programs(problem: ConvProblem, tile: TileConfig) -> int:
@@ -259,7 +289,7 @@ def conv_wgrad(
     problem = ConvProblem(
         n, h, w, ci, co, r, s, stride, padding, dilation, groups, x.dtype, tf32, prologue, target_arch()
     )
-    _check(problem, dy, x, y=y, dy_out=dy_out)
+    _check(problem, dy, x, coefs, x_stats, y=y, dy_out=dy_out)
     chosen = config or default_config(problem)
     shape = (co, ci // groups, r, s)
     dw = torch.empty(shape, dtype=out_dtype or x.dtype, device=x.device, memory_format=torch.channels_last)
@@ -338,7 +368,9 @@ def _sum_splits(partials: Tensor, dw: Tensor) -> None:
     Call(sum_splits_kernel, grid, arguments, tile, lambda: Cost(0, partials.nbytes, _bytes(dw))).run()
 
 
-def _check(problem: ConvProblem, dy: Tensor, x: Tensor, **alike: Tensor | None) -> None:
+def _check(
+    problem: ConvProblem, dy: Tensor, x: Tensor, coefs: Tensor | None, x_stats: Tensor | None, **alike: Tensor | None
+) -> None:
     require_pixel_linear(dy=dy, x=x)
     if tuple(dy.shape) != (problem.n, problem.co, problem.p, problem.q):
         raise ValueError(f"dy must have shape [{problem.n}, CO, {problem.p}, {problem.q}]; got {tuple(dy.shape)}")
@@ -347,18 +379,32 @@ def _check(problem: ConvProblem, dy: Tensor, x: Tensor, **alike: Tensor | None) 
     for name, t in alike.items():
         if t is not None and (t.shape != dy.shape or pixel_stride(t) != pixel_stride(dy)):
             raise ValueError(f"{name} must lie in memory as dy, {tuple(dy.shape)}; got {tuple(t.shape)}, {t.stride()}")
+        if t is not None and coefs is None:
+            raise ValueError(f"{name} needs coefs: without them dy is given as it is")
+    if coefs is None and dy.dtype != x.dtype:
+        raise ValueError(f"dy must have the dtype of x, {x.dtype}, unless coefs are given; got {dy.dtype}")
+    for name, vectors, shape in (("coefs", coefs, (3, problem.co)), ("x_stats", x_stats, (5, problem.ci))):
+        if vectors is None:
+            continue
+        if vectors.shape != shape or vectors.dtype != torch.float32 or not vectors.is_contiguous():
+            raise ValueError(
+                f"{name} must be contiguous fp32 {list(shape)}; got {vectors.dtype} {tuple(vectors.shape)} "
+                f"with strides {vectors.stride()}"
+            )
 
 
 def _cost(problem: ConvProblem, arguments: dict[str, Any]) -> Cost:
-    tensors = [arguments[name] for name in ("g_ptr", "y_ptr", "coefs_ptr", "stats_ptr")]
-    read = sum(_bytes(t) for t in tensors if t is not None) + problem.pixels_read * _channel_bytes(arguments["x_ptr"])
+    g, y, x, dy_out = (arguments[name] for name in ("g_ptr", "y_ptr", "x_ptr", "dy_ptr"))
+    read = _bytes(g) + problem.pixels_read * problem.ci * x.element_size()
+    if y is not None:
+        read += _bytes(y)
+    if arguments["coefs_ptr"] is not None:
+        read += 4 * problem.co * (1 if y is None else 3)
+    if arguments["stats_ptr"] is not None:
+        read += 4 * problem.ci * 2
+    written = _bytes(arguments["dw_ptr"]) + (0 if dy_out is None else _bytes(dy_out))
     depth = problem.r * problem.s * problem.ci // problem.groups
-    written = sum(_bytes(t) for t in (arguments["dw_ptr"], arguments["dy_ptr"]) if t is not None)
     return Cost(2 * problem.m * problem.co * depth, read, written)
-
-
-def _channel_bytes(x: Tensor) -> int:
-    return x.shape[1] * x.element_size()
 
 
 def _bytes(t: Tensor) -> int:

@@ -24,13 +24,23 @@ _POINTERS = {"float32": "*fp32", "int64": "*i64", "float16": "*fp16", "bfloat16"
 
 @dataclass(frozen=True)
 class TileConfig:
-    """How a kernel is cut into programs: the tile of one program, its warps and its software pipeline."""
+    """How a kernel is cut into programs: the tile of one program, its warps and its software pipeline.
+
+    ``max_registers`` per thread: without it, the compiler weighs spilling a few against one more program at a time.
+    """
 
     block_m: int
     block_n: int
     block_k: int
     num_warps: int = 4
     num_stages: int = 3
+    max_registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What Triton's compiler is told beside the tile."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.max_registers}
+        return {name: value for name, value in options.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -61,16 +71,15 @@ class Call:
         if 0 in self.grid:
             return
         if _dry_arch is None:
-            options = {"num_warps": self.config.num_warps, "num_stages": self.config.num_stages}
             # The interpreter moves data by PyTorch's operators, which are none that a caller may count or transform.
             with _disable_current_modes() if interpreting() else nullcontext():
-                self.kernel[self.grid](**self.arguments, **options)
+                self.kernel[self.grid](**self.arguments, **self.config.options)
         for callback in _observers:
             callback(self)
 
     def specialization(self) -> tuple[Any, ...]:
         """What Triton's JIT compiles a kernel anew for: two calls that agree in it share their compiled code."""
-        return self.kernel.__name__, *self._signature(), self.config.num_warps, self.config.num_stages
+        return self.kernel.__name__, *self._signature(), *self.config.options.items()
 
     def compile(self, arch: int) -> Any:
         """The kernel compiled for ``arch`` (80 for sm_80 ...) as this call would specialise it; needs no GPU.
@@ -84,8 +93,7 @@ class Call:
             constexprs={name: value for name, kind, _, value in signature if kind == "constexpr"},
             attrs={(i,): [["tt.divisibility", 16]] for i, (_, _, divisible, _) in enumerate(signature) if divisible},
         )
-        options = {"num_warps": self.config.num_warps, "num_stages": self.config.num_stages}
-        return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+        return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=self.config.options)
 
     def _signature(self) -> list[tuple[str, str, bool, Any]]:
         """Per parameter: its name, type, whether it counts as divisible by 16, and its value if it is a constant."""

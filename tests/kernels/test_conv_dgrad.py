@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_fused import reference
+from resnet_fused.kernels import conv_dgrad as module
 from resnet_fused.kernels.conv_dgrad import conv_dgrad
-from resnet_fused.kernels.launch import TileConfig
-from tests.kernels.test_conv_forward import DTYPES, GEOMETRIES, channels_last, random
+from resnet_fused.kernels.launch import Cost, TileConfig, dry_run, observe
+from tests.kernels.test_conv_forward import DEVICE, DTYPES, GEOMETRIES, channels_last, embed, embed_flat, random
 from tests.rule import assert_within_rule
 
 MORE = {
@@ -57,7 +58,7 @@ def test_geometry(name, dtype):
     dy, w, size, conv = drawn(name, dtype)
     exact = reference.conv_dgrad(dy.double(), w.double(), size, **conv)
     eager = reference.conv_dgrad(dy, w, size, **conv)
-    for config in TILES:
+    for config in TILES if dtype == torch.float32 else TILES[::2]:
         dx, sums = conv_dgrad(dy, w, size, config=config, **conv)
         assert sums is None
         assert dx.is_contiguous(memory_format=torch.channels_last)
@@ -103,7 +104,7 @@ def test_shortcut(shape, step, before, stride, config):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("config", TILES)
+@pytest.mark.parametrize("config", TILES[::2])
 @pytest.mark.parametrize("name", ["3x3", "3x3 stride 2, odd size", "1x1", "depthwise", "pixels past the last output"])
 def test_mask_and_sums(name, config, dtype):
     dy, w, size, conv = drawn(name, dtype)
@@ -114,8 +115,97 @@ def test_mask_and_sums(name, config, dtype):
     plain, _ = conv_dgrad(dy, w, size, config=config, **conv)
     decided = v.abs() > 1e-5
     assert torch.equal(g[decided], torch.where(v > 0, plain, 0.0)[decided])
+    assert_sums(sums, g, y, stats)
+
+
+def assert_sums(sums: Tensor, g: Tensor, y: Tensor, stats: Tensor) -> None:
+    """``sums`` are those of the gradient as it was stored."""
+    eager = reference.batch_norm_sums(g.float(), y.float(), stats)
     exact = reference.batch_norm_sums(g.double(), y.double(), stats.double())
-    torch.testing.assert_close(sums.double().sum(1), exact, rtol=1e-5, atol=1e-4)
+    for ours_row, eager_row, exact_row in zip(sums.sum(1), eager, exact, strict=True):
+        assert_within_rule(ours_row, eager_row, exact_row, sums=2)
+
+
+WHOLE = ["3x3 stride 2, odd size", "every parameter differs by axis", "1x1", "1x1 stride 2", "narrow groups"]
+
+
+def drawn_whole(name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, tuple[int, int], dict]:
+    """``drawn``, and among the arguments everything optional: prologue, shortcut, mask."""
+    g, w, size, conv = drawn(name, dtype)
+    channels = w.shape[1] * conv.get("groups", 1)
+    stats = random_stats(channels)
+    stats[2, ::2] *= -1
+    more = dict(
+        y=random(*g.shape, dtype=dtype),
+        coefs=random_coefs(g.shape[1]),
+        shortcut=random(2, channels + 8, *(-(-s // 2) for s in size), dtype=dtype),
+        shortcut_step=2,
+        shortcut_before=3,
+        mask=(random(2, channels, *size, dtype=dtype), stats),
+    )
+    return g, w, size, conv | more
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("config", [None, TileConfig(32, 128, 32)])
+@pytest.mark.parametrize("name", WHOLE)
+def test_everything_at_once(name, config, dtype):
+    g, w, size, arguments = drawn_whole(name, dtype)
+    ours, sums = conv_dgrad(g, w, size, config=config, **arguments)
+    y, coefs, shortcut, (y_in, stats) = (arguments[key] for key in ("y", "coefs", "shortcut", "mask"))
+    conv = {key: value for key, value in arguments.items() if key in ("stride", "padding", "dilation", "groups")}
+    v = y_in.double() * stats[2].double()[:, None, None] + stats[3].double()[:, None, None]
+
+    def specification(t: torch.dtype) -> Tensor:
+        dy = reference.batch_norm_gradient(g.double(), y.double(), coefs.double()).to(t)
+        dx = reference.conv_dgrad(dy, w.to(t), size, shortcut.to(t), 2, 3, **conv)
+        return torch.where(v > 0, dx, 0.0)
+
+    undecided = v.abs() <= 1e-5
+    exact, eager = (specification(t).masked_fill(undecided, 0.0) for t in (torch.float64, dtype))
+    assert_within_rule(ours.masked_fill(undecided, 0.0), eager, exact, sums=4)
+    assert_sums(sums, ours, y_in, stats)
+
+
+def test_pixels_that_no_tap_reaches_get_the_shortcut_alone():
+    dy, w, size, conv = drawn("1x1 stride 2", torch.float32)
+    shortcut = random(2, 20, *size)
+    dx, _ = conv_dgrad(dy, w, size, shortcut=shortcut, **conv)
+    reached = torch.zeros(size, dtype=torch.bool, device=DEVICE)
+    reached[::2, ::2] = True
+    assert torch.equal(dx[..., ~reached], shortcut[..., ~reached])
+    assert not (dx[..., reached] == shortcut[..., reached]).any()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_reads_only_its_inputs_and_writes_only_its_outputs(name, monkeypatch):
+    g, w, size, arguments = drawn_whole(name, torch.float32)
+    want = conv_dgrad(g, w, size, **arguments)
+    nan = float("nan")
+    y_in, stats = arguments["mask"]
+    guarded = arguments | {
+        "y": embed(arguments["y"], nan),
+        "coefs": embed_flat(arguments["coefs"], nan),
+        "shortcut": embed(arguments["shortcut"], nan),
+        "mask": (embed(y_in, nan), embed_flat(stats, nan)),
+    }
+    buffers = []
+
+    def guarded_empty(*shape, memory_format=torch.contiguous_format, **options):
+        shape = shape[0] if isinstance(shape[0], tuple) else shape
+        like = torch.zeros(shape, **options).contiguous(memory_format=memory_format)
+        view = embed_flat(torch.full_like(like, nan), 7.0)
+        buffers.append(view)
+        return view
+
+    monkeypatch.setattr(module.torch, "empty", guarded_empty)
+    got = conv_dgrad(embed(g, nan), embed_flat(w, nan), size, **guarded)
+    assert len(buffers) == 2
+    for ours, wanted, view in zip(got, want, buffers, strict=True):
+        assert torch.equal(ours, wanted)
+        storage = torch.as_strided(view, (view.untyped_storage().nbytes() // 4,), (1,), 0)
+        assert (storage[:512] == 7.0).all()
+        assert (storage[512 + view.numel() :] == 7.0).all()
 
 
 def test_nan_passes_the_mask_and_the_product():
@@ -130,16 +220,82 @@ def test_nan_passes_the_mask_and_the_product():
     assert torch.isfinite(g[0]).all()
 
 
-def test_two_runs_are_equal_to_the_bit():
-    dy, w, size, conv = drawn("3x3 stride 2, odd size", torch.float32)
-    y, stats = random(2, 20, *size), random_stats(20)
-    first, second = (conv_dgrad(dy, w, size, mask=(y, stats), **conv) for _ in range(2))
+@pytest.mark.parametrize("name", WHOLE)
+def test_two_runs_are_equal_to_the_bit(name):
+    g, w, size, arguments = drawn_whole(name, torch.float32)
+    first, second = (conv_dgrad(g, w, size, **arguments) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_no_images():
-    w = random(20, 16, 3, 3)
-    assert conv_dgrad(channels_last(torch.zeros(0, 20, 3, 3)), w, (5, 5))[0].shape == (0, 16, 5, 5)
+    w, dy = random(20, 16, 3, 3), channels_last(torch.zeros(0, 20, 3, 3, device=DEVICE))
+    assert conv_dgrad(dy, w, (5, 5))[0].shape == (0, 16, 5, 5)
+    y_in = channels_last(torch.zeros(0, 16, 5, 5, device=DEVICE))
+    dx, sums = conv_dgrad(dy, w, (5, 5), mask=(y_in, random_stats(16)))
+    assert (dx.shape, sums.shape) == ((0, 16, 5, 5), (2, 0, 16))
+
+
+def test_output_dtype():
+    dy, w, size, conv = drawn("3x3", torch.float16)
+    wide, _ = conv_dgrad(dy, w, size, out_dtype=torch.float32, **conv)
+    assert wide.dtype == torch.float32
+    assert torch.equal(wide.half(), conv_dgrad(dy, w, size, **conv)[0])
+
+
+# The first passes 2^31 inside the image; of the second only the pixel at which the walk over the taps starts does.
+@pytest.mark.parametrize("step", [2**30 + 16, 700_000_000])
+def test_offsets_beyond_32_bits(step):
+    """Pixels a gigabyte apart: only the pages that hold them exist."""
+    buffer = torch.empty_strided((2 * step + 64,), (1,), dtype=torch.float16, device=DEVICE)
+    dy, shortcut, y_in = (
+        torch.as_strided(buffer, (1, 16, 1, 3), (3 * step, 1, 3 * step, step), 16 * i) for i in range(3)
+    )
+    for t in (dy, shortcut, y_in):
+        t.copy_(random(1, 16, 1, 3))
+    stats = random_stats(16)
+    for taps in (1, 3):
+        w = random(16, 16, taps, taps, dtype=torch.float16)
+        padding = (taps // 2, taps // 2)
+        seen = []
+        with observe(seen.append):
+            far = conv_dgrad(dy, w, (1, 3), padding=padding, shortcut=shortcut, mask=(y_in, stats))
+        assert seen[0].arguments["INT64"] or (taps, step) == (1, 700_000_000)
+        near = [channels_last(t.contiguous()) for t in (dy, shortcut, y_in)]
+        want = conv_dgrad(near[0], w, (1, 3), padding=padding, shortcut=near[1], mask=(near[2], stats))
+        assert all(torch.equal(a, b) for a, b in zip(far, want, strict=True))
+
+
+def planned(dy: Tensor, w: Tensor, size: tuple[int, int], **arguments) -> Cost:
+    seen = []
+    with dry_run(90), observe(seen.append):
+        conv_dgrad(dy, w, size, **arguments)
+    return seen[0].cost()
+
+
+def test_cost_counts_each_byte_once():
+    def half(*shape: int) -> Tensor:
+        return channels_last(torch.empty(shape, dtype=torch.float16, device="meta"))
+
+    dy, w, coefs = half(2, 32, 9, 9), half(32, 64, 3, 3), torch.empty(3, 32, device="meta")
+    plain = planned(dy, w, (9, 9), padding=(1, 1))
+    assert plain.flops == 2 * 2 * 81 * 32 * 64 * 9
+    assert plain.bytes_read == 2 * (2 * 81 * 32 + 32 * 64 * 9)
+    assert plain.bytes_written == 2 * 2 * 81 * 64
+    scaled = planned(dy, w, (9, 9), padding=(1, 1), coefs=coefs)
+    assert scaled.bytes_read - plain.bytes_read == 4 * 32, "without y, neither of its coefficients counts"
+    prologue = planned(dy, w, (9, 9), padding=(1, 1), coefs=coefs, y=half(2, 32, 9, 9))
+    assert prologue.bytes_read - plain.bytes_read == 2 * 2 * 81 * 32 + 4 * 3 * 32
+    shortcut = planned(dy, w, (9, 9), padding=(1, 1), shortcut=half(2, 96, 5, 5), shortcut_step=2, shortcut_before=16)
+    assert shortcut.bytes_read - plain.bytes_read == 2 * 2 * 25 * 64, "of the shortcut's channels, those of the result"
+    mask = planned(dy, w, (9, 9), padding=(1, 1), mask=(half(2, 64, 9, 9), torch.empty(5, 64, device="meta")))
+    assert mask.bytes_read - plain.bytes_read == 2 * 2 * 81 * 64 + 4 * 3 * 64, "mean, scale and shift"
+    tiles = (mask.bytes_written - plain.bytes_written) / (4 * 2 * 64)
+    assert tiles == int(tiles) >= 2
+    strided = planned(half(2, 32, 5, 5), half(32, 64, 1, 1), (9, 9), stride=(2, 2))
+    assert strided.bytes_read == 2 * (2 * 25 * 32 + 32 * 64)
+    assert strided.bytes_written == plain.bytes_written, "pixels that no tap reaches are written too"
+    padded = planned(half(2, 32, 11, 11), half(32, 64, 1, 1), (9, 9), padding=(1, 1))
+    assert padded.bytes_read == 2 * (2 * 81 * 32 + 32 * 64), "what went into the padding counts for nothing"
 
 
 def test_errors_name_the_argument():
@@ -148,7 +304,30 @@ def test_errors_name_the_argument():
         conv_dgrad(dy, w, (6, 6))
     with pytest.raises(ValueError, match="w must be channels_last"):
         conv_dgrad(dy, w.contiguous(), (5, 5))
+    with pytest.raises(ValueError, match=r"w of shape .* does not fit 20 channels in 3 groups"):
+        conv_dgrad(dy, w, (5, 5), groups=3)
+    with pytest.raises(ValueError, match="w may have at most 64 taps"):
+        conv_dgrad(random(1, 16, 9, 9), random(16, 16, 9, 9), (9, 9), padding=(4, 4))
     with pytest.raises(ValueError, match="y must lie in memory as dy does"):
         conv_dgrad(dy, w, (5, 5), y=random(2, 24, 3, 3)[:, :20], coefs=random_coefs(20))
     with pytest.raises(ValueError, match=r"mask\[0\] must have the shape of the result"):
         conv_dgrad(dy, w, (5, 5), mask=(random(2, 16, 5, 6), random_stats(16)))
+    with pytest.raises(ValueError, match=r"mask\[1\] must be contiguous, of shape \(5, 16\)"):
+        conv_dgrad(dy, w, (5, 5), mask=(random(2, 16, 5, 5), random_stats(20)))
+    with pytest.raises(ValueError, match=r"coefs must be contiguous, of shape \(3, 20\)"):
+        conv_dgrad(dy, w, (5, 5), coefs=random_coefs(16))
+    for change in (dict(y=random(2, 20, 3, 3)), dict(dy=dy.half())):
+        with pytest.raises(ValueError, match="without coefs, dy must have the dtype of w"):
+            conv_dgrad(**{"dy": dy, "w": w, "size": (5, 5), **change})
+
+
+@pytest.mark.parametrize(
+    ("shape", "step", "before"),
+    [((2, 12, 5, 5), 1, 0), ((2, 16, 4, 5), 1, 0), ((1, 16, 5, 5), 1, 0), ((2, 16, 5, 5), 2, 0), ((2, 20, 5, 5), 1, 8)],
+)
+def test_a_shortcut_that_does_not_fit(shape, step, before):
+    with pytest.raises(ValueError, match=r"shortcut must have shape \[2, C, .* channels from channel"):
+        conv_dgrad(
+            random(2, 20, 3, 3), random(20, 16, 3, 3), (5, 5),
+            shortcut=random(*shape), shortcut_step=step, shortcut_before=before,
+        )  # fmt: skip
