@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import statistics
 import sys
@@ -16,9 +17,10 @@ import triton
 from torch import Tensor, nn
 
 from resnet_fused import models
+from resnet_fused.commands import UserError, pick_device
 from resnet_fused.convert import explain, fuse
 from resnet_fused.inference import optimize_for_inference
-from resnet_fused.kernels.launch import dry_run, interpreting
+from resnet_fused.kernels.launch import dry_run
 from resnet_fused.plan import implementation
 from resnet_fused.table import render
 from resnet_fused.trace import trace
@@ -40,23 +42,22 @@ Function = Callable[[Tensor], Tensor]
 T = TypeVar("T")
 
 
-class UserError(Exception):
-    """A mistake in what the user asked for; its message is one line for the screen."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``python -m resnet_fused demo``."""
+    add = parser.add_argument
+    add("--model", default="resnet50", choices=MODELS, metavar="NAME", help=f"one of {', '.join(MODELS)}")
+    add("--image", nargs="+", type=Path, default=[], metavar="FILE", help="photographs (default: scikit-image's)")
+    add("--weights", type=Path, metavar="FILE", help="state dict, .pth or .safetensors (default: random weights)")
+    add("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 ... (default: a CUDA GPU if there is one)")
+    add("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
+    add("--size", type=int, default=224, metavar="PIXELS", help="side of the network's input (default: 224)")
 
 
-def pick_device(name: str | None) -> torch.device:
-    """The device to run on: the one named, else a CUDA GPU if there is one, else the CPU."""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        raise UserError(f"--device {name}: PyTorch knows no such device") from None
-    if device.type not in ROUNDS:
-        raise UserError(f"--device {name}: the demo runs on cpu and cuda")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA GPUs here")
-    if device.type == "cuda" and interpreting():
-        raise UserError("TRITON_INTERPRET is set: unset it to run the kernels on the GPU, or pass --device cpu")
-    return device
+def main(options: argparse.Namespace) -> int:
+    """Run the demonstration; returns 0."""
+    device = pick_device(options.device)
+    run(options.model, options.image, options.weights, device, options.dtype, options.size)
+    return 0
 
 
 def run(

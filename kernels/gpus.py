@@ -1,0 +1,60 @@
+"""What the planning must know about a GPU: peaks, bandwidths, sizes. Facts alone, nothing measured here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+
+@dataclass(frozen=True)
+class GPU:
+    """One GPU. ``tensor``: dense peaks in TFLOP/s with fp32 accumulation, by number format.
+
+    ``arch``: 80 for sm_80 ... ``memory`` and ``l2`` in GB/s, ``l2_size`` in MB, ``shared``: bytes that one program may
+    use, ``sm_shared``: bytes of a multiprocessor, shared by its programs.
+    """
+
+    name: str
+    arch: int
+    multiprocessors: int
+    tensor: dict[str, float]
+    memory: float
+    l2: float
+    l2_size: int
+    shared: int
+    sm_shared: int
+    source: str
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+
+def _tensor(half: float, tf32: float, fp32: float) -> dict[str, float]:
+    return {"bfloat16": half, "float16": half, "tf32": tf32, "float32": fp32}
+
+
+# The first of an architecture stands for it where no GPU is named. L2: bytes per clock times boost clock for the A100
+# (whitepaper), elsewhere figures of microbenchmarks, rounded down.
+_TABLE = (
+    GPU("A100", 80, 108, _tensor(312, 156, 19.5), 2039, 5100, 40, 166912, 167936, "A100 datasheet and whitepaper"),
+    GPU("A40", 86, 84, _tensor(149.7, 74.8, 37.4), 696, 2000, 6, 101376, 102400, "A40 datasheet"),
+    GPU("RTX 3090", 86, 82, _tensor(71, 35.6, 35.6), 936, 2000, 6, 101376, 102400, "GA102 whitepaper"),
+    GPU("RTX 4090", 89, 128, _tensor(165.2, 82.6, 82.6), 1008, 4000, 72, 101376, 102400, "AD102 whitepaper"),
+    GPU("L40S", 89, 142, _tensor(362, 183, 91.6), 864, 4000, 96, 101376, 102400, "L40S datasheet"),
+    GPU("H100", 90, 132, _tensor(989.4, 494.7, 66.9), 3350, 5500, 50, 232448, 233472, "H100 SXM datasheet"),
+    GPU("H200", 90, 132, _tensor(989.4, 494.7, 66.9), 4800, 5500, 50, 232448, 233472, "H200 SXM datasheet"),
+    GPU("B200", 100, 148, _tensor(2250, 1125, 75), 7700, 10000, 126, 232448, 233472, "HGX B200 datasheet"),
+    GPU("RTX 5090", 120, 170, _tensor(209.5, 104.8, 104.8), 1792, 5000, 96, 101376, 102400, "GB202 whitepaper"),
+)
+
+ARCHITECTURES = tuple(dict.fromkeys(gpu.arch for gpu in _TABLE))
+
+
+@cache
+def gpu_of(arch: int, name: str = "") -> GPU:
+    """The GPU whose name occurs in ``name`` (as PyTorch reports it), else the one that stands for its architecture.
+
+    An architecture that the table lacks is planned for as the nearest older one, the oldest at the least.
+    """
+    known = [gpu for gpu in _TABLE if gpu.arch == arch] or [gpu for gpu in _TABLE if gpu.arch < arch][-1:] or [_TABLE[0]]
+    return next((gpu for gpu in known if gpu.name in name), known[0])
