@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from math import gcd
 from typing import Any
 
@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .conv_forward import ConvProblem, default_config
+from . import conv_forward
+from .conv_forward import ConvProblem
 from .launch import INTERPRETER, Call, Cost, TileConfig, target_arch
 from .tile import dot, load_channels, pixel_stride, require_pixel_linear, span, tap_mask
 
@@ -327,8 +328,8 @@ def conv_dgrad(
     y_in, stats = mask or (None, None)
     _check(problem, dy, w, y, coefs, y_in, stats)
     _check_shortcut(problem, shortcut, shortcut_step, shortcut_before)
+    tile = config or default_config(problem, epilogue=mask is not None or shortcut is not None)
     transposed = _transposed(problem)
-    tile = config or _tile(transposed, epilogue=mask is not None or shortcut is not None)
     parities = stride[0] * stride[1]
     largest = n * triton.cdiv(size[0], stride[0]) * triton.cdiv(size[1], stride[1])
     tiles = triton.cdiv(largest, tile.block_m)
@@ -368,8 +369,11 @@ def _transposed(problem: ConvProblem) -> ConvProblem:
     )
 
 
-def _tile(transposed: ConvProblem, epilogue: bool) -> TileConfig:
-    tile = default_config(transposed)
+@lru_cache(maxsize=4096)
+def default_config(problem: ConvProblem, epilogue: bool) -> TileConfig:
+    """The tile where nothing was measured: that of the transposed product, lower where more is read."""
+    transposed = _transposed(problem)
+    tile = conv_forward.default_config(transposed)
     if (epilogue or transposed.prologue) and transposed.arch != INTERPRETER:
         return replace(tile, block_m=min(tile.block_m, 64))  # its tensors need registers too
     return tile

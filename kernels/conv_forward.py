@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .gpus import gpu_of
 from .launch import INTERPRETER, Call, Cost, TileConfig, target_arch
 from .tile import (
     Moments,
@@ -382,9 +383,6 @@ def output_size(size: int, taps: int, stride: int, padding: int, dilation: int) 
     return (size + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
 
 
-_MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
-
-
 @lru_cache(maxsize=4096)
 def default_config(problem: ConvProblem) -> TileConfig:
     """The tile where nothing was measured: wide enough for the tensor cores, small enough to fill the GPU."""
@@ -411,9 +409,8 @@ def default_config(problem: ConvProblem) -> TileConfig:
         block_k = max(16, triton.next_power_of_2(ci))
     elif not problem.flat and block_k == 64 and ci % 64 and ci % 32 == 0:
         block_k = 32
-    while (
-        _programs(problem, block_m, block_n) < _MULTIPROCESSORS.get(problem.arch, 108) and block_m * block_n > 64 * 64
-    ):
+    multiprocessors = gpu_of(problem.arch).multiprocessors
+    while _programs(problem, block_m, block_n) < multiprocessors and block_m * block_n > 64 * 64:
         if block_m >= block_n:
             block_m //= 2
         else:

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .conv_forward import ConvProblem
+from .gpus import gpu_of
 from .launch import INTERPRETER, Call, Cost, TileConfig, target_arch
 from .tile import dot, load_channels, pixel_stride, relu, require_pixel_linear, span
 
@@ -217,9 +218,6 @@ class WgradConfig:
     splits: int
 
 
-_MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
-
-
 @lru_cache(maxsize=4096)
 def default_config(problem: ConvProblem) -> WgradConfig:
     """Wide tiles, and splits for a wave of programs; for half of one where partial filters outweigh the pixels."""
@@ -240,8 +238,8 @@ def default_config(problem: ConvProblem) -> WgradConfig:
         # the compiler gives registers to occupancy there.
         tile = TileConfig(block_m, block_n, 32 if fp32 else 64, num_stages=3 if block_m * block_n > 32 * 32 else 2)
     steps = triton.cdiv(problem.m, tile.block_k)
-    programs = _programs(problem, tile)
-    multiprocessors = _MULTIPROCESSORS.get(problem.arch, 108)
+    programs = filter_tiles(problem, tile)
+    multiprocessors = gpu_of(problem.arch).multiprocessors
     wanted, least = triton.cdiv(multiprocessors, programs), triton.cdiv(multiprocessors, 2 * programs)
     filter_bytes = 8 * problem.co * problem.r * problem.s * problem.ci // problem.groups
     pixel_bytes = (problem.m * problem.co + problem.n * problem.h * problem.w * problem.ci) * problem.dtype.itemsize
@@ -249,8 +247,8 @@ def default_config(problem: ConvProblem) -> WgradConfig:
     return WgradConfig(tile, max(1, min(wanted, steps // 8, max(affordable, least))))
 
 
-def _programs(problem: ConvProblem, tile: TileConfig) -> int:
-    """Tiles of the whole filter."""
+def filter_tiles(problem: ConvProblem, tile: TileConfig) -> int:
+    """How many tiles make up the whole filter."""
     ci, co = problem.tile_channels
     taps = problem.r * problem.s
     columns = triton.cdiv(taps * ci, tile.block_n) if problem.flat else taps * triton.cdiv(ci, tile.block_n)
@@ -313,7 +311,7 @@ def conv_wgrad(
         "INT64": max(map(span, (dy, x))) + steps * chosen.tile.block_k * max(ci, co) >= 2**31,
     }
     parts = groups // problem.merged
-    grid = (_programs(problem, chosen.tile) // parts, parts, splits)
+    grid = (filter_tiles(problem, chosen.tile) // parts, parts, splits)
     Call(conv_wgrad_kernel, grid, arguments, chosen.tile, partial(_cost, problem, arguments)).run()
     if splits > 1:
         _sum_splits(partials, dw)

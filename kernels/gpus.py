@@ -10,8 +10,8 @@ from functools import cache
 class GPU:
     """One GPU. ``tensor``: dense peaks in TFLOP/s with fp32 accumulation, by number format.
 
-    ``arch``: 80 for sm_80 ... ``memory`` and ``l2`` in GB/s, ``l2_size`` in MB, ``shared``: bytes that one program may
-    use, ``sm_shared``: bytes of a multiprocessor, shared by its programs.
+    ``arch``: 80 for sm_80 ... ``memory`` and ``l2`` in GB/s, ``l2_size`` in MB. ``shared``: bytes of shared memory that
+    one program may use, ``sm_shared``: those of a multiprocessor, for all its programs (CUDA C++ Programming Guide).
     """
 
     name: str
@@ -56,5 +56,6 @@ def gpu_of(arch: int, name: str = "") -> GPU:
 
     An architecture that the table lacks is planned for as the nearest older one, the oldest at the least.
     """
-    known = [gpu for gpu in _TABLE if gpu.arch == arch] or [gpu for gpu in _TABLE if gpu.arch < arch][-1:] or [_TABLE[0]]
+    nearest = max((known for known in ARCHITECTURES if known <= arch), default=ARCHITECTURES[0])
+    known = [gpu for gpu in _TABLE if gpu.arch == nearest]
     return next((gpu for gpu in known if gpu.name in name), known[0])

@@ -16,9 +16,6 @@ from triton.compiler import ASTSource
 INTERPRETER = 0
 """The architecture that stands for Triton's interpreter."""
 
-SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
-"""Shared memory that one program may use, in bytes, by architecture (CUDA C++ Programming Guide)."""
-
 _POINTERS = {"float32": "*fp32", "int64": "*i64", "float16": "*fp16", "bfloat16": "*bf16"}
 
 

@@ -1,7 +1,8 @@
 """Residual blocks whose batch norm, ReLU and residual addition run inside their convolutions, forward and backward."""
 
 from resnet_fused import functional
-from resnet_fused.convert import explain, fuse, unfuse
+from resnet_fused.convert import fuse, unfuse
+from resnet_fused.explain import explain
 from resnet_fused.inference import optimize_for_inference
 from resnet_fused.models import (
     resnet18,

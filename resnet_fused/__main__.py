@@ -13,6 +13,7 @@ from resnet_fused.commands import NeedsInterpreter, UserError
 
 COMMANDS = {
     "demo": "classify photographs with a ResNet, eager and fused",
+    "explain": "show how each unit of a ResNet would run on a GPU, and why",
 }
 """Each is the module of its name, with ``add_arguments(parser)`` and ``main(options) -> exit code``."""
 

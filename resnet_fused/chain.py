@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -28,32 +29,43 @@ from resnet_fused.kernels.batch_norm import (
     merge_sums,
 )
 from resnet_fused.kernels.conv_dgrad import conv_dgrad
-from resnet_fused.kernels.conv_forward import conv_forward, conv_forward_moments
+from resnet_fused.kernels.conv_forward import Norm, conv_forward, conv_forward_moments
 from resnet_fused.kernels.conv_wgrad import conv_wgrad
 from resnet_fused.kernels.tile import Moments
+from resnet_fused.problem import Tiles
 
 
 class Convolution(NamedTuple):
-    """The arguments of a convolution, and whether it runs in Triton or in PyTorch."""
+    """The arguments of a convolution, whether it runs in Triton or in PyTorch, and Triton's tiles."""
 
     stride: tuple[int, int]
     padding: tuple[int, int]
     dilation: tuple[int, int]
     groups: int
     fused: bool
+    tiles: Tiles
 
     def encode(self) -> list[int]:
-        """As eight integers, for the schema of an operator."""
-        return [*self.stride, *self.padding, *self.dilation, self.groups, int(self.fused)]
+        """As CODE_LENGTH integers, for the schema of an operator."""
+        return [*self.stride, *self.padding, *self.dilation, self.groups, int(self.fused), *self.tiles.encode()]
 
     @classmethod
     def decode(cls, code: Sequence[int]) -> Convolution:
         """The inverse of :meth:`encode`."""
-        return cls((code[0], code[1]), (code[2], code[3]), (code[4], code[5]), code[6], bool(code[7]))
+        return _decode(tuple(code))
 
     def geometry(self) -> dict[str, Any]:
         """The keyword arguments that every launcher of a convolution takes."""
         return {"stride": self.stride, "padding": self.padding, "dilation": self.dilation, "groups": self.groups}
+
+
+@lru_cache(maxsize=4096)
+def _decode(code: tuple[int, ...]) -> Convolution:
+    tiles = Tiles.decode(code[8:])
+    return Convolution((code[0], code[1]), (code[2], code[3]), (code[4], code[5]), code[6], bool(code[7]), tiles)
+
+
+CODE_LENGTH = 8 + len(Tiles().encode())
 
 
 class Join(NamedTuple):
@@ -146,6 +158,47 @@ class Addend(NamedTuple):
     before: int
 
 
+def inference(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    norm: Norm,
+    residual: Tensor | None,
+    step: int,
+    before: int,
+    conv: Convolution,
+    relu: bool,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """``relu(norm(conv(x)) + residual)``: one launch if fused, else PyTorch's convolution and one launch behind it."""
+    if conv.fused:
+        return conv_forward(
+            x,
+            w,
+            bias=bias,
+            norm=norm,
+            residual=residual,
+            residual_step=step,
+            residual_before=before,
+            relu=relu,
+            tf32=plan.tf32(x.dtype),
+            out_dtype=out_dtype,
+            config=conv.tiles.forward,
+            **conv.geometry(),
+        )
+    y = _convolve(x, None, w, bias, conv)
+    stats = batch_norm_stats(None, norm.gamma, norm.beta, norm.eps, running_mean=norm.mean, running_var=norm.var)
+    return batch_norm_apply(
+        y,
+        stats,
+        residual=residual,
+        residual_step=step,
+        residual_before=before,
+        relu=relu,
+        out_dtype=out_dtype,
+    )
+
+
 def unit_forward(
     x: Tensor,
     x_stats: Tensor | None,
@@ -169,7 +222,13 @@ def unit_forward(
         return y, batch_norm_stats(None, gamma, beta, eps, running_mean=running.mean, running_var=running.var)
     if conv.fused:
         y, moments = conv_forward_moments(
-            x, w, prologue=_prologue(x_stats), bias=bias, tf32=plan.tf32(x.dtype), **conv.geometry()
+            x,
+            w,
+            prologue=_prologue(x_stats),
+            bias=bias,
+            tf32=plan.tf32(x.dtype),
+            config=conv.tiles.forward,
+            **conv.geometry(),
         )
     else:
         y = _convolve(x, x_stats, w, bias, conv)
@@ -193,7 +252,15 @@ def _prologue(stats: Tensor | None) -> tuple[Tensor, Tensor] | None:
 
 def _convolve(x: Tensor, x_stats: Tensor | None, w: Tensor, bias: Tensor | None, conv: Convolution) -> Tensor:
     if conv.fused:
-        return conv_forward(x, w, prologue=_prologue(x_stats), bias=bias, tf32=plan.tf32(x.dtype), **conv.geometry())
+        return conv_forward(
+            x,
+            w,
+            prologue=_prologue(x_stats),
+            bias=bias,
+            tf32=plan.tf32(x.dtype),
+            config=conv.tiles.forward,
+            **conv.geometry(),
+        )
     if x_stats is not None:
         x = batch_norm_apply(x, x_stats)
     bias = None if bias is None else bias.to(x.dtype)
@@ -375,6 +442,7 @@ def _conv_backward(
             x_stats=stats,
             dy_out=kept,
             out_dtype=wanted.weight_dtype,
+            config=unit.conv.tiles.wgrad,
             **shared,
             **geometry,
         )
@@ -389,7 +457,16 @@ def _conv_backward(
     g, step, before = addend or (None, 1, 0)
     mask = None if stats is None else (source, stats)
     return conv_dgrad(
-        dy.g, unit.w, (h, w), shortcut=g, shortcut_step=step, shortcut_before=before, mask=mask, **shared, **geometry
+        dy.g,
+        unit.w,
+        (h, w),
+        shortcut=g,
+        shortcut_step=step,
+        shortcut_before=before,
+        mask=mask,
+        config=None if compact else unit.conv.tiles.dgrad,
+        **shared,
+        **geometry,
     )
 
 

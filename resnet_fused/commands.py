@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from resnet_fused.kernels.gpus import ARCHITECTURES
 from resnet_fused.kernels.launch import interpreting
+
+MODELS = (
+    *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
+    *("resnext50_32x4d", "resnext101_32x8d", "wide_resnet50_2", "wide_resnet101_2"),
+)
+DTYPES = ("float32", "float16", "bfloat16")
 
 
 class UserError(Exception):
@@ -33,3 +40,16 @@ def pick_device(name: str | None) -> torch.device:
     if device.type == "cpu" and not interpreting():
         raise NeedsInterpreter
     return device
+
+
+def pick_arch(name: str | None) -> int:
+    """The architecture named (``sm_90``, or ``90``), else that of the GPU here. Raises UserError for one unknown."""
+    if name is None:
+        if not torch.cuda.is_available():
+            raise UserError("there is no CUDA GPU here: name an architecture to plan for, as --arch sm_90")
+        major, minor = torch.cuda.get_device_capability()
+        return 10 * major + minor
+    number = name.removeprefix("sm_")
+    if not number.isdecimal() or int(number) not in ARCHITECTURES:
+        raise UserError(f"--arch {name}: must be one of {', '.join(f'sm_{arch}' for arch in ARCHITECTURES)}")
+    return int(number)

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from resnet_fused import functional, plan
+from resnet_fused import functional, plan, verify
 from resnet_fused.modules import FusedBlock, Layout
 from resnet_fused.recognise import recognise
-from resnet_fused.table import render
-from resnet_fused.trace import Launch, trace
 
 Filter = Callable[[str, nn.Module], bool]
 
@@ -126,7 +124,7 @@ def fuse(
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__qualname__}")
     if memory not in MEMORY:
         raise ValueError(f"memory must be one of {', '.join(map(repr, MEMORY))}; got {memory!r}")
-    found = [f for f in _find(model) if filter_fn is None or filter_fn(f.name, f.module)]
+    found = [f for f in find(model) if filter_fn is None or filter_fn(f.name, f.module)]
     refused = [f for f in found if isinstance(f.verdict, str)]
     if strict and refused:
         reasons = "\n".join(f"  {f.name or '(the model)'}: {f.verdict}" for f in refused)
@@ -139,6 +137,8 @@ def fuse(
     if len(found) == len(refused):
         reasons = "; ".join(sorted({str(f.verdict) for f in refused})) or "no residual block was recognised"
         warnings.warn(f"nothing was fused: {reasons}", UserWarning, stacklevel=2)
+    else:
+        verify.remind_once(model)
     return model
 
 
@@ -151,7 +151,7 @@ def unfuse(model: nn.Module) -> nn.Module:
 
 
 @dataclass
-class _Found:
+class Found:
     """A module that is or could be fused; ``verdict``: its layout, True for a sequence with runs, or why not."""
 
     name: str
@@ -159,7 +159,7 @@ class _Found:
     verdict: Layout | bool | str
 
 
-def _find(model: nn.Module) -> Iterator[_Found]:
+def find(model: nn.Module) -> Iterator[Found]:
     """Every block of ``model``, from the outside in; inside one that can be fused, there is no other."""
     seen: set[nn.Module] = set()
     pending = [("", model)]
@@ -172,7 +172,7 @@ def _find(model: nn.Module) -> Iterator[_Found]:
         if isinstance(verdict, str) and not _is_innermost(module):
             verdict = None
         if verdict is not None:
-            yield _Found(name, module, verdict)
+            yield Found(name, module, verdict)
         if not isinstance(verdict, Layout):
             pending += [(f"{name}.{child}".lstrip("."), m) for child, m in module.named_children()]
 
@@ -205,7 +205,7 @@ def _holds_units(module: nn.Module) -> bool:
     )
 
 
-def _swap(found: _Found) -> None:
+def _swap(found: Found) -> None:
     module, verdict = found.module, found.verdict
     if isinstance(verdict, str) or isinstance(module, FusedBlock):
         return
@@ -240,101 +240,3 @@ def _lay_out(conv: nn.Conv2d) -> bool:
         return False
     weight.data = weight.data.contiguous(memory_format=torch.channels_last)
     return True
-
-
-@dataclass
-class Row:
-    """One block of :func:`explain`."""
-
-    name: str
-    block: str
-    implementation: str
-    reason: str = ""
-    launches: list[Launch] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The row as plain values; bytes and floating-point operations are those of the launches that were seen."""
-        kernels = [x for x in self.launches if x.config is not None]
-        tiles = sorted({f"{c.block_m}x{c.block_n}x{c.block_k}" for c in (x.config for x in kernels) if c is not None})
-        return {
-            "name": self.name,
-            "block": self.block,
-            "implementation": self.implementation,
-            "tiles": tiles,
-            "launches": len(self.launches),
-            "bytes": sum(x.bytes_read + x.bytes_written for x in self.launches),
-            "flops": sum(x.flops for x in self.launches),
-            "reason": self.reason,
-        }
-
-
-@dataclass
-class Explanation:
-    """What :func:`explain` found; ``str()`` of it is a table."""
-
-    rows: list[Row]
-    ran: bool
-
-    def to_dict(self) -> list[dict[str, Any]]:
-        """One dictionary per block."""
-        return [row.to_dict() for row in self.rows]
-
-    def __str__(self) -> str:
-        columns = ["name", "block", "implementation", "tiles", "launches", "MB", "reason"]
-        rows = []
-        for row in self.to_dict():
-            seen = (
-                (", ".join(row["tiles"]), row["launches"], round(row["bytes"] / 1e6, 3))
-                if self.ran
-                else ("", None, None)
-            )
-            rows.append((row["name"], row["block"], row["implementation"], *seen, row["reason"]))
-        fused = sum(row.implementation == "fused" for row in self.rows)
-        return render(f"{fused} of {len(rows)} blocks fused", columns, rows)
-
-
-def explain(model: nn.Module, x: Tensor | None = None) -> Explanation:
-    """Which implementation each block of ``model`` runs, and why.
-
-    With an input ``x`` for the model, runs it once in eval mode without gradients and reports what was launched: tiles,
-    number of launches, bytes, and the reason for each block that ran eager. Without, the structure alone is judged.
-    """
-    rows = {f.module: Row(f.name, _class_name(f.module), *_judge(f)) for f in _find(model)}
-    if x is not None:
-        _observe(model, x, rows)
-    return Explanation(list(rows.values()), ran=x is not None)
-
-
-def _judge(found: _Found) -> tuple[str, str]:
-    if isinstance(found.module, FusedBlock):
-        return "fused", ""
-    return "eager", found.verdict if isinstance(found.verdict, str) else "not converted: call fuse(model)"
-
-
-def _class_name(module: nn.Module) -> str:
-    return getattr(module, "original", type(module)).__qualname__
-
-
-def _observe(model: nn.Module, x: Tensor, rows: dict[nn.Module, Row]) -> None:
-    """Run ``model`` once in eval mode and note in ``rows`` what each block launched, and why it ran eager if it did."""
-    starts: dict[nn.Module, int] = {}
-    training = [module for module in model.modules() if module.training]
-
-    def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
-        starts[module] = len(seen.launches)
-        if isinstance(module, FusedBlock) and (reason := module.why_eager(args[0])) is not None:
-            rows[module].implementation, rows[module].reason = "eager", reason
-
-    def leave(module: nn.Module, args: Any, result: Any) -> None:
-        rows[module].launches += seen.launches[starts[module] :]
-
-    handles = [h for b in rows for h in (b.register_forward_pre_hook(enter), b.register_forward_hook(leave))]
-    try:
-        model.eval()
-        with trace() as seen, torch.no_grad():
-            model(x)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module in training:
-            module.training = True

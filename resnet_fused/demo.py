@@ -17,19 +17,15 @@ import triton
 from torch import Tensor, nn
 
 from resnet_fused import models
-from resnet_fused.commands import UserError, pick_device
-from resnet_fused.convert import explain, fuse
+from resnet_fused.commands import DTYPES, MODELS, UserError, pick_device
+from resnet_fused.convert import fuse
+from resnet_fused.explain import explain
 from resnet_fused.inference import optimize_for_inference
 from resnet_fused.kernels.launch import dry_run
 from resnet_fused.plan import implementation
 from resnet_fused.table import render
 from resnet_fused.trace import trace
 
-MODELS = (
-    *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
-    *("resnext50_32x4d", "resnext101_32x8d", "wide_resnet50_2", "wide_resnet101_2"),
-)
-DTYPES = ("float32", "float16", "bfloat16")
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
 CALIBRATION_BATCHES, CALIBRATION_VIEWS = 6, 8
 PLANNED = 80

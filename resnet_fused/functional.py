@@ -10,9 +10,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from resnet_fused import ops, plan, reference
+from resnet_fused import ops, plan, reference, tuned
 from resnet_fused.autograd import ChainSpec, ResidualFunction, UnitSpec
 from resnet_fused.chain import Convolution
+from resnet_fused.problem import Problem
 from resnet_fused.reference import PaddedIdentity
 
 __all__ = ["Layer", "PaddedIdentity", "Projection", "conv_bn_act", "residual_block"]
@@ -34,6 +35,10 @@ class Projection(NamedTuple):
     bn: nn.BatchNorm2d
 
 
+Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]
+"""Stride, padding, dilation and groups of a convolution."""
+Way = tuple[str, tuple[int, ...]]
+"""Who computes a unit ("fused", "mixed" or "eager"), and the ``convolution`` argument of the operators."""
 Shortcut = Tensor | PaddedIdentity | Projection
 
 
@@ -77,21 +82,21 @@ def residual_block(
     if _is_inference(x, layers, shortcut):
         return _infer(x, layers, shortcut)
     _check_values_per_channel(x, layers, shortcut)
-    parts = list(_parts(layers))
-    for i, (eager, part) in enumerate(parts):
-        last = shortcut if i == len(parts) - 1 else None
-        x = _run_eager(x, part, last) if eager else _train(x, part, last, recompute)
+    parts = list(_parts(x, layers))
+    for part in parts:
+        last = shortcut if part is parts[-1] else None
+        x = _run_eager(x, part[0].layer, last) if _is_eager(*part) else _train(x, part, last, recompute)
     return x
 
 
 def _is_inference(x: Tensor, layers: Sequence[Layer], shortcut: Shortcut | None) -> bool:
-    """Whether nothing needs a gradient, no statistics are taken, and every convolution is Triton's."""
+    """Whether nothing needs a gradient and no statistics are taken."""
     inputs = [x]
     if shortcut is not None:
         inputs.append(shortcut if isinstance(shortcut, Tensor) else shortcut.x)
     projection = [Layer(shortcut.conv, shortcut.bn)] if isinstance(shortcut, Projection) else []
     for unit in [*layers, *projection]:
-        if _uses_batch(unit.bn) or plan.choose(unit.conv, training=False) != "fused":
+        if _uses_batch(unit.bn):
             return False
         inputs += [p for m in (unit.conv, unit.bn) for p in m._parameters.values() if p is not None]
     return not torch.is_grad_enabled() or not any(t.requires_grad for t in inputs)
@@ -99,45 +104,89 @@ def _is_inference(x: Tensor, layers: Sequence[Layer], shortcut: Shortcut | None)
 
 def _infer(x: Tensor, layers: Sequence[Layer], shortcut: Shortcut | None) -> Tensor:
     if isinstance(shortcut, Projection):
-        residual: Tensor | PaddedIdentity | None = _launch(
+        residual: Tensor | PaddedIdentity | None = _infer_unit(
             channels_last(shortcut.x), Layer(shortcut.conv, shortcut.bn, relu=False), None
         )
     else:
         residual = shortcut
     *inner, last = layers
     for layer in inner:
-        x = _launch(x, layer, None)
-    return _launch(x, last, residual)
+        x = _infer_unit(x, layer, None)
+    return _infer_unit(x, last, residual)
 
 
-def _parts(layers: Sequence[Layer]) -> Iterator[tuple[bool, list[Layer]]]:
-    """Runs of layers, and whether they run eager. The chain is cut there, and where no ReLU stands between layers."""
-    part: list[Layer] = []
-    for layer in layers:
-        eager = plan.choose(layer.conv, training=True) == "eager"
-        if part and (eager or not part[-1].relu):
-            yield False, part
+class _Planned(NamedTuple):
+    """A layer and how it runs in training; see :func:`choose`."""
+
+    layer: Layer
+    implementation: str
+    code: tuple[int, ...]
+
+
+def _parts(x: Tensor, layers: Sequence[Layer]) -> Iterator[list[_Planned]]:
+    """Runs of layers. The chain is cut around a layer that runs eager, and where no ReLU stands between two."""
+    part: list[_Planned] = []
+    shape = tuple(x.shape)
+    for i, layer in enumerate(layers):
+        prologue = i > 0 and layers[i - 1].relu
+        planned = _Planned(layer, *_plan(shape, x, layer.conv, "training", prologue=prologue))
+        shape = _output_shape(shape, layer.conv)
+        if part and (_is_eager(planned, *part[-1:]) or not part[-1].layer.relu):
+            yield part
             part = []
-        if eager:
-            yield True, [layer]
-        else:
-            part.append(layer)
-    if part:
-        yield False, part
+        part.append(planned)
+    yield part
 
 
-def _run_eager(x: Tensor, layers: Sequence[Layer], shortcut: Shortcut | None) -> Tensor:
-    (layer,) = layers
+def _is_eager(*units: _Planned) -> bool:
+    return any(unit.implementation == "eager" for unit in units)
+
+
+def _plan(shape: tuple[int, ...], x: Tensor, conv: nn.Conv2d, direction: str, **options: bool) -> Way:
+    """For ``conv`` on an input of ``shape`` that lies where ``x`` does; ``options``: see :func:`choose`."""
+    shape = tuple(size.__index__() for size in shape)  # from symbols, under torch.compile: a plan is for given sizes
+    device, dtype = x.device, _compute_dtype(x)
+    return choose(shape, conv.weight.shape, geometry(conv), dtype, direction, device, plan.requested(), **options)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def choose(
+    shape: tuple[int, ...],
+    w_shape: tuple[int, ...],
+    geometry: Geometry,
+    dtype: torch.dtype,
+    direction: str,
+    device: torch.device,
+    request: str,
+    prologue: bool = False,
+    residual: bool = False,
+) -> Way:
+    """Who convolves an input of ``shape`` [N, CI, H, W] with a filter of ``w_shape`` on ``device``, and how.
+
+    ``direction``, ``prologue`` and ``residual``: see :class:`Problem`. Measurements count where the GPU was tuned.
+    """
+    (n, ci, h, w), (co, _, r, s) = shape, w_shape
+    arch, gpu = plan.target(device)
+    sizes = n, h, w, ci, co, r, s
+    problem = Problem(*sizes, *geometry, dtype, plan.tf32(dtype), direction, prologue, residual, arch, gpu)
+    chosen = plan.choose(problem, request, tuned.load(gpu))
+    code = Convolution(*geometry, chosen.implementation == "fused", chosen.tiles).encode()
+    return chosen.implementation, tuple(code)
+
+
+def _run_eager(x: Tensor, layer: Layer, shortcut: Shortcut | None) -> Tensor:
     residual = shortcut.bn(shortcut.conv(shortcut.x)) if isinstance(shortcut, Projection) else shortcut
     return channels_last(reference.conv_bn_act(x, layer.conv, layer.bn, residual, layer.relu))
 
 
-def _train(x: Tensor, layers: Sequence[Layer], shortcut: Shortcut | None, recompute: bool) -> Tensor:
+def _train(x: Tensor, part: Sequence[_Planned], shortcut: Shortcut | None, recompute: bool) -> Tensor:
     dtype = out_dtype = _compute_dtype(x)
-    units, kind, source, step, before = list(layers), "none", None, 1, 0
+    units, layers = list(part), [unit.layer for unit in part]
+    kind, source, step, before = "none", None, 1, 0
     if isinstance(shortcut, Projection):
         kind, source = "projection", shortcut.x if shortcut.x is x else shortcut.x.to(dtype)
-        units.append(Layer(shortcut.conv, shortcut.bn))
+        projection = _plan(tuple(shortcut.x.shape), shortcut.x, shortcut.conv, "training")
+        units.append(_Planned(Layer(shortcut.conv, shortcut.bn), *projection))
     elif shortcut is not None:
         if isinstance(shortcut, PaddedIdentity):
             kind, (source, step, before) = "padded", shortcut
@@ -151,7 +200,7 @@ def _train(x: Tensor, layers: Sequence[Layer], shortcut: Shortcut | None, recomp
         keep_last_y=not recompute,
         keep_projection_y=not recompute and not _is_cheap(shortcut, x, layers),
     )
-    tensors = [tensor for unit in units for tensor in _tensors(unit)]
+    tensors = [tensor for unit in units for tensor in _tensors(unit.layer)]
     source = None if shared or source is None else channels_last(source)
     return ResidualFunction.apply(spec, x.to(dtype), source, *tensors)
 
@@ -168,12 +217,15 @@ def _is_cheap(shortcut: Shortcut | None, x: Tensor, layers: Sequence[Layer]) -> 
     return 8 * p * q * shortcut.conv.weight.numel() <= branch
 
 
-def _spec(unit: Layer) -> UnitSpec:
-    conv, bn = unit.conv, unit.bn
-    fused = plan.choose(conv, training=True) == "fused"
-    convolution = Convolution(_pair(conv.stride), _padding(conv), _pair(conv.dilation), conv.groups, fused)
+def _spec(unit: _Planned) -> UnitSpec:
+    bn = unit.layer.bn
     momentum = 0.0 if bn.momentum is None and bn.num_batches_tracked is None else bn.momentum
-    return UnitSpec(tuple(convolution.encode()), bn.eps, momentum, _uses_batch(bn), _group(bn))
+    return UnitSpec(unit.code, bn.eps, momentum, _uses_batch(bn), _group(bn))
+
+
+def geometry(conv: nn.Conv2d) -> Geometry:
+    """Stride, padding, dilation and groups, as numbers."""
+    return _pair(conv.stride), _padding(conv), _pair(conv.dilation), conv.groups
 
 
 def _tensors(unit: Layer) -> list[Tensor | None]:
@@ -256,9 +308,12 @@ def hooked(module: nn.Module) -> bool:
     )
 
 
-def _launch(x: Tensor, layer: Layer, residual: Tensor | PaddedIdentity | None) -> Tensor:
+def _infer_unit(x: Tensor, layer: Layer, residual: Tensor | PaddedIdentity | None) -> Tensor:
     conv, bn, relu = layer
     dtype = _compute_dtype(x)
+    implementation, code = _plan(tuple(x.shape), x, conv, "inference", residual=residual is not None)
+    if implementation == "eager":
+        return channels_last(reference.conv_bn_act(x, conv, bn, residual, relu))
     res, step, before = residual if isinstance(residual, PaddedIdentity) else (residual, 1, 0)
     assert bn.running_mean is not None and bn.running_var is not None
     return ops.conv_bn_act(
@@ -273,10 +328,7 @@ def _launch(x: Tensor, layer: Layer, residual: Tensor | PaddedIdentity | None) -
         None if res is None else channels_last(res),
         step,
         before,
-        conv.stride,
-        _padding(conv),
-        conv.dilation,
-        conv.groups,
+        code,
         relu,
         dtype if res is None else torch.promote_types(dtype, res.dtype),
     )

@@ -193,6 +193,13 @@ class FoldedConv(nn.Module):
 class TritonConv(nn.Module):
     """``relu(bn(conv(x)) + residual)`` as one Triton launch with every argument at hand; see :class:`FoldedConv`."""
 
+    weight: Tensor
+    conv_bias: Tensor | None
+    mean: Tensor
+    var: Tensor
+    gamma: Tensor | None
+    beta: Tensor | None
+
     def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d, dtype: torch.dtype | None) -> None:
         super().__init__()
         weight = conv.weight.detach().to(dtype or conv.weight.dtype)
@@ -206,7 +213,7 @@ class TritonConv(nn.Module):
         ]:
             self.register_buffer(name, None if value is None else value.detach())
         self.eps = bn.eps
-        self.geometry = list(conv.stride), list(conv.padding), list(conv.dilation), conv.groups
+        self.geometry = functional.geometry(conv)
         self.relu = False
         self.in_place = False
 
@@ -214,10 +221,20 @@ class TritonConv(nn.Module):
         x = x.contiguous(memory_format=torch.channels_last)
         if residual is not None:
             residual = residual.contiguous(memory_format=torch.channels_last)
-        norm = self.mean, self.var, self.gamma, self.beta, self.eps
-        return ops.conv_bn_act(
-            x, self.weight, self.conv_bias, *norm, residual, 1, 0, *self.geometry, self.relu, x.dtype
+        target = x.dtype, "inference", x.device, plan.requested()
+        implementation, code = functional.choose(
+            tuple(x.shape), tuple(self.weight.shape), self.geometry, *target, residual=residual is not None
         )
+        if implementation == "eager":
+            return self._aten(x, residual)
+        norm = self.mean, self.var, self.gamma, self.beta, self.eps
+        return ops.conv_bn_act(x, self.weight, self.conv_bias, *norm, residual, 1, 0, code, self.relu, x.dtype)
+
+    def _aten(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        y = F.conv2d(x, self.weight, self.conv_bias, *self.geometry)
+        y = F.batch_norm(y, self.mean, self.var, self.gamma, self.beta, eps=self.eps)
+        y = y if residual is None else y + residual
+        return F.relu(y) if self.relu else y
 
 
 class _CudaGraph:

@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_fused import chain, plan, trace
+from resnet_fused import chain, trace
 from resnet_fused.kernels.batch_norm import batch_norm_apply
-from resnet_fused.kernels.conv_forward import Norm, conv_forward, output_size
+from resnet_fused.kernels.conv_forward import Norm, output_size
 from resnet_fused.kernels.launch import dry_running
 
 _library = torch.library.Library("resnet_fused", "DEF")
 _library.define(
     "conv_bn_act(Tensor x, Tensor w, Tensor? bias, Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, float eps, "
-    "Tensor? residual, int residual_step, int residual_before, int[2] stride, int[2] padding, int[2] dilation, "
-    "int groups, bool relu, ScalarType out_dtype) -> Tensor"
+    "Tensor? residual, int residual_step, int residual_before, int[] convolution, bool relu, "
+    "ScalarType out_dtype) -> Tensor"
 )
 _library.define(
     "unit_forward(Tensor x, Tensor? x_stats, Tensor w, Tensor? bias, Tensor? gamma, Tensor? beta, "
@@ -47,39 +47,28 @@ def _conv_bn_act(
     residual: Tensor | None,
     residual_step: int,
     residual_before: int,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    convolution: list[int],
     relu: bool,
     out_dtype: torch.dtype,
 ) -> Tensor:
+    norm, conv = Norm(mean, var, gamma, beta, eps), chain.Convolution.decode(convolution)
     with torch.cuda.device_of(x):
-        return conv_forward(
-            x,
-            w,
-            stride=(stride[0], stride[1]),
-            padding=(padding[0], padding[1]),
-            dilation=(dilation[0], dilation[1]),
-            groups=groups,
-            bias=bias,
-            norm=Norm(mean, var, gamma, beta, eps),
-            residual=residual,
-            residual_step=residual_step,
-            residual_before=residual_before,
-            relu=relu,
-            tf32=plan.tf32(x.dtype),
-            out_dtype=out_dtype,
-        )
+        return chain.inference(x, w, bias, norm, residual, residual_step, residual_before, conv, relu, out_dtype)
 
 
 def _conv_bn_act_fake(x: Tensor, w: Tensor, *arguments: Any) -> Tensor:
     if dry_running():
         return _conv_bn_act(x, w, *arguments)
-    stride, padding, dilation, out_dtype = *arguments[9:12], arguments[14]
-    p, q = (output_size(x.shape[2 + i], w.shape[2 + i], stride[i], padding[i], dilation[i]) for i in (0, 1))
-    shape = (x.shape[0], w.shape[0], p, q)
-    return torch.empty(shape, dtype=out_dtype, device=x.device, memory_format=torch.channels_last)
+    shape = _output_shape(x, w, arguments[9])
+    return torch.empty(shape, dtype=arguments[11], device=x.device, memory_format=torch.channels_last)
+
+
+def _output_shape(x: Tensor, w: Tensor, convolution: list[int]) -> tuple[int, int, int, int]:
+    conv = chain.Convolution.decode(convolution)
+    p, q = (
+        output_size(x.shape[2 + i], w.shape[2 + i], conv.stride[i], conv.padding[i], conv.dilation[i]) for i in (0, 1)
+    )
+    return x.shape[0], w.shape[0], p, q
 
 
 def _unit_forward(
@@ -107,11 +96,8 @@ def _unit_forward(
 def _unit_forward_fake(x: Tensor, x_stats: Tensor | None, w: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     if dry_running():
         return _unit_forward(x, x_stats, w, *arguments)
-    conv = chain.Convolution.decode(arguments[9])
-    p, q = (
-        output_size(x.shape[2 + i], w.shape[2 + i], conv.stride[i], conv.padding[i], conv.dilation[i]) for i in (0, 1)
-    )
-    y = x.new_empty(x.shape[0], w.shape[0], p, q).contiguous(memory_format=torch.channels_last)
+    shape = _output_shape(x, w, arguments[9])
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     return y, x.new_empty(5, w.shape[0], dtype=torch.float32)
 
 
@@ -165,7 +151,7 @@ def _residual_backward(
 ) -> list[Tensor]:
     units = [
         chain.Unit(
-            chain.Convolution.decode(convolutions[8 * i : 8 * i + 8]),
+            chain.Convolution.decode(convolutions[chain.CODE_LENGTH * i : chain.CODE_LENGTH * (i + 1)]),
             weights[i],
             biases[i],
             ys[i],

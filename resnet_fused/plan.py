@@ -1,4 +1,4 @@
-"""Which implementation runs, and why not the fused one, in words."""
+"""Which implementation runs, with which tiles, and why: in words."""
 
 from __future__ import annotations
 
@@ -7,11 +7,16 @@ import logging
 import os
 from collections.abc import Iterator
 from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from resnet_fused.kernels.launch import dry_running
+from resnet_fused import roofline
+from resnet_fused.kernels.launch import INTERPRETER, dry_running, interpreting, target_arch
+from resnet_fused.problem import Problem, Tiles
 
 logger = logging.getLogger("resnet_fused")
 
@@ -40,8 +45,8 @@ def implementation(name: str) -> Iterator[None]:
     ``"triton"`` launches the kernels on whatever tensors come (on CPU tensors: in Triton's interpreter under
     ``TRITON_INTERPRET=1``), convolutions included. ``"mixed"`` does the same, but leaves the convolutions to PyTorch.
     ``"eager"`` runs PyTorch's own operators. ``"auto"`` (the default, or what the environment variable
-    ``RESNET_FUSED`` says) launches the kernels on CUDA tensors, chooses per unit who convolves (see
-    :func:`choose`), and runs eager elsewhere.
+    ``RESNET_FUSED`` says) launches the kernels on CUDA tensors, chooses per unit (see
+    :func:`decide`), and runs eager elsewhere.
 
     Raises ValueError for any other name.
     """
@@ -66,19 +71,107 @@ def requested() -> str:
     return _requested.get()
 
 
-def choose(conv: nn.Conv2d, training: bool) -> str:
-    """Who computes a unit that the kernels can take: ``"fused"``, ``"mixed"`` (PyTorch convolves) or ``"eager"``.
+@dataclass(frozen=True)
+class Plan:
+    """How a unit runs, and why.
 
-    A convolution of R x S taps and C channels does ``R*S*C/2`` operations per byte of 16-bit activations. Up to some
-    300, about what a GPU does in the time that it moves a byte, memory is what fusion must save. Above, arithmetic
-    decides, and in training a prologue would cost it more than the passes over memory that it saves.
+    ``implementation``: "fused" (Triton convolves), "mixed" (PyTorch convolves, with our kernels around) or "eager".
+    ``seconds``: what it takes, measured if ``source`` is "tuned", predicted if it is "model", None if it is "forced".
+    ``alternatives``: every implementation with the seconds that the model predicts, fastest first.
     """
-    request = requested()
+
+    implementation: str
+    tiles: Tiles
+    seconds: float | None
+    source: str
+    reason: str
+    alternatives: tuple[tuple[str, float], ...]
+
+
+class Entry(Protocol):
+    """What was measured of a problem."""
+
+    implementation: str
+    tiles: Tiles
+    seconds: float
+    reason: str
+
+
+class Table(Protocol):
+    """Measurements of one GPU."""
+
+    def lookup(self, problem: Problem) -> Entry | None:
+        """What was measured of ``problem``, or of the nearest number of pixels."""
+
+    def __hash__(self) -> int:
+        """That of its identity."""
+
+
+_ROADS = {"triton": "fused", "mixed": "mixed", "eager": "eager"}
+
+
+@lru_cache(maxsize=4096)
+def decide(problem: Problem, request: str = "auto", table: Table | None = None) -> Plan:
+    """The plan for ``problem``: what the user forces, else what was measured, else what the model predicts.
+
+    Pure: it looks at its arguments alone, and needs no GPU. The model: :mod:`resnet_fused.roofline`.
+    """
+    entry = table.lookup(problem) if table is not None else None
+    tiles = entry.tiles if entry is not None and entry.implementation == "fused" else Tiles()
+    alternatives = () if problem.arch == INTERPRETER else roofline.compare(problem, tiles)
     if request != "auto":
-        return "fused" if request == "triton" else request
-    taps = conv.kernel_size[0] * conv.kernel_size[1]
-    per_byte = taps * conv.in_channels // conv.groups / 2
-    return "fused" if not training or taps == 1 or max(conv.stride) > 1 or per_byte < 300 else "mixed"
+        return Plan(_ROADS[request], tiles, None, "forced", f"implementation({request!r}) is in force", alternatives)
+    if entry is not None:
+        return Plan(entry.implementation, tiles, entry.seconds, "tuned", entry.reason, alternatives)
+    if not alternatives:
+        return Plan("fused", tiles, None, "model", "the interpreter has no speed to predict", ())
+    best, seconds = alternatives[0]
+    return Plan(best, tiles, seconds, "model", _why(problem, best, tiles), alternatives)
+
+
+def _why(problem: Problem, best: str, tiles: Tiles) -> str:
+    slowest = max(roofline.predict(problem, best, tiles), key=lambda launch: launch.seconds)
+    reason = f"predicted fastest; longest: {slowest.kernel}, bound by {slowest.bound}"
+    if best == "fused":
+        return reason
+    held_up = max(roofline.predict(problem, "fused", tiles), key=lambda launch: launch.seconds)
+    return f"{reason}; fused: {held_up.kernel} {held_up.seconds * 1e6:.1f} us, bound by {held_up.bound}"
+
+
+_records: list[list[Problem]] = []
+
+
+@contextlib.contextmanager
+def record() -> Iterator[list[Problem]]:
+    """The problems that are planned inside the ``with`` block, in order, each as often as it comes up."""
+    found: list[Problem] = []
+    _records.append(found)
+    try:
+        yield found
+    finally:
+        _records.remove(found)
+
+
+def choose(problem: Problem, request: str, table: Table | None) -> Plan:
+    """:func:`decide`, for :func:`record` to see."""
+    for found in _records:
+        found.append(problem)
+    return decide(problem, request, table)
+
+
+def target(device: torch.device) -> tuple[int, str]:
+    """Architecture and name of the GPU that a launch on ``device`` runs on; 0 and "" for the interpreter."""
+    if dry_running():
+        return target_arch(), ""
+    if interpreting() or device.type != "cuda":
+        return INTERPRETER, ""
+    return _gpu(device)
+
+
+@cache
+def _gpu(device: torch.device) -> tuple[int, str]:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor, torch.cuda.get_device_name(device)
 
 
 FORCED = "implementation('eager') is in force"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from resnet_fused import BasicBlock, Bottleneck, ResidualBlock, fuse, implementation, ops, plan, reference
+from resnet_fused.chain import Convolution
+from resnet_fused.problem import Tiles
 from resnet_fused.trace import trace
 from tests.training import DEVICE, check, draw, step
 
@@ -259,10 +262,12 @@ def test_what_is_not_finite_reaches_every_gradient_scaler(value):
 
 
 def test_a_block_mixes_implementations_by_the_plan(monkeypatch):
-    chosen = {(1, 1): "fused", (3, 3): "mixed"}
-    monkeypatch.setattr(plan, "choose", lambda conv, training: chosen[conv.kernel_size])
+    chosen, decide = {1: "fused", 3: "mixed"}, plan.decide
+    monkeypatch.setattr(
+        plan, "choose", lambda problem, request, table: replace(decide(problem), implementation=chosen[problem.r])
+    )
     check(*draw(*BLOCKS["bottleneck, projection"], torch.float32), "triton")
-    chosen[3, 3] = "eager"
+    chosen[3] = "eager"
     check(*draw(*BLOCKS["bottleneck, projection"], torch.float32), "triton")
 
 
@@ -283,7 +288,7 @@ def test_operators_pass_opcheck():
     x, w = (t.contiguous(memory_format=torch.channels_last) for t in (x, w))
     gamma, beta, mean, var = torch.rand(4, 16)
     batches = torch.zeros((), dtype=torch.int64)
-    convolution = [2, 1, 1, 1, 1, 1, 1, 1]
+    convolution = Convolution((2, 1), (1, 1), (1, 1), 1, True, Tiles()).encode()
     arguments = (x, None, w, None, gamma, beta, mean, var, batches, 0.1, 1e-5, True, convolution, "")
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
     torch.library.opcheck(ops.unit_forward, arguments, test_utils=tests)
@@ -309,8 +314,7 @@ def test_operators_pass_opcheck():
     )
     torch.library.opcheck(ops.residual_backward, (torch.randn_like(z), z, x, residual, *rest), test_utils=tests)
     norm = (mean, var, gamma, beta, 1e-5)
-    geometry = ([2, 1], [1, 1], [1, 1], 1)
-    arguments = (x, w, None, *norm, residual, 1, 0, *geometry, True, torch.float32)
+    arguments = (x, w, None, *norm, residual, 1, 0, convolution, True, torch.float32)
     torch.library.opcheck(ops.conv_bn_act, arguments, test_utils=tests)
 
 

@@ -73,7 +73,7 @@ def test_reads_weights_and_images(capsys, tmp_path, photograph, suffix):
         (["--weights", __file__], "cannot read weights"),
         (["--size", "16"], "32 pixels or more"),
         (["--device", "abacus"], "no such device"),
-        (["--device", "meta"], "runs on cpu and cuda"),
+        (["--device", "meta"], "run on cpu and cuda"),
         (["--device", "cuda:99"], "CUDA GPUs here"),
     ],
 )

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from resnet_fused.kernels.launch import SHARED_MEMORY
+from resnet_fused.kernels.gpus import ARCHITECTURES, gpu_of
 
 ROOT = Path(__file__).parents[2]
 MODELS = ("resnet18", "resnet50", "resnet101", "resnext50_32x4d", "wide_resnet50_2")
@@ -23,7 +23,7 @@ TENSOR_CORE = {80: "mma.sync", 86: "mma.sync", 89: "mma.sync", 90: "wgmma", 100:
 TENSOR_CORE_KERNELS = ("conv_forward_kernel", "conv_dgrad_kernel", "conv_wgrad_kernel")
 
 
-@pytest.mark.parametrize("arch", SHARED_MEMORY)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_no_spills_and_tensor_cores(arch):
     kernels = compile_all(arch)
     assert len(kernels) >= 80
@@ -32,7 +32,7 @@ def test_no_spills_and_tensor_cores(arch):
         label = f"sm_{arch}: {kernel}"
         assert kernel["spilled_bytes"] == 0, label
         assert kernel["registers"] <= 255, label
-        assert kernel["shared"] <= SHARED_MEMORY[arch], label
+        assert kernel["shared"] <= gpu_of(arch).shared, label
         if kernel["number_format"] != "float32" and kernel["kernel"] in TENSOR_CORE_KERNELS:
             # The wide instructions of sm_90 and sm_100 take 64 rows at the least.
             wide = kernel["arguments"]["BLOCK_M"] >= 64

@@ -13,6 +13,7 @@ from resnet_fused import reference
 from resnet_fused.kernels import conv_wgrad as module
 from resnet_fused.kernels.conv_forward import ConvProblem, output_size
 from resnet_fused.kernels.conv_wgrad import WgradConfig, conv_wgrad, default_config
+from resnet_fused.kernels.gpus import gpu_of
 from resnet_fused.kernels.launch import INTERPRETER, TileConfig, dry_run, observe
 from tests.kernels.test_conv_dgrad import ALL, _poisoned, random_coefs, random_stats  # noqa: F401
 from tests.kernels.test_conv_forward import DEVICE, DTYPES, channels_last, embed, random
@@ -296,7 +297,7 @@ def test_programs_fill_the_gpu(batch, arch):
     for ci, co, size, taps, stride in bottlenecks():
         call = planned(batch, ci, co, size, taps, arch=arch, stride=stride)[0]
         longest = -(-call.arguments["M"] // (8 * call.config.block_k))
-        wave = module._MULTIPROCESSORS[arch]
+        wave = gpu_of(arch).multiprocessors
         assert prod(call.grid) >= min(0.4 * wave, longest * prod(call.grid[:2])), (ci, co, size, taps)
 
 

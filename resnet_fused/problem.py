@@ -1,0 +1,114 @@
+"""What a unit is to the planning: everything that the choice of its implementation and tiles may depend on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from resnet_fused.kernels.conv_forward import ConvProblem, output_size
+from resnet_fused.kernels.conv_wgrad import WgradConfig
+from resnet_fused.kernels.launch import TileConfig
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A convolution of ``n`` images [h, w] with its batch norm; ``ci`` and ``co`` count the channels of all ``groups``.
+
+    ``direction``: "inference" (fixed statistics, no gradient), or "training": the forward and both gradients.
+    ``prologue``: in training, the input is the raw output of the unit before, which is normalised on the way in.
+    ``residual``: in inference, one is added. ``tf32``: fp32 factors may be rounded to TF32. ``arch``: 80 for sm_80 ...,
+    0 for Triton's interpreter. ``gpu``: its name as PyTorch gives it, or "" for any of that architecture.
+    """
+
+    n: int
+    h: int
+    w: int
+    ci: int
+    co: int
+    r: int
+    s: int
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+    dtype: torch.dtype
+    tf32: bool
+    direction: str
+    prologue: bool
+    residual: bool
+    arch: int
+    gpu: str = ""
+
+    @property
+    def p(self) -> int:
+        """Rows of the output."""
+        return output_size(self.h, self.r, self.stride[0], self.padding[0], self.dilation[0])
+
+    @property
+    def q(self) -> int:
+        """Columns of the output."""
+        return output_size(self.w, self.s, self.stride[1], self.padding[1], self.dilation[1])
+
+    @property
+    def m(self) -> int:
+        """Output pixels of all images."""
+        return self.n * self.p * self.q
+
+    @property
+    def number_format(self) -> str:
+        """The factors' format in the product: tf32, or the dtype's name."""
+        return "tf32" if self.tf32 else str(self.dtype).removeprefix("torch.")
+
+    def conv(self, prologue: bool) -> ConvProblem:
+        """One of its products, as the choice of a tile sees it."""
+        return ConvProblem(
+            *(self.n, self.h, self.w, self.ci, self.co, self.r, self.s, self.stride, self.padding, self.dilation),
+            *(self.groups, self.dtype, self.tf32, prologue, self.arch),
+        )
+
+    def __str__(self) -> str:
+        size = f"{self.r}x{self.s}" + (f"/{self.stride[0]}" if self.stride != (1, 1) else "")
+        groups = f" in {self.groups} groups" if self.groups > 1 else ""
+        image = f"{self.n}x{self.h}x{self.w}"
+        return f"{size} {self.ci}->{self.co}{groups} of {image}, {self.number_format} {self.direction}"
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The configurations of a fused unit's kernels; None: the kernel's own ``default_config``."""
+
+    forward: TileConfig | None = None
+    dgrad: TileConfig | None = None
+    wgrad: WgradConfig | None = None
+
+    def encode(self) -> list[int]:
+        """As integers, for the schema of an operator."""
+        return [n for tile in (self.forward, self.dgrad, self.wgrad) for n in _encode(tile)]
+
+    @classmethod
+    def decode(cls, code: tuple[int, ...]) -> Tiles:
+        """The inverse of :meth:`encode`."""
+        return _decode(code)
+
+
+_NUMBERS = 7
+_NO_TILE = [0] * _NUMBERS
+
+
+def _encode(tile: TileConfig | WgradConfig | None) -> list[int]:
+    if tile is None:
+        return _NO_TILE
+    t, splits = (tile.tile, tile.splits) if isinstance(tile, WgradConfig) else (tile, 0)
+    return [t.block_m, t.block_n, t.block_k, t.num_warps, t.num_stages, t.max_registers or 0, splits]
+
+
+@lru_cache(maxsize=4096)
+def _decode(code: tuple[int, ...]) -> Tiles:
+    tiles: list[TileConfig | None] = []
+    for i in range(0, len(code), _NUMBERS):
+        m, n, k, warps, stages, registers, _ = code[i : i + _NUMBERS]
+        tiles.append(TileConfig(m, n, k, warps, stages, registers or None) if m else None)
+    forward, dgrad, wgrad = tiles
+    return Tiles(forward, dgrad, None if wgrad is None else WgradConfig(wgrad, code[-1]))

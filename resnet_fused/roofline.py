@@ -1,0 +1,229 @@
+"""How long a unit should take on a GPU: a model of every launch, from counts and published peaks. Not a measurement.
+
+A launch takes as long as its scarcest resource: tensor cores, instruction slots, device memory or L2 (the roofline of
+Williams, Waterman and Patterson 2009). Tiles and waves that are not full lower the roof.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from resnet_fused.kernels import conv_dgrad, conv_forward, conv_wgrad
+from resnet_fused.kernels.gpus import gpu_of
+from resnet_fused.problem import Problem, Tiles
+
+CUDNN_OF_PEAK = 0.70
+"""Of the tensor cores' dense peak, what cuDNN's convolutions reach where arithmetic bounds them."""
+TRITON_OF_CUDNN = 0.80
+"""Of cuDNN's speed, what convolutions in Triton reach (PyTorch forum, thread 201550: "always ~20% slower")."""
+MEMORY_OF_PEAK = 0.90
+"""Of the nominal bandwidth, what a kernel that streams reaches."""
+LAUNCH_SECONDS = 2e-6
+"""From the end of a kernel to the start of the next, with its ramp up and down."""
+CUDNN_TILE = (128, 64)
+CUDNN_GROUP_WIDTH = 32
+"""Narrower groups cost cuDNN as much as groups of so many channels."""
+
+# Issue slots of the main loop per cycle of its tensor work, read off the machine code of the default tiles.
+ISSUE_SLOTS = {
+    "plain": {80: 0.40, 86: 0.40, 89: 0.40, 90: 0.56, 100: 0.56, 120: 0.40},
+    "prologue": {80: 0.80, 86: 0.80, 89: 0.80, 90: 1.30, 100: 1.30, 120: 0.80},
+}
+
+
+IMPLEMENTATIONS = ("fused", "mixed", "eager")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch as the model sees it. ``bound``: tensor, issue, memory, l2; launch where all are shorter than that."""
+
+    kernel: str
+    flops: int
+    bytes: int
+    seconds: float
+    bound: str
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A tiled product: how many programs, and what each executes and asks of L2 (padding included)."""
+
+    programs: int
+    macs: int
+    l2_bytes: int
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Bytes of a unit's tensors: the input, as far as the filter meets it, and whole; the output; the filter."""
+
+    met: int
+    x: int
+    y: int
+    w: int
+
+
+def predict(problem: Problem, implementation: str, tiles: Tiles) -> tuple[Launch, ...]:
+    """Every launch of the unit, in order: of its forward, and in training of its backward too."""
+    model = _Model(problem, tiles)
+    if implementation == "fused":
+        return tuple(model.fused())
+    return tuple(model.mixed() if implementation == "mixed" else model.eager())
+
+
+def compare(problem: Problem, tiles: Tiles) -> tuple[tuple[str, float], ...]:
+    """Every implementation with its predicted seconds, fastest first; ``tiles`` are those of the fused one."""
+    seconds = {way: sum(launch.seconds for launch in predict(problem, way, tiles)) for way in IMPLEMENTATIONS}
+    return tuple(sorted(seconds.items(), key=lambda item: item[1]))
+
+
+class _Model:
+    def __init__(self, problem: Problem, tiles: Tiles) -> None:
+        self.problem, self.tiles = problem, tiles
+        self.gpu = gpu_of(problem.arch, problem.gpu)
+        conv, e = problem.conv(prologue=False), problem.dtype.itemsize
+        depth = problem.r * problem.s * problem.ci // problem.groups
+        self.flops = 2 * problem.m * problem.co * depth
+        self.sizes = _Sizes(
+            met=conv.pixels_read * problem.ci * e,
+            x=problem.n * problem.h * problem.w * problem.ci * e,
+            y=problem.m * problem.co * e,
+            w=problem.co * depth * e,
+        )
+        self.residual = self.sizes.y if problem.residual else 0
+
+    def fused(self) -> list[Launch]:
+        p, b = self.problem, self.sizes
+        forward = self.triton("conv_forward", self.forward_work(), b.met + b.w + b.y + self.residual, p.prologue)
+        if p.direction == "inference":
+            return [forward]
+        wide = p.r * p.s > 1  # then the filter's gradient keeps dy for the input's
+        wgrad = 2 * b.y + b.met + b.w + (b.y if wide else 0)
+        dgrad = (b.y if wide else 2 * b.y) + b.w + b.x + (b.x if p.prologue else 0)
+        return [
+            forward,
+            self.vectors("batch_norm_stats"),
+            self.vectors("batch_norm_coefs"),
+            self.triton("conv_wgrad", self.wgrad_work(), wgrad, prologue=True),
+            self.triton("conv_dgrad", self.dgrad_work(not wide), dgrad, prologue=not wide),
+        ]
+
+    def mixed(self) -> list[Launch]:
+        p, b = self.problem, self.sizes
+        conv = self.cudnn("aten.convolution", b.met + b.w + b.y)
+        if p.direction == "inference":
+            return [conv, self.vectors("batch_norm_stats"), self.stream("batch_norm_apply", 2 * b.y + self.residual)]
+        apply = [self.stream("batch_norm_apply", 2 * b.x)] if p.prologue else []
+        return [
+            *apply,
+            conv,
+            self.stream("channel_moments", b.y),
+            self.vectors("batch_norm_stats"),
+            self.vectors("batch_norm_coefs"),
+            self.stream("batch_norm_backward", 3 * b.y),
+            *apply,
+            self.cudnn("aten.convolution_backward (filter)", b.y + b.met + b.w),
+            self.cudnn("aten.convolution_backward (input)", b.y + b.w + b.x),
+            *([self.stream("batch_norm_reduce", 3 * b.x)] if p.prologue else []),
+        ]
+
+    def eager(self) -> list[Launch]:
+        """Between units that are not eager, the chain must be cut in front of this one: its input is materialised."""
+        p, b = self.problem, self.sizes
+        conv = self.cudnn("aten.convolution", b.met + b.w + b.y)
+        add = [self.stream("aten.add_", 2 * b.y + self.residual)] if p.residual else []
+        if p.direction == "inference":
+            return [conv, self.stream("aten.batch_norm", 2 * b.y), *add, self.stream("aten.relu_", 2 * b.y)]
+        return [
+            *([self.stream("batch_norm_apply", 2 * b.x)] if p.prologue else []),
+            conv,
+            self.stream("aten.batch_norm (statistics)", b.y),
+            self.stream("aten.batch_norm", 2 * b.y),
+            self.stream("aten.relu_", 2 * b.y),
+            self.stream("aten.threshold_backward", 3 * b.y),
+            self.stream("aten.batch_norm_backward (sums)", 2 * b.y),
+            self.stream("aten.batch_norm_backward", 3 * b.y),
+            self.cudnn("aten.convolution_backward (filter)", b.y + b.met + b.w),
+            self.cudnn("aten.convolution_backward (input)", b.y + b.w + b.x),
+            *([self.stream("batch_norm_reduce", 3 * b.x)] if p.prologue else []),
+        ]
+
+    def forward_work(self) -> _Work:
+        p, conv = self.problem, self.problem.conv(self.problem.prologue)
+        tile = self.tiles.forward or conv_forward.default_config(conv)
+        ci, co = conv.tile_channels
+        taps = p.r * p.s
+        depth = _up(taps * ci, tile.block_k) if conv.flat else taps * _up(ci, tile.block_k)
+        programs = _tiles(p.m, tile.block_m) * _tiles(co, tile.block_n) * (p.groups // conv.merged)
+        return _work(programs, tile.block_m, tile.block_n, depth, p.dtype.itemsize)
+
+    def dgrad_work(self, prologue: bool) -> _Work:
+        p, conv = self.problem, self.problem.conv(prologue)
+        tile = self.tiles.dgrad or conv_dgrad.default_config(conv, epilogue=p.prologue)
+        ci, co = conv.tile_channels
+        parities = p.stride[0] * p.stride[1]
+        rows = p.n * _tiles(p.h, p.stride[0]) * _tiles(p.w, p.stride[1])
+        depth = _tiles(p.r * p.s * _up(co, tile.block_k), parities)
+        programs = parities * _tiles(rows, tile.block_m) * _tiles(ci, tile.block_n) * (p.groups // conv.merged)
+        rows = tile.block_m * (2 if prologue else 1)
+        return _work(programs, rows, tile.block_n, depth, p.dtype.itemsize, tile.block_m)
+
+    def wgrad_work(self) -> _Work:
+        p, conv = self.problem, self.problem.conv(prologue=True)
+        chosen = self.tiles.wgrad or conv_wgrad.default_config(conv)
+        tile = chosen.tile
+        depth = _up(_tiles(p.m, chosen.splits), tile.block_k)
+        programs = conv_wgrad.filter_tiles(conv, tile) * chosen.splits
+        return _work(programs, 2 * tile.block_m, tile.block_n, depth, p.dtype.itemsize, tile.block_m)
+
+    def triton(self, kernel: str, work: _Work, size: int, prologue: bool) -> Launch:
+        waves = _tiles(work.programs, self.gpu.multiprocessors)
+        at_peak = waves * 2 * work.macs / (self.peak / self.gpu.multiprocessors)
+        slots = ISSUE_SLOTS["prologue" if prologue else "plain"][self.gpu.arch]
+        return self.longest(
+            kernel,
+            self.flops,
+            size,
+            tensor=at_peak / (CUDNN_OF_PEAK * TRITON_OF_CUDNN),
+            issue=at_peak * slots,
+            l2=work.programs * work.l2_bytes / (self.gpu.l2 * 1e9),
+        )
+
+    def cudnn(self, kernel: str, size: int) -> Launch:
+        p, (rows, columns) = self.problem, CUDNN_TILE
+        if p.groups == 1:
+            macs = _up(p.m, rows) * _up(p.co, columns) * p.r * p.s * _up(p.ci, 8)
+        else:
+            ci, co = (max(width // p.groups, CUDNN_GROUP_WIDTH) for width in (p.ci, p.co))
+            macs = _up(p.m, rows) * p.groups * co * p.r * p.s * ci
+        return self.longest(kernel, self.flops, size, tensor=2 * macs / (self.peak * CUDNN_OF_PEAK))
+
+    def stream(self, kernel: str, size: int) -> Launch:
+        return self.longest(kernel, 0, size)
+
+    def vectors(self, kernel: str) -> Launch:
+        return self.longest(kernel, 0, 0)
+
+    def longest(self, kernel: str, flops: int, size: int, **resources: float) -> Launch:
+        resources["memory"] = size / (self.gpu.memory * 1e9 * MEMORY_OF_PEAK)
+        bound, seconds = max(resources.items(), key=lambda item: item[1])
+        return Launch(kernel, flops, size, seconds + LAUNCH_SECONDS, bound if seconds > LAUNCH_SECONDS else "launch")
+
+    @property
+    def peak(self) -> float:
+        """FLOP/s of the tensor cores in the unit's number format."""
+        return self.gpu.tensor[self.problem.number_format] * 1e12
+
+
+def _work(programs: int, rows: int, columns: int, depth: int, itemsize: int, block_m: int | None = None) -> _Work:
+    """``rows``: what is loaded for each of ``block_m`` rows of the product (two tensors behind a prologue)."""
+    return _Work(programs, (block_m or rows) * columns * depth, (rows + columns) * depth * itemsize)
+
+
+def _tiles(size: int, block: int) -> int:
+    return -(-size // block)
+
+
+def _up(size: int, block: int) -> int:
+    return _tiles(size, block) * block

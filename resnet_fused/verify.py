@@ -1,0 +1,141 @@
+"""Whether results are right, and the note of the GPUs and versions on which the self-test found them so."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import math
+import os
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor, nn
+
+from resnet_fused import plan, tuned
+
+logger = logging.getLogger("resnet_fused")
+
+COMMAND = "python -m resnet_fused check"
+
+
+def error_ratio(ours: Tensor, eager: Tensor, exact: Tensor, sums: int = 0) -> float:
+    """The error of ``ours`` over the error that it may have: right is what is at most 1.
+
+    ``ours`` and ``eager`` have one shape and dtype, ``exact`` is fp64. An error is the largest difference from
+    ``exact`` over the tensor; allowed is ``2*error(eager) + tiny``, where ``tiny`` is one rounding of the largest value
+    and ``sums`` roundings of it in fp32: how many sums in a row lie behind the result, which the kernels and PyTorch on
+    a GPU take in fp32, but PyTorch on a CPU in fp64.
+
+    NaN and infinity are right where ``exact``, rounded to the dtype, has the same, and infinitely wrong elsewhere; so
+    is everything where ``eager`` has them and ``exact`` has not, which leaves nothing to compare with.
+
+    Raises ValueError for tensors that do not compare.
+    """
+    if not ours.shape == eager.shape == exact.shape:
+        raise ValueError(
+            f"ours, eager and exact must have one shape; got {tuple(ours.shape)}, {tuple(eager.shape)} and "
+            f"{tuple(exact.shape)}"
+        )
+    if ours.dtype != eager.dtype or exact.dtype != torch.float64 or not exact.numel():
+        raise ValueError(
+            f"ours and eager must have one dtype, exact float64, and an element at least; got {ours.dtype}, "
+            f"{eager.dtype}, {exact.dtype} and shape {tuple(exact.shape)}"
+        )
+    rounding = torch.finfo(ours.dtype).eps + sums * torch.finfo(torch.float32).eps
+    # What the dtype cannot hold is right as infinity; what it can hold stays as it is.
+    exact = torch.where(exact.to(ours.dtype).isinf(), exact.to(ours.dtype).double(), exact)
+    tiny = rounding * torch.where(exact.isfinite(), exact, 0.0).abs().max().item()
+    error, allowed = _error(ours, exact), 2 * _error(eager, exact) + tiny
+    if error == 0:
+        return 0.0 if math.isfinite(allowed) else math.inf
+    return error / allowed if 0 < allowed < math.inf else math.inf
+
+
+def _error(got: Tensor, exact: Tensor) -> float:
+    got = got.double()
+    agree = (got == exact) | (got.isnan() & exact.isnan())
+    return torch.where(agree, 0.0, (got - exact).abs()).nan_to_num(nan=math.inf, posinf=math.inf).max().item()
+
+
+def stack(device: torch.device) -> dict[str, str]:
+    """What compiled code on ``device`` depends on: its GPU ("" for the CPU), driver, and the versions of the software."""
+    from resnet_fused import __version__  # the package imports this module
+
+    on_gpu = device.type == "cuda"
+    return {
+        "gpu": torch.cuda.get_device_name(device) if on_gpu else "",
+        "driver": _driver() if on_gpu else "",
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "resnet_fused": __version__,
+    }
+
+
+@cache
+def _driver() -> str:
+    """The version of NVIDIA's driver, which compiles nothing but loads everything; "unknown" where NVML is missing."""
+    text = ctypes.create_string_buffer(80)
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return "unknown"
+    if nvml.nvmlInit_v2() != 0 or nvml.nvmlSystemGetDriverVersion(text, len(text)) != 0:
+        return "unknown"
+    return text.value.decode()
+
+
+def verified(device: torch.device) -> bool:
+    """Whether the self-test passed on the :func:`stack` of ``device`` before, as :func:`note` wrote it down."""
+    return stack(device) in _noted(_note_path())
+
+
+def note(device: torch.device) -> Path:
+    """Write down that the self-test passed on the :func:`stack` of ``device``; returns the file.
+
+    Raises OSError where it cannot be written.
+    """
+    path = _note_path()
+    stacks = [known for known in _noted(path) if known != stack(device)] + [stack(device)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, written = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    try:
+        with open(handle, "w") as file:
+            json.dump(stacks, file, indent=1)
+        os.replace(written, path)
+    except OSError:
+        Path(written).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def _note_path() -> Path:
+    return tuned.cache_dir() / "checked.json"
+
+
+def _noted(path: Path) -> list[object]:
+    """The stacks in the file; none if it is missing or corrupt, which costs no more than another self-test."""
+    try:
+        stacks = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return []
+    return stacks if isinstance(stacks, list) else []
+
+
+_reminded = False
+
+
+def remind_once(model: nn.Module) -> None:
+    """Log, the first time that ``model`` lies on a GPU on which the self-test has not passed yet, how to run it."""
+    global _reminded
+    if _reminded or not torch.cuda.is_available():
+        return
+    device = next((p.device for p in model.parameters() if p.device.type == "cuda"), None)
+    if device is None or torch.cuda.get_device_capability(device) < plan.MIN_CAPABILITY or verified(device):
+        return
+    _reminded = True
+    name = torch.cuda.get_device_name(device)
+    logger.warning("the kernels were not checked yet on this %s with these versions: run `%s`", name, COMMAND)
