@@ -374,8 +374,12 @@ def default_config(problem: ConvProblem, epilogue: bool) -> TileConfig:
     """The tile where nothing was measured: that of the transposed product, lower where more is read."""
     transposed = _transposed(problem)
     tile = conv_forward.default_config(transposed)
-    if (epilogue or transposed.prologue) and transposed.arch != INTERPRETER:
-        return replace(tile, block_m=min(tile.block_m, 64))  # its tensors need registers too
+    if not (epilogue or transposed.prologue) or transposed.arch == INTERPRETER:
+        return tile
+    tile = replace(tile, block_m=min(tile.block_m, 64))  # its tensors need registers too
+    wide = transposed.prologue and tile.block_m * tile.block_n == 64 * 64 and transposed.tile_channels[1] >= 128
+    if wide and problem.dtype != torch.float32 and problem.arch in (80, 90, 100):
+        return replace(tile, block_n=128, block_k=32, num_stages=4, max_registers=None)
     return tile
 
 

@@ -232,19 +232,21 @@ def default_config(problem: ConvProblem) -> WgradConfig:
     if fp32 and not problem.tf32:
         tile = TileConfig(min(block_m, 64), min(block_n, 64), 16)
     else:
-        narrow = fp32 or problem.prologue or problem.flat or problem.arch == 120
+        # Wide tiles ask less of L2. A small filter has few of them, and would be split into more partial ones.
+        narrow = fp32 or problem.flat or problem.arch in (86, 89, 120) or (problem.prologue and ci * co < 2**15)
         block_m, block_n = min(block_m, 64), min(block_n, 64 if narrow else 128)
-        # 32 pixels a step would spill in 16 bits, and so would masks that wait in a third stage for a small tile:
-        # the compiler gives registers to occupancy there.
-        tile = TileConfig(block_m, block_n, 32 if fp32 else 64, num_stages=3 if block_m * block_n > 32 * 32 else 2)
+        # 32 pixels a step would spill in a narrow tile of 16 bits, and so would masks that wait in a third stage for a
+        # small one: the compiler gives registers to occupancy there.
+        deep = 32 if fp32 or (problem.prologue and block_n == 128) else 64
+        tile = TileConfig(block_m, block_n, deep, num_stages=3 if block_m * block_n > 32 * 32 else 2)
     steps = triton.cdiv(problem.m, tile.block_k)
     programs = filter_tiles(problem, tile)
     multiprocessors = gpu_of(problem.arch).multiprocessors
-    wanted, least = triton.cdiv(multiprocessors, programs), triton.cdiv(multiprocessors, 2 * programs)
+    wanted, least = multiprocessors // programs, triton.cdiv(multiprocessors, 2 * programs)
     filter_bytes = 8 * problem.co * problem.r * problem.s * problem.ci // problem.groups
     pixel_bytes = (problem.m * problem.co + problem.n * problem.h * problem.w * problem.ci) * problem.dtype.itemsize
     affordable = pixel_bytes // (8 * filter_bytes)
-    return WgradConfig(tile, max(1, min(wanted, steps // 8, max(affordable, least))))
+    return WgradConfig(tile, max(1, min(max(wanted, least), steps // 8, max(affordable, least))))
 
 
 def filter_tiles(problem: ConvProblem, tile: TileConfig) -> int:

@@ -1,15 +1,29 @@
-"""The plan: which road is requested, and when fp32 may be rounded to TF32."""
+"""The plan: what is requested, what is decided for any problem on any GPU, and that it is legal, pure and right."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from resnet_fused import plan
+from resnet_fused import plan, reference, roofline
+from resnet_fused.kernels import conv_dgrad, conv_forward, conv_wgrad
+from resnet_fused.kernels.gpus import ARCHITECTURES, gpu_of
+from resnet_fused.kernels.launch import TileConfig
+from resnet_fused.problem import Problem, Tiles
+from tests import plans
+from tests.kernels.test_conv_forward import random
+from tests.rule import assert_within_rule
 
 
 @pytest.fixture
@@ -36,3 +50,174 @@ def test_environment_variable(value, code, text):
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == code
     assert text in run.stdout + run.stderr
+
+
+@st.composite
+def problems(draw: st.DrawFn, largest: int = 64, widest: int = 512) -> Problem:
+    groups = draw(st.sampled_from([1, 1, 1, 2, 4, 32]))
+    ci, co = (groups * draw(st.integers(1, max(widest // groups, 1))) for _ in range(2))
+    n, h, w = (draw(st.integers(1, largest)) for _ in range(3))
+    r, s = (draw(st.sampled_from([1, 1, 3, 5, 7])) for _ in range(2))
+    stride, dilation = ((draw(st.integers(1, 3)), draw(st.integers(1, 2))) for _ in range(2))
+    padding = draw(st.integers(0, r)), draw(st.integers(0, s))
+    dtype = draw(st.sampled_from(plan.DTYPES))
+    direction = draw(st.sampled_from(["inference", "training"]))
+    found = Problem(
+        *(n, h, w, ci, co, r, s, stride, padding, dilation, groups, dtype),
+        tf32=dtype == torch.float32 and draw(st.booleans()),
+        direction=direction,
+        prologue=direction == "training" and draw(st.booleans()),
+        residual=direction == "inference" and draw(st.booleans()),
+        arch=draw(st.sampled_from(ARCHITECTURES)),
+    )
+    assume(found.p > 0 and found.q > 0)
+    return found
+
+
+class _NoTensors(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        raise AssertionError(f"{func} was called")
+
+
+@settings(max_examples=2000, deadline=None, derandomize=True)
+@given(problems())
+def test_every_plan_is_pure_and_legal(problem):
+    plan.decide.cache_clear()
+    with _NoTensors():
+        first = plan.decide(problem)
+        plan.decide.cache_clear()
+        assert plan.decide(problem) == first
+    assert first.source == "model"
+    assert first.implementation == first.alternatives[0][0]
+    assert first.seconds == first.alternatives[0][1] == min(seconds for _, seconds in first.alternatives) > 0
+    assert {way for way, _ in first.alternatives} == {"fused", "mixed", "eager"}
+    for tile, depth in planned_tiles(problem):
+        assert legal(tile, problem), tile
+        assert problem.groups == 1 or tile.block_k >= depth, "merged groups share a chunk of K"
+
+
+def planned_tiles(problem: Problem) -> Iterator[tuple[TileConfig, int]]:
+    """The tiles of the unit's kernels, and how many channels of merged groups a chunk of K must hold."""
+    conv = problem.conv(problem.prologue)
+    merged = conv.merged > 1
+    yield conv_forward.default_config(conv), conv.tile_channels[0] if merged else 0
+    if problem.direction == "training":
+        for prologue in (False, True):
+            for epilogue in (False, True):
+                conv = problem.conv(prologue)
+                transposed = replace(conv, ci=problem.co, co=problem.ci).merged > 1
+                yield (
+                    conv_dgrad.default_config(conv, epilogue=epilogue),
+                    problem.co // problem.groups if transposed else 0,
+                )
+            yield conv_wgrad.default_config(problem.conv(prologue)).tile, 0
+
+
+def legal(tile: TileConfig, problem: Problem) -> bool:
+    sizes = tile.block_m, tile.block_n, tile.block_k
+    powers = all(size >= 16 and size & (size - 1) == 0 for size in sizes)
+    buffers = tile.num_stages * (tile.block_m + tile.block_n) * tile.block_k * problem.dtype.itemsize
+    return powers and tile.num_warps == 4 and buffers <= gpu_of(problem.arch).shared
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(problems(largest=6, widest=40))
+def test_planned_tiles_are_right_in_the_interpreter(problem):
+    """The tiles of a GPU, run by the interpreter on its tensors."""
+    dtype = torch.float16 if problem.dtype == torch.bfloat16 else problem.dtype
+    x = random(problem.n, problem.ci, problem.h, problem.w, dtype=dtype)
+    w = random(problem.co, problem.ci // problem.groups, problem.r, problem.s, dtype=dtype)
+    conv = dict(stride=problem.stride, padding=problem.padding, dilation=problem.dilation, groups=problem.groups)
+    wanted = problem.conv(prologue=False)
+    eager, exact = F.conv2d(x, w, **conv), F.conv2d(x.double(), w.double(), **conv)
+    y = conv_forward.conv_forward(x, w, config=conv_forward.default_config(wanted), **conv)
+    assert_within_rule(y, eager, exact, sums=2)
+    if problem.direction == "inference":
+        return
+    dy, size = random(*y.shape, dtype=dtype), (problem.h, problem.w)
+    dx, _ = conv_dgrad.conv_dgrad(dy, w, size, config=conv_dgrad.default_config(wanted, epilogue=False), **conv)
+    assert_within_rule(
+        dx,
+        reference.conv_dgrad(dy, w, size, **conv),
+        reference.conv_dgrad(dy.double(), w.double(), size, **conv),
+        sums=2,
+    )
+    dw = conv_wgrad.conv_wgrad(dy, x, (problem.r, problem.s), config=conv_wgrad.default_config(wanted), **conv)
+    shape = tuple(w.shape)
+    exact = reference.conv_wgrad(dy.double(), x.double(), shape, **conv)
+    assert_within_rule(dw, reference.conv_wgrad(dy, x, shape, **conv), exact, sums=4)
+
+
+def test_planned_tiles_compile():
+    """A sample, in a process whose kernels are Triton's compiler's."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.compile_plans"]
+    run = subprocess.run(
+        command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
+LAYER = Problem(
+    *(32, 28, 28, 128, 128, 3, 3, (1, 1), (1, 1), (1, 1), 1, torch.bfloat16, False, "training", True, False, 90)
+)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A table with one entry for everything."""
+
+    implementation: str
+    tiles: Tiles
+    seconds: float = 1e-3
+    reason: str = "measured so"
+
+    def lookup(self, problem: Problem) -> Measured:
+        return self
+
+
+def test_force_comes_before_measurement_before_model():
+    tiles = Tiles(forward=TileConfig(32, 32, 32))
+    assert plan.decide(LAYER).source == "model"
+    measured = plan.decide(LAYER, table=Measured("fused", tiles))
+    assert (measured.implementation, measured.tiles, measured.source) == ("fused", tiles, "tuned")
+    assert (measured.seconds, measured.reason) == (1e-3, "measured so")
+    assert plan.decide(LAYER, table=Measured("eager", tiles)).tiles == Tiles()
+    for request, way in (("triton", "fused"), ("mixed", "mixed"), ("eager", "eager")):
+        forced = plan.decide(LAYER, request, Measured("fused", tiles))
+        assert (forced.implementation, forced.source, forced.seconds) == (way, "forced", None)
+        assert repr(request) in forced.reason
+
+
+def test_problems_are_recorded_as_they_are_decided():
+    with plan.record() as outer, plan.record() as inner:
+        plan.choose(LAYER, "auto", None)
+        plan.choose(LAYER, "auto", None)
+    plan.choose(LAYER, "auto", None)
+    assert outer == inner == [LAYER, LAYER]
+
+
+def test_tiles_survive_the_operators_schema():
+    wgrad = conv_wgrad.WgradConfig(TileConfig(64, 32, 32, num_stages=2), 7)
+    for tiles in (Tiles(), Tiles(dgrad=TileConfig(16, 32, 64, 4, 3, 255)), Tiles(TileConfig(16, 16, 16), None, wgrad)):
+        assert Tiles.decode(tuple(tiles.encode())) == tiles
+
+
+def test_more_bandwidth_and_less_work_take_less_time():
+    h100, h200 = (replace(LAYER, gpu=f"NVIDIA {name}") for name in ("H100 80GB HBM3", "H200"))
+    wide = replace(LAYER, r=1, s=1, padding=(0, 0), ci=64, co=256)
+    for way in roofline.IMPLEMENTATIONS:
+        assert seconds(replace(wide, gpu=h200.gpu), way) < seconds(replace(wide, gpu=h100.gpu), way)
+        assert seconds(replace(LAYER, n=16), way) < seconds(LAYER, way)
+    inference = replace(wide, direction="inference", prologue=False)
+    assert seconds(inference, "fused") < seconds(inference, "mixed") < seconds(inference, "eager")
+
+
+def seconds(problem: Problem, way: str) -> float:
+    return sum(launch.seconds for launch in roofline.predict(problem, way, Tiles()))
+
+
+@pytest.mark.parametrize("arch", [80, 89, 90, 100, 120])
+def test_plans_are_those_of_the_snapshot(arch):
+    """``python -m tests.plans`` writes them anew: look at the difference."""
+    assert plans.text(arch) == plans.path(arch).read_text()
