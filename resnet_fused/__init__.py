@@ -23,8 +23,7 @@ from resnet_fused.models import (
 from resnet_fused.modules import BasicBlock, Bottleneck, ResidualBlock
 from resnet_fused.plan import implementation
 from resnet_fused.trace import trace
-
-__version__ = "0.1.0"
+from resnet_fused.version import __version__
 
 __all__ = [
     "BasicBlock",

@@ -24,12 +24,18 @@ CUDNN_TILE = (128, 64)
 CUDNN_GROUP_WIDTH = 32
 """Narrower groups cost cuDNN as much as groups of so many channels."""
 
-# Issue slots of the main loop per cycle of its tensor work, read off the machine code of the default tiles.
+# Issue slots of the main loop per cycle of its tensor work, by architecture, for 1x1 and for wider filters: counted in
+# the machine code of the default tiles for 256 channels in bf16 (Triton 3.9). At 1, issuing alone takes as long as the
+# product. sm_100: an estimate, sm_90's twice, since its tensor cores are twice as fast.
 ISSUE_SLOTS = {
-    "plain": {80: 0.40, 86: 0.40, 89: 0.40, 90: 0.56, 100: 0.56, 120: 0.40},
-    "prologue": {80: 0.80, 86: 0.80, 89: 0.80, 90: 1.30, 100: 1.30, 120: 0.80},
+    "conv_forward": {80: (0.34, 0.30), 86: (0.17, 0.15), 90: (0.23, 0.30), 100: (0.46, 0.60), 120: (0.13, 0.14)},
+    "conv_forward, prologue": {80: (1.1, 1.4), 86: (0.56, 0.68), 90: (1.4, 2.7), 100: (2.8, 5.4), 120: (0.56, 0.67)},
+    "conv_wgrad, prologue": {80: (2.0, 2.4), 86: (1.4, 1.6), 90: (3.9, 4.5), 100: (7.8, 9.0), 120: (1.4, 1.6)},
+    "conv_dgrad": {80: (0.81, 0.87), 86: (0.42, 0.47), 90: (1.5, 1.4), 100: (3.0, 2.8), 120: (0.40, 0.44)},
+    "conv_dgrad, prologue": {80: (2.4, 1.6), 86: (1.3, 1.1), 90: (2.4, 3.1), 100: (4.8, 6.2), 120: (1.2, 1.0)},
 }
-
+for _slots in ISSUE_SLOTS.values():
+    _slots[89] = _slots[86]
 
 IMPLEMENTATIONS = ("fused", "mixed", "eager")
 
@@ -180,7 +186,8 @@ class _Model:
     def triton(self, kernel: str, work: _Work, size: int, prologue: bool) -> Launch:
         waves = _tiles(work.programs, self.gpu.multiprocessors)
         at_peak = waves * 2 * work.macs / (self.peak / self.gpu.multiprocessors)
-        slots = ISSUE_SLOTS["prologue" if prologue else "plain"][self.gpu.arch]
+        by_arch = ISSUE_SLOTS[f"{kernel}, prologue" if prologue else kernel]
+        slots = by_arch[self.gpu.arch][self.problem.r * self.problem.s > 1]
         return self.longest(
             kernel,
             self.flops,
