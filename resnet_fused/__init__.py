@@ -29,6 +29,7 @@ __all__ = [
     "BasicBlock",
     "Bottleneck",
     "ResidualBlock",
+    "__version__",
     "explain",
     "functional",
     "fuse",

@@ -103,8 +103,9 @@ def units_table(problems: list[Problem]) -> str:
         plan = _plan(problem)
         predicted = dict(plan.alternatives)
         times = [round(predicted[way] * 1e6, 1) if way in predicted else None for way in WAYS]
-        rows.append((str(problem), plan.implementation, *times, plan.reason))
-    return render("Units, each once", columns, rows)
+        rows.append((problem.layer, plan.implementation, *times, plan.reason))
+    kinds = dict.fromkeys(f"{problem.number_format} {problem.direction}" for problem in problems)
+    return render(f"Units, each once: {', '.join(kinds)}", columns, rows)
 
 
 def explain(

@@ -68,11 +68,16 @@ class Problem:
             *(self.groups, self.dtype, self.tf32, prologue, self.arch),
         )
 
-    def __str__(self) -> str:
+    @property
+    def layer(self) -> str:
+        """The geometry, for people."""
         size = f"{self.r}x{self.s}" + (f"/{self.stride[0]}" if self.stride != (1, 1) else "")
         groups = f" in {self.groups} groups" if self.groups > 1 else ""
         image = f"{self.n}x{self.h}x{self.w}"
-        return f"{size} {self.ci}->{self.co}{groups} of {image}, {self.number_format} {self.direction}"
+        return f"{size} {self.ci}->{self.co}{groups} of {image}"
+
+    def __str__(self) -> str:
+        return f"{self.layer}, {self.number_format} {self.direction}"
 
 
 @dataclass(frozen=True)

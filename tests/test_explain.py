@@ -1,0 +1,98 @@
+"""explain with a plan: for any GPU, without one, and without touching the model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import torchvision
+
+from resnet_fused import explain, fuse, implementation, tuned
+from resnet_fused.__main__ import main
+from resnet_fused.plan import Plan, decide
+from resnet_fused.problem import Problem, Tiles
+from resnet_fused.trace import trace
+
+
+def model() -> torch.nn.Module:
+    return fuse(torchvision.models.resnet18().bfloat16())
+
+
+def x() -> torch.Tensor:
+    return torch.randn(4, 3, 64, 64, dtype=torch.bfloat16)
+
+
+def test_a_plan_for_another_gpu_runs_nothing_and_leaves_the_model_alone():
+    network = model().train()
+    network.layer1.eval()
+    state = {key: value.clone() for key, value in network.state_dict().items()}
+    with trace() as t:
+        explanation = explain(network, x(), arch=90)
+    assert all(launch.bytes_read + launch.bytes_written > 0 for launch in t.launches)
+    assert not network.layer1.training
+    assert network.layer2.training
+    assert all(torch.equal(value, state[key]) for key, value in network.state_dict().items())
+    assert all(parameter.device.type == "cpu" for parameter in network.parameters())
+    rows = explanation.to_dict()
+    assert [len(row["units"]) for row in rows] == [2, 2, 3, 2, 3, 2, 3, 2]
+    for row in rows:
+        assert row["launches"] > 0
+        for unit in row["units"]:
+            predicted = unit["predicted_seconds"]
+            assert set(predicted) == {"fused", "mixed", "eager"}
+            assert unit["implementation"] == min(predicted, key=predicted.get)
+            assert unit["source"] == "model"
+            assert "inference" in unit["unit"]
+    text = str(explanation)
+    assert all(f"{way}, predicted us" in text for way in ("fused", "mixed", "eager"))
+    assert "predicted fastest" in text
+
+
+def test_a_training_step_is_planned_with_its_prologues():
+    rows = explain(model(), x(), arch=80, training=True).to_dict()
+    assert all("training" in unit["unit"] for row in rows for unit in row["units"])
+    with pytest.raises(ValueError, match="training=True needs an arch"):
+        explain(model(), x(), training=True)
+
+
+def test_a_forced_road_is_the_reason():
+    with implementation("mixed"):
+        rows = explain(model(), x(), arch=90).to_dict()
+    assert {unit["reason"] for row in rows for unit in row["units"]} == {"implementation('mixed') is in force"}
+
+
+def test_a_measurement_is_the_reason(monkeypatch):
+    class Table:
+        def lookup(self, problem: Problem) -> Plan:
+            return Plan("mixed", Tiles(), 12e-6, "tuned", "measured: 12 us", ())
+
+    table = Table()
+    monkeypatch.setattr(tuned, "load", lambda gpu: table)
+    rows = explain(model(), x(), arch=90).to_dict()
+    assert {(unit["source"], unit["reason"]) for row in rows for unit in row["units"]} == {("tuned", "measured: 12 us")}
+    assert decide.cache_info().maxsize is not None
+
+
+def test_command(capsys):
+    arguments = ["explain", "--model", "resnet18", "--arch", "sm_120", "--batch", "2", "--size", "64"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "each once: bfloat16 inference" in printed
+    assert "3x3 64->64 of 2x16x16" in printed
+    assert main([*arguments, "--train", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert len(rows) == 8
+    assert rows[0]["units"]
+
+
+@pytest.mark.parametrize(
+    ("arch", "text"), [([], "name an architecture"), (["--arch", "sm_75"], "must be one of sm_80, sm_86")]
+)
+def test_a_mistake_is_one_line_and_exit_code_2(arch, text, capsys):
+    if not arch and torch.cuda.is_available():
+        pytest.skip("there is a GPU, and its architecture is the default")
+    assert main(["explain", *arch]) == 2
+    captured = capsys.readouterr()
+    assert text in captured.err
+    assert captured.err.count("\n") == 1
