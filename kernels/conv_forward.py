@@ -416,7 +416,7 @@ def default_config(problem: ConvProblem) -> TileConfig:
         else:
             block_n //= 2
     # Here the compiler would spill for a program more, which on sm_120 shared memory has no room for anyway.
-    tight = block_k == 64 and (problem.arch == 120 or (problem.arch == 100 and problem.r * problem.s > 1))
+    tight = block_k == 64 and problem.arch in (100, 120)
     return TileConfig(block_m, block_n, block_k, num_stages=stages, max_registers=255 if tight else None)
 
 

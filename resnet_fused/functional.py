@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -144,7 +145,7 @@ def _is_eager(*units: _Planned) -> bool:
 
 def _plan(shape: tuple[int, ...], x: Tensor, conv: nn.Conv2d, direction: str, **options: bool) -> Way:
     """For ``conv`` on an input of ``shape`` that lies where ``x`` does; ``options``: see :func:`choose`."""
-    shape = tuple(size.__index__() for size in shape)  # from symbols, under torch.compile: a plan is for given sizes
+    shape = tuple(map(operator.index, shape))  # from symbols, under torch.compile: a plan is for given sizes
     device, dtype = x.device, _compute_dtype(x)
     return choose(shape, conv.weight.shape, geometry(conv), dtype, direction, device, plan.requested(), **options)
 

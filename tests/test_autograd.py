@@ -45,7 +45,8 @@ class Linear(nn.Module):
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(12, 16, 1, bias=False), nn.BatchNorm2d(16)
         self.conv2, self.bn2 = nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False), nn.BatchNorm2d(16)
-        self.conv3, self.bn3 = nn.Conv2d(16, 12, 1, bias=False), nn.BatchNorm2d(12)
+        # Behind a 1x1 convolution the next batch norm would make the gradient of bn2.bias vanish, but for rounding.
+        self.conv3, self.bn3 = nn.Conv2d(16, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12)
         self.relu = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
