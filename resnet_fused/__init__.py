@@ -23,6 +23,7 @@ from resnet_fused.models import (
 from resnet_fused.modules import BasicBlock, Bottleneck, ResidualBlock
 from resnet_fused.plan import implementation
 from resnet_fused.trace import trace
+from resnet_fused.tune import tune
 from resnet_fused.version import __version__
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "resnext50_32x4d",
     "resnext101_32x8d",
     "trace",
+    "tune",
     "unfuse",
     "wide_resnet50_2",
     "wide_resnet101_2",

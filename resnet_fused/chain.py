@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed import distributed_c10d as c10d
 
-from resnet_fused import plan
+from resnet_fused import plan, reference
 from resnet_fused.kernels.batch_norm import (
     batch_norm_apply,
     batch_norm_backward,
@@ -199,6 +199,31 @@ def inference(
     )
 
 
+def fold(w: Tensor, bias: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
+    """:func:`resnet_fused.reference.fold`, rounded to the dtype of ``w`` and laid out channels_last."""
+    folded, shift = reference.fold(w, bias, *norm)
+    return folded.to(w.dtype).contiguous(memory_format=torch.channels_last), shift.to(w.dtype)
+
+
+def cudnn_conv_relu(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> Tensor:
+    """``relu(conv(x) + bias + residual)`` as one call of cuDNN; raises RuntimeError for what its version does not take.
+
+    All tensors are of one dtype and lie on a CUDA GPU.
+    """
+    if residual is None:
+        return torch.ops.aten.cudnn_convolution_relu(x, w, bias, stride, padding, dilation, groups)
+    return torch.ops.aten.cudnn_convolution_add_relu(x, w, residual, 1.0, bias, stride, padding, dilation, groups)
+
+
 def unit_forward(
     x: Tensor,
     x_stats: Tensor | None,
@@ -366,6 +391,17 @@ def _branch_backward(
         coefs = _norm_backward(units[i - 1], sums[0], sums[1], wanted)
         dy = _incoming(units[i - 1], dx, coefs, overwrite=True)
     raise AssertionError("the first unit has no sums")
+
+
+def unit_backward(
+    unit: Unit, g: Tensor, sums: Tensor, source: Tensor, stats: Tensor | None, wanted: Wanted
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradient of one unit's input from ``g``, that of its batch norm's output, and ``sums`` as of its reduction.
+
+    Returns what :func:`_conv_backward` does, and notes the parameters' gradients in the unit.
+    """
+    dy = _incoming(unit, g, _norm_backward(unit, sums[0], sums[1], wanted), overwrite=False)
+    return _conv_backward(unit, dy, source, stats, wanted.x, wanted)
 
 
 def _input(units: Sequence[Unit], i: int, x: Tensor) -> tuple[Tensor, Tensor | None]:

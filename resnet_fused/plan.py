@@ -75,7 +75,8 @@ def requested() -> str:
 class Plan:
     """How a unit runs, and why.
 
-    ``implementation``: "fused" (Triton convolves), "mixed" (PyTorch convolves, with our kernels around) or "eager".
+    ``implementation``: "fused" (Triton convolves), "mixed" (PyTorch convolves, with our kernels around), "eager", or
+    "cudnn" (one call of cuDNN with batch norm folded in: in a frozen model, where that was measured to be fastest).
     ``seconds``: what it takes, measured if ``source`` is "tuned", predicted if it is "model", None if it is "forced".
     ``alternatives``: every implementation with the seconds that the model predicts, fastest first.
     """
@@ -91,10 +92,14 @@ class Plan:
 class Entry(Protocol):
     """What was measured of a problem."""
 
-    implementation: str
-    tiles: Tiles
-    seconds: float
-    reason: str
+    @property
+    def implementation(self) -> str: ...
+    @property
+    def tiles(self) -> Tiles: ...
+    @property
+    def seconds(self) -> float: ...
+    @property
+    def reason(self) -> str: ...
 
 
 class Table(Protocol):

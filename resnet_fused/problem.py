@@ -16,7 +16,8 @@ from resnet_fused.kernels.launch import TileConfig
 class Problem:
     """A convolution of ``n`` images [h, w] with its batch norm; ``ci`` and ``co`` count the channels of all ``groups``.
 
-    ``direction``: "inference" (fixed statistics, no gradient), or "training": the forward and both gradients.
+    ``direction``: "inference" (fixed statistics, no gradient); "frozen": that of a unit with a ReLU whose weights never
+    change, so that batch norm may be folded into them; or "training": the forward and both gradients.
     ``prologue``: in training, the input is the raw output of the unit before, which is normalised on the way in.
     ``residual``: in inference, one is added. ``tf32``: fp32 factors may be rounded to TF32. ``arch``: 80 for sm_80 ...,
     0 for Triton's interpreter. ``gpu``: its name as PyTorch gives it, or "" for any of that architecture.

@@ -33,6 +33,22 @@ class PaddedIdentity(NamedTuple):
         return F.pad(kept, (0, 0, 0, 0, self.channels_before, after))
 
 
+def fold(
+    w: Tensor, bias: Tensor | None, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Filter [CO, CI/groups, R, S] and bias [CO], in fp64, of the convolution that equals batch norm behind ``w``.
+
+    ``mean``, ``var``, ``gamma``, ``beta``: batch norm in evaluation mode, vectors [CO].
+    """
+    scale = (var.double() + eps).rsqrt()
+    if gamma is not None:
+        scale = scale * gamma.double()
+    shift = (-mean.double() if bias is None else bias.double() - mean.double()) * scale
+    if beta is not None:
+        shift = shift + beta.double()
+    return w.double() * scale[:, None, None, None], shift
+
+
 def conv_bn_act(
     x: Tensor,
     conv: nn.Conv2d,

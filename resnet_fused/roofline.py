@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from resnet_fused.kernels import conv_dgrad, conv_forward, conv_wgrad
 from resnet_fused.kernels.gpus import gpu_of
+from resnet_fused.kernels.launch import TileConfig
 from resnet_fused.problem import Problem, Tiles
 
 CUDNN_OF_PEAK = 0.70
@@ -84,6 +85,28 @@ def compare(problem: Problem, tiles: Tiles) -> tuple[tuple[str, float], ...]:
     return tuple(sorted(seconds.items(), key=lambda item: item[1]))
 
 
+def template(problem: Problem, tile: TileConfig, slots: float) -> Launch:
+    """The convolution alone of a fused unit's forward, as any kernel in Triton with ``tile`` would run it.
+
+    ``slots``: issue slots per tensor cycle of its main loop.
+    """
+    model = _Model(problem, Tiles(forward=tile))
+    size = model.sizes.met + model.sizes.w + model.sizes.y
+    return model.product("template", model.forward_work(), size, slots)
+
+
+def compulsory(problem: Problem) -> int:
+    """Bytes of device memory that no implementation of the unit avoids.
+
+    Forward, what is read and the output, once each; in training then the output and its gradient, input and filter,
+    and the gradients of these two.
+    """
+    model = _Model(problem, Tiles())
+    b = model.sizes
+    forward = b.met + b.w + b.y + model.residual
+    return forward if problem.direction != "training" else forward + 2 * b.y + b.met + b.x + 2 * b.w
+
+
 class _Model:
     def __init__(self, problem: Problem, tiles: Tiles) -> None:
         self.problem, self.tiles = problem, tiles
@@ -102,7 +125,7 @@ class _Model:
     def fused(self) -> list[Launch]:
         p, b = self.problem, self.sizes
         forward = self.triton("conv_forward", self.forward_work(), b.met + b.w + b.y + self.residual, p.prologue)
-        if p.direction == "inference":
+        if p.direction != "training":
             return [forward]
         wide = p.r * p.s > 1  # then the filter's gradient keeps dy for the input's
         wgrad = 2 * b.y + b.met + b.w + (b.y if wide else 0)
@@ -118,7 +141,7 @@ class _Model:
     def mixed(self) -> list[Launch]:
         p, b = self.problem, self.sizes
         conv = self.cudnn("aten.convolution", b.met + b.w + b.y)
-        if p.direction == "inference":
+        if p.direction != "training":
             return [conv, self.vectors("batch_norm_stats"), self.stream("batch_norm_apply", 2 * b.y + self.residual)]
         apply = [self.stream("batch_norm_apply", 2 * b.x)] if p.prologue else []
         return [
@@ -139,7 +162,7 @@ class _Model:
         p, b = self.problem, self.sizes
         conv = self.cudnn("aten.convolution", b.met + b.w + b.y)
         add = [self.stream("aten.add_", 2 * b.y + self.residual)] if p.residual else []
-        if p.direction == "inference":
+        if p.direction != "training":
             return [conv, self.stream("aten.batch_norm", 2 * b.y), *add, self.stream("aten.relu_", 2 * b.y)]
         return [
             *([self.stream("batch_norm_apply", 2 * b.x)] if p.prologue else []),
@@ -184,10 +207,12 @@ class _Model:
         return _work(programs, 2 * tile.block_m, tile.block_n, depth, p.dtype.itemsize, tile.block_m)
 
     def triton(self, kernel: str, work: _Work, size: int, prologue: bool) -> Launch:
+        by_arch = ISSUE_SLOTS[f"{kernel}, prologue" if prologue else kernel]
+        return self.product(kernel, work, size, by_arch[self.gpu.arch][self.problem.r * self.problem.s > 1])
+
+    def product(self, kernel: str, work: _Work, size: int, slots: float) -> Launch:
         waves = _tiles(work.programs, self.gpu.multiprocessors)
         at_peak = waves * 2 * work.macs / (self.peak / self.gpu.multiprocessors)
-        by_arch = ISSUE_SLOTS[f"{kernel}, prologue" if prologue else kernel]
-        slots = by_arch[self.gpu.arch][self.problem.r * self.problem.s > 1]
         return self.longest(
             kernel,
             self.flops,

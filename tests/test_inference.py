@@ -12,9 +12,10 @@ import transformers
 from torch import Tensor, nn
 
 import resnet_fused
-from resnet_fused import inference, optimize_for_inference
+from resnet_fused import chain, functional, inference, optimize_for_inference
 from resnet_fused.inference import FoldedConv, TritonConv
 from tests.rule import assert_within_rule
+from tests.test_tune import conv_relu
 
 
 def _randomised(model: nn.Module) -> nn.Module:
@@ -272,3 +273,42 @@ def test_errors_name_the_argument(arguments, error, message):
     model, example, dtype = (*arguments, None, None)[:3]
     with pytest.raises(error, match=message):
         optimize_for_inference(model, example, dtype=dtype)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_unit_that_was_measured_faster_by_cudnn(residual, monkeypatch):
+    """With the filter folded once, anew after new weights, and only where a ReLU follows."""
+    calls = []
+
+    def cudnn(x, w, *rest):
+        calls.append(w)
+        return conv_relu(x, w, *rest)
+
+    def choose(*arguments, **options):
+        directions.append(arguments[4])
+        return "cudnn" if arguments[4] == "frozen" else "eager", ()
+
+    directions: list[str] = []
+    monkeypatch.setattr(chain, "cudnn_conv_relu", cudnn)
+    monkeypatch.setattr(functional, "choose", choose)
+    torch.manual_seed(0)
+    layer = _randomised(nn.Sequential(nn.Conv2d(12, 16, 3, 2, 1, groups=2), nn.BatchNorm2d(16)))
+    x, other = torch.randn(2, 12, 7, 6), torch.randn(2, 16, 4, 3) if residual else None
+    unit = TritonConv(layer[0], layer[1], None)
+    unit.relu = True
+
+    def expected(dtype):
+        y = copy.deepcopy(layer).to(dtype)(x.to(dtype))
+        return torch.relu(y if other is None else y + other.to(dtype))
+
+    with torch.inference_mode():
+        for _ in range(2):
+            assert_within_rule(unit(x, other), expected(torch.float32), expected(torch.float64), sums=2)
+        assert calls[0] is calls[1]
+        assert pickle.loads(pickle.dumps(unit))._folded is None
+        nn.init.normal_(layer[0].weight)
+        unit.load_state_dict(TritonConv(layer[0], layer[1], None).state_dict())
+        assert_within_rule(unit(x, other), expected(torch.float32), expected(torch.float64), sums=2)
+        unit.relu = False
+        unit(x, other)
+    assert directions == ["frozen"] * 3 + ["inference"]

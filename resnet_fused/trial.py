@@ -1,0 +1,231 @@
+"""A problem made concrete: random tensors, each candidate's run of them, and how far its result is off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from resnet_fused import chain, reference
+from resnet_fused.chain import Convolution, Needs, Running, Unit, Wanted
+from resnet_fused.kernels import conv_dgrad, conv_forward, conv_wgrad
+from resnet_fused.kernels.batch_norm import batch_norm_apply, batch_norm_reduce
+from resnet_fused.kernels.conv_forward import Norm
+from resnet_fused.kernels.launch import Call, TileConfig, dry_run, observe
+from resnet_fused.problem import Problem, Tiles
+from resnet_fused.trace import Launch, trace
+from resnet_fused.tuned import legal
+from resnet_fused.verify import error_ratio
+
+EPS = 1e-5
+SUMS = 8
+"""Sums in a row behind the results; see :func:`resnet_fused.verify.error_ratio`."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to run a problem."""
+
+    implementation: str
+    tiles: Tiles = field(default_factory=Tiles)
+
+    def encode(self) -> dict[str, Any]:
+        """As plain values."""
+        return {"implementation": self.implementation, "tiles": self.tiles.encode()}
+
+    @classmethod
+    def decode(cls, fields: dict[str, Any]) -> Candidate:
+        """The inverse of :meth:`encode`."""
+        return cls(fields["implementation"], Tiles.decode(tuple(fields["tiles"])))
+
+    def __str__(self) -> str:
+        own = [f"{kernel} {_short(tile)}" for kernel, tile in vars(self.tiles).items() if tile is not None]
+        return " ".join([self.implementation, *own])
+
+
+def _short(tile: Any) -> str:
+    splits = getattr(tile, "splits", None)
+    t: TileConfig = getattr(tile, "tile", tile)
+    text = f"{t.block_m}x{t.block_n}x{t.block_k} in {t.num_stages} stages"
+    text += f", {t.max_registers} registers" if t.max_registers else ""
+    return text if splits is None else f"{text}, {splits} splits"
+
+
+def candidates(problem: Problem) -> list[Candidate]:
+    """Every way to try: fused with the default tiles first, then with one kernel's tile varied, then the others."""
+    conv = problem.conv(problem.prologue)
+    found = [Candidate("fused")]
+    found += [Candidate("fused", Tiles(forward=t)) for t in _variants(conv_forward.default_config(conv), problem)]
+    if problem.direction == "training":
+        behind = problem.conv(prologue=problem.r * problem.s == 1)
+        dgrad = conv_dgrad.default_config(behind, epilogue=problem.prologue)
+        found += [Candidate("fused", Tiles(dgrad=t)) for t in _variants(dgrad, problem)]
+        wgrad = conv_wgrad.default_config(problem.conv(prologue=True))
+        found += [
+            Candidate("fused", Tiles(wgrad=replace(wgrad, tile=t, splits=splits)))
+            for t in (wgrad.tile, *_variants(wgrad.tile, problem))
+            for splits in sorted({max(wgrad.splits // 2, 1), wgrad.splits, 2 * wgrad.splits})
+            if (t, splits) != (wgrad.tile, wgrad.splits)
+        ]
+    if problem.direction == "frozen":
+        found.append(Candidate("cudnn"))
+    return [*found, Candidate("mixed"), Candidate("eager")]
+
+
+def _variants(tile: TileConfig, problem: Problem) -> Iterator[TileConfig]:
+    """Neighbours of a tile: one of its numbers halved or doubled, two of them exchanged, all registers allowed."""
+    changes = [
+        {"block_m": tile.block_m * 2},
+        {"block_m": tile.block_m // 2},
+        {"block_n": tile.block_n * 2},
+        {"block_n": tile.block_n // 2},
+        {"block_m": tile.block_m // 2, "block_n": tile.block_n * 2},
+        {"block_m": tile.block_m * 2, "block_n": tile.block_n // 2},
+        {"num_stages": tile.num_stages - 1},
+        {"num_stages": tile.num_stages + 1},
+        {"max_registers": None if tile.max_registers else 255},
+    ]
+    if problem.groups == 1:
+        changes += [{"block_k": tile.block_k * 2}, {"block_k": tile.block_k // 2}]
+    for change in changes:
+        other = replace(tile, **change)
+        if legal(other, problem) and other.block_m <= 256 and other.block_n <= 256 and other.num_stages >= 2:
+            yield other
+
+
+def rehearse(problem: Problem, candidate: Candidate) -> tuple[list[Call], list[Launch]]:
+    """What the candidate would launch: our calls, and all launches, libraries' too, with their cost. Nothing runs."""
+    calls: list[Call] = []
+    # Where our operators run, below autograd, a convolution on the meta device keeps channels_last.
+    eager = candidate.implementation == "eager"
+    with dry_run(problem.arch), torch.no_grad():
+        work = Trial(problem, torch.device("meta")).work(candidate)
+        with nullcontext() if eager else torch._C._AutoDispatchBelowAutograd(), trace() as seen, observe(calls.append):
+            work()
+    return calls, seen.launches
+
+
+class Trial:
+    """Random tensors for ``problem`` on ``device``, which may be meta. No input of a ReLU among them lies near zero."""
+
+    def __init__(self, problem: Problem, device: torch.device) -> None:
+        self.problem, p = problem, problem
+        generator = None if device.type == "meta" else torch.Generator(device).manual_seed(0)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, device=device)
+
+        def activation(*shape: int) -> Tensor:
+            return normal(*shape).to(p.dtype).contiguous(memory_format=torch.channels_last)
+
+        self.geometry: dict[str, Any] = {
+            "stride": p.stride,
+            "padding": p.padding,
+            "dilation": p.dilation,
+            "groups": p.groups,
+        }
+        x = normal(p.n, p.ci, p.h, p.w)
+        self.x = (x + 0.1 * x.sign()).to(p.dtype).contiguous(memory_format=torch.channels_last)
+        self.w = activation(p.co, p.ci // p.groups, p.r, p.s) * (p.ci // p.groups * p.r * p.s) ** -0.5
+        self.gamma, self.beta = normal(p.co).abs() + 0.5, normal(p.co)
+        self.mean, self.var = normal(p.co), normal(p.co).abs() + 0.5
+        self.residual = activation(p.n, p.co, p.p, p.q) if p.residual else None
+        self.x_stats: Tensor | None = None
+        if p.prologue:
+            scale = normal(p.ci).abs() + 0.5
+            zero, one = torch.zeros_like(scale), torch.ones_like(scale)
+            self.x_stats = torch.stack([zero, one, scale, zero, one / p.m])
+        if p.direction == "training":
+            self.g = activation(p.n, p.co, p.p, p.q)
+            self.y = F.conv2d(self.input(p.dtype), self.w, **self.geometry)
+            self.y = self.y.contiguous(memory_format=torch.channels_last)
+            self.stats = self.statistics(self.y.double()).float()
+            self.sums = reference.batch_norm_sums(self.g.double(), self.y.double(), self.stats.double()).float()
+
+    def input(self, dtype: torch.dtype) -> Tensor:
+        """What is convolved."""
+        if self.x_stats is None:
+            return self.x.to(dtype)
+        work = torch.promote_types(dtype, torch.float32)
+        a = reference.scale_shift_relu(self.x.to(work), self.x_stats[2].to(work), self.x_stats[3].to(work))
+        return a.to(dtype).contiguous(memory_format=torch.channels_last)
+
+    def statistics(self, y: Tensor) -> Tensor:
+        mean, var = y.mean((0, 2, 3)), y.var((0, 2, 3), unbiased=False)
+        return reference.batch_norm_stats(mean, var, self.gamma.to(y), self.beta.to(y), EPS, 1 / self.problem.m)
+
+    def work(self, candidate: Candidate) -> Callable[[], dict[str, Tensor]]:
+        """What the candidate runs, to be called as often as wanted; returns its results by name."""
+        p = self.problem
+        if candidate.implementation == "eager":
+            return self._eager_training if p.direction == "training" else self._eager_inference
+        geometry = p.stride, p.padding, p.dilation, p.groups
+        conv = Convolution(*geometry, candidate.implementation == "fused", candidate.tiles)
+        if p.direction == "training":
+            return lambda: self._training(conv)
+        norm = Norm(self.mean, self.var, self.gamma, self.beta, EPS)
+        if candidate.implementation == "cudnn":
+            w, bias = chain.fold(self.w, None, norm)
+            return lambda: {"z": chain.cudnn_conv_relu(self.x, w, bias, self.residual, *geometry)}
+        return lambda: {"z": chain.inference(self.x, self.w, None, norm, self.residual, 1, 0, conv, True, p.dtype)}
+
+    def _training(self, conv: Convolution) -> dict[str, Tensor]:
+        running = Running(None, None, None, 0.1)
+        y, stats = chain.unit_forward(
+            self.x, self.x_stats, self.w, None, self.gamma, self.beta, running, EPS, True, conv, ""
+        )
+        needs = Needs(w=True, bias=False, gamma=True, beta=True)
+        unit = Unit(conv, self.w, None, self.y, self.stats, frozen=False, group="", needs=needs)
+        wanted = Wanted(x=True, shortcut=False, weight_dtype=self.w.dtype, norm_dtype=torch.float32)
+        dx, _ = chain.unit_backward(unit, self.g, self.sums[:, None], self.x, self.x_stats, wanted)
+        assert dx is not None and unit.gradients.w is not None
+        return {"y": y, "scale": stats[2], "shift": stats[3], "dx": dx, "dw": unit.gradients.w}
+
+    def _eager_inference(self) -> dict[str, Tensor]:
+        y = F.conv2d(self.x, self.w, **self.geometry)
+        z = F.batch_norm(y, self.mean, self.var, self.gamma, self.beta, eps=EPS)
+        return {"z": F.relu_(z if self.residual is None else z.add_(self.residual))}
+
+    def _eager_training(self) -> dict[str, Tensor]:
+        """With the passes that cutting a fused chain in front of the unit takes."""
+        x = self.x if self.x_stats is None else batch_norm_apply(self.x, self.x_stats)
+        leaves = [t.detach().requires_grad_() for t in (x, self.w, self.gamma, self.beta)]
+        with torch.enable_grad():
+            y = F.conv2d(leaves[0], leaves[1], **self.geometry)
+            F.relu(F.batch_norm(y, None, None, *leaves[2:], training=True, eps=EPS)).backward(self.g)
+        dx = leaves[0].grad
+        assert dx is not None
+        if self.x_stats is not None:
+            dx = dx.contiguous(memory_format=torch.channels_last)
+            dx, _ = batch_norm_reduce(dx, self.x, self.x_stats, mask=True, out=dx)
+        return {"dx": dx}
+
+    def ratio(self, candidate: Candidate) -> float:
+        """The largest error of the candidate's results over the allowed one: right is what is at most 1."""
+        ours = self.work(candidate)()
+        exact, eager = self._expected(torch.float64), self._expected(self.problem.dtype)
+        return max(error_ratio(got.to(eager[name].dtype), eager[name], exact[name], SUMS) for name, got in ours.items())
+
+    def _expected(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The formulas in ``dtype``: in fp64 the exact results, else what eager PyTorch makes of them."""
+        p, a = self.problem, self.input(dtype)
+        y = F.conv2d(a, self.w.to(dtype), **self.geometry)
+        if p.direction != "training":
+            work = torch.promote_types(dtype, torch.float32)
+            mean, var, gamma, beta = (v.to(work)[:, None, None] for v in (self.mean, self.var, self.gamma, self.beta))
+            z = (y.to(work) - mean) * torch.rsqrt(var + EPS) * gamma + beta
+            z = z if self.residual is None else z + self.residual.to(work)
+            return {"z": F.relu(z).to(dtype)}
+        work = torch.promote_types(dtype, torch.float32)
+        stats, coefs = self.statistics(y.to(work)), reference.batch_norm_coefs(self.sums.to(work), self.stats.to(work))
+        dy = reference.batch_norm_gradient(self.g.to(work), self.y.to(work), coefs).to(dtype)
+        dx = reference.conv_dgrad(dy, self.w.to(dtype), (p.h, p.w), **self.geometry)
+        if self.x_stats is not None:
+            dx = torch.where(a > 0, dx, 0.0)
+        dw = reference.conv_wgrad(dy, a, (p.co, p.ci // p.groups, p.r, p.s), **self.geometry)
+        return {"y": y, "scale": stats[2], "shift": stats[3], "dx": dx, "dw": dw}

@@ -1,0 +1,420 @@
+"""Measure, on the user's GPU, which way each unit of a model is fastest, and keep it in a table for the plan.
+
+No candidate is timed before its result was verified, none can take the user's process along, and the default stays
+unless another is faster by more than the spread of both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import multiprocessing
+import os
+import queue
+import statistics
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from resnet_fused import models, plan, tuned
+from resnet_fused.commands import DTYPES, MODELS, UserError, tracked
+from resnet_fused.convert import fuse
+from resnet_fused.inference import optimize_for_inference
+from resnet_fused.kernels.gpus import gpu_of
+from resnet_fused.kernels.launch import dry_run, interpreting
+from resnet_fused.problem import Problem, Tiles
+from resnet_fused.table import render
+from resnet_fused.trial import Candidate, candidates, rehearse
+from resnet_fused.tuned import Entry, Table
+
+DIRECTIONS = ("inference", "frozen", "training")
+TIMEOUT = 120.0
+"""Seconds after which a candidate that does not answer is given up."""
+
+
+class Failure(Exception):
+    """A candidate did not come through: its message says why. ``candidate``: which, if it is known."""
+
+    def __init__(self, reason: str, candidate: Candidate | None = None) -> None:
+        super().__init__(reason)
+        self.candidate = candidate
+
+
+class Runner(Protocol):
+    """Where candidates run. Every method raises Failure where the candidate, or what runs it, failed."""
+
+    def open(self, problem: Problem) -> None:
+        """Make the tensors of ``problem``, which the next calls are about."""
+
+    def verify(self, candidate: Candidate) -> float:
+        """The largest error over the allowed one."""
+
+    def time(self, ways: Sequence[Candidate]) -> list[list[float]]:
+        """Seconds of every run, by candidate; the Failure names the one that it was up to."""
+
+    def close(self) -> None:
+        """Nothing will be asked any more."""
+
+
+class ChildRunner:
+    """Runs candidates in a child process, which is replaced when one crashes it or does not answer in time."""
+
+    def __init__(self, command: Sequence[str], timeout: float = TIMEOUT) -> None:
+        self.command, self.timeout = command, timeout
+        self.process: subprocess.Popen[str] | None = None
+        self.answers: queue.Queue[str | None] = queue.Queue()
+        self.problem: Problem | None = None
+
+    def open(self, problem: Problem) -> None:
+        self.problem = problem
+        if self.process is None:
+            self._start()
+        self._ask({"problem": asdict(problem) | {"dtype": str(problem.dtype).removeprefix("torch.")}})
+
+    def verify(self, candidate: Candidate) -> float:
+        self._revive()
+        return float(self._ask({"verify": candidate.encode()})["ratio"])
+
+    def time(self, ways: Sequence[Candidate]) -> list[list[float]]:
+        self._revive()
+        at = 0
+        try:
+            answer = self._ask({"time": [way.encode() for way in ways]})
+            while "at" in answer:
+                at = int(answer["at"])
+                answer = self._answer()
+        except Failure as failure:
+            raise Failure(str(failure), ways[at]) from failure
+        return [[float(second) for second in samples] for samples in answer["samples"]]
+
+    def close(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+    def _revive(self) -> None:
+        if self.process is None:
+            assert self.problem is not None
+            self.open(self.problem)
+
+    def _start(self) -> None:
+        self.process = subprocess.Popen(
+            self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+        self.answers = queue.Queue()
+        threading.Thread(target=_forward, args=(self.process.stdout, self.answers), daemon=True).start()
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        assert self.process is not None and self.process.stdin is not None
+        try:
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
+        except OSError:
+            self._give_up()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        try:
+            line = self.answers.get(timeout=self.timeout)
+        except queue.Empty:
+            self.close()
+            raise Failure(f"no answer within {self.timeout:g} s") from None
+        if line is None:
+            self._give_up()
+        try:
+            answer = json.loads(line or "")
+        except ValueError:
+            self.close()
+            raise Failure("the worker answered what is no JSON") from None
+        if not isinstance(answer, dict) or "error" in answer:
+            raise Failure(str(answer["error"] if isinstance(answer, dict) else answer))
+        return answer
+
+    def _give_up(self) -> None:
+        assert self.process is not None
+        code = self.process.wait()
+        self.process = None
+        raise Failure(f"the process died of signal {-code}" if code < 0 else f"the process ended with code {code}")
+
+
+def _forward(stream: Iterable[str], answers: queue.Queue[str | None]) -> None:
+    for line in stream:
+        answers.put(line)
+    answers.put(None)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median seconds of a candidate, and half the range of the middle half of its samples."""
+
+    median: float
+    spread: float
+
+
+@dataclass
+class Report:
+    """What :func:`tune` did; ``str()`` of it is a table. ``failed``: problems that could not be set up, and why."""
+
+    table: Table
+    tuned: list[Entry] = field(default_factory=list)
+    known: list[Entry] = field(default_factory=list)
+    failed: list[tuple[Problem, str]] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        columns = ["unit", "runs", "us", "+- us", "quarantined", "because"]
+        rows: list[tuple[object, ...]] = [
+            (
+                str(entry.problem),
+                str(Candidate(entry.implementation, entry.tiles)),
+                round(entry.seconds * 1e6, 1),
+                round(entry.spread * 1e6, 1),
+                len(entry.quarantined),
+                entry.reason,
+            )
+            for entry in [*self.tuned, *self.known]
+        ]
+        rows += [(str(problem), "", None, None, None, f"not tuned: {reason}") for problem, reason in self.failed]
+        bad = [f"  {e.problem}: {way}: {reason}" for e in self.tuned for way, reason in e.quarantined]
+        title = f"{len(self.tuned)} units tuned, {len(self.known)} known before, on {self.table.gpu}"
+        return "\n".join([render(title, columns, rows), *(["Quarantined:"] if bad else []), *bad])
+
+
+def tune(
+    model: nn.Module,
+    *shapes: Sequence[int],
+    dtype: torch.dtype | None = None,
+    direction: str = "inference",
+    device: torch.device | str = "cuda",
+) -> Report:
+    """Measure every distinct unit of ``model`` on inputs of the given shapes, and keep the results for the plan.
+
+    ``shapes`` [N, 3, H, W]: batches as they will come. ``dtype``: that of the model's input (default: of its first
+    parameter). ``direction``: "inference", "frozen" (that of ``optimize_for_inference``, which cuDNN may do whole) or
+    "training" (forward and backward). What the table has already is not measured again,
+    so that an interrupted call can be repeated. Runs in processes of its own.
+
+    Returns a report; the table takes effect at once in this process. Raises RuntimeError where there is no CUDA GPU
+    that the kernels run on, ValueError without shapes or for another direction, OSError where the table cannot be
+    written.
+    """
+    if not shapes:
+        raise ValueError("shapes must name at least one shape [N, C, H, W] of the model's input; got none")
+    if direction not in DIRECTIONS:
+        raise ValueError(f"direction must be one of {', '.join(map(repr, DIRECTIONS))}; got {direction!r}")
+    device = torch.device(device)
+    if device.type != "cuda" or not torch.cuda.is_available() or interpreting():
+        raise RuntimeError("tune measures on a CUDA GPU, and there is none here that the kernels run on")
+    major, minor = torch.cuda.get_device_capability(device)
+    arch, gpu = 10 * major + minor, torch.cuda.get_device_name(device)
+    dtype = dtype or next(model.parameters()).dtype
+    problems = [replace(p, gpu=gpu) for p in find_problems(model, shapes, dtype, direction, arch)]
+    command = [sys.executable, "-m", "resnet_fused.tune_worker", str(device)]
+    runner = ChildRunner([*command, "--tf32"] if plan.tf32(torch.float32) else command)
+    return tune_problems(problems, gpu, runner, compiled=compile_all)
+
+
+def find_problems(
+    model: nn.Module, shapes: Iterable[Sequence[int]], dtype: torch.dtype, direction: str, arch: int
+) -> list[Problem]:
+    """The distinct units that ``model`` plans on inputs of these shapes, in order. Nothing runs."""
+    training, network = direction == "training", copy.deepcopy(model).to("meta")
+    with plan.implementation("auto"), dry_run(arch), plan.record() as found, torch.set_grad_enabled(training):
+        network = optimize_for_inference(network) if direction == "frozen" else fuse(network).train(training)
+        for shape in shapes:
+            network(torch.empty(*shape, dtype=dtype, device="meta"))
+    return list(dict.fromkeys(found))
+
+
+Compiled = Callable[[Problem, Sequence[Candidate]], dict[Candidate, str]]
+
+
+def tune_problems(problems: Sequence[Problem], gpu: str, runner: Runner, *, compiled: Compiled) -> Report:
+    """Tune what the user's table of ``gpu`` lacks, and save it problem by problem.
+
+    ``compiled`` returns the candidates that cannot be compiled, each with the reason.
+    """
+    report = Report(tuned.load(gpu) or Table(gpu))
+    try:
+        for problem in tracked(problems, "tuning"):
+            if (entry := report.table.exact(problem)) is not None:
+                report.known.append(entry)
+                continue
+            try:
+                entry = tune_problem(problem, runner, compiled)
+            except Failure as failure:
+                report.failed.append((problem, str(failure)))
+                continue
+            # Another process may have added to the table in the meantime.
+            tuned.load.cache_clear()
+            report.table = (tuned.load(gpu) or Table(gpu)).with_entry(entry)
+            tuned.save(report.table)
+            report.tuned.append(entry)
+    finally:
+        runner.close()
+    return report
+
+
+def tune_problem(problem: Problem, runner: Runner, compiled: Compiled) -> Entry:
+    """Verify, then time, every candidate for ``problem``. Raises Failure where not one of them came through."""
+    trial = _Tournament(runner)
+    ways = candidates(problem)
+    trial.quarantined = compiled(problem, ways)
+    runner.open(problem)
+    trial.play(ways)
+    best = Tiles(**{kernel: trial.best_tile(kernel) for kernel in vars(Tiles())})
+    if Candidate("fused", best) not in trial.timings:
+        # Each kernel's best tile was found on its own: together they are a candidate like any other.
+        rivals = [way for way in trial.timings if way.tiles == Tiles()]
+        trial.play([Candidate("fused", best), *rivals])
+    default = Candidate(plan.decide(problem).implementation)
+    return trial.entry(problem, default)
+
+
+class _Tournament:
+    """The candidates of one problem that came through, with their times; and those that did not."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.runner = runner
+        self.timings: dict[Candidate, Timing] = {}
+        self.quarantined: dict[Candidate, str] = {}
+
+    def play(self, ways: Sequence[Candidate]) -> None:
+        """Verify what is new among ``ways``, and time all that are right side by side."""
+        right = [way for way in ways if way in self.timings or self._is_right(way)]
+        while right:
+            try:
+                samples = self.runner.time(right)
+            except Failure as failure:
+                bad = failure.candidate or right[0]
+                self.quarantined[bad] = str(failure)
+                self.timings.pop(bad, None)
+                right = [way for way in right if way != bad]
+                continue
+            self.timings |= {way: _timing(times) for way, times in zip(right, samples, strict=True)}
+            return
+
+    def _is_right(self, way: Candidate) -> bool:
+        if way in self.quarantined:
+            return False
+        if way.implementation == "eager":
+            return True  # it is what the others are compared with
+        try:
+            ratio = self.runner.verify(way)
+        except Failure as failure:
+            self.quarantined[way] = str(failure)
+            return False
+        if not ratio <= 1:
+            self.quarantined[way] = f"wrong: its error is {ratio:.3g} times the allowed one"
+        return ratio <= 1
+
+    def best_tile(self, kernel: str) -> Any:
+        """The tile with which the fused candidate that varies ``kernel`` alone beats the default tiles, or None."""
+        base = self.timings.get(Candidate("fused"))
+        own = {
+            way: timing
+            for way, timing in self.timings.items()
+            if getattr(way.tiles, kernel) is not None and way.tiles == Tiles(**{kernel: getattr(way.tiles, kernel)})
+        }
+        best = min(own, key=lambda way: own[way].median, default=None)
+        return getattr(best.tiles, kernel) if best and (base is None or _beats(own[best], base)) else None
+
+    def entry(self, problem: Problem, default: Candidate) -> Entry:
+        """The winner: the fastest, if it beats the default by more than the spread."""
+        if not self.timings:
+            reasons = "; ".join(f"{way}: {reason}" for way, reason in self.quarantined.items())
+            raise Failure(f"no candidate came through: {reasons}")
+        best = min(self.timings, key=lambda way: self.timings[way].median)
+        stays = default in self.timings and not _beats(self.timings[best], self.timings[default])
+        winner = default if stays else best
+        timing = self.timings[winner]
+        rivals = {way.implementation: self.timings[way] for way in self._by_time() if way != winner}
+        against = ", ".join(f"{way} {rival.median * 1e6:.1f}" for way, rival in rivals.items())
+        reason = f"measured {timing.median * 1e6:.1f} us" + (f", best others: {against}" if against else "")
+        quarantined = tuple((str(way), why) for way, why in self.quarantined.items())
+        return Entry(problem, winner.implementation, winner.tiles, timing.median, timing.spread, reason, quarantined)
+
+    def _by_time(self) -> list[Candidate]:
+        """The slowest first."""
+        return sorted(self.timings, key=lambda way: self.timings[way].median, reverse=True)
+
+
+def _timing(samples: Sequence[float]) -> Timing:
+    low, median, high = statistics.quantiles(samples, n=4) if len(samples) > 1 else [samples[0]] * 3
+    return Timing(median, (high - low) / 2)
+
+
+def _beats(one: Timing, other: Timing) -> bool:
+    return one.median + max(one.spread, other.spread) < other.median
+
+
+def compile_all(problem: Problem, ways: Sequence[Candidate]) -> dict[Candidate, str]:
+    """Compile the fused candidates in parallel processes; returns those that cannot be, each with the reason."""
+    failed: dict[Candidate, str] = {}
+    fused = [way for way in ways if way.implementation == "fused"]
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, 8), mp_context=spawn) as pool:
+        pending = {pool.submit(why_not_compiled, problem, way): way for way in fused}
+        for done in as_completed(pending):
+            try:
+                reason = done.result()
+            except BrokenProcessPool:
+                continue  # the compiler crashed on one of those at work; running them will tell which
+            if reason is not None:
+                failed[pending[done]] = reason
+    return failed
+
+
+def why_not_compiled(problem: Problem, candidate: Candidate) -> str | None:
+    """Why the candidate's kernels do not compile for the problem's GPU, or None. Needs no GPU."""
+    shared = gpu_of(problem.arch, problem.gpu).shared
+    try:
+        for call in rehearse(problem, candidate)[0]:
+            if call.kernel.__name__.startswith("conv_"):
+                needed = call.compile(problem.arch).metadata.shared
+                if needed > shared:
+                    return f"out of resources: {needed} bytes of shared memory, the GPU has {shared}"
+    except Exception as error:
+        return f"does not compile: {type(error).__name__}: {error}".splitlines()[0][:300]
+    return None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``python -m resnet_fused tune``."""
+    add = parser.add_argument
+    add("--model", nargs="+", default=["resnet50"], choices=MODELS, metavar="NAME", help=f"of {', '.join(MODELS)}")
+    add("--batch", nargs="+", type=int, default=[32], metavar="N", help="numbers of images (default: 32)")
+    add("--size", type=int, default=224, metavar="PIXELS", help="side of the network's input (default: 224)")
+    add("--dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16")
+    add(
+        "--direction",
+        choices=DIRECTIONS,
+        default="inference",
+        help="default: inference; frozen: optimize_for_inference",
+    )
+    add("--device", default="cuda", metavar="DEVICE", help="cuda, cuda:1 ... (default: cuda)")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Tune models on the GPU; returns 0, or 130 when interrupted."""
+    shapes = [(batch, 3, options.size, options.size) for batch in options.batch]
+    try:
+        for name in options.model:
+            with torch.device("meta"):
+                model = getattr(models, name)().to(getattr(torch, options.dtype))
+            print(tune(model, *shapes, direction=options.direction, device=options.device))
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on with what is left", file=sys.stderr)
+        return 130
+    except (RuntimeError, OSError) as error:
+        raise UserError(str(error)) from error
+    return 0

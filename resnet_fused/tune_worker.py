@@ -1,0 +1,126 @@
+"""The process in which candidates run: a kernel that crashes takes this one, not the user's.
+
+It reads a line of JSON, answers with lines of JSON, and goes on until its input ends:
+
+    {"problem": {...}}                  {}                          tensors are made
+    {"verify": candidate}               {"ratio": 0.3}              at most 1 is right
+    {"time": [candidate, ...]}          {"at": 0} {"at": 1} ... {"samples": [[seconds, ...], ...]}
+
+or {"error": "..."} where that failed; "at" says which candidate runs first from here on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol, TextIO
+
+import torch
+
+from resnet_fused.kernels.gpus import gpu_of
+from resnet_fused.problem import Problem
+from resnet_fused.trial import Candidate, Trial
+from resnet_fused.tuned import problem_in
+
+WARM_UPS = 3
+ROUNDS = 25
+GRAPH_BELOW = 5e-3
+"""Shorter work is timed inside a CUDA graph, so that the host's own time for its launches does not count."""
+
+Work = Callable[[], Any]
+
+
+class Clock(Protocol):
+    """Where seconds come from."""
+
+    def prepare(self, work: Work) -> Work:
+        """What to time in place of ``work``: warm, and cheap to launch."""
+
+    def seconds(self, work: Work) -> float:
+        """How long one call takes, with nothing of its data in L2."""
+
+
+class CudaClock:
+    """Events on the current stream, after a write that leaves nothing in L2."""
+
+    def __init__(self, device: torch.device, l2_bytes: int) -> None:
+        self.flush = torch.empty(2 * l2_bytes, dtype=torch.int8, device=device)
+
+    def prepare(self, work: Work) -> Work:
+        for _ in range(WARM_UPS):
+            work()
+        if self.seconds(work) > GRAPH_BELOW:
+            return work
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            work()
+        return graph.replay
+
+    def seconds(self, work: Work) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.flush.zero_()
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e-3
+
+
+def serve(lines: Iterable[str], out: TextIO, make_trial: Callable[[Problem], Trial], clock: Clock) -> None:
+    """Answer requests until ``lines`` end."""
+
+    def answer(content: dict[str, Any]) -> None:
+        out.write(json.dumps(content) + "\n")
+        out.flush()
+
+    trial: Trial | None = None
+    for line in lines:
+        request = json.loads(line)
+        try:
+            if "problem" in request:
+                trial = None  # its memory is needed
+                trial = make_trial(problem_in(request["problem"]))
+                answer({})
+            elif trial is None:
+                raise ValueError("there is no problem yet")
+            elif "verify" in request:
+                answer({"ratio": trial.ratio(Candidate.decode(request["verify"]))})
+            else:
+                answer({"samples": _time(trial, request["time"], clock, lambda i: answer({"at": i}))})
+        except Exception as error:
+            answer({"error": f"{type(error).__name__}: {error}".splitlines()[0][:300]})
+
+
+def _time(trial: Trial, encoded: list[Any], clock: Clock, tell: Callable[[int], None]) -> list[list[float]]:
+    """Round by round, every candidate once, in an order that shifts, so that all meet the same drift of the clocks."""
+    works = []
+    for i, fields in enumerate(encoded):
+        tell(i)
+        works.append(clock.prepare(trial.work(Candidate.decode(fields))))
+    samples: list[list[float]] = [[] for _ in works]
+    for turn in range(ROUNDS):
+        for step in range(len(works)):
+            i = (turn + step) % len(works)
+            if turn == 0:
+                tell(i)
+            samples[i].append(clock.seconds(works[i]))
+    return samples
+
+
+def main() -> None:
+    """Serve on standard input and output; what else is printed goes to standard error."""
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    device = torch.device(sys.argv[1])
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = "--tf32" in sys.argv
+    major, minor = torch.cuda.get_device_capability(device)
+    gpu = gpu_of(10 * major + minor, torch.cuda.get_device_name(device))
+    with torch.cuda.device(device), torch.no_grad():
+        serve(sys.stdin, out, lambda problem: Trial(problem, device), CudaClock(device, gpu.l2_size * 10**6))
+
+
+if __name__ == "__main__":
+    main()

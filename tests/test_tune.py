@@ -1,0 +1,372 @@
+"""The tuner, with injected clocks and faults: who wins, who is quarantined, and what is left when it is stopped."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import resnet_fused
+from resnet_fused import chain, plan, tuned
+from resnet_fused.__main__ import main
+from resnet_fused.problem import Problem, Tiles
+from resnet_fused.trial import Candidate, Trial, candidates
+from resnet_fused.tune import ChildRunner, Failure, find_problems, tune_problem, tune_problems
+from resnet_fused.tune_worker import serve
+
+ROOT = Path(__file__).parents[1]
+GPU = "NVIDIA Test 1000"
+
+
+def problem(**change) -> Problem:
+    base = Problem(
+        *(1, 5, 4, 16, 24, 3, 3, (1, 1), (1, 1), (1, 1), 1, torch.float32, False, "training", True, False, 90, GPU)
+    )
+    return replace(base, **change)
+
+
+class FakeRunner:
+    """``times``: seconds by the candidate's name, 1 ms for others; ``faults``: reason by (method, name)."""
+
+    def __init__(self, times=None, faults=None, ratios=None, spread=0.0) -> None:
+        self.times, self.faults, self.ratios, self.spread = times or {}, faults or {}, ratios or {}, spread
+        self.timed: list[list[str]] = []
+        self.opened: list[Problem] = []
+        self.closed = False
+
+    def open(self, problem: Problem) -> None:
+        self.opened.append(problem)
+        if ("open", "") in self.faults:
+            raise Failure(self.faults["open", ""])
+
+    def verify(self, candidate: Candidate) -> float:
+        if ("verify", str(candidate)) in self.faults:
+            raise Failure(self.faults["verify", str(candidate)])
+        return self.ratios.get(str(candidate), 0.5)
+
+    def time(self, ways: Sequence[Candidate]) -> list[list[float]]:
+        for way in ways:
+            if ("time", str(way)) in self.faults:
+                raise Failure(self.faults["time", str(way)], way)
+        self.timed.append([str(way) for way in ways])
+        seconds = [self.times.get(str(way), 1e-3) for way in ways]
+        return [[s - self.spread, s - self.spread, s, s + self.spread, s + self.spread] for s in seconds]
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def nothing(problem: Problem, ways: Sequence[Candidate]) -> dict[Candidate, str]:
+    return {}
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("RESNET_FUSED_CACHE", str(tmp_path))
+    tuned.load.cache_clear()
+    yield
+    tuned.load.cache_clear()
+
+
+def default_of(p: Problem) -> str:
+    return plan.decide(p).implementation
+
+
+def test_the_fastest_wins_if_it_wins_by_more_than_the_spread():
+    other = "mixed" if default_of(problem()) == "fused" else "fused"
+    for spread, winner in ((1e-5, other), (2e-4, default_of(problem()))):
+        entry = tune_problem(problem(), FakeRunner({other: 0.9e-3}, spread=spread), nothing)
+        assert entry.implementation == winner
+        assert entry.seconds == (0.9e-3 if winner == other else 1e-3)
+        assert entry.spread == pytest.approx(spread)
+        assert "measured" in entry.reason
+
+
+def test_the_best_tiles_of_each_kernel_are_tried_together():
+    ways = candidates(problem())
+    forward = next(way for way in ways if way.tiles.forward)
+    wgrad = next(way for way in ways if way.tiles.wgrad)
+    both = Candidate("fused", Tiles(forward=forward.tiles.forward, wgrad=wgrad.tiles.wgrad))
+    runner = FakeRunner({str(forward): 0.8e-3, str(wgrad): 0.7e-3, str(both): 0.5e-3})
+    entry = tune_problem(problem(), runner, nothing)
+    assert (entry.implementation, entry.tiles, entry.seconds) == ("fused", both.tiles, 0.5e-3)
+    assert runner.timed[-1][0] == str(both)
+
+
+@pytest.mark.parametrize("fault", ["wrong", "nan", "verify", "time", "compile"])
+def test_a_bad_candidate_is_quarantined_and_the_others_go_on(fault):
+    bad = candidates(problem())[1]
+    runner = FakeRunner({str(bad): 1e-9})
+    compiled = nothing
+    if fault in ("wrong", "nan"):
+        runner.ratios = {str(bad): 1.5 if fault == "wrong" else float("nan")}
+    elif fault == "compile":
+        compiled = lambda problem, ways: {bad: "out of resources"}  # noqa: E731
+    else:
+        runner.faults = {(fault, str(bad)): "the process died of signal 11"}
+    entry = tune_problem(problem(), runner, compiled)
+    assert [name for name, _ in entry.quarantined] == [str(bad)]
+    reason = entry.quarantined[0][1]
+    expected = {"wrong": "1.5 times the allowed", "nan": "wrong", "compile": "out of resources"}
+    assert expected.get(fault, "signal 11") in reason
+    assert all(str(bad) not in ways for ways in runner.timed)
+    assert entry.seconds == 1e-3
+
+
+def test_a_default_that_is_wrong_is_replaced():
+    default = default_of(problem())
+    entry = tune_problem(problem(), FakeRunner(faults={("time", default): "crashed"}), nothing)
+    assert entry.implementation != default or entry.tiles != Tiles()
+
+
+def test_a_problem_that_does_not_fit_is_reported_and_not_saved():
+    report = tune_problems([problem()], GPU, FakeRunner(faults={("open", ""): "out of memory"}), compiled=nothing)
+    assert report.failed == [(problem(), "out of memory")]
+    assert tuned.load(GPU) is None
+    assert "not tuned: out of memory" in " ".join(str(report).split())
+
+
+def test_what_is_known_is_not_measured_again():
+    problems = [problem(n=n) for n in (1, 2)]
+    first = tune_problems(problems[:1], GPU, FakeRunner(), compiled=nothing)
+    runner = FakeRunner()
+    second = tune_problems(problems, GPU, runner, compiled=nothing)
+    assert runner.opened == problems[1:]
+    assert runner.closed
+    assert (len(first.tuned), len(second.tuned), len(second.known)) == (1, 1, 1)
+    table = tuned.load(GPU)
+    assert table is not None
+    assert {entry.problem for entry in table.entries} == set(problems)
+    assert plan.decide(problems[0], table=table).source == "tuned"
+
+
+@pytest.mark.parametrize("function", ["fsync", "replace", "write"])
+def test_a_full_disk_leaves_the_old_table(function, monkeypatch, tmp_path):
+    tune_problems([problem(n=1)], GPU, FakeRunner(), compiled=nothing)
+    before = tuned.path(GPU).read_text()
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if function == "write":
+        monkeypatch.setattr(tuned.tempfile, "mkstemp", full)
+    else:
+        monkeypatch.setattr(tuned.os, function, full)
+    runner = FakeRunner()
+    with pytest.raises(OSError, match="No space left"):
+        tune_problems([problem(n=2)], GPU, runner, compiled=nothing)
+    assert runner.closed
+    assert tuned.path(GPU).read_text() == before
+    assert [file.name for file in tuned.path(GPU).parent.iterdir()] == [tuned.path(GPU).name]
+
+
+@pytest.mark.parametrize(
+    ("stage", "signal"),
+    [
+        *((stage, "SIGKILL") for stage in ("open", "verify", "time", "write", "fsync", "replace", "replaced")),
+        *((stage, "SIGINT") for stage in ("time", "fsync")),
+    ],
+)
+def test_killed_at_any_stage_the_table_is_whole_and_the_next_run_goes_on(stage, signal):
+    command = [sys.executable, "-m", "tests.killed_tuner", stage, signal]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode != 0
+    saved = 2 if stage == "replaced" else 1
+    table = tuned.load(GPU)
+    assert table is not None
+    assert len(table.entries) == saved
+    again = subprocess.run([*command[:3], "never", signal], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert again.stdout.split() == [str(3 - saved), str(saved)]
+
+
+def child(timeout: float = 60.0, **faults: str) -> ChildRunner:
+    return ChildRunner([sys.executable, "-m", "tests.faulty_worker", json.dumps(faults)], timeout)
+
+
+def test_the_worker_verifies_and_times():
+    runner = child()
+    try:
+        runner.open(problem())
+        assert runner.verify(Candidate("fused")) <= 1
+        samples = runner.time([Candidate("fused"), Candidate("mixed"), Candidate("eager")])
+        assert [len(times) for times in samples] == [2, 2, 2]
+        # Interleaved: one round after the other, each in an order of its own.
+        assert sorted(second for times in samples for second in times[:1]) == pytest.approx([1e-3, 2e-3, 3e-3])
+        assert samples[1][1] < samples[0][1]
+    finally:
+        runner.close()
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("abort", "died of signal 6"),
+        ("segfault", "died of signal 11"),
+        ("exit", "ended with code 3"),
+        ("raise", "RuntimeError: out of resource"),
+        ("garbage", "no JSON"),
+    ],
+)
+def test_a_crash_is_the_workers_own_and_the_next_candidate_gets_a_new_one(fault, reason):
+    runner = child(**{fault: "mixed"})
+    try:
+        runner.open(problem())
+        with pytest.raises(Failure, match=reason):
+            runner.verify(Candidate("mixed"))
+        assert runner.verify(Candidate("fused")) <= 1
+        with pytest.raises(Failure, match=reason) as failure:
+            runner.time([Candidate("fused"), Candidate("mixed")])
+        assert failure.value.candidate == Candidate("mixed")
+        assert len(runner.time([Candidate("fused")])[0]) == 2
+    finally:
+        runner.close()
+
+
+def test_a_wrong_result_and_a_hang_are_noticed():
+    runner = child(wrong="mixed")
+    try:
+        runner.open(problem())
+        assert runner.verify(Candidate("mixed")) > 1
+    finally:
+        runner.close()
+    runner = child(hang="mixed")
+    try:
+        runner.open(problem())
+        assert runner.verify(Candidate("fused")) <= 1
+        runner.timeout = 0.5
+        with pytest.raises(Failure, match=r"no answer within 0\.5 s"):
+            runner.verify(Candidate("mixed"))
+        runner.timeout = 60.0
+        assert runner.verify(Candidate("fused")) <= 1
+    finally:
+        runner.close()
+
+
+def test_the_protocol_answers_every_line():
+    requests = [
+        {"verify": Candidate("fused").encode()},
+        {"problem": asdict(problem()) | {"dtype": "float32"}},
+        {"verify": Candidate("fused").encode()},
+        {"problem": {"n": 0}},
+    ]
+    out = io.StringIO()
+    serve(map(json.dumps, requests), out, lambda p: Trial(p, torch.device("cpu")), clock=None)
+    answers = [json.loads(line) for line in out.getvalue().splitlines()]
+    assert [list(answer) for answer in answers] == [["error"], [], ["ratio"], ["error"]]
+
+
+@pytest.mark.parametrize("direction", ["inference", "training"])
+@pytest.mark.parametrize("way", ["fused", "mixed"])
+@pytest.mark.parametrize(
+    "change", [{}, {"r": 1, "s": 1, "padding": (0, 0)}, {"stride": (2, 2)}, {"dtype": torch.float16}]
+)
+def test_verification_passes_what_is_right(way, direction, change):
+    p = problem(direction=direction, prologue=direction == "training", residual=direction == "inference", **change)
+    assert Trial(p, torch.device("cpu")).ratio(Candidate(way)) <= 1
+
+
+@pytest.mark.parametrize("launcher", ["conv_forward_moments", "conv_dgrad", "conv_wgrad"])
+def test_verification_finds_a_wrong_kernel(launcher, monkeypatch):
+    right = getattr(chain, launcher)
+
+    def wrong(*args, **kwargs):
+        result = right(*args, **kwargs)
+        (result[0] if isinstance(result, tuple) else result)[0, 0, 0, 0] += 0.01
+        return result
+
+    monkeypatch.setattr(chain, launcher, wrong)
+    assert Trial(problem(), torch.device("cpu")).ratio(Candidate("fused")) > 1
+
+
+def conv_relu(x, w, bias, residual, *geometry):
+    """What cuDNN computes in one call."""
+    y = F.conv2d(x, w, bias, *geometry)
+    return torch.relu(y if residual is None else y + residual)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_frozen_unit_may_be_cudnns(residual, dtype, monkeypatch):
+    p = problem(direction="frozen", prologue=False, residual=residual, dtype=dtype)
+    trial, candidate = Trial(p, torch.device("cpu")), Candidate("cudnn")
+    assert candidate in candidates(p)
+    assert candidate not in candidates(replace(p, direction="inference"))
+    with pytest.raises(NotImplementedError, match="cudnn_convolution"):
+        trial.ratio(candidate)
+    monkeypatch.setattr(chain, "cudnn_conv_relu", conv_relu)
+    assert trial.ratio(candidate) <= 1
+    monkeypatch.setattr(chain, "cudnn_conv_relu", lambda x, w, bias, *rest: conv_relu(x, w, 0 * bias, *rest))
+    assert trial.ratio(candidate) > 1
+
+
+def test_candidates_are_legal_and_distinct():
+    for change in ({}, {"dtype": torch.bfloat16, "ci": 256, "co": 512}, {"groups": 4}, {"direction": "inference"}):
+        p = problem(**change)
+        ways = candidates(p)
+        assert len(set(ways)) == len(ways) > 5
+        assert ways[0] == Candidate("fused")
+        assert {way.implementation for way in ways} == {"fused", "mixed", "eager"}
+        for way in ways:
+            tiles = (way.tiles.forward, way.tiles.dgrad, way.tiles.wgrad and way.tiles.wgrad.tile)
+            assert all(tuned.legal(tile, p) for tile in tiles if tile is not None)
+
+
+def test_problems_of_a_model_are_found_without_running_it():
+    with torch.device("meta"):
+        model = resnet_fused.resnet18().bfloat16()
+    inference = find_problems(model, [(8, 3, 64, 64), (16, 3, 64, 64)], torch.bfloat16, "inference", 90)
+    assert len(set(inference)) == len(inference)
+    assert {p.n for p in inference} == {8, 16}
+    assert {p.direction for p in inference} == {"inference"}
+    frozen = find_problems(model, [(8, 3, 64, 64)], torch.bfloat16, "frozen", 90)
+    assert {p.direction for p in frozen} == {"frozen", "inference"}, "projections have no ReLU"
+    training = find_problems(model, [(8, 3, 64, 64)], torch.bfloat16, "training", 90)
+    assert {p.direction for p in training} == {"training"}
+    assert any(p.prologue for p in training)
+
+
+def test_candidates_that_do_not_compile_are_told_apart():
+    code = """
+from dataclasses import replace
+from resnet_fused.kernels.launch import TileConfig
+from resnet_fused.problem import Tiles
+from resnet_fused.trial import Candidate
+from resnet_fused.tune import compile_all
+from tests.test_tune import problem
+import torch
+if __name__ == "__main__":
+    p = problem(n=8, h=28, w=28, ci=64, co=64, dtype=torch.bfloat16)
+    big = Candidate("fused", Tiles(forward=TileConfig(256, 256, 256, num_stages=4)))
+    failed = compile_all(p, [Candidate("fused"), big, Candidate("mixed")])
+    assert list(failed) == [big], failed
+    assert "out of resources" in failed[big], failed
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    file = tuned.cache_dir() / "compile_two.py"
+    file.write_text(code)
+    environment["PYTHONPATH"] = str(ROOT)
+    run = subprocess.run([sys.executable, file], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
+def test_without_a_gpu_there_is_nothing_to_measure(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(RuntimeError, match="tune measures on a CUDA GPU"):
+        resnet_fused.tune(resnet_fused.resnet18(), (1, 3, 64, 64))
+    with pytest.raises(ValueError, match="shapes must name at least one"):
+        resnet_fused.tune(resnet_fused.resnet18())
+    with pytest.raises(ValueError, match="direction must be one of 'inference', 'frozen', 'training'; got 'backward'"):
+        resnet_fused.tune(resnet_fused.resnet18(), (1, 3, 64, 64), direction="backward")
+    assert main(["tune", "--model", "resnet18"]) == 2
+    assert "CUDA GPU" in capsys.readouterr().err
