@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +16,7 @@ import triton
 from torch import Tensor, nn
 
 from resnet_fused import models
-from resnet_fused.commands import DTYPES, MODELS, UserError, pick_device
+from resnet_fused.commands import DTYPES, MODELS, UserError, pick_device, tracked
 from resnet_fused.convert import fuse
 from resnet_fused.explain import explain
 from resnet_fused.inference import optimize_for_inference
@@ -179,7 +178,7 @@ def calibrate(model: nn.Module, x: Tensor) -> None:
         norm.reset_running_stats()
     model.train()
     generator = torch.Generator().manual_seed(0)
-    for _ in _track("calibrating batch norm", range(CALIBRATION_BATCHES)):
+    for _ in tracked(range(CALIBRATION_BATCHES), "calibrating batch norm"):
         model(torch.stack([_view(x, generator) for _ in range(CALIBRATION_VIEWS)]))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
@@ -211,7 +210,7 @@ def show_comparison(
 ) -> None:
     """Labels, errors against fp64, and times of the variants."""
     exact_model = copy.deepcopy(model).double()
-    exact = torch.cat([exact_model(image[None].double()) for image in _track("computing in fp64", x)])
+    exact = torch.cat([exact_model(image[None].double()) for image in tracked(x, "computing in fp64")])
     x = x.to(dtype)
     outputs = {name: function(x).double() for name, function in variants.items()}
     times = median_times(variants, x)
@@ -241,7 +240,7 @@ def median_times(variants: dict[str, Function], x: Tensor) -> dict[str, float]:
         function(x), function(x)
     times: dict[str, list[float]] = {name: [] for name in variants}
     end = time.perf_counter() + SECONDS
-    for _ in _track("timing", range(ROUNDS[x.device.type])):
+    for _ in tracked(range(ROUNDS[x.device.type]), "timing"):
         for name, function in variants.items():
             times[name].append(_milliseconds(function, x))
         if time.perf_counter() > end:
@@ -295,19 +294,6 @@ def show_kernels(fused: Any, x: Tensor) -> None:
     print(f"The Triton kernels of layer2.1 at work: {seconds:.1f} s in Triton's interpreter on the CPU, in fp32")
     print(calls.table())
     print(f"largest error against fp64: {errors[0]:.2e} (eager's own: {errors[1]:.2e})")
-
-
-def _track(label: str, items: Iterable[T]) -> Iterable[T]:
-    """``items``, with a progress bar where rich is installed and somebody watches."""
-    if sys.stdout.isatty():
-        try:
-            from rich.progress import track
-        except ImportError:
-            pass
-        else:
-            return track(items, label, transient=True)
-    print(f"{label} ...", flush=True)
-    return items
 
 
 def _labels(classes: int) -> list[str]:

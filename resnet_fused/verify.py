@@ -6,13 +6,10 @@ import ctypes
 import json
 import logging
 import math
-import os
-import tempfile
 from functools import cache
 from pathlib import Path
 
 import torch
-import triton
 from torch import Tensor, nn
 
 from resnet_fused import plan, tuned
@@ -62,17 +59,10 @@ def _error(got: Tensor, exact: Tensor) -> float:
 
 
 def stack(device: torch.device) -> dict[str, str]:
-    """What compiled code on ``device`` depends on: its GPU ("" for the CPU), driver, and the versions of the software."""
-    from resnet_fused import __version__  # the package imports this module
-
+    """What compiled code on ``device`` depends on: its GPU and driver ("" for the CPU) and the software's versions."""
     on_gpu = device.type == "cuda"
-    return {
-        "gpu": torch.cuda.get_device_name(device) if on_gpu else "",
-        "driver": _driver() if on_gpu else "",
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "resnet_fused": __version__,
-    }
+    gpu = {"gpu": torch.cuda.get_device_name(device) if on_gpu else "", "driver": _driver() if on_gpu else ""}
+    return gpu | tuned.versions()
 
 
 @cache
@@ -100,15 +90,7 @@ def note(device: torch.device) -> Path:
     """
     path = _note_path()
     stacks = [known for known in _noted(path) if known != stack(device)] + [stack(device)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, written = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with open(handle, "w") as file:
-            json.dump(stacks, file, indent=1)
-        os.replace(written, path)
-    except OSError:
-        Path(written).unlink(missing_ok=True)
-        raise
+    tuned.write_whole(path, json.dumps(stacks, indent=1))
     return path
 
 

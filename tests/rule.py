@@ -8,7 +8,7 @@ from resnet_fused.verify import error_ratio
 
 
 def assert_within_rule(ours: Tensor, eager: Tensor, exact: Tensor, sums: int = 0) -> None:
-    """``error(ours) <= 2 * error(eager) + tiny`` against ``exact`` (fp64): see :func:`resnet_fused.verify.error_ratio`."""
+    """``error(ours) <= 2 * error(eager) + tiny`` against ``exact`` (fp64): see :func:`error_ratio`."""
     assert exact.isfinite().all(), "a comparison with what is not finite proves nothing"
     ratio = error_ratio(ours, eager, exact, sums)
     assert ratio <= 1, f"the error is {ratio:.3g} times what twice eager's own error + tiny allow"

@@ -1,0 +1,557 @@
+"""What the self-test checks: inputs for every kernel and whole blocks, and the results that they should have."""
+
+from __future__ import annotations
+
+import copy
+import math
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from resnet_fused import plan, reference
+from resnet_fused.kernels.batch_norm import (
+    batch_norm_apply,
+    batch_norm_backward,
+    batch_norm_coefs,
+    batch_norm_reduce,
+    batch_norm_stats,
+    channel_moments,
+    merge_moments,
+    merge_sums,
+)
+from resnet_fused.kernels.conv_dgrad import conv_dgrad
+from resnet_fused.kernels.conv_forward import Norm, conv_forward, conv_forward_moments, output_size
+from resnet_fused.kernels.conv_wgrad import conv_wgrad
+from resnet_fused.modules import BasicBlock, Bottleneck, PaddedShortcut
+
+FORMATS = {"float32": torch.float32, "tf32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+"""The number formats of a convolution's factors, and the dtype of its tensors."""
+
+Results = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution of ``n`` images with a square filter, padded so that with stride 1 the size stays."""
+
+    n: int
+    size: tuple[int, int]
+    ci: int
+    co: int
+    taps: int = 1
+    stride: int = 1
+    groups: int = 1
+
+    @property
+    def geometry(self) -> dict[str, Any]:
+        """The keyword arguments that every launcher of a convolution, and ``F.conv2d``, takes."""
+        pad = self.taps // 2
+        return {"stride": (self.stride, self.stride), "padding": (pad, pad), "groups": self.groups}
+
+    @property
+    def filter(self) -> tuple[int, int, int, int]:
+        """The filter's shape."""
+        return self.co, self.ci // self.groups, self.taps, self.taps
+
+    @property
+    def input(self) -> tuple[int, int, int, int]:
+        """The input's shape."""
+        return self.n, self.ci, *self.size
+
+    @property
+    def output(self) -> tuple[int, int, int, int]:
+        """The output's shape."""
+        p, q = (output_size(size, self.taps, self.stride, self.taps // 2, 1) for size in self.size)
+        return self.n, self.co, p, q
+
+    def __str__(self) -> str:
+        more = (f"/{self.stride}" if self.stride > 1 else "") + (f" in {self.groups} groups" if self.groups > 1 else "")
+        return f"{self.taps}x{self.taps}{more} {self.ci}->{self.co}, {self.n}x{self.size[0]}x{self.size[1]}"
+
+
+# On a GPU, layers of real networks, which meet the tiles that the launchers choose there; in the interpreter tiny ones
+# of the same kinds, with ragged ends.
+LAYERS = {
+    "cuda": {
+        "stem": Layer(8, (224, 224), 3, 64, taps=7, stride=2),
+        "reduce": Layer(8, (56, 56), 256, 64),
+        "middle": Layer(8, (56, 56), 64, 64, taps=3),
+        "expand": Layer(16, (56, 56), 64, 256),
+        "wide": Layer(8, (56, 56), 128, 128, taps=3),
+        "groups": Layer(8, (56, 56), 128, 128, taps=3, groups=32),
+        "wide groups": Layer(8, (7, 7), 1024, 1024, taps=3, groups=32),
+        "strided": Layer(8, (56, 56), 128, 128, taps=3, stride=2),
+        "projection": Layer(8, (56, 56), 256, 512, stride=2),
+        "deep": Layer(8, (14, 14), 256, 1024),
+        "last": Layer(64, (7, 7), 512, 512, taps=3),
+    },
+    "cpu": {
+        "stem": Layer(1, (9, 8), 3, 20, taps=7, stride=2),
+        "reduce": Layer(2, (5, 3), 40, 12),
+        "middle": Layer(2, (4, 3), 16, 20, taps=3),
+        "expand": Layer(2, (5, 3), 12, 40),
+        "wide": Layer(2, (3, 4), 20, 24, taps=3),
+        "groups": Layer(1, (4, 3), 32, 32, taps=3, groups=8),
+        "wide groups": Layer(1, (3, 4), 80, 48, taps=3, groups=2),
+        "strided": Layer(2, (5, 4), 12, 16, taps=3, stride=2),
+        "projection": Layer(2, (5, 4), 20, 24, stride=2),
+        "deep": Layer(1, (3, 3), 20, 136),
+        "last": Layer(2, (2, 3), 40, 24, taps=3),
+    },
+}
+
+CONV_FORWARD = (
+    *(("stem", ""), ("middle", ""), ("wide", ""), ("groups", ""), ("wide groups", ""), ("strided", "")),
+    *(("expand", "residual"), ("deep", "residual"), ("last", "padded residual"), ("projection", "no ReLU")),
+)
+CONV_MOMENTS = (
+    *(("stem", ""), ("reduce", ""), ("projection", ""), ("middle", "prologue"), ("expand", "prologue")),
+    *(("groups", "prologue"), ("wide groups", "prologue"), ("strided", "prologue"), ("deep", "prologue")),
+    ("last", "prologue"),
+)
+CONV_DGRAD = (
+    *(("middle", "mask"), ("groups", "mask"), ("wide groups", "mask"), ("strided", "mask"), ("last", "mask")),
+    *(("middle", "shortcut"), ("middle", "prologue"), ("expand", "prologue, mask"), ("deep", "prologue, mask")),
+    ("deep", "frozen prologue"),
+    *(("reduce", "prologue, shortcut"), ("reduce", "prologue, strided shortcut"), ("projection", "prologue")),
+)
+CONV_WGRAD = (
+    *(("stem", "prologue"), ("reduce", "prologue"), ("projection", "prologue"), ("expand", "both prologues")),
+    *(("deep", "both prologues"), ("middle", "both prologues, dy kept"), ("groups", "both prologues, dy kept")),
+    *(("wide groups", "both prologues, dy kept"), ("strided", "both prologues, dy kept")),
+    *(("last", "both prologues, dy kept"), ("middle", "")),
+)
+NORM_LAYERS = ("expand", "deep")
+"""Those whose outputs the kernels of batch norm are checked on."""
+
+BLOCKS: dict[str, tuple[int, Callable[[int], nn.Module]]] = {
+    "basic": (1, lambda c: BasicBlock(c, c)),
+    "basic, projection": (1, lambda c: BasicBlock(c, 2 * c, 2, _projection(c, 2 * c, 2))),
+    "basic, padded shortcut": (1, lambda c: BasicBlock(c, 2 * c, 2, PaddedShortcut(c, 2 * c, 2))),
+    "bottleneck": (4, lambda c: Bottleneck(4 * c, c)),
+    "bottleneck, projection": (4, lambda c: Bottleneck(4 * c, 2 * c, 2, _projection(4 * c, 8 * c, 2))),
+}
+"""Blocks of width c, and the channels of their inputs in units of c."""
+
+BLOCK_SIZES = {"cuda": (8, (56, 56), 64), "cpu": (6, (7, 6), 6)}
+"""Images, their size and c."""
+
+
+def _projection(ci: int, co: int, stride: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(ci, co, 1, stride, bias=False), nn.BatchNorm2d(co))
+
+
+@dataclass
+class Trial:
+    """One thing to check: what the kernels make of drawn inputs, and what they should.
+
+    ``expected(dtype, ours)`` computes every result of ``ours()``, by name, in ``dtype``; it is given those, since sums
+    are taken of values as they were stored. ``sums``: see :func:`error_ratio`; some for the longest products.
+    """
+
+    ours: Callable[[], Results]
+    expected: Callable[[torch.dtype, Results], Results]
+    sums: int = 16
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row to come: ``prepare`` draws its inputs."""
+
+    kernel: str
+    name: str
+    number_format: str
+    prepare: Callable[[Draw], Trial]
+
+    def trial(self, device: torch.device) -> Trial:
+        """Its trial, on inputs of its own, so that no memory left over from another case holds the right results."""
+        seed = zlib.crc32(f"{self.kernel} {self.name} {self.number_format}".encode())
+        return self.prepare(Draw(device, FORMATS[self.number_format], self.number_format == "tf32", seed))
+
+
+class Draw:
+    """Random inputs on one device, in one dtype; the same for the same seed."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, tf32: bool, seed: int) -> None:
+        self.device, self.dtype, self.tf32 = device, dtype, tf32
+        self.generator = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
+
+    def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Normal values, four dimensions in channels_last."""
+        t = torch.randn(shape, device=self.device, generator=self.generator).to(dtype)
+        return t.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else t
+
+    def uniform(self, low: float, high: float, *shape: int) -> Tensor:
+        """Uniform values in fp32."""
+        return torch.rand(shape, device=self.device, generator=self.generator) * (high - low) + low
+
+    def signs(self, *shape: int) -> Tensor:
+        """1 and -1."""
+        return torch.where(self.normal(*shape) < 0, -1.0, 1.0)
+
+    def images(self, shape: Sequence[int]) -> Tensor:
+        """Activations or gradients."""
+        return self.normal(*shape, dtype=self.dtype)
+
+    def activations(self, shape: Sequence[int]) -> Tensor:
+        """What a convolution reads: never negative, and so of a mean other than zero."""
+        return torch.relu(self.images(shape))
+
+    def filter(self, layer: Layer) -> Tensor:
+        """A filter that keeps the variance."""
+        return (self.normal(*layer.filter) / math.sqrt(layer.ci / layer.groups * layer.taps**2)).to(self.dtype)
+
+    def stats(self, shape: Sequence[int]) -> Tensor:
+        """What batch norm does to the channels of a tensor of ``shape``, with shifts away from zero."""
+        n, c, h, w = shape
+        mean, rstd, gamma = self.normal(c), self.uniform(0.5, 1.5, c), self.signs(c) * self.uniform(0.5, 1.5, c)
+        shift = self.signs(c) * self.uniform(0.2, 1.0, c)
+        return torch.stack([mean, rstd, gamma * rstd, shift, torch.full_like(mean, 1 / (n * h * w))])
+
+    def normalised(self, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """A raw output and its stats, such that no input of the ReLU behind them lies within rounding of zero."""
+        y, stats = self.images(shape), self.stats(shape)
+        near = reference.batch_norm_apply(y.float(), stats, relu=False).abs() < 1e-3
+        return torch.where(near, 0.0, y).to(self.dtype), stats  # of a zero, the ReLU's input is the shift
+
+    def coefs(self, channels: int, frozen: bool = False) -> Tensor:
+        """The vectors of ``dy = A*g + B*y + C``; those of constant statistics are zero but for the first."""
+        coefs = self.normal(3, channels) * torch.tensor([[1.0], [1.0], [0.05]], device=self.device)
+        if frozen:
+            coefs[1:] = 0
+        return coefs
+
+
+def _wide(t: torch.dtype) -> torch.dtype:
+    """The dtype in which PyTorch computes batch norm of tensors in ``t``, to round once."""
+    return torch.promote_types(t, torch.float32)
+
+
+def _activated(y: Tensor, stats: Tensor | None, t: torch.dtype) -> Tensor:
+    if stats is None:
+        return y.to(t)
+    return reference.scale_shift_relu(y.to(_wide(t)), *stats[2:4].to(_wide(t))).to(t)
+
+
+def _gradient(g: Tensor, y: Tensor, coefs: Tensor | None, t: torch.dtype) -> Tensor:
+    if coefs is None:
+        return g.to(t)
+    wide = _wide(t)
+    return reference.batch_norm_gradient(g.to(wide), y.to(wide), coefs.to(wide)).to(t)
+
+
+def _named(names: str, rows: Iterable[Tensor]) -> Results:
+    return dict(zip(names.split(), rows, strict=True))
+
+
+def _moments(y: Tensor, t: torch.dtype) -> Results:
+    """Mean and sum of squared deviations per channel."""
+    values = y.to(_wide(t)).transpose(0, 1).flatten(1)
+    mean = values.mean(1)
+    return {"mean": mean, "squared deviations": (values - mean[:, None]).square().sum(1)}
+
+
+def _masked_sums(g: Tensor, y: Tensor, stats: Tensor, t: torch.dtype) -> Results:
+    return _named("sum_g sum_gy", reference.batch_norm_sums(*(v.to(_wide(t)) for v in (g, y, stats))))
+
+
+def _check_conv_forward(layer: Layer, variant: str, draw: Draw) -> Trial:
+    """Inference: convolution, batch norm, residual and ReLU in one launch."""
+    x, w = draw.activations(layer.input), draw.filter(layer)
+    mean, var = draw.normal(layer.co), draw.uniform(0.5, 1.5, layer.co)
+    norm = Norm(mean, var, draw.normal(layer.co), draw.normal(layer.co), 1e-5)
+    n, co, p, q = layer.output
+    relu, step, before, residual = variant != "no ReLU", 1, 0, None
+    if variant == "residual":
+        residual = draw.images(layer.output)
+    elif variant == "padded residual":
+        step, before = 2, co // 4
+        residual = draw.images((n, co // 2, 2 * p, 2 * q - 1))
+
+    def ours() -> Results:
+        more = {"residual": residual, "residual_step": step, "residual_before": before, "relu": relu}
+        return {"y": conv_forward(x, w, norm=norm, tf32=draw.tf32, **more, **layer.geometry)}
+
+    def expected(t: torch.dtype, _: Results) -> Results:
+        y = F.conv2d(x.to(t), w.to(t), **layer.geometry)
+        mean, var, gamma, beta = (v.to(_wide(t)) for v in norm[:4] if v is not None)
+        z = F.batch_norm(y.to(_wide(t)), mean, var, gamma, beta, eps=norm.eps).to(t)
+        if residual is not None:
+            z = z + reference.PaddedIdentity(residual.to(t), step, before).materialize(co)
+        return {"y": torch.relu(z) if relu else z}
+
+    return Trial(ours, expected)
+
+
+def _check_conv_moments(layer: Layer, variant: str, draw: Draw) -> Trial:
+    """Training, forward: the raw output and the moments of its channels."""
+    x, stats = draw.normalised(layer.input) if variant else (draw.activations(layer.input), None)
+    w = draw.filter(layer)
+
+    def ours() -> Results:
+        prologue = None if stats is None else (stats[2], stats[3])
+        y, moments = conv_forward_moments(x, w, prologue=prologue, tf32=draw.tf32, **layer.geometry)
+        return {"y": y, **dict(zip(("mean", "squared deviations"), merge_moments(moments), strict=True))}
+
+    def expected(t: torch.dtype, ours: Results) -> Results:
+        return {"y": F.conv2d(_activated(x, stats, t), w.to(t), **layer.geometry), **_moments(ours["y"], t)}
+
+    return Trial(ours, expected)
+
+
+def _check_conv_dgrad(layer: Layer, variant: str, draw: Draw) -> Trial:
+    """Training, backward: the gradient of the input, with what stands before and behind the convolution."""
+    g, y, w = draw.images(layer.output), draw.images(layer.output), draw.filter(layer)
+    frozen = "frozen" in variant
+    coefs = draw.coefs(layer.co, frozen) if "prologue" in variant else None
+    mask = draw.normalised(layer.input) if "mask" in variant else None
+    step, shortcut = 2 if "strided" in variant else 1, None
+    if "shortcut" in variant:
+        shortcut = draw.images((layer.n, layer.ci, *(-(-size // step) for size in layer.size)))
+
+    def ours() -> Results:
+        more = {"shortcut": shortcut, "shortcut_step": step, "mask": mask, "tf32": draw.tf32, **layer.geometry}
+        raw = None if coefs is None or frozen else y
+        dx, sums = conv_dgrad(g, w, layer.size, y=raw, coefs=coefs, **more)
+        return {"dx": dx} if sums is None else {"dx": dx, **_named("sum_g sum_gy", merge_sums(sums))}
+
+    def expected(t: torch.dtype, ours: Results) -> Results:
+        dy = _gradient(g, y, coefs, t)
+        addend = None if shortcut is None else shortcut.to(t)
+        dx = reference.conv_dgrad(dy, w.to(t), layer.size, addend, step, **layer.geometry)
+        if mask is None:
+            return {"dx": dx}
+        y_in, stats = mask
+        passed = reference.batch_norm_apply(y_in.double(), stats.double(), relu=False) > 0
+        return {"dx": torch.where(passed, dx, 0.0), **_masked_sums(ours["dx"], y_in, stats, t)}
+
+    return Trial(ours, expected)
+
+
+def _check_conv_wgrad(layer: Layer, variant: str, draw: Draw) -> Trial:
+    """Training, backward: the gradient of the filter, computing dy and the input on the way."""
+    g, y = draw.images(layer.output), draw.images(layer.output)
+    coefs = draw.coefs(layer.co) if variant else None
+    x, stats = draw.normalised(layer.input) if "both" in variant else (draw.activations(layer.input), None)
+    keeps = "kept" in variant
+
+    def ours() -> Results:
+        kept = torch.empty_like(g) if keeps else None
+        more = {"y": None if coefs is None else y, "coefs": coefs, "x_stats": stats, "dy_out": kept}
+        dw = conv_wgrad(g, x, layer.filter[2:], tf32=draw.tf32, **more, **layer.geometry)
+        return {"dw": dw} if kept is None else {"dw": dw, "dy": kept}
+
+    def expected(t: torch.dtype, _: Results) -> Results:
+        dy = _gradient(g, y, coefs, t)
+        dw = reference.conv_wgrad(dy, _activated(x, stats, t), layer.filter, **layer.geometry)
+        return {"dw": dw, "dy": dy} if keeps else {"dw": dw}
+
+    return Trial(ours, expected)
+
+
+def _check_stats(layer: Layer, _: str, draw: Draw) -> Trial:
+    """The statistics of a batch and what they do to batch norm's buffers."""
+    y = (draw.normal(*layer.output) + draw.normal(layer.co)[:, None, None]).to(draw.dtype)
+    gamma, beta, mean, var = (draw.normal(layer.co) for _ in range(4))
+    names = "mean rstd scale shift 1/count"
+
+    def ours() -> Results:
+        running_mean, running_var = mean.clone(), var.abs()
+        batches = torch.zeros((), dtype=torch.int64, device=y.device)
+        running = {"running_mean": running_mean, "running_var": running_var, "batches": batches, "momentum": 0.1}
+        moments = channel_moments(y)
+        stats = batch_norm_stats(moments, gamma, beta, 1e-5, **running)
+        merged = dict(zip(("mean", "squared deviations"), merge_moments(moments), strict=True))
+        buffers = {"running mean": running_mean, "running variance": running_var, "batches": batches.float()}
+        return _named(names, stats) | merged | buffers
+
+    def expected(t: torch.dtype, _: Results) -> Results:
+        wide = _wide(t)
+        running_mean, running_var = mean.to(wide), var.to(wide).abs()
+        F.batch_norm(y.to(wide), running_mean, running_var, training=True, momentum=0.1)
+        moments, count = _moments(y, t), y.numel() // layer.co
+        variance = moments["squared deviations"] / count
+        parameters = (gamma.to(wide), beta.to(wide), 1e-5, 1 / count)
+        stats = reference.batch_norm_stats(moments["mean"], variance, *parameters)
+        batches = torch.ones((), dtype=wide, device=y.device)
+        buffers = {"running mean": running_mean, "running variance": running_var, "batches": batches}
+        return _named(names, stats) | moments | buffers
+
+    return Trial(ours, expected)
+
+
+def _check_apply(layer: Layer, variant: str, draw: Draw) -> Trial:
+    """Normalisation, residual and ReLU in one pass."""
+    y, stats = draw.images(layer.output), draw.stats(layer.output)
+    n, c, p, q = layer.output
+    step, before, residual = 1, 0, None
+    residual_stats = draw.stats(layer.output) if variant == "normalised residual" else None
+    if "padded" in variant:
+        step, before, residual = 2, c // 4, draw.images((n, c // 2, 2 * p, 2 * q - 1))
+    elif variant:
+        residual = draw.images(layer.output)
+
+    def ours() -> Results:
+        more = {"residual_stats": residual_stats, "residual_step": step, "residual_before": before}
+        return {"z": batch_norm_apply(y, stats, residual=residual, **more)}
+
+    def expected(t: torch.dtype, _: Results) -> Results:
+        wide = _wide(t)
+        shortcut = None if residual is None else residual.to(wide)
+        if "padded" in variant and shortcut is not None:
+            shortcut = reference.PaddedIdentity(shortcut, step, before).materialize(c)
+        added = None if residual_stats is None else residual_stats.to(wide)
+        return {"z": reference.batch_norm_apply(y.to(wide), stats.to(wide), shortcut, added).to(t)}
+
+    return Trial(ours, expected, sums=0)
+
+
+def _check_reduce(layer: Layer, variant: str, draw: Draw) -> Trial:
+    """The gradient in front of a ReLU, and its sums."""
+    dz = draw.images(layer.output)
+    (y, stats), (y2, stats2) = (draw.normalised(layer.output) for _ in range(2))
+    z = torch.relu(draw.images(layer.output)) if variant != "mask recomputed" else None
+    second = (y2, stats2) if variant == "two norms" else None
+
+    def ours() -> Results:
+        g, sums = batch_norm_reduce(dz, y, stats, z=z, mask=z is None, second=second)
+        return {"g": g, **_named("sum_g sum_gy" + " sum_gy2" * (second is not None), merge_sums(sums))}
+
+    def expected(t: torch.dtype, ours: Results) -> Results:
+        behind = reference.batch_norm_apply(y.double(), stats.double(), relu=False) if z is None else z
+        results = {"g": torch.where(behind > 0, dz.to(t), 0.0), **_masked_sums(ours["g"], y, stats, t)}
+        if second is not None:
+            results["sum_gy2"] = _masked_sums(ours["g"], y2, stats2, t)["sum_gy"]
+        return results
+
+    return Trial(ours, expected)
+
+
+def _check_coefs(layer: Layer, _: str, draw: Draw) -> Trial:
+    """The vectors of ``dy`` and the gradients of gamma and beta."""
+    tiles, channels = 300, layer.co
+    sum_g, sum_gy, stats = draw.normal(tiles, channels), draw.normal(tiles, channels), draw.stats(layer.output)
+
+    def ours() -> Results:
+        coefs, dgamma, dbeta = batch_norm_coefs(sum_g, sum_gy, stats)
+        return {**_named("A B C", coefs), "dgamma": dgamma, "dbeta": dbeta}
+
+    def expected(t: torch.dtype, _: Results) -> Results:
+        wide = _wide(t)
+        sums = torch.stack([sum_g.to(wide).sum(0), sum_gy.to(wide).sum(0)])
+        coefs = reference.batch_norm_coefs(sums, stats.to(wide))
+        return {**_named("A B C", coefs), "dgamma": stats[1].to(wide) * sums[1], "dbeta": sums[0]}
+
+    return Trial(ours, expected)
+
+
+def _check_backward(layer: Layer, variant: str, draw: Draw) -> Trial:
+    """The gradients of one or two convolutions' outputs from one g."""
+    g, y, y2 = (draw.images(layer.output) for _ in range(3))
+    coefs, coefs2 = draw.coefs(layer.co), draw.coefs(layer.co)
+
+    def ours() -> Results:
+        if not variant:
+            return {"dy": batch_norm_backward(g, y, coefs)}
+        return _named("dy dy2", batch_norm_backward(g, y, coefs, second=(y2, coefs2)))
+
+    def expected(t: torch.dtype, _: Results) -> Results:
+        results = {"dy": _gradient(g, y, coefs, t)}
+        return results | {"dy2": _gradient(g, y2, coefs2, t)} if variant else results
+
+    return Trial(ours, expected, sums=0)
+
+
+def _check_block(kind: str, road: str, training: bool, size: tuple[Any, ...], draw: Draw) -> Trial:
+    """A whole block on one road: its output, and in training every gradient and buffer that it leaves."""
+    n, image, width = size
+    factor, build = BLOCKS[kind]
+    with torch.device(draw.device):
+        block = build(width).train(training)
+    _part(block, draw)
+    block.to(draw.dtype).to(memory_format=torch.channels_last)
+    shape = (n, factor * width, *image)
+    x = (draw.signs(*shape) * (4 + 0.1 * draw.normal(*shape))).to(draw.dtype)
+    with torch.no_grad(), plan.implementation("eager"):
+        dz = draw.images(copy.deepcopy(block).to("meta")(x.to("meta")).shape)
+
+    def step(t: torch.dtype, road: str) -> Results:
+        with plan.implementation(road):
+            if not training:
+                with torch.no_grad():
+                    return {"z": copy.deepcopy(block).to(t)(x.to(t))}
+            return _training_step(copy.deepcopy(block).to(t), x.to(t), dz.to(t))
+
+    # The batch norm behind each of a chain's sums makes them cancel.
+    return Trial(lambda: step(draw.dtype, road), lambda t, _: step(t, "eager"), sums=64)
+
+
+def _part(block: nn.Module, draw: Draw) -> None:
+    """Parameters with which no input of a ReLU comes near zero, where one rounding would decide about a gradient.
+
+    For an input of magnitude 4 and random signs. Each channel of the first convolution follows the signs of one channel
+    of the input: normalised, it is near 1 or -1. Each channel of a later one follows two that are zero or near one,
+    with weights of 1 and 3: it has four levels, none near their mean. All other weights add little. The addition keeps
+    the sign of the larger summand: of the identity, or of a projection, scaled to be that.
+    """
+    with torch.no_grad():
+        for name, module in block.named_modules():
+            if isinstance(module, nn.Conv2d):
+                co, ci, center = module.out_channels, module.in_channels, module.kernel_size[0] // 2
+                module.weight.copy_(draw.normal(*module.weight.shape) * (0.03 / math.sqrt(module.weight[0].numel())))
+                to = torch.arange(co)
+                module.weight[to, to % ci, center, center] += 1
+                if name in ("conv2", "conv3"):
+                    module.weight[to, (to + 1) % ci, center, center] += 3
+            elif isinstance(module, nn.BatchNorm2d):
+                c, scale = module.num_features, 8 if name.startswith("downsample") else 1
+                module.weight.copy_(draw.signs(c) * draw.uniform(0.9, 1.0, c) * scale)
+                module.bias.copy_(draw.uniform(-0.05, 0.05, c))
+                module.running_mean.copy_(draw.normal(c) * 0.1)  # type: ignore[union-attr, operator]
+                module.running_var.copy_(draw.uniform(0.5, 1.5, c))  # type: ignore[union-attr, operator]
+
+
+def _training_step(block: nn.Module, x: Tensor, dz: Tensor) -> Results:
+    x = x.clone().requires_grad_()
+    z = block(x)
+    z.backward(dz)
+    gradients = {f"{name}.grad": p.grad for name, p in block.named_parameters()}
+    buffers = {name: b for name, b in block.named_buffers() if b.is_floating_point()}
+    return {"z": z.detach(), "x.grad": x.grad, **gradients, **buffers}  # type: ignore[dict-item]
+
+
+def cases(device_type: str) -> list[Case]:
+    """Everything that is checked on ``"cuda"`` or ``"cpu"``, in the order of the report."""
+    layers = LAYERS[device_type]
+    norms = [(name, "") for name in NORM_LAYERS]
+    residuals = ("", "residual", "normalised residual", "padded residual")
+    families: list[tuple[str, Callable[..., Trial], Iterable[tuple[str, str]], bool]] = [
+        ("conv_forward", _check_conv_forward, CONV_FORWARD, True),
+        ("conv_forward_moments", _check_conv_moments, CONV_MOMENTS, True),
+        ("conv_dgrad", _check_conv_dgrad, CONV_DGRAD, True),
+        ("conv_wgrad", _check_conv_wgrad, CONV_WGRAD, True),
+        ("batch_norm_stats", _check_stats, norms, False),
+        ("batch_norm_apply", _check_apply, [("expand", r) for r in residuals], False),
+        ("batch_norm_reduce", _check_reduce, [("expand", v) for v in ("", "mask recomputed", "two norms")], False),
+        ("batch_norm_coefs", _check_coefs, norms, False),
+        ("batch_norm_backward", _check_backward, [("expand", ""), ("deep", "two norms")], False),
+    ]
+    found = []
+    for kernel, check, variants, multiplies in families:
+        for layer, variant in variants:
+            name = f"{layers[layer]}; {variant}" if variant else str(layers[layer])
+            prepare = partial(check, layers[layer], variant)
+            found += [Case(kernel, name, f, prepare) for f in FORMATS if multiplies or f != "tf32"]
+    for kind in BLOCKS:
+        for road, training in product(("triton", "mixed"), (False, True)):
+            name = f"{kind}; {'training' if training else 'inference'}"
+            prepare = partial(_check_block, kind, road, training, BLOCK_SIZES[device_type])
+            found += [Case(f"block ({road})", name, f, prepare) for f in FORMATS]
+    return found
