@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fused import models, roofline, tuned
-from resnet_fused.commands import DTYPES, MODELS, pick_arch
+from resnet_fused.commands import add_network_arguments, pick_arch
 from resnet_fused.convert import Found, find
 from resnet_fused.kernels.launch import dry_run
 from resnet_fused.modules import FusedBlock
@@ -171,13 +171,9 @@ def _observe(model: nn.Module, x: Tensor, rows: dict[nn.Module, Row], training: 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``python -m resnet_fused explain``."""
+    add_network_arguments(parser)
     add = parser.add_argument
-    add("--model", default="resnet50", choices=MODELS, metavar="NAME", help=f"one of {', '.join(MODELS)}")
     add("--arch", metavar="ARCH", help="sm_80, sm_90 ... (default: that of the GPU here)")
-    add("--batch", type=int, default=32, metavar="N", help="images (default: 32)")
-    add("--size", type=int, default=224, metavar="PIXELS", help="side of the network's input (default: 224)")
-    add("--dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16")
-    add("--train", action="store_true", help="plan the forward of a training step, not inference")
     add("--implementation", choices=IMPLEMENTATIONS, default="auto", help="default: auto")
     add("--json", action="store_true", help="print JSON")
 

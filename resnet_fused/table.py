@@ -17,7 +17,7 @@ def render(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]])
         return _plain(title, columns, cells, numeric)
     table = Table(title=title, title_justify="left")
     for name, right in zip(columns, numeric, strict=True):
-        table.add_column(name, justify="right" if right else "left")
+        table.add_column(name, justify="right" if right else "left", overflow="fold")
     for row in cells:
         table.add_row(*row)
     console = Console(record=True, file=io.StringIO(), width=160)

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
-import subprocess
 import sys
-import tempfile
 from itertools import product
-from pathlib import Path
 
 import torch
-import triton
 
 import resnet_fused
 from resnet_fused.kernels.launch import Call, dry_run, observe
+from resnet_fused.machine_code import resources
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "tf32": torch.float32, "float32": torch.float32}
 TRAINED = ["resnet18", "resnet50", "resnext50_32x4d"]
 INSTRUCTIONS = ("mma.sync", "wgmma", "tcgen05.mma")
@@ -40,17 +35,12 @@ def launches(arch: int, number_format: str, models: list[str], batches: tuple[in
 
 def describe(call: Call, arch: int, number_format: str) -> dict:
     compiled = call.compile(arch)
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True)
-    resources = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout)
-    assert resources is not None
+    registers, spilled = resources(compiled)
     return {
         "kernel": call.kernel.__name__,
         "number_format": number_format,
-        "registers": int(resources[1]),
-        "spilled_bytes": int(resources[2]),
+        "registers": registers,
+        "spilled_bytes": spilled,
         "shared": compiled.metadata.shared,
         "ptx_instructions": [name for name in INSTRUCTIONS if name in compiled.asm["ptx"]],
         "arguments": {name: value for name, value in call.arguments.items() if isinstance(value, int | str)},

@@ -1,0 +1,134 @@
+"""The command `cost`: compiled facts of planned kernels beside Inductor's, with what is a model named so."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from resnet_fused import inductor_template, roofline
+from resnet_fused.__main__ import main
+from resnet_fused.inductor_template import Unavailable, fill_in
+from resnet_fused.problem import Problem, Tiles
+from resnet_fused.trial import Candidate, rehearse
+
+ROOT = Path(__file__).parents[1]
+LAYER = Problem(
+    *(8, 28, 28, 64, 128, 3, 3, (1, 1), (1, 1), (1, 1), 1, torch.bfloat16, False, "inference", False, False, 90)
+)
+
+
+def cost(*arguments: str) -> subprocess.CompletedProcess:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "resnet_fused", "cost", "--model", "resnet18", "--size", "64", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def reports() -> list[dict]:
+    done = cost("--arch", "sm_90", "--implementation", "triton", "--json")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def test_every_unit_is_compiled(reports):
+    (report,) = reports
+    assert (report["arch"], report["gpu"]) == (90, "H100")
+    assert len(report["units"]) == 15
+    for unit in report["units"]:
+        assert (unit["implementation"], unit["launches"]) == ("fused", 1)
+        ours, template = unit["kernels"]
+        assert ours["name"] == "conv_forward"
+        assert ours["code"]["spilled"] == 0
+        assert 16 < ours["code"]["registers"] <= 255
+        assert 0 < ours["occupancy"]["percent"] <= 100
+        assert ours["bytes"] == unit["bytes"]
+        assert template["name"] == "Inductor's template"
+        assert template["code"]["registers"] > 16
+
+
+def test_bytes_of_a_fused_unit_are_the_compulsory_ones_and_batch_norms_vectors(reports):
+    for unit in reports[0]["units"]:
+        channels = int(unit["layer"].split("->")[1].split()[0])
+        assert unit["bytes"] == unit["compulsory_bytes"] + 4 * 4 * channels
+
+
+def test_times_are_the_plans(reports):
+    unit = next(unit for unit in reports[0]["units"] if unit["layer"] == "3x3 64->64 of 32x16x16")
+    problem = replace(LAYER, n=32, h=16, w=16, co=64)
+    (launch,) = roofline.predict(problem, "fused", Tiles())
+    assert unit["predicted"] == [vars(launch)]
+
+
+def test_the_text_names_what_is_a_model():
+    done = cost("--arch", "sm_80", "--batch", "2", "--implementation", "mixed")
+    assert done.returncode == 0, done.stderr[-3000:]
+    for words in (
+        "us (MODEL)",
+        "bound (MODEL)",
+        "registers",
+        "spilled",
+        "issue slots",
+        "batch_norm_apply",
+        "for sm_80 (A100)",
+    ):
+        assert words in " ".join(done.stdout.split())
+    assert "predicted" not in done.stdout
+
+
+def test_without_the_interpreter(monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert main(["cost"]) == 2
+    assert "TRITON_INTERPRET is set: unset it" in capsys.readouterr().err
+
+
+def test_an_unknown_architecture(monkeypatch, capsys):
+    monkeypatch.setattr("resnet_fused.cost.interpreting", lambda: False)
+    assert main(["cost", "--arch", "sm_70"]) == 2
+    assert "--arch sm_70: must be one of sm_80" in capsys.readouterr().err
+
+
+def test_compulsory_bytes():
+    m, e = 8 * 28 * 28, 2
+    x, y, w = m * 64 * e, m * 128 * e, 9 * 64 * 128 * e
+    assert roofline.compulsory(LAYER) == x + y + w
+    assert roofline.compulsory(replace(LAYER, residual=True)) == x + 2 * y + w
+    assert roofline.compulsory(replace(LAYER, direction="training")) == (x + y + w) + 2 * y + x + x + 2 * w
+
+
+@pytest.mark.parametrize("direction", ["inference", "training"])
+@pytest.mark.parametrize("way", ["fused", "mixed", "eager"])
+def test_a_rehearsal_runs_nothing_and_moves_at_least_what_it_must(way, direction):
+    problem = replace(LAYER, direction=direction)
+    calls, launches = rehearse(problem, Candidate(way))
+    moved = sum(launch.bytes_read + launch.bytes_written for launch in launches)
+    assert moved >= roofline.compulsory(problem)
+    assert bool(calls) == (way != "eager")
+    assert len(launches) >= len(calls)
+
+
+class TestTemplate:
+    def test_has_inductors_tiles_nearest_to_ours(self):
+        templates = fill_in(LAYER, 64, 64)
+        assert 1 <= len(templates) <= inductor_template.CONFIGURATIONS
+        assert templates[0].tile[0] * templates[0].tile[1] == 64 * 64
+        for template in templates:
+            m, _, k = template.tile
+            assert k <= 64
+            assert f"BLOCK_M: tl.constexpr = {m}" in template.source
+            assert "KERNEL_H: tl.constexpr = 3" in template.source
+
+    def test_dilation_is_not_offered(self):
+        with pytest.raises(Unavailable, match="takes no dilation"):
+            fill_in(replace(LAYER, dilation=(2, 2)), 64, 64)
+
+    def test_a_torch_without_it_is_told(self, monkeypatch):
+        monkeypatch.setattr("torch._inductor.kernel.conv.conv2d_template", None)
+        with pytest.raises(Unavailable, match=r"can not be filled in: AttributeError"):
+            fill_in(LAYER, 64, 64)
