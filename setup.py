@@ -1,8 +1,7 @@
-"""Package layout: the folder ``kernels/`` is installed as ``resnet_fused.kernels``."""
+"""Package layout: ``kernels/`` and ``benchmarks/`` are installed inside the package ``resnet_fused``."""
 
 from setuptools import setup
 
-setup(
-    packages=["resnet_fused", "resnet_fused.kernels"],
-    package_dir={"resnet_fused": "resnet_fused", "resnet_fused.kernels": "kernels"},
-)
+INSIDE = {"resnet_fused.kernels": "kernels", "resnet_fused.benchmarks": "benchmarks"}
+
+setup(packages=["resnet_fused", *INSIDE], package_dir={"resnet_fused": "resnet_fused", **INSIDE})

@@ -1,15 +1,18 @@
-"""Every distinct convolution of the ResNets for ImageNet and for 32x32 images: one table for every benchmark."""
+"""Every distinct layer and block of the ResNets for ImageNet and for 32x32 images: one table for every benchmark."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import resnet_fused
+from resnet_fused.modules import BasicBlock, Bottleneck, PaddedShortcut
 
 MODELS = {
     "resnet18": 224,
@@ -42,6 +45,14 @@ class Layer:
     groups: int
 
     @property
+    def name(self) -> str:
+        """Filter, stride, channels, groups and the size of the input."""
+        step = f"/{self.stride}" if self.stride > 1 else ""
+        groups = f" in {self.groups} groups" if self.groups > 1 else ""
+        channels = f"{self.in_channels}-{self.out_channels}"
+        return f"{self.kernel}x{self.kernel}{step} {channels}{groups} at {self.height}x{self.width}"
+
+    @property
     def output(self) -> tuple[int, int]:
         """Height and width of the output."""
         p, q = ((size + 2 * self.padding - self.kernel) // self.stride + 1 for size in (self.height, self.width))
@@ -53,27 +64,142 @@ class Layer:
         p, q = self.output
         return 2 * p * q * self.out_channels * self.kernel**2 * self.in_channels // self.groups
 
+    @property
+    def image(self) -> tuple[int, int, int]:
+        """Channels, height and width of the input."""
+        return self.in_channels, self.height, self.width
+
+    def build(self) -> nn.Sequential:
+        """The layer as a unit: convolution, batch norm and ReLU."""
+        geometry = self.kernel, self.stride, self.padding, 1, self.groups
+        conv = nn.Conv2d(self.in_channels, self.out_channels, *geometry, bias=False)
+        return nn.Sequential(conv, nn.BatchNorm2d(self.out_channels), nn.ReLU(inplace=True))
+
+
+@dataclass(frozen=True)
+class Block:
+    """One residual block by the arguments of its constructor, for one image of ``height`` x ``width`` pixels.
+
+    ``kind``: "basic" or "bottleneck". ``shortcut``: "identity", "projection" or "padded".
+    """
+
+    kind: str
+    in_channels: int
+    planes: int
+    height: int
+    width: int
+    stride: int
+    groups: int
+    base_width: int
+    shortcut: str
+
+    @property
+    def name(self) -> str:
+        """Kind, stride, channels, groups, shortcut and the size of the input."""
+        step = f"/{self.stride}" if self.stride > 1 else ""
+        groups = f" in {self.groups} groups" if self.groups > 1 else ""
+        wide = f" of width {self.base_width}" if self.base_width != 64 else ""
+        channels = f"{self.in_channels}-{self.planes * self._type.expansion}"
+        return f"{self.kind}{step} {channels}{groups}{wide}, {self.shortcut}, at {self.height}x{self.width}"
+
+    @property
+    def image(self) -> tuple[int, int, int]:
+        """Channels, height and width of the input."""
+        return self.in_channels, self.height, self.width
+
+    def build(self) -> BasicBlock | Bottleneck:
+        """The block, freshly initialised."""
+        out = self.planes * self._type.expansion
+        shortcut: nn.Module | None = None
+        if self.shortcut == "padded":
+            shortcut = PaddedShortcut(self.in_channels, out, self.stride)
+        elif self.shortcut == "projection":
+            conv = nn.Conv2d(self.in_channels, out, 1, self.stride, bias=False)
+            shortcut = nn.Sequential(conv, nn.BatchNorm2d(out))
+        return self._type(self.in_channels, self.planes, self.stride, shortcut, self.groups, self.base_width)
+
+    @property
+    def _type(self) -> type[BasicBlock] | type[Bottleneck]:
+        return Bottleneck if self.kind == "bottleneck" else BasicBlock
+
+
+@dataclass(frozen=True)
+class Network:
+    """A whole model, ``name`` being a key of :data:`MODELS`."""
+
+    name: str
+
+    @property
+    def image(self) -> tuple[int, int, int]:
+        """Channels, height and width of the input."""
+        return 3, MODELS[self.name], MODELS[self.name]
+
+    def build(self) -> nn.Module:
+        """torchvision's model where torchvision has one and is installed, else ours; with random weights."""
+        try:
+            import torchvision.models as library
+        except ImportError:
+            library = resnet_fused
+        model: nn.Module = getattr(library, self.name, None) or getattr(resnet_fused, self.name)
+        return model()
+
+
+Case = Layer | Block | Network
+"""What is benchmarked: each has a ``name``, the shape of its input ``image`` and a way to ``build()`` it."""
+
 
 @cache
 def layers(model: str) -> dict[Layer, int]:
     """The distinct layers of ``model`` (a key of :data:`MODELS`) in order, with how often each occurs."""
     found: Counter[Layer] = Counter()
 
-    def record(conv: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+    def record(conv: nn.Module, x: Tensor) -> None:
         assert isinstance(conv, nn.Conv2d) and isinstance(conv.padding, tuple)
-        channels, height, width = args[0].shape[1:]
+        _, channels, height, width = x.shape
         geometry = conv.kernel_size[0], conv.stride[0], conv.padding[0], conv.groups
         found[Layer(channels, conv.out_channels, height, width, *geometry)] += 1
 
+    _visit(model, (nn.Conv2d,), record)
+    return dict(found)
+
+
+@cache
+def blocks(model: str) -> dict[Block, int]:
+    """The distinct residual blocks of ``model`` in order, with how often each occurs."""
+    found: Counter[Block] = Counter()
+
+    def record(block: nn.Module, x: Tensor) -> None:
+        assert isinstance(block, BasicBlock | Bottleneck)
+        _, channels, height, width = x.shape
+        inner = cast(nn.Conv2d, block.conv2)
+        planes = cast(nn.Conv2d, block.get_submodule(f"conv{block.depth}")).out_channels // block.expansion
+        bottleneck = isinstance(block, Bottleneck)
+        base_width = inner.out_channels // inner.groups * 64 // planes if bottleneck else 64
+        shortcut = "projection"
+        if block.downsample is None or isinstance(block.downsample, PaddedShortcut):
+            shortcut = "identity" if block.downsample is None else "padded"
+        kind = "bottleneck" if bottleneck else "basic"
+        found[Block(kind, channels, planes, height, width, block.stride, inner.groups, base_width, shortcut)] += 1
+
+    _visit(model, (BasicBlock, Bottleneck), record)
+    return dict(found)
+
+
+def _visit(model: str, kinds: tuple[type[nn.Module], ...], record: Callable[[nn.Module, Tensor], None]) -> None:
+    """Call ``record`` with every module of ``kinds`` and its input, in the order in which ``model`` runs them."""
     with torch.device("meta"), resnet_fused.implementation("eager"), torch.no_grad():
         network = getattr(resnet_fused, model)().eval()
         for module in network.modules():
-            if isinstance(module, nn.Conv2d):
-                module.register_forward_pre_hook(record)
+            if isinstance(module, kinds):
+                module.register_forward_pre_hook(lambda module, args: record(module, args[0]))
         network(torch.empty(1, 3, MODELS[model], MODELS[model]))
-    return dict(found)
 
 
 def distinct() -> list[Layer]:
     """The distinct layers of all :data:`MODELS`."""
     return list(dict.fromkeys(layer for model in MODELS for layer in layers(model)))
+
+
+def distinct_blocks() -> list[Block]:
+    """The distinct residual blocks of all :data:`MODELS`."""
+    return list(dict.fromkeys(block for model in MODELS for block in blocks(model)))

@@ -12,10 +12,14 @@ from resnet_fused import __version__
 from resnet_fused.commands import NeedsInterpreter, UserError
 
 COMMANDS = {
-    "demo": "classify photographs with a ResNet, eager and fused",
-    "explain": "show how each unit of a ResNet would run on a GPU, and why",
+    "demo": ("demo", "classify photographs with a ResNet, eager and fused"),
+    "check": ("check", "compare every kernel with eager PyTorch on this machine"),
+    "tune": ("tune", "measure which way each unit of a ResNet is fastest on this GPU, and keep it"),
+    "bench": ("benchmarks.run", "time ResNets and their layers against every other way to run them"),
+    "explain": ("explain", "show how each unit of a ResNet would run on a GPU, and why"),
+    "cost": ("cost", "compile the planned kernels for any GPU and show what they cost"),
 }
-"""Each is the module of its name, with ``add_arguments(parser)`` and ``main(options) -> exit code``."""
+"""Each names a module, with ``add_arguments(parser)`` and ``main(options) -> exit code``, and says what it does."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,12 +28,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="resnet_fused", description="Fused residual blocks for PyTorch.")
     parser.add_argument("--version", action="version", version=f"resnet_fused {__version__}")
     subparsers = parser.add_subparsers(metavar="command", dest="command", required=True)
-    for name, summary in COMMANDS.items():
+    for name, (module, summary) in COMMANDS.items():
         command = subparsers.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
-        importlib.import_module(f"resnet_fused.{name}").add_arguments(command)
+        importlib.import_module(f"resnet_fused.{module}").add_arguments(command)
     options = parser.parse_args(arguments)
     try:
-        return int(importlib.import_module(f"resnet_fused.{options.command}").main(options))
+        return int(importlib.import_module(f"resnet_fused.{COMMANDS[options.command][0]}").main(options))
     except NeedsInterpreter:
         _restart_with_interpreter(arguments)
     except UserError as error:
