@@ -72,7 +72,7 @@ def count(peer: Peer, setting: Setting) -> Work | None:
     """
     if not peer.counted or setting.phase == STEP:
         return None
-    cpu = torch.device("cpu")
+    cpu, gpu = torch.device("cpu"), counted_gpu(setting.device)
     model, image = operands(replace(setting, batch=1), cpu)
     model.to(setting.dtype)
     saved: dict[int, Tensor] = {}  # with the tensors, lest a storage that is freed give its address to the next
@@ -87,7 +87,7 @@ def count(peer: Peer, setting: Setting) -> Work | None:
         fake,
         implementation(peer.implementation),
         torch.set_grad_enabled(setting.training),
-        dry_run(counted_gpu(setting.device).arch),
+        dry_run(gpu.arch, torch.cuda.get_device_name(setting.device) if setting.device.type == "cuda" else ""),
     ):
         x = image.detach().new_empty(setting.batch, *setting.case.image).contiguous(memory_format=torch.channels_last)
         x.requires_grad_(image.requires_grad)

@@ -67,7 +67,7 @@ class Call:
         """Launch, unless there is nothing to compute, and tell the observers."""
         if 0 in self.grid:
             return
-        if _dry_arch is None:
+        if _dry_target is None:
             # The interpreter moves data by PyTorch's operators, which are none that a caller may count or transform.
             with _disable_current_modes() if interpreting() else nullcontext():
                 self.kernel[self.grid](**self.arguments, **self.config.options)
@@ -128,23 +128,26 @@ def observe(callback: Callable[[Call], None]) -> Iterator[None]:
         _observers.remove(callback)
 
 
-_dry_arch: int | None = None
+_dry_target: tuple[int, str] | None = None
 
 
 @contextmanager
-def dry_run(arch: int) -> Iterator[None]:
-    """Launch nothing inside the ``with`` block: calls are planned for ``arch`` and observed; meta tensors will do."""
-    global _dry_arch
-    before, _dry_arch = _dry_arch, arch
+def dry_run(arch: int, gpu: str = "") -> Iterator[None]:
+    """Launch nothing inside the ``with`` block: calls are planned for ``arch`` and observed; meta tensors will do.
+
+    ``gpu``: the name of one GPU as PyTorch gives it, where not just any of that architecture is meant.
+    """
+    global _dry_target
+    before, _dry_target = _dry_target, (arch, gpu)
     try:
         yield
     finally:
-        _dry_arch = before
+        _dry_target = before
 
 
-def dry_running() -> bool:
-    """Whether a :func:`dry_run` block is open."""
-    return _dry_arch is not None
+def dry_target() -> tuple[int, str] | None:
+    """The architecture and the GPU that the open :func:`dry_run` block names, or None outside of one."""
+    return _dry_target
 
 
 def interpreting() -> bool:
@@ -157,8 +160,8 @@ def target_arch() -> int:
 
     Inside :func:`dry_run`, the architecture named there. Raises RuntimeError where nothing can execute a Triton kernel.
     """
-    if _dry_arch is not None:
-        return _dry_arch
+    if _dry_target is not None:
+        return _dry_target[0]
     if interpreting():
         return INTERPRETER
     try:

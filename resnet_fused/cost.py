@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from resnet_fused import inductor_template, machine_code, models, plan, roofline
+from resnet_fused import inductor_template, machine_code, models, plan, roofline, tuned
 from resnet_fused.commands import UserError, add_network_arguments, pick_arch, tracked
 from resnet_fused.kernels.gpus import gpu_of
 from resnet_fused.kernels.launch import Call, TileConfig, interpreting
@@ -134,7 +134,7 @@ def _micro(seconds: float) -> float:
 
 def examine(problem: Problem, request: str) -> Unit:
     """Compile what the plan of ``problem`` launches, and Inductor's template for the same layer; needs no GPU."""
-    chosen = plan.decide(problem, request)
+    chosen = plan.decide(problem, request, tuned.load(problem.gpu))
     calls, launches = rehearse(problem, Candidate(chosen.implementation, chosen.tiles))
     predicted = roofline.predict(problem, chosen.implementation, chosen.tiles)
     by_name = {launch.kernel: launch for launch in predicted}
@@ -217,7 +217,8 @@ def report(options: argparse.Namespace, arch: int) -> Report:
     dtype, shape = getattr(torch, options.dtype), (options.batch, 3, options.size, options.size)
     with torch.device("meta"):
         model = getattr(models, options.model)().to(dtype)
-    problems = find_problems(model, [shape], dtype, "training" if options.train else "inference", arch)
+    direction = "training" if options.train else "inference"
+    problems = find_problems(model, [shape], dtype, direction, arch, plan.present_gpu(arch))
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(os.cpu_count() or 1, 8), mp_context=spawn) as pool:
         examined = pool.map(partial(examine, request=options.implementation), problems)

@@ -17,7 +17,7 @@ from resnet_fused.commands import add_network_arguments, pick_arch
 from resnet_fused.convert import Found, find
 from resnet_fused.kernels.launch import dry_run
 from resnet_fused.modules import FusedBlock
-from resnet_fused.plan import IMPLEMENTATIONS, Plan, decide, implementation, record, requested
+from resnet_fused.plan import IMPLEMENTATIONS, Plan, decide, implementation, present_gpu, record, requested
 from resnet_fused.problem import Problem
 from resnet_fused.table import render
 from resnet_fused.trace import Launch, trace
@@ -116,8 +116,8 @@ def explain(
     With an input ``x`` for the model, runs it once in eval mode without gradients and reports what was launched: tiles,
     number of launches, bytes, the reason for each block that ran eager; and of each unit the plan, with the times that
     the model of :mod:`resnet_fused.roofline` predicts for it and its alternatives. With ``arch`` (90 for sm_90 ...)
-    nothing runs: it is planned for a GPU of that architecture. ``training``, which needs an ``arch``: the forward of a
-    training step. Without ``x``, the structure alone is judged.
+    nothing runs: it is planned for a GPU of that architecture, for the one here if it is of it. ``training``, which
+    needs an ``arch``: the forward of a training step. Without ``x``, the structure alone is judged.
 
     Raises ValueError for ``training`` without ``arch``.
     """
@@ -127,7 +127,7 @@ def explain(
         model, x = copy.deepcopy(model).to("meta").train(training), x.to("meta")
     rows = {f.module: Row(f.name, _class_name(f.module), *_judge(f)) for f in find(model)}
     if x is not None:
-        with nullcontext() if arch is None else dry_run(arch), torch.set_grad_enabled(training):
+        with nullcontext() if arch is None else dry_run(arch, present_gpu(arch)), torch.set_grad_enabled(training):
             _observe(model, x, rows, training)
     return Explanation(list(rows.values()), ran=x is not None)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from resnet_fused import chain, trace
 from resnet_fused.kernels.batch_norm import batch_norm_apply
 from resnet_fused.kernels.conv_forward import Norm, output_size
-from resnet_fused.kernels.launch import dry_running
+from resnet_fused.kernels.launch import dry_target
 
 _library = torch.library.Library("resnet_fused", "DEF")
 _library.define(
@@ -57,7 +57,7 @@ def _conv_bn_act(
 
 
 def _conv_bn_act_fake(x: Tensor, w: Tensor, *arguments: Any) -> Tensor:
-    if dry_running():
+    if dry_target() is not None:
         return _conv_bn_act(x, w, *arguments)
     shape = _output_shape(x, w, arguments[9])
     return torch.empty(shape, dtype=arguments[11], device=x.device, memory_format=torch.channels_last)
@@ -94,7 +94,7 @@ def _unit_forward(
 
 
 def _unit_forward_fake(x: Tensor, x_stats: Tensor | None, w: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    if dry_running():
+    if dry_target() is not None:
         return _unit_forward(x, x_stats, w, *arguments)
     shape = _output_shape(x, w, arguments[9])
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
@@ -125,7 +125,7 @@ def _join_forward(
 
 
 def _join_forward_fake(y: Tensor, *arguments: Any) -> Tensor:
-    if dry_running():
+    if dry_target() is not None:
         return _join_forward(y, *arguments)
     return torch.empty_like(y, dtype=arguments[6], memory_format=torch.channels_last)
 
@@ -173,7 +173,7 @@ def _residual_backward(
 
 
 def _residual_backward_fake(dz: Tensor, z: Tensor | None, x: Tensor, shortcut: Tensor | None, *arguments: Any) -> Any:
-    if dry_running():
+    if dry_target() is not None:
         return _residual_backward(dz, z, x, shortcut, *arguments)
     weights, needs, weight_dtype, norm_dtype = arguments[0], *arguments[10:13]
     like = [x, shortcut]

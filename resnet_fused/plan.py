@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused import roofline
-from resnet_fused.kernels.launch import INTERPRETER, dry_running, interpreting, target_arch
+from resnet_fused.kernels.launch import INTERPRETER, dry_target, interpreting
 from resnet_fused.problem import Problem, Tiles
 
 logger = logging.getLogger("resnet_fused")
@@ -166,8 +166,8 @@ def choose(problem: Problem, request: str, table: Table | None) -> Plan:
 
 def target(device: torch.device) -> tuple[int, str]:
     """Architecture and name of the GPU that a launch on ``device`` runs on; 0 and "" for the interpreter."""
-    if dry_running():
-        return target_arch(), ""
+    if (named := dry_target()) is not None:
+        return named
     if interpreting() or device.type != "cuda":
         return INTERPRETER, ""
     return _gpu(device)
@@ -177,6 +177,14 @@ def target(device: torch.device) -> tuple[int, str]:
 def _gpu(device: torch.device) -> tuple[int, str]:
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor, torch.cuda.get_device_name(device)
+
+
+def present_gpu(arch: int) -> str:
+    """The name of this process's CUDA GPU if it is of ``arch``, so that its measurements count; else ""."""
+    if not torch.cuda.is_available():
+        return ""
+    found, name = _gpu(torch.device("cuda", torch.cuda.current_device()))
+    return name if found == arch else ""
 
 
 FORCED = "implementation('eager') is in force"
@@ -191,7 +199,7 @@ def why_eager(x: Tensor) -> str | None:
     if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
         return "a transform of torch.func is active"
     if request == "auto":
-        if dry_running():
+        if dry_target() is not None:
             return None
         if not x.is_cuda:
             return NO_GPU

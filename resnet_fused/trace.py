@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from resnet_fused.kernels.launch import Call, TileConfig, dry_running, observe
+from resnet_fused.kernels.launch import Call, TileConfig, dry_target, observe
 from resnet_fused.table import render
 
 _NO_WORK = {
@@ -95,7 +95,7 @@ class _LibraryCalls(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in implementations and (dry_running() or not args[0].is_meta):
+        if func in implementations and (dry_target() is not None or not args[0].is_meta):
             with self:
                 return implementations[func](*args, **kwargs)
         if func.namespace == "aten" and func._can_decompose() and not func.is_view:

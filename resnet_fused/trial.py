@@ -103,7 +103,7 @@ def rehearse(problem: Problem, candidate: Candidate) -> tuple[list[Call], list[L
     calls: list[Call] = []
     # Where our operators run, below autograd, a convolution on the meta device keeps channels_last.
     eager = candidate.implementation == "eager"
-    with dry_run(problem.arch), torch.no_grad():
+    with dry_run(problem.arch, problem.gpu), torch.no_grad():
         work = Trial(problem, torch.device("meta")).work(candidate)
         with nullcontext() if eager else torch._C._AutoDispatchBelowAutograd(), trace() as seen, observe(calls.append):
             work()
@@ -194,11 +194,11 @@ class Trial:
     def _eager_training(self) -> dict[str, Tensor]:
         """With the passes that cutting a fused chain in front of the unit takes."""
         x = self.x if self.x_stats is None else batch_norm_apply(self.x, self.x_stats)
-        leaves = [t.detach().requires_grad_() for t in (x, self.w, self.gamma, self.beta)]
+        x, w, gamma, beta = (t.detach().requires_grad_() for t in (x, self.w, self.gamma, self.beta))
         with torch.enable_grad():
-            y = F.conv2d(leaves[0], leaves[1], **self.geometry)
-            F.relu(F.batch_norm(y, None, None, *leaves[2:], training=True, eps=EPS)).backward(self.g)
-        dx = leaves[0].grad
+            y = F.conv2d(x, w, **self.geometry)
+            F.relu(F.batch_norm(y, None, None, gamma, beta, training=True, eps=EPS)).backward(self.g)
+        dx = x.grad
         assert dx is not None
         if self.x_stats is not None:
             dx = dx.contiguous(memory_format=torch.channels_last)

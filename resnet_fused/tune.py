@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import multiprocessing
 import os
 import queue
 import statistics
@@ -17,9 +16,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -29,11 +27,10 @@ from resnet_fused import models, plan, tuned
 from resnet_fused.commands import DTYPES, MODELS, UserError, tracked
 from resnet_fused.convert import fuse
 from resnet_fused.inference import optimize_for_inference
-from resnet_fused.kernels.gpus import gpu_of
 from resnet_fused.kernels.launch import dry_run, interpreting
 from resnet_fused.problem import Problem, Tiles
 from resnet_fused.table import render
-from resnet_fused.trial import Candidate, candidates, rehearse
+from resnet_fused.trial import Candidate, candidates
 from resnet_fused.tuned import Entry, Table
 
 DIRECTIONS = ("inference", "frozen", "training")
@@ -96,6 +93,12 @@ class ChildRunner:
             raise Failure(str(failure), ways[at]) from failure
         return [[float(second) for second in samples] for samples in answer["samples"]]
 
+    def why_not_compiled(self, candidate: Candidate) -> str | None:
+        """Why the candidate's kernels do not compile, or None."""
+        self._revive()
+        reason = self._ask({"compile": candidate.encode()})["reason"]
+        return None if reason is None else str(reason)
+
     def close(self) -> None:
         if self.process is not None:
             self.process.kill()
@@ -145,6 +148,46 @@ class ChildRunner:
         code = self.process.wait()
         self.process = None
         raise Failure(f"the process died of signal {-code}" if code < 0 else f"the process ended with code {code}")
+
+
+class Compilers:
+    """Child processes that compile candidates side by side, and need no GPU; a crash of the compiler is one's own."""
+
+    def __init__(self, command: Sequence[str] = (sys.executable, "-m", "resnet_fused.tune_worker", "meta")) -> None:
+        self.runners = [ChildRunner(command) for _ in range(min(os.cpu_count() or 1, 8))]
+        self.closed = False
+
+    def __call__(self, problem: Problem, ways: Sequence[Candidate]) -> dict[Candidate, str]:
+        """The fused candidates that cannot be compiled, each with the reason."""
+        left = iter([way for way in ways if way.implementation == "fused"])
+        failed: dict[Candidate, str] = {}
+
+        def work(runner: ChildRunner) -> None:
+            for way in left:
+                try:
+                    if runner.problem != problem:
+                        runner.open(problem)
+                    reason = runner.why_not_compiled(way)
+                except Failure as failure:
+                    reason = str(failure)
+                if self.closed:
+                    return
+                if reason is not None:
+                    failed[way] = reason
+
+        with ThreadPoolExecutor(len(self.runners)) as pool:
+            try:
+                list(pool.map(work, self.runners))
+            except BaseException:
+                self.close()
+                raise
+        return failed
+
+    def close(self) -> None:
+        """End the processes."""
+        self.closed = True
+        for runner in self.runners:
+            runner.close()
 
 
 def _forward(stream: Iterable[str], answers: queue.Queue[str | None]) -> None:
@@ -217,18 +260,22 @@ def tune(
     major, minor = torch.cuda.get_device_capability(device)
     arch, gpu = 10 * major + minor, torch.cuda.get_device_name(device)
     dtype = dtype or next(model.parameters()).dtype
-    problems = [replace(p, gpu=gpu) for p in find_problems(model, shapes, dtype, direction, arch)]
+    problems = find_problems(model, shapes, dtype, direction, arch, gpu)
     command = [sys.executable, "-m", "resnet_fused.tune_worker", str(device)]
     runner = ChildRunner([*command, "--tf32"] if plan.tf32(torch.float32) else command)
-    return tune_problems(problems, gpu, runner, compiled=compile_all)
+    compilers = Compilers()
+    try:
+        return tune_problems(problems, gpu, runner, compiled=compilers)
+    finally:
+        compilers.close()
 
 
 def find_problems(
-    model: nn.Module, shapes: Iterable[Sequence[int]], dtype: torch.dtype, direction: str, arch: int
+    model: nn.Module, shapes: Iterable[Sequence[int]], dtype: torch.dtype, direction: str, arch: int, gpu: str = ""
 ) -> list[Problem]:
     """The distinct units that ``model`` plans on inputs of these shapes, in order. Nothing runs."""
     training, network = direction == "training", copy.deepcopy(model).to("meta")
-    with plan.implementation("auto"), dry_run(arch), plan.record() as found, torch.set_grad_enabled(training):
+    with plan.implementation("auto"), dry_run(arch, gpu), plan.record() as found, torch.set_grad_enabled(training):
         network = optimize_for_inference(network) if direction == "frozen" else fuse(network).train(training)
         for shape in shapes:
             network(torch.empty(*shape, dtype=dtype, device="meta"))
@@ -355,37 +402,6 @@ def _timing(samples: Sequence[float]) -> Timing:
 
 def _beats(one: Timing, other: Timing) -> bool:
     return one.median + max(one.spread, other.spread) < other.median
-
-
-def compile_all(problem: Problem, ways: Sequence[Candidate]) -> dict[Candidate, str]:
-    """Compile the fused candidates in parallel processes; returns those that cannot be, each with the reason."""
-    failed: dict[Candidate, str] = {}
-    fused = [way for way in ways if way.implementation == "fused"]
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(os.cpu_count() or 1, 8), mp_context=spawn) as pool:
-        pending = {pool.submit(why_not_compiled, problem, way): way for way in fused}
-        for done in as_completed(pending):
-            try:
-                reason = done.result()
-            except BrokenProcessPool:
-                continue  # the compiler crashed on one of those at work; running them will tell which
-            if reason is not None:
-                failed[pending[done]] = reason
-    return failed
-
-
-def why_not_compiled(problem: Problem, candidate: Candidate) -> str | None:
-    """Why the candidate's kernels do not compile for the problem's GPU, or None. Needs no GPU."""
-    shared = gpu_of(problem.arch, problem.gpu).shared
-    try:
-        for call in rehearse(problem, candidate)[0]:
-            if call.kernel.__name__.startswith("conv_"):
-                needed = call.compile(problem.arch).metadata.shared
-                if needed > shared:
-                    return f"out of resources: {needed} bytes of shared memory, the GPU has {shared}"
-    except Exception as error:
-        return f"does not compile: {type(error).__name__}: {error}".splitlines()[0][:300]
-    return None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -3,6 +3,7 @@
 It reads a line of JSON, answers with lines of JSON, and goes on until its input ends:
 
     {"problem": {...}}                  {}                          tensors are made
+    {"compile": candidate}              {"reason": null}            or why its kernels do not compile
     {"verify": candidate}               {"ratio": 0.3}              at most 1 is right
     {"time": [candidate, ...]}          {"at": 0} {"at": 1} ... {"samples": [[seconds, ...], ...]}
 
@@ -21,7 +22,7 @@ import torch
 
 from resnet_fused.kernels.gpus import gpu_of
 from resnet_fused.problem import Problem
-from resnet_fused.trial import Candidate, Trial
+from resnet_fused.trial import Candidate, Trial, rehearse
 from resnet_fused.tuned import problem_in
 
 WARM_UPS = 3
@@ -68,7 +69,7 @@ class CudaClock:
         return start.elapsed_time(end) * 1e-3
 
 
-def serve(lines: Iterable[str], out: TextIO, make_trial: Callable[[Problem], Trial], clock: Clock) -> None:
+def serve(lines: Iterable[str], out: TextIO, make_trial: Callable[[Problem], Trial], clock: Clock | None) -> None:
     """Answer requests until ``lines`` end."""
 
     def answer(content: dict[str, Any]) -> None:
@@ -85,12 +86,30 @@ def serve(lines: Iterable[str], out: TextIO, make_trial: Callable[[Problem], Tri
                 answer({})
             elif trial is None:
                 raise ValueError("there is no problem yet")
+            elif "compile" in request:
+                answer({"reason": why_not_compiled(trial.problem, Candidate.decode(request["compile"]))})
             elif "verify" in request:
                 answer({"ratio": trial.ratio(Candidate.decode(request["verify"]))})
+            elif clock is None:
+                raise ValueError("there is no clock")
             else:
                 answer({"samples": _time(trial, request["time"], clock, lambda i: answer({"at": i}))})
         except Exception as error:
             answer({"error": f"{type(error).__name__}: {error}".splitlines()[0][:300]})
+
+
+def why_not_compiled(problem: Problem, candidate: Candidate) -> str | None:
+    """Why the candidate's kernels do not compile for the problem's GPU, or None. Needs no GPU."""
+    shared = gpu_of(problem.arch, problem.gpu).shared
+    try:
+        for call in rehearse(problem, candidate)[0]:
+            if call.kernel.__name__.startswith("conv_"):
+                needed = call.compile(problem.arch).metadata.shared
+                if needed > shared:
+                    return f"out of resources: {needed} bytes of shared memory, the GPU has {shared}"
+    except Exception as error:
+        return f"does not compile: {type(error).__name__}: {error}".splitlines()[0][:300]
+    return None
 
 
 def _time(trial: Trial, encoded: list[Any], clock: Clock, tell: Callable[[int], None]) -> list[list[float]]:
@@ -110,12 +129,18 @@ def _time(trial: Trial, encoded: list[Any], clock: Clock, tell: Callable[[int], 
 
 
 def main() -> None:
-    """Serve on standard input and output; what else is printed goes to standard error."""
+    """Serve on standard input and output, for a CUDA device, or for "meta", where candidates can only be compiled.
+
+    What else is printed goes to standard error.
+    """
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     device = torch.device(sys.argv[1])
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = "--tf32" in sys.argv
+    if device.type == "meta":
+        serve(sys.stdin, out, lambda problem: Trial(problem, device), None)
+        return
     major, minor = torch.cuda.get_device_capability(device)
     gpu = gpu_of(10 * major + minor, torch.cuda.get_device_name(device))
     with torch.cuda.device(device), torch.no_grad():

@@ -62,11 +62,17 @@ class Clock:
         return self.now
 
 
+def why_not_compiled(problem: Problem, candidate: Candidate) -> None:
+    if FAULTS.get("compile") == str(candidate):
+        os.abort()
+
+
 def make(problem: Problem) -> Trial:
     return FaultyTrial(problem, torch.device("cpu"))
 
 
 if __name__ == "__main__":
     tune_worker.ROUNDS = 2
+    tune_worker.why_not_compiled = why_not_compiled
     with torch.no_grad():
         serve(sys.stdin, sys.stdout, make, Clock())

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torchvision
 
-from resnet_fused import explain, fuse, implementation, tuned
+from resnet_fused import explain, fuse, implementation, plan, tuned
 from resnet_fused.__main__ import main
 from resnet_fused.plan import Plan, decide
 from resnet_fused.problem import Problem, Tiles
@@ -72,6 +72,18 @@ def test_a_measurement_is_the_reason(monkeypatch):
     rows = explain(model(), x(), arch=90).to_dict()
     assert {(unit["source"], unit["reason"]) for row in rows for unit in row["units"]} == {("tuned", "measured: 12 us")}
     assert decide.cache_info().maxsize is not None
+
+
+def test_the_gpu_here_is_planned_by_its_measurements(monkeypatch):
+    asked = []
+    monkeypatch.setattr(tuned, "load", asked.append)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(plan, "_gpu", lambda device: (90, "NVIDIA H200"))
+    for arch, gpu in ((90, "NVIDIA H200"), (80, "")):
+        asked.clear()
+        explain(model(), x(), arch=arch)
+        assert set(asked) == {gpu}
 
 
 def test_command(capsys):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import io
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -19,9 +18,10 @@ import torch.nn.functional as F
 import resnet_fused
 from resnet_fused import chain, plan, tuned
 from resnet_fused.__main__ import main
+from resnet_fused.kernels.launch import TileConfig
 from resnet_fused.problem import Problem, Tiles
 from resnet_fused.trial import Candidate, Trial, candidates
-from resnet_fused.tune import ChildRunner, Failure, find_problems, tune_problem, tune_problems
+from resnet_fused.tune import ChildRunner, Compilers, Failure, find_problems, tune_problem, tune_problems
 from resnet_fused.tune_worker import serve
 
 ROOT = Path(__file__).parents[1]
@@ -335,28 +335,34 @@ def test_problems_of_a_model_are_found_without_running_it():
     assert any(p.prologue for p in training)
 
 
-def test_candidates_that_do_not_compile_are_told_apart():
-    code = """
-from dataclasses import replace
-from resnet_fused.kernels.launch import TileConfig
-from resnet_fused.problem import Tiles
-from resnet_fused.trial import Candidate
-from resnet_fused.tune import compile_all
-from tests.test_tune import problem
-import torch
-if __name__ == "__main__":
+def compilers(monkeypatch, *command: str) -> Compilers:
+    """Of processes whose kernels are Triton's compiler's."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    return Compilers(command) if command else Compilers()
+
+
+def test_candidates_that_do_not_compile_are_told_apart(monkeypatch):
     p = problem(n=8, h=28, w=28, ci=64, co=64, dtype=torch.bfloat16)
     big = Candidate("fused", Tiles(forward=TileConfig(256, 256, 256, num_stages=4)))
-    failed = compile_all(p, [Candidate("fused"), big, Candidate("mixed")])
-    assert list(failed) == [big], failed
-    assert "out of resources" in failed[big], failed
-"""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    file = tuned.cache_dir() / "compile_two.py"
-    file.write_text(code)
-    environment["PYTHONPATH"] = str(ROOT)
-    run = subprocess.run([sys.executable, file], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-2000:]
+    compile_all = compilers(monkeypatch)
+    try:
+        failed = compile_all(p, [Candidate("fused"), big, Candidate("mixed")])
+        assert list(failed) == [big]
+        assert "out of resources" in failed[big]
+        assert compile_all(replace(p, n=9), [Candidate("fused")]) == {}
+    finally:
+        compile_all.close()
+
+
+def test_a_crash_of_the_compiler_is_its_candidates_alone(monkeypatch):
+    bad = candidates(problem())[1]
+    fault = json.dumps({"compile": str(bad)})
+    compile_all = compilers(monkeypatch, sys.executable, "-m", "tests.faulty_worker", fault)
+    try:
+        failed = compile_all(problem(), [Candidate("fused"), bad, *candidates(problem())[2:4]])
+        assert failed == {bad: "the process died of signal 6"}
+    finally:
+        compile_all.close()
 
 
 def test_without_a_gpu_there_is_nothing_to_measure(capsys):
