@@ -112,6 +112,7 @@ class Runner:
         if device.type != "cuda" or self.peer.own_graph:
             return None
         self.model.zero_grad(set_to_none=True)
+        self.x.grad = None
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         with self.conditions():
@@ -229,7 +230,7 @@ def _graph(function: Callable[[], Any], device: torch.device) -> Callable[[], An
     """``function``, which is warm, recorded once and replayed from then on."""
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.graph(graph):
+    with torch.cuda.device(device), torch.cuda.graph(graph, stream=torch.cuda.Stream()):
         out = function()
 
     def replay() -> Any:

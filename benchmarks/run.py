@@ -126,12 +126,16 @@ def settings(options: argparse.Namespace, device: torch.device) -> list[Setting]
 
 
 def peers(setting: Setting, skip: list[str]) -> list[Peer]:
-    """Those to compare, without those to ``skip``: all that do it on a model, on a layer what a roofline needs."""
-    return [
-        peer
-        for peer in PEERS.values()
-        if peer.name not in skip and peer.does(setting.training) and (peer.layers or isinstance(setting.case, Network))
-    ]
+    """Those to compare, without those to ``skip``: all that do it on a model, on a layer what a roofline needs.
+
+    On a GPU one that replays a graph of its own is left out of the layers: it copies input and output besides.
+    """
+
+    def wanted(peer: Peer) -> bool:
+        alone = peer.layers and not (peer.own_graph and setting.device.type == "cuda")
+        return peer.does(setting.training) and (alone or isinstance(setting.case, Network))
+
+    return [peer for peer in PEERS.values() if peer.name not in skip and wanted(peer)]
 
 
 def method(options: argparse.Namespace, device: torch.device) -> dict[str, str]:

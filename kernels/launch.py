@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,7 +68,7 @@ class Call:
         """Launch, unless there is nothing to compute, and tell the observers."""
         if 0 in self.grid:
             return
-        if _dry_target is None:
+        if dry_target() is None:
             # The interpreter moves data by PyTorch's operators, which are none that a caller may count or transform.
             with _disable_current_modes() if interpreting() else nullcontext():
                 self.kernel[self.grid](**self.arguments, **self.config.options)
@@ -84,11 +85,21 @@ class Call:
         Returns Triton's compiled kernel: ``.asm["ptx"]``, ``.asm["cubin"]``, ``.metadata.shared``.
         """
         signature = self._signature()
+        # The JIT notes that it looked at an argument's divisibility and found none. So does this: then both find what
+        # either has compiled in Triton's cache.
+        looked_at = [
+            kind == "constexpr" or not (kind == "fp32" or parameter.do_not_specialize)
+            for (_, kind, _, _), parameter in zip(signature, self.kernel.params, strict=True)
+        ]
         source = ASTSource(
             self.kernel,
             {name: kind for name, kind, _, _ in signature},
             constexprs={name: value for name, kind, _, value in signature if kind == "constexpr"},
-            attrs={(i,): [["tt.divisibility", 16]] for i, (_, _, divisible, _) in enumerate(signature) if divisible},
+            attrs={
+                (i,): [["tt.divisibility", 16]] if divisible else []
+                for i, (_, _, divisible, _) in enumerate(signature)
+                if divisible or looked_at[i]
+            },
         )
         return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=self.config.options)
 
@@ -128,26 +139,27 @@ def observe(callback: Callable[[Call], None]) -> Iterator[None]:
         _observers.remove(callback)
 
 
-_dry_target: tuple[int, str] | None = None
+_dry_target: ContextVar[tuple[int, str] | None] = ContextVar("dry_target", default=None)
 
 
 @contextmanager
 def dry_run(arch: int, gpu: str = "") -> Iterator[None]:
     """Launch nothing inside the ``with`` block: calls are planned for ``arch`` and observed; meta tensors will do.
 
+    In this thread or task alone.
+
     ``gpu``: the name of one GPU as PyTorch gives it, where not just any of that architecture is meant.
     """
-    global _dry_target
-    before, _dry_target = _dry_target, (arch, gpu)
+    token = _dry_target.set((arch, gpu))
     try:
         yield
     finally:
-        _dry_target = before
+        _dry_target.reset(token)
 
 
 def dry_target() -> tuple[int, str] | None:
     """The architecture and the GPU that the open :func:`dry_run` block names, or None outside of one."""
-    return _dry_target
+    return _dry_target.get()
 
 
 def interpreting() -> bool:
@@ -160,8 +172,8 @@ def target_arch() -> int:
 
     Inside :func:`dry_run`, the architecture named there. Raises RuntimeError where nothing can execute a Triton kernel.
     """
-    if _dry_target is not None:
-        return _dry_target[0]
+    if (named := dry_target()) is not None:
+        return named[0]
     if interpreting():
         return INTERPRETER
     try:

@@ -113,7 +113,7 @@ def _compile(everything: Sequence[Case], progress: Progress) -> None:
                 case.trial(torch.device("meta")).ours()
     with ThreadPoolExecutor(os.cpu_count()) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
         kernels = [c.kernel.warmup(grid=c.grid, **c.arguments, **c.config.options) for c in calls.values()]
-        for kernel in progress(kernels, "compiling"):
+        for kernel in progress([k for k in kernels if isinstance(k, triton.FutureKernel)], "compiling"):
             kernel.result(ignore_errors=True)
 
 

@@ -12,7 +12,7 @@ import multiprocessing
 import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -218,7 +218,8 @@ def report(options: argparse.Namespace, arch: int) -> Report:
     with torch.device("meta"):
         model = getattr(models, options.model)().to(dtype)
     direction = "training" if options.train else "inference"
-    problems = find_problems(model, [shape], dtype, direction, arch, plan.present_gpu(arch))
+    gpu = plan.present_gpu(arch)
+    problems = [replace(p, gpu=gpu) for p in find_problems(model, [shape], dtype, direction, arch)]
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(os.cpu_count() or 1, 8), mp_context=spawn) as pool:
         examined = pool.map(partial(examine, request=options.implementation), problems)

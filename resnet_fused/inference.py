@@ -6,6 +6,7 @@ import copy
 import inspect
 import math
 import operator
+import threading
 from functools import cache
 from typing import Any
 
@@ -29,10 +30,10 @@ def optimize_for_inference(
 ) -> FrozenModel:
     """A frozen copy of ``model`` for serving; ``model`` itself is left as it is.
 
-    The copy is in eval mode and takes what ``model`` takes. Convolution, batch norm, residual addition and ReLU run as
-    one call: on a CPU as a oneDNN convolution with folded batch norm, in channels_last, its weights packed for the
-    input shape that comes (PyTorch's own operators where oneDNN is missing); on a GPU as a Triton launch. Parts that
-    are not recognised run as they are.
+    Freeze it on the device where it will run. The copy is in eval mode and takes what ``model`` takes. Convolution,
+    batch norm, residual addition and ReLU run as one call: on a CPU as a oneDNN convolution with folded batch norm, in
+    channels_last, its weights packed for the input shape that comes (PyTorch's own operators where oneDNN is missing);
+    on a GPU as a Triton launch, or as ``resnet_fused.tune`` measured. Parts that are not recognised run as they are.
 
     ``example``: an input [N, C, H, W] of the shape to expect. It is run once, so that the first request finds
     everything packed; on a GPU, inputs of its shape and dtype then replay one CUDA graph. Other shapes work too, and
@@ -226,6 +227,8 @@ class TritonConv(nn.Module):
         x = x.contiguous(memory_format=torch.channels_last)
         if residual is not None:
             residual = residual.contiguous(memory_format=torch.channels_last)
+        if plan.why_eager(x) is not None:
+            return self._aten(x, residual)
         target = x.dtype, "frozen" if self.relu else "inference", x.device, plan.requested()
         implementation, code = functional.choose(
             tuple(x.shape), tuple(self.weight.shape), self.geometry, *target, residual=residual is not None
@@ -235,7 +238,7 @@ class TritonConv(nn.Module):
         norm = self.mean, self.var, self.gamma, self.beta, self.eps
         if implementation == "cudnn" and (residual is None or residual.dtype == x.dtype):
             if self._folded is None:
-                self._folded = chain.fold(self.weight, self.conv_bias, Norm(*norm))
+                self._folded = self._fold()
             folded, shift = self._folded
             return chain.cudnn_conv_relu(x, folded, shift, residual, *self.geometry)
         return ops.conv_bn_act(x, self.weight, self.conv_bias, *norm, residual, 1, 0, code, self.relu, x.dtype)
@@ -246,11 +249,17 @@ class TritonConv(nn.Module):
         return self
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        self._folded = None
         super()._load_from_state_dict(*args)
+        if self._folded is not None:
+            for old, new in zip(self._folded, self._fold(), strict=True):
+                old.copy_(new)  # in place, where a CUDA graph reads it
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_folded": None}
+
+    def _fold(self) -> tuple[Tensor, Tensor]:
+        norm = Norm(self.mean, self.var, self.gamma, self.beta, self.eps)
+        return chain.fold(self.weight, self.conv_bias, norm)
 
     def _aten(self, x: Tensor, residual: Tensor | None) -> Tensor:
         y = F.conv2d(x, self.weight, self.conv_bias, *self.geometry)
@@ -260,28 +269,35 @@ class TritonConv(nn.Module):
 
 
 class _CudaGraph:
-    """The launches of ``network`` for inputs like ``example``, recorded once."""
+    """The launches of ``network`` for inputs like ``example``, recorded once; several threads may call it."""
 
     def __init__(self, network: nn.Module, example: Tensor) -> None:
         self.x = example.clone(memory_format=torch.preserve_format)
-        side = torch.cuda.Stream(example.device)
-        side.wait_stream(torch.cuda.current_stream(example.device))
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                network(self.x)
-        torch.cuda.current_stream(example.device).wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.out = network(self.x)
+        self.lock = threading.Lock()
+        with torch.cuda.device(example.device):
+            self.done = torch.cuda.Event()
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(2):
+                    network(self.x)
+            torch.cuda.current_stream().wait_stream(side)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=side):  # the default one belongs to the first device that captured
+                self.out = network(self.x)
 
     def takes(self, args: tuple[Any, ...]) -> bool:
         x = args[0] if len(args) == 1 else None
         return isinstance(x, Tensor) and (x.shape, x.dtype, x.device) == (self.x.shape, self.x.dtype, self.x.device)
 
     def __call__(self, x: Tensor) -> Any:
-        self.x.copy_(x)
-        self.graph.replay()
-        return tree_map(torch.clone, self.out)
+        with self.lock, torch.cuda.device(self.x.device):
+            torch.cuda.current_stream().wait_event(self.done)
+            self.x.copy_(x)
+            self.graph.replay()
+            out = tree_map(torch.clone, self.out)
+            self.done.record()
+            return out
 
 
 @cache

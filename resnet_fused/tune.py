@@ -17,7 +17,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -140,6 +140,8 @@ class ChildRunner:
             self.close()
             raise Failure("the worker answered what is no JSON") from None
         if not isinstance(answer, dict) or "error" in answer:
+            if not isinstance(answer, dict) or answer.get("fatal"):
+                self.close()
             raise Failure(str(answer["error"] if isinstance(answer, dict) else answer))
         return answer
 
@@ -243,8 +245,8 @@ def tune(
 
     ``shapes`` [N, 3, H, W]: batches as they will come. ``dtype``: that of the model's input (default: of its first
     parameter). ``direction``: "inference", "frozen" (that of ``optimize_for_inference``, which cuDNN may do whole) or
-    "training" (forward and backward). What the table has already is not measured again,
-    so that an interrupted call can be repeated. Runs in processes of its own.
+    "training" (forward and backward). What the table has already is not measured again, so that an interrupted call can
+    be repeated. Runs in processes of its own, with the caller's setting of ``torch.backends.cudnn.benchmark``.
 
     Returns a report; the table takes effect at once in this process. Raises RuntimeError where there is no CUDA GPU
     that the kernels run on, ValueError without shapes or for another direction, OSError where the table cannot be
@@ -257,12 +259,13 @@ def tune(
     device = torch.device(device)
     if device.type != "cuda" or not torch.cuda.is_available() or interpreting():
         raise RuntimeError("tune measures on a CUDA GPU, and there is none here that the kernels run on")
+    device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     major, minor = torch.cuda.get_device_capability(device)
     arch, gpu = 10 * major + minor, torch.cuda.get_device_name(device)
     dtype = dtype or next(model.parameters()).dtype
-    problems = find_problems(model, shapes, dtype, direction, arch, gpu)
+    problems = [replace(p, gpu=gpu) for p in find_problems(model, shapes, dtype, direction, arch)]
     command = [sys.executable, "-m", "resnet_fused.tune_worker", str(device)]
-    runner = ChildRunner([*command, "--tf32"] if plan.tf32(torch.float32) else command)
+    runner = ChildRunner([*command, "--cudnn-benchmark"] if torch.backends.cudnn.benchmark else command)
     compilers = Compilers()
     try:
         return tune_problems(problems, gpu, runner, compiled=compilers)
@@ -271,11 +274,11 @@ def tune(
 
 
 def find_problems(
-    model: nn.Module, shapes: Iterable[Sequence[int]], dtype: torch.dtype, direction: str, arch: int, gpu: str = ""
+    model: nn.Module, shapes: Iterable[Sequence[int]], dtype: torch.dtype, direction: str, arch: int
 ) -> list[Problem]:
     """The distinct units that ``model`` plans on inputs of these shapes, in order. Nothing runs."""
     training, network = direction == "training", copy.deepcopy(model).to("meta")
-    with plan.implementation("auto"), dry_run(arch, gpu), plan.record() as found, torch.set_grad_enabled(training):
+    with plan.implementation("auto"), dry_run(arch), plan.record() as found, torch.set_grad_enabled(training):
         network = optimize_for_inference(network) if direction == "frozen" else fuse(network).train(training)
         for shape in shapes:
             network(torch.empty(*shape, dtype=dtype, device="meta"))
@@ -423,6 +426,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     """Tune models on the GPU; returns 0, or 130 when interrupted."""
     shapes = [(batch, 3, options.size, options.size) for batch in options.batch]
+    torch.backends.cudnn.benchmark = True
     try:
         for name in options.model:
             with torch.device("meta"):

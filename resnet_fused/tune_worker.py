@@ -7,7 +7,8 @@ It reads a line of JSON, answers with lines of JSON, and goes on until its input
     {"verify": candidate}               {"ratio": 0.3}              at most 1 is right
     {"time": [candidate, ...]}          {"at": 0} {"at": 1} ... {"samples": [[seconds, ...], ...]}
 
-or {"error": "..."} where that failed; "at" says which candidate runs first from here on.
+or {"error": "...", "fatal": false} where that failed, true where no more can be asked; "at" says which candidate runs
+first from here on.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ ROUNDS = 25
 GRAPH_BELOW = 5e-3
 """Shorter work is timed inside a CUDA graph, so that the host's own time for its launches does not count."""
 
+FLUSHED = 256 << 20
+"""Bytes written before each call: more than any L2, and enough to hide the launch of a graph."""
+
 Work = Callable[[], Any]
 
 
@@ -42,12 +46,18 @@ class Clock(Protocol):
     def seconds(self, work: Work) -> float:
         """How long one call takes, with nothing of its data in L2."""
 
+    def usable(self) -> bool:
+        """Whether the device still works, after an error."""
+
 
 class CudaClock:
     """Events on the current stream, after a write that leaves nothing in L2."""
 
-    def __init__(self, device: torch.device, l2_bytes: int) -> None:
-        self.flush = torch.empty(2 * l2_bytes, dtype=torch.int8, device=device)
+    def __init__(self, device: torch.device) -> None:
+        self.flush = torch.empty(FLUSHED, dtype=torch.int8, device=device)
+        # The graphs keep nothing that another may not overwrite, and together they would not fit.
+        self.pool = torch.cuda.graph_pool_handle()
+        self.capturing = False
 
     def prepare(self, work: Work) -> Work:
         for _ in range(WARM_UPS):
@@ -55,9 +65,22 @@ class CudaClock:
         if self.seconds(work) > GRAPH_BELOW:
             return work
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        self.capturing = True
+        with torch.cuda.graph(graph, pool=self.pool):
             work()
-        return graph.replay
+        self.capturing = False
+
+        def replay(work: Work = work) -> None:  # the graph reads tensors that ``work`` alone may hold
+            graph.replay()
+
+        return replay
+
+    def usable(self) -> bool:
+        try:
+            torch.cuda.synchronize(self.flush.device)
+        except RuntimeError:
+            return False
+        return not self.capturing
 
     def seconds(self, work: Work) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -82,7 +105,9 @@ def serve(lines: Iterable[str], out: TextIO, make_trial: Callable[[Problem], Tri
         try:
             if "problem" in request:
                 trial = None  # its memory is needed
-                trial = make_trial(problem_in(request["problem"]))
+                problem = problem_in(request["problem"])
+                torch.backends.cudnn.allow_tf32 = problem.tf32
+                trial = make_trial(problem)
                 answer({})
             elif trial is None:
                 raise ValueError("there is no problem yet")
@@ -95,7 +120,8 @@ def serve(lines: Iterable[str], out: TextIO, make_trial: Callable[[Problem], Tri
             else:
                 answer({"samples": _time(trial, request["time"], clock, lambda i: answer({"at": i}))})
         except Exception as error:
-            answer({"error": f"{type(error).__name__}: {error}".splitlines()[0][:300]})
+            fatal = clock is not None and not clock.usable()
+            answer({"error": f"{type(error).__name__}: {error}".splitlines()[0][:300], "fatal": fatal})
 
 
 def why_not_compiled(problem: Problem, candidate: Candidate) -> str | None:
@@ -122,8 +148,7 @@ def _time(trial: Trial, encoded: list[Any], clock: Clock, tell: Callable[[int], 
     for turn in range(ROUNDS):
         for step in range(len(works)):
             i = (turn + step) % len(works)
-            if turn == 0:
-                tell(i)
+            tell(i)
             samples[i].append(clock.seconds(works[i]))
     return samples
 
@@ -136,15 +161,12 @@ def main() -> None:
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     device = torch.device(sys.argv[1])
-    torch.backends.cudnn.benchmark = True
-    torch.backends.cudnn.allow_tf32 = "--tf32" in sys.argv
+    torch.backends.cudnn.benchmark = "--cudnn-benchmark" in sys.argv
     if device.type == "meta":
         serve(sys.stdin, out, lambda problem: Trial(problem, device), None)
         return
-    major, minor = torch.cuda.get_device_capability(device)
-    gpu = gpu_of(10 * major + minor, torch.cuda.get_device_name(device))
     with torch.cuda.device(device), torch.no_grad():
-        serve(sys.stdin, out, lambda problem: Trial(problem, device), CudaClock(device, gpu.l2_size * 10**6))
+        serve(sys.stdin, out, lambda problem: Trial(problem, device), CudaClock(device))
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ class FaultyTrial(Trial):
                 os._exit(3)
             if fault == "hang":
                 time.sleep(60)
-            if fault == "raise":
+            if fault in ("raise", "poison"):
                 raise RuntimeError("out of resource: shared memory")
             if fault == "garbage":
                 print("what is this", flush=True)
@@ -60,6 +60,9 @@ class Clock:
         work()
         self.now += 1e-3
         return self.now
+
+    def usable(self) -> bool:
+        return "poison" not in FAULTS
 
 
 def why_not_compiled(problem: Problem, candidate: Candidate) -> None:

@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor, nn
 
 import resnet_fused
-from resnet_fused import chain, functional, inference, optimize_for_inference
+from resnet_fused import chain, functional, implementation, inference, optimize_for_inference
 from resnet_fused.inference import FoldedConv, TritonConv
 from tests.rule import assert_within_rule
 from tests.test_tune import conv_relu
@@ -301,7 +301,7 @@ def test_a_unit_that_was_measured_faster_by_cudnn(residual, monkeypatch):
         y = copy.deepcopy(layer).to(dtype)(x.to(dtype))
         return torch.relu(y if other is None else y + other.to(dtype))
 
-    with torch.inference_mode():
+    with torch.inference_mode(), implementation("triton"):
         for _ in range(2):
             assert_within_rule(unit(x, other), expected(torch.float32), expected(torch.float64), sums=2)
         assert calls[0] is calls[1]

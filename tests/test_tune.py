@@ -214,6 +214,7 @@ def test_the_worker_verifies_and_times():
         ("segfault", "died of signal 11"),
         ("exit", "ended with code 3"),
         ("raise", "RuntimeError: out of resource"),
+        ("poison", "RuntimeError: out of resource"),
         ("garbage", "no JSON"),
     ],
 )
@@ -221,8 +222,10 @@ def test_a_crash_is_the_workers_own_and_the_next_candidate_gets_a_new_one(fault,
     runner = child(**{fault: "mixed"})
     try:
         runner.open(problem())
+        process = runner.process
         with pytest.raises(Failure, match=reason):
             runner.verify(Candidate("mixed"))
+        assert (runner.process is process) == (fault == "raise")
         assert runner.verify(Candidate("fused")) <= 1
         with pytest.raises(Failure, match=reason) as failure:
             runner.time([Candidate("fused"), Candidate("mixed")])
@@ -262,7 +265,7 @@ def test_the_protocol_answers_every_line():
     out = io.StringIO()
     serve(map(json.dumps, requests), out, lambda p: Trial(p, torch.device("cpu")), clock=None)
     answers = [json.loads(line) for line in out.getvalue().splitlines()]
-    assert [list(answer) for answer in answers] == [["error"], [], ["ratio"], ["error"]]
+    assert [list(answer) for answer in answers] == [["error", "fatal"], [], ["ratio"], ["error", "fatal"]]
 
 
 @pytest.mark.parametrize("direction", ["inference", "training"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,35 @@ assert planned(n=64).specialization() == planned(n=65).specialization()
 assert planned(ci=64).specialization() != planned(ci=60).specialization()
 """
     compiler_on(code, check=True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU that the JIT would compile for is a fake one here")
+def test_what_is_compiled_ahead_the_jit_finds_in_the_cache():
+    code = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+class Fake:
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+    get_current_device = get_current_stream = staticmethod(lambda *device: 0)
+driver.set_active(Fake())
+from resnet_fused.problem import Problem
+from resnet_fused.trial import Candidate, rehearse
+sizes = 3, 7, 5, 64, 60, 3, 3, (1, 1), (1, 1), (1, 1), 1
+calls, _ = rehearse(Problem(*sizes, torch.bfloat16, False, "training", True, False, 90), Candidate("fused"))
+for call in calls:
+    jitted = call.kernel.warmup(grid=call.grid, **call.arguments, **call.config.options)
+    print(call.kernel.__name__, call.compile(90).hash == jitted.hash)
+"""
+    lines = compiler_on(code, check=True).stdout.splitlines()
+    assert len(lines) >= 5
+    assert all(line.endswith("True") for line in lines), lines
+
+
+def test_a_dry_run_is_that_of_its_thread():
+    with dry_run(90, "NVIDIA H200"), ThreadPoolExecutor() as pool:
+        assert dry_target() == (90, "NVIDIA H200")
+        assert pool.submit(dry_target).result() is None
 
 
 def test_observers_are_forgotten():
