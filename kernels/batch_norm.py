@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import INTERPRETER, Call, Cost, TileConfig, target_arch
-from .tile import Moments, load_channels, pixel_stride, relu, require_pixel_linear, span
+from .tile import Moments, cdiv, load_channels, pixel_stride, relu, require_pixel_linear, span
 
 _RUNTIME_SIZES = [
     *("M", "P", "Q", "T", "steps", "rows", "pixels"),
@@ -414,7 +414,7 @@ def default_config(pixels: int, channels: int, arch: int) -> TileConfig:
     if arch == INTERPRETER:
         return TileConfig(min(max(16, triton.next_power_of_2(pixels)), 512), block_n, 2)
     steps = 16
-    while steps > 1 and triton.cdiv(pixels, 16 * steps) * triton.cdiv(channels, block_n) < 4 * 132:
+    while steps > 1 and cdiv(pixels, 16 * steps) * cdiv(channels, block_n) < 4 * 132:
         steps //= 2
     return TileConfig(1024 // block_n, block_n, steps, num_stages=1)
 
@@ -429,7 +429,7 @@ def channel_moments(y: Tensor, *, config: TileConfig | None = None) -> Moments:
     pixels, channels = _sizes(y)
     tile = config or default_config(pixels, channels, target_arch())
     rows = tile.block_m * tile.block_k
-    tiles = triton.cdiv(pixels, rows)
+    tiles = cdiv(pixels, rows)
     values = torch.empty(2, tiles, channels, dtype=torch.float32, device=y.device)
     arguments = {
         "y_ptr": y,
@@ -551,7 +551,7 @@ def batch_norm_apply(
     }
     # Of a padded residual, the pixels that are added.
     read = residual if not padded else residual[:, :, ::residual_step, ::residual_step]
-    tiles = triton.cdiv(pixels, tile.block_m)
+    tiles = cdiv(pixels, tile.block_m)
     vectors = 2 if residual_stats is None else 4
     _pass_over(batch_norm_apply_kernel, tiles, channels, arguments, tile, [y, read], [z], vectors)
     return z
@@ -582,7 +582,7 @@ def batch_norm_reduce(
     # In 16 bits, with one batch norm, 64 registers are enough: the compiler would spill to do with fewer.
     registers = 64 if second is None and dz.element_size() == 2 else None
     tile = config or replace(default_config(pixels, channels, target_arch()), max_registers=registers)
-    tiles = triton.cdiv(pixels, tile.block_m * tile.block_k)
+    tiles = cdiv(pixels, tile.block_m * tile.block_k)
     masked = z is not None or mask
     if masked and out is None:
         out = torch.empty(dz.shape, dtype=dz.dtype, device=dz.device, memory_format=torch.channels_last)
@@ -687,7 +687,7 @@ def batch_norm_backward(
         "INT64": _wide(tile, g, y, y2, dy),
     }
     vectors = (1 if y is None else 3) + (0 if second is None else 1 if y2 is None else 3)
-    tiles = triton.cdiv(pixels, tile.block_m)
+    tiles = cdiv(pixels, tile.block_m)
     _pass_over(batch_norm_backward_kernel, tiles, channels, arguments, tile, [g, y, y2], [dy, dy2], vectors)
     return dy if dy2 is None else (dy, dy2)
 
@@ -736,7 +736,7 @@ def _pass_over(
 ) -> None:
     """Launch a kernel over ``tiles`` of pixels and blocks of channels; it reads ``vectors`` rows of stats or coefs."""
     blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
-    grid = (tiles, triton.cdiv(channels, tile.block_n))
+    grid = (tiles, cdiv(channels, tile.block_n))
     more = 4 * vectors * channels
     Call(kernel, grid, arguments | blocks, tile, lambda: Cost(0, _bytes(read) + more, _bytes(written))).run()
 
@@ -751,7 +751,7 @@ def _merge(
 ) -> None:
     """Launch a kernel that merges the tiles, by blocks of channels, of ``rows`` of sums."""
     blocks = {"BLOCK_M": _MERGE.block_m, "BLOCK_N": _MERGE.block_n}
-    grid = (triton.cdiv(channels, _MERGE.block_n), rows)
+    grid = (cdiv(channels, _MERGE.block_n), rows)
     Call(kernel, grid, arguments | blocks, _MERGE, lambda: Cost(0, _bytes(read), _bytes(written))).run()
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import conv_forward
 from .conv_forward import ConvProblem
 from .launch import INTERPRETER, Call, Cost, TileConfig, target_arch
-from .tile import dot, load_channels, pixel_stride, require_pixel_linear, span, tap_mask
+from .tile import cdiv, dot, load_channels, pixel_stride, require_pixel_linear, span, tap_mask
 
 _RUNTIME_SIZES = [
     *("N", "H", "W", "P", "Q", "tiles", "chunks", "stride_h", "stride_w", "pad_h", "pad_w", "dil_h", "dil_w"),
@@ -331,8 +331,8 @@ def conv_dgrad(
     tile = config or default_config(problem, epilogue=mask is not None or shortcut is not None)
     transposed = _transposed(problem)
     parities = stride[0] * stride[1]
-    largest = n * triton.cdiv(size[0], stride[0]) * triton.cdiv(size[1], stride[1])
-    tiles = triton.cdiv(largest, tile.block_m)
+    largest = n * cdiv(size[0], stride[0]) * cdiv(size[1], stride[1])
+    tiles = cdiv(largest, tile.block_m)
     dx = torch.empty((n, ci, *size), dtype=out_dtype or w.dtype, device=dy.device, memory_format=torch.channels_last)
     sums = None
     if mask is not None:
@@ -354,7 +354,7 @@ def conv_dgrad(
         "INT64": max(_reach(problem, dy), *map(span, (dx, shortcut, y_in))) + tile.block_m >= 2**31,
     }
     width, parts = transposed.tile_channels[1], groups // transposed.merged
-    grid = (tiles * triton.cdiv(width, tile.block_n), parts, parities)
+    grid = (tiles * cdiv(width, tile.block_n), parts, parities)
     Call(conv_dgrad_kernel, grid, arguments, tile, partial(_cost, problem, arguments)).run()
     return dx, sums
 
@@ -393,7 +393,7 @@ def _reach(problem: ConvProblem, dy: Tensor) -> int:
 def _geometry(problem: ConvProblem, transposed: ConvProblem, tile: TileConfig) -> dict[str, Any]:
     co, ci = transposed.tile_channels
     taps = problem.r * problem.s
-    chunks = triton.cdiv(co, tile.block_k)
+    chunks = cdiv(co, tile.block_k)
     tap = [st // gcd(st, dil) for st, dil in zip(problem.stride, problem.dilation, strict=True)]
     hop = [t * dil // st for t, dil, st in zip(tap, problem.dilation, problem.stride, strict=True)]
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from .gpus import gpu_of
 from .launch import INTERPRETER, Call, Cost, TileConfig, target_arch
 from .tile import (
     Moments,
+    cdiv,
     dot,
     load_channels,
     pixel_stride,
@@ -422,7 +424,7 @@ def default_config(problem: ConvProblem) -> TileConfig:
 
 def _programs(problem: ConvProblem, block_m: int, block_n: int) -> int:
     co = problem.tile_channels[1]
-    return triton.cdiv(problem.m, block_m) * triton.cdiv(co, block_n) * (problem.groups // problem.merged)
+    return cdiv(problem.m, block_m) * cdiv(co, block_n) * (problem.groups // problem.merged)
 
 
 def conv_forward(
@@ -487,7 +489,7 @@ def conv_forward_moments(
     y = _output(problem, x, x.dtype)
     _check(problem, x, w, y, None, 1, 0)
     tile = config or default_config(problem)
-    tiles = triton.cdiv(problem.m, tile.block_m)
+    tiles = cdiv(problem.m, tile.block_m)
     values = torch.empty(2, tiles, problem.co, dtype=torch.float32, device=x.device)
     epilogue = _epilogue(bias, None, None, 1, 0, y)
     _launch(problem, x, w, y, prologue, epilogue | {"moments_ptr": values, "RELU": False}, tile)
@@ -525,7 +527,7 @@ def _launch(
     config: TileConfig | None,
 ) -> None:
     tile = config or default_config(problem)
-    tiles = triton.cdiv(problem.m, tile.block_m)
+    tiles = cdiv(problem.m, tile.block_m)
     arguments = {
         **_geometry(problem, tile),
         **epilogue,
@@ -538,15 +540,16 @@ def _launch(
         "x_stride": pixel_stride(x),
         "INT64": max(map(span, (x, out, epilogue["res_ptr"]))) + tile.block_m >= 2**31,
     }
-    grid = (tiles * triton.cdiv(problem.tile_channels[1], tile.block_n), problem.groups // problem.merged)
+    grid = (tiles * cdiv(problem.tile_channels[1], tile.block_n), problem.groups // problem.merged)
     Call(conv_forward_kernel, grid, arguments, tile, partial(_cost, problem, arguments)).run()
 
 
-def _geometry(problem: ConvProblem, tile: TileConfig) -> dict[str, Any]:
+@lru_cache(maxsize=4096)
+def _geometry(problem: ConvProblem, tile: TileConfig) -> Mapping[str, Any]:
     """The kernel's arguments that follow from the problem and its tile alone."""
     ci, co = problem.tile_channels
     taps = problem.r * problem.s
-    chunks = triton.cdiv(taps * ci if problem.flat else ci, tile.block_k)
+    chunks = cdiv(taps * ci if problem.flat else ci, tile.block_k)
     if problem.merged > 1 and chunks > 1:
         raise ValueError(f"config.block_k must hold the {ci} input channels of merged groups; got {tile.block_k}")
     padded = problem.padding != (0, 0)

@@ -14,7 +14,7 @@ from torch import Tensor
 from .conv_forward import ConvProblem
 from .gpus import gpu_of
 from .launch import INTERPRETER, Call, Cost, TileConfig, target_arch
-from .tile import dot, load_channels, pixel_stride, relu, require_pixel_linear, span
+from .tile import cdiv, dot, load_channels, pixel_stride, relu, require_pixel_linear, span
 
 _RUNTIME_SIZES = [
     *("M", "H", "W", "P", "Q", "steps", "stride_h", "stride_w", "pad_h", "pad_w", "dil_h", "dil_w"),
@@ -239,10 +239,10 @@ def default_config(problem: ConvProblem) -> WgradConfig:
         # small one: the compiler gives registers to occupancy there.
         deep = 32 if fp32 or (problem.prologue and block_n == 128) else 64
         tile = TileConfig(block_m, block_n, deep, num_stages=3 if block_m * block_n > 32 * 32 else 2)
-    steps = triton.cdiv(problem.m, tile.block_k)
+    steps = cdiv(problem.m, tile.block_k)
     programs = filter_tiles(problem, tile)
     multiprocessors = gpu_of(problem.arch).multiprocessors
-    wanted, least = multiprocessors // programs, triton.cdiv(multiprocessors, 2 * programs)
+    wanted, least = multiprocessors // programs, cdiv(multiprocessors, 2 * programs)
     filter_bytes = 8 * problem.co * problem.r * problem.s * problem.ci // problem.groups
     pixel_bytes = (problem.m * problem.co + problem.n * problem.h * problem.w * problem.ci) * problem.dtype.itemsize
     affordable = pixel_bytes // (8 * filter_bytes)
@@ -253,8 +253,8 @@ def filter_tiles(problem: ConvProblem, tile: TileConfig) -> int:
     """How many tiles make up the whole filter."""
     ci, co = problem.tile_channels
     taps = problem.r * problem.s
-    columns = triton.cdiv(taps * ci, tile.block_n) if problem.flat else taps * triton.cdiv(ci, tile.block_n)
-    return triton.cdiv(co, tile.block_m) * columns * (problem.groups // problem.merged)
+    columns = cdiv(taps * ci, tile.block_n) if problem.flat else taps * cdiv(ci, tile.block_n)
+    return cdiv(co, tile.block_m) * columns * (problem.groups // problem.merged)
 
 
 def conv_wgrad(
@@ -295,8 +295,8 @@ def conv_wgrad(
     dw = torch.empty(shape, dtype=out_dtype or x.dtype, device=x.device, memory_format=torch.channels_last)
     if problem.m == 0:
         return dw.zero_()
-    steps = triton.cdiv(triton.cdiv(problem.m, chosen.tile.block_k), chosen.splits)
-    splits = triton.cdiv(problem.m, steps * chosen.tile.block_k)
+    steps = cdiv(cdiv(problem.m, chosen.tile.block_k), chosen.splits)
+    splits = cdiv(problem.m, steps * chosen.tile.block_k)
     partials = dw if splits == 1 else torch.empty(splits, dw.numel(), dtype=torch.float32, device=x.device)
     arguments = {
         **_geometry(problem, chosen.tile),
@@ -364,7 +364,7 @@ def _sum_splits(partials: Tensor, dw: Tensor) -> None:
         "splits": partials.shape[0],
         "BLOCK_M": tile.block_m,
     }
-    grid = (triton.cdiv(dw.numel(), tile.block_m),)
+    grid = (cdiv(dw.numel(), tile.block_m),)
     Call(sum_splits_kernel, grid, arguments, tile, lambda: Cost(0, partials.nbytes, _bytes(dw))).run()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -58,10 +59,15 @@ def store_moments(v, mask, count, mean_ptrs, m2_step, mask_n):
     tl.store(mean_ptrs + m2_step, tl.sum(deviation * deviation, 0), mask=mask_n)
 
 
+def cdiv(size: int, block: int) -> int:
+    """Blocks that cover ``size``. (``triton.cdiv`` is for device code too, and takes microseconds on the host.)"""
+    return -(-size // block)
+
+
 def pixel_stride(x: Tensor) -> int | None:
     """Elements from one pixel of ``x`` [N, C, H, W] to the next, or None if ``x`` is not pixel-linear."""
     n, c, h, w = x.shape
-    if x.numel() == 0:
+    if x.is_contiguous(memory_format=torch.channels_last) or x.numel() == 0:
         return c
     if c > 1 and x.stride(1) != 1:
         return None

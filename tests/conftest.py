@@ -1,9 +1,22 @@
 """Without a CUDA GPU the kernels run in Triton's interpreter, which must be chosen before they are imported."""
 
 import os
+from contextlib import nullcontext
 
+import pytest
 import torch
 
-if not torch.cuda.is_available():
+if torch.cuda.is_available():
+    # What eager PyTorch is compared with is fp32, and the same in every run.
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
+else:
     os.environ["TRITON_INTERPRET"] = "1"
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def on_device():
+    """Whatever a test makes lies where the kernels run: on the GPU if there is one."""
+    with torch.device("cuda") if torch.cuda.is_available() else nullcontext():
+        yield

@@ -16,6 +16,8 @@ from resnet_fused.problem import Tiles
 from resnet_fused.trace import trace
 from tests.training import DEVICE, check, draw, step
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 ROADS = ["triton", "mixed"]
 
 

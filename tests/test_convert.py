@@ -19,6 +19,8 @@ from resnet_fused import explain, fuse, implementation, unfuse
 from resnet_fused.convert import ConvertedBlock, ConvertedSequential
 from tests import zoo
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 COUNTS = {
     "resnet18": 8, "resnet34": 16, "resnet50": 16, "resnet101": 33, "resnet152": 50,
     "resnext50_32x4d": 16, "resnext101_32x8d": 33, "wide_resnet50_2": 16, "wide_resnet101_2": 33,

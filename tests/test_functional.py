@@ -17,6 +17,8 @@ from resnet_fused.reference import PaddedIdentity
 from resnet_fused.trace import trace
 from tests.rule import assert_within_rule
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 
 def unit(ci=16, co=24, size=3, **conv) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
     conv.setdefault("padding", size // 2)

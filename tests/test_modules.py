@@ -14,6 +14,8 @@ from resnet_fused.modules import BasicBlock, Bottleneck, PaddedShortcut, Residua
 from tests.rule import assert_within_rule
 from tests.zoo import randomise_norms
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 
 def projection(ci, co, stride=1):
     return nn.Sequential(nn.Conv2d(ci, co, 1, stride, bias=False), nn.BatchNorm2d(co))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 
 from resnet_fused import implementation, table
 from resnet_fused.functional import conv_bn_act
 from resnet_fused.trace import trace
+
+pytestmark = pytest.mark.usefixtures("on_device")
 
 
 def test_library_calls_with_flops_and_bytes():

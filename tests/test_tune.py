@@ -24,8 +24,11 @@ from resnet_fused.trial import Candidate, Trial, candidates
 from resnet_fused.tune import ChildRunner, Compilers, Failure, find_problems, tune_problem, tune_problems
 from resnet_fused.tune_worker import serve
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 ROOT = Path(__file__).parents[1]
 GPU = "NVIDIA Test 1000"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def problem(**change) -> Problem:
@@ -263,7 +266,7 @@ def test_the_protocol_answers_every_line():
         {"problem": {"n": 0}},
     ]
     out = io.StringIO()
-    serve(map(json.dumps, requests), out, lambda p: Trial(p, torch.device("cpu")), clock=None)
+    serve(map(json.dumps, requests), out, lambda p: Trial(p, DEVICE), clock=None)
     answers = [json.loads(line) for line in out.getvalue().splitlines()]
     assert [list(answer) for answer in answers] == [["error", "fatal"], [], ["ratio"], ["error", "fatal"]]
 
@@ -275,7 +278,7 @@ def test_the_protocol_answers_every_line():
 )
 def test_verification_passes_what_is_right(way, direction, change):
     p = problem(direction=direction, prologue=direction == "training", residual=direction == "inference", **change)
-    assert Trial(p, torch.device("cpu")).ratio(Candidate(way)) <= 1
+    assert Trial(p, DEVICE).ratio(Candidate(way)) <= 1
 
 
 @pytest.mark.parametrize("launcher", ["conv_forward_moments", "conv_dgrad", "conv_wgrad"])
@@ -288,7 +291,7 @@ def test_verification_finds_a_wrong_kernel(launcher, monkeypatch):
         return result
 
     monkeypatch.setattr(chain, launcher, wrong)
-    assert Trial(problem(), torch.device("cpu")).ratio(Candidate("fused")) > 1
+    assert Trial(problem(), DEVICE).ratio(Candidate("fused")) > 1
 
 
 def conv_relu(x, w, bias, residual, *geometry):
