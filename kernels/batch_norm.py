@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import INTERPRETER, Call, Cost, TileConfig, target_arch
-from .tile import Moments, cdiv, load_channels, pixel_stride, relu, require_pixel_linear, span
+from .tile import Moments, cdiv, load_channels, pixel_stride, relu, require_pixel_linear, rounded_product, span
 
 _RUNTIME_SIZES = [
     *("M", "P", "Q", "T", "steps", "rows", "pixels"),
@@ -80,7 +80,8 @@ def channel_moments_kernel(
         m2 += delta * tl.where(mask_m[:, None], v - mean, 0.0)
         offs_m += BLOCK_M
     total = tl.sum(count, 0)
-    pivot = tl.sum(mean * count[:, None], 0) / total
+    weighted = rounded_product(mean, tl.broadcast_to(count[:, None], mean.shape))
+    pivot = tl.sum(weighted, 0) / total
     spread = mean - pivot[None, :]
     merged = tl.sum(m2 + spread * spread * count[:, None], 0)
     tl.store(values_ptr + pid * C + c, origin + pivot, mask=mask_c)

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import conv_forward
 from .conv_forward import ConvProblem
 from .launch import INTERPRETER, Call, Cost, TileConfig, target_arch
-from .tile import cdiv, dot, load_channels, pixel_stride, require_pixel_linear, span, tap_mask
+from .tile import cdiv, dot, load_channels, pixel_stride, require_pixel_linear, rounded_product, span, tap_mask
 
 _RUNTIME_SIZES = [
     *("N", "H", "W", "P", "Q", "tiles", "chunks", "stride_h", "stride_w", "pad_h", "pad_w", "dil_h", "dil_w"),
@@ -97,7 +97,7 @@ def store_gradient(
         deviation = y - load_channels(stats_ptr, c, mask_n)[None, :]
         sums = sums_ptr + tile.to(tl.int64) * channels + c
         tl.store(sums, tl.sum(g, 0), mask=mask_n)
-        tl.store(sums + tiles.to(tl.int64) * channels, tl.sum(g * deviation, 0), mask=mask_n)
+        tl.store(sums + tiles.to(tl.int64) * channels, tl.sum(rounded_product(g, deviation), 0), mask=mask_n)
     else:
         tl.store(dx_ptr + at, v.to(dx_ptr.dtype.element_ty), mask=mask)
 

@@ -238,7 +238,9 @@ def default_config(problem: ConvProblem) -> WgradConfig:
         # 32 pixels a step would spill in a narrow tile of 16 bits, and so would masks that wait in a third stage for a
         # small one: the compiler gives registers to occupancy there.
         deep = 32 if fp32 or (problem.prologue and block_n == 128) else 64
-        tile = TileConfig(block_m, block_n, deep, num_stages=3 if block_m * block_n > 32 * 32 else 2)
+        stages = 3 if block_m * block_n > 32 * 32 else 2
+        small = block_m * block_n == 16 * 16 and problem.arch in (86, 89)
+        tile = TileConfig(block_m, block_n, deep, num_stages=stages, max_registers=96 if small else None)
     steps = cdiv(problem.m, tile.block_k)
     programs = filter_tiles(problem, tile)
     multiprocessors = gpu_of(problem.arch).multiprocessors

@@ -30,6 +30,16 @@ def relu(v):
 
 
 @triton.jit
+def rounded_product(a, b):
+    """``a * b`` in fp32, for a sum over it.
+
+    The compiler would contract a bare product with the first addition of the sum, in which two lanes exchange their
+    terms: each would round the other's product and not its own, and both would store the result, which then differs.
+    """
+    return tl.fma(a, b, tl.zeros_like(a))
+
+
+@triton.jit
 def load_channels(ptr, offs, mask):
     """A vector of per-channel parameters in fp32."""
     return tl.load(ptr + offs, mask=mask, other=0.0).to(tl.float32)
@@ -56,7 +66,7 @@ def store_moments(v, mask, count, mean_ptrs, m2_step, mask_n):
     mean = tl.sum(tl.where(mask, v, 0.0), 0) / count
     deviation = tl.where(mask, v - mean[None, :], 0.0)
     tl.store(mean_ptrs, mean, mask=mask_n)
-    tl.store(mean_ptrs + m2_step, tl.sum(deviation * deviation, 0), mask=mask_n)
+    tl.store(mean_ptrs + m2_step, tl.sum(rounded_product(deviation, deviation), 0), mask=mask_n)
 
 
 def cdiv(size: int, block: int) -> int:

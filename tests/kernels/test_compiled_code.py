@@ -17,7 +17,7 @@ import pytest
 from resnet_fused.kernels.gpus import ARCHITECTURES, gpu_of
 
 ROOT = Path(__file__).parents[2]
-MODELS = ("resnet18", "resnet50", "resnet101", "resnext50_32x4d", "wide_resnet50_2")
+MODELS = ("resnet20", "resnet18", "resnet50", "resnet101", "resnext50_32x4d", "wide_resnet50_2")
 TENSOR_CORE = {80: "mma.sync", 86: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05.mma", 120: "mma.sync"}
 
 TENSOR_CORE_KERNELS = ("conv_forward_kernel", "conv_dgrad_kernel", "conv_wgrad_kernel")
@@ -32,6 +32,7 @@ def test_no_spills_and_tensor_cores(arch):
         label = f"sm_{arch}: {kernel}"
         assert kernel["spilled_bytes"] == 0, label
         assert kernel["registers"] <= 255, label
+        assert kernel["contracted_sums"] == 0, label
         assert kernel["shared"] <= gpu_of(arch).shared, label
         if kernel["number_format"] != "float32" and kernel["kernel"] in TENSOR_CORE_KERNELS:
             # The wide instructions of sm_90 and sm_100 take 64 rows at the least.
