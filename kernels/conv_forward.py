@@ -425,8 +425,8 @@ def _registers(problem: ConvProblem, block_m: int, block_n: int, block_k: int) -
     """How many a thread may have where the compiler would spill for a program more at a time; else as it likes."""
     if block_k == 64 and problem.arch in (100, 120):
         # On sm_120 shared memory has no room for another program anyway.
-        return 128 if problem.arch == 100 and problem.r * problem.s == 1 else 255
-    if (block_m, block_n) == (128, 32) and problem.arch in (86, 89, 120):
+        return 255
+    if (block_m, block_n) == (128, 32) and problem.merged == 1 and problem.arch in (86, 89, 120):
         return 192 if problem.dtype == torch.float32 else 168
     return None
 

@@ -86,8 +86,8 @@ def main() -> None:
         if name != "float16" or each_kind:
             found += [describe(call, arch, name) for call in launches(arch, name, models, (1, 64), training=False)]
         if name == "bfloat16":
-            trained = TRAINED if each_kind else TRAINED[:3]
-            found += [describe(call, arch, name) for call in launches(arch, name, trained, (1, 64), training=True)]
+            trained, batches = (TRAINED, (1, 64)) if each_kind else (TRAINED[:3], (64,))
+            found += [describe(call, arch, name) for call in launches(arch, name, trained, batches, training=True)]
         elif name != "float16" and each_kind:
             found += [describe(call, arch, name) for call in launches(arch, name, TRAINED[2:3], (64,), training=True)]
     json.dump(found, sys.stdout)
