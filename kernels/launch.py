@@ -36,8 +36,13 @@ class TileConfig:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What Triton's compiler is told beside the tile."""
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.max_registers}
+        """What Triton's compiler is told beside the tile; the default for contracting to fma differs by its version."""
+        options = {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "maxnreg": self.max_registers,
+            "enable_fp_fusion": True,
+        }
         return {name: value for name, value in options.items() if value is not None}
 
 

@@ -63,7 +63,7 @@ def contracted_sums(ptx: str) -> int:
         if name.startswith("shfl.") or (name.startswith("mov.b") and exchanged & set(registers[1:])):
             exchanged |= set(registers[:2] if operands.strip().startswith("{") else registers[:1])
         elif registers:
-            found += name.startswith("fma.") and registers[-1] in exchanged
+            found += name.startswith("fma.") and operands.rpartition(",")[2].strip() in exchanged
             exchanged -= set(registers[:1])
     return found
 
