@@ -41,7 +41,7 @@ class Template:
     num_stages: int
 
     def compile(self, arch: int) -> Any:
-        """Triton's compiled kernel for ``arch``; needs no GPU."""
+        """The compiled kernel for ``arch``; needs no GPU. Raises Unavailable where this Triton cannot compile it."""
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / f"{_KERNEL}.py"
             file.write_text(self.source)
@@ -55,7 +55,10 @@ class Template:
                 attrs={(i,): [["tt.divisibility", 16]] for i in range(3)},
             )
             options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-            return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+            try:
+                return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+            except Exception as error:  # the template is not ours, and neither is the compiler
+                raise Unavailable(f"Inductor's template does not compile: {type(error).__name__}: {error}") from error
 
 
 def fill_in(problem: Problem, block_m: int, block_n: int) -> list[Template]:

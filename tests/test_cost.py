@@ -128,6 +128,14 @@ class TestTemplate:
         with pytest.raises(Unavailable, match="takes no dilation"):
             fill_in(replace(LAYER, dilation=(2, 2)), 64, 64)
 
+    def test_a_compiler_that_fails_is_told(self, monkeypatch):
+        def fails(*arguments, **options):
+            raise RuntimeError("PassManager::run failed")
+
+        monkeypatch.setattr(inductor_template.triton, "compile", fails)
+        with pytest.raises(Unavailable, match=r"does not compile: RuntimeError: PassManager"):
+            fill_in(LAYER, 64, 64)[0].compile(90)
+
     def test_a_torch_without_it_is_told(self, monkeypatch):
         monkeypatch.setattr("torch._inductor.kernel.conv.conv2d_template", None)
         with pytest.raises(Unavailable, match=r"can not be filled in: AttributeError"):
