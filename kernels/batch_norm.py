@@ -5,8 +5,9 @@ Every sum over pixels is taken tile by tile, and the tiles are merged in a fixed
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -14,8 +15,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import INTERPRETER, Call, Cost, TileConfig, target_arch
-from .tile import Moments, cdiv, load_channels, pixel_stride, relu, require_pixel_linear, rounded_product, span
+from .launch import INTERPRETER, Cost, Recipe, TileConfig, target_arch
+from .tile import (
+    Layout,
+    Moments,
+    cdiv,
+    layout,
+    load_channels,
+    pixel_stride,
+    relu,
+    require_pixel_linear,
+    rounded_product,
+    span,
+)
 
 _RUNTIME_SIZES = [
     *("M", "P", "Q", "T", "steps", "rows", "pixels"),
@@ -420,21 +432,28 @@ def default_config(pixels: int, channels: int, arch: int) -> TileConfig:
     return TileConfig(1024 // block_n, block_n, steps, num_stages=1)
 
 
+_VECTOR = torch.float32.itemsize
+"""Bytes that a channel takes in one row of stats or coefs."""
 _MERGE = TileConfig(256, 8, 1, num_stages=1)
 """Tiles and channels that a program merges at a time."""
 
 
 def channel_moments(y: Tensor, *, config: TileConfig | None = None) -> Moments:
     """Mean and sum of squared deviations of ``y`` [N, C, P, Q] (pixel-linear), tile by tile."""
+    recipe = _moments_recipe(layout(y), target_arch(), config)
+    tiles, channels = recipe.scalars["T"], recipe.scalars["C"]
+    values = torch.empty(2, tiles, channels, dtype=torch.float32, device=y.device)
+    recipe.run(y_ptr=y, values_ptr=values)
+    return Moments(values, recipe.config.block_m * recipe.config.block_k, recipe.scalars["M"])
+
+
+@lru_cache(maxsize=4096)
+def _moments_recipe(y: Layout, arch: int, config: TileConfig | None) -> Recipe:
     require_pixel_linear(y=y)
     pixels, channels = _sizes(y)
-    tile = config or default_config(pixels, channels, target_arch())
-    rows = tile.block_m * tile.block_k
-    tiles = cdiv(pixels, rows)
-    values = torch.empty(2, tiles, channels, dtype=torch.float32, device=y.device)
-    arguments = {
-        "y_ptr": y,
-        "values_ptr": values,
+    tile = config or default_config(pixels, channels, arch)
+    tiles = cdiv(pixels, tile.block_m * tile.block_k)
+    scalars = {
         "M": pixels,
         "C": channels,
         "T": tiles,
@@ -442,17 +461,22 @@ def channel_moments(y: Tensor, *, config: TileConfig | None = None) -> Moments:
         "INT64": _wide(tile, y),
         "steps": tile.block_k,
     }
-    _pass_over(channel_moments_kernel, tiles, channels, arguments, tile, [y], [values])
-    return Moments(values, rows, pixels)
+    return _pass_over(channel_moments_kernel, tiles, scalars, tile, ["y_ptr"], ["values_ptr"])
 
 
 def merge_moments(moments: Moments) -> Tensor:
     """Mean and sum of squared deviations of all tiles together, fp32 [2, C]."""
-    _, _, channels = moments.values.shape
+    _, tiles, channels = moments.values.shape
     merged = moments.values.new_empty(2, channels)
-    arguments = {**_moments_arguments(moments), "merged_ptr": merged, "C": channels}
-    _merge(merge_moments_kernel, channels, arguments, [moments.values, moments.counts], [merged])
+    recipe = _merge_moments_recipe(channels, tiles, moments.rows, moments.pixels)
+    recipe.run(values_ptr=moments.values, counts_ptr=moments.counts, merged_ptr=merged)
     return merged
+
+
+@lru_cache(maxsize=4096)
+def _merge_moments_recipe(channels: int, tiles: int, rows: int, pixels: int) -> Recipe:
+    scalars = {"T": tiles, "C": channels, "rows": rows, "pixels": pixels}
+    return _merge(merge_moments_kernel, scalars, ["values_ptr", "counts_ptr"], ["merged_ptr"])
 
 
 def batch_norm_stats(
@@ -479,25 +503,39 @@ def batch_norm_stats(
     cumulative = moments is not None and momentum is None and batches is not None
     if cumulative:
         batches += 1
-    arguments = {
-        **_moments_arguments(moments),
-        "gamma_ptr": gamma,
-        "beta_ptr": beta,
-        "running_mean_ptr": running_mean,
-        "running_var_ptr": running_var,
-        "batches_ptr": None if moments is None else batches,
-        "stats_ptr": stats,
+    values, rows, pixels, counts = moments or (None, 0, 0, None)
+    sizes = (channels, 0 if values is None else values.shape[1], rows, pixels)
+    _stats_recipe(*sizes, eps, 0.0 if momentum is None else momentum, cumulative).run(
+        values_ptr=values,
+        counts_ptr=counts,
+        gamma_ptr=gamma,
+        beta_ptr=beta,
+        running_mean_ptr=running_mean,
+        running_var_ptr=running_var,
+        batches_ptr=None if moments is None else batches,
+        stats_ptr=stats,
+    )
+    return stats
+
+
+@lru_cache(maxsize=4096)
+def _stats_recipe(
+    channels: int, tiles: int, rows: int, pixels: int, eps: float, momentum: float, cumulative: bool
+) -> Recipe:
+    scalars = {
+        "T": tiles,
         "C": channels,
+        "rows": rows,
+        "pixels": pixels,
         "eps": eps,
-        "momentum": 0.0 if momentum is None else momentum,
+        "momentum": momentum,
         "CUMULATIVE": cumulative,
     }
-    read, written = [gamma, beta, running_mean, running_var], [stats]
-    if moments is not None:
-        read += [moments.values, moments.counts, batches]
-        written += [running_mean, running_var, None if cumulative else batches]
-    _merge(batch_norm_stats_kernel, channels, arguments, read, written)
-    return stats
+    read = ["values_ptr", "counts_ptr", "gamma_ptr", "beta_ptr", "running_mean_ptr", "running_var_ptr", "batches_ptr"]
+    written = ["stats_ptr"]
+    if tiles:
+        written += ["running_mean_ptr", "running_var_ptr"] + ([] if cumulative else ["batches_ptr"])
+    return _merge(batch_norm_stats_kernel, scalars, read, written)
 
 
 def batch_norm_apply(
@@ -520,21 +558,34 @@ def batch_norm_apply(
     Returns [N, C, P, Q], channels_last, of ``out_dtype`` (that of ``y`` if not given). Raises ValueError for tensors
     that are not pixel-linear or do not fit.
     """
+    dtype = y.dtype if out_dtype is None else out_dtype
+    inputs, normalised = (layout(y), layout(residual)), residual_stats is not None
+    recipe = _apply_recipe(*inputs, normalised, residual_step, residual_before, relu, target_arch(), config)
+    z = torch.empty(y.shape, dtype=dtype, device=y.device, memory_format=torch.channels_last)
+    recipe.run(y_ptr=y, stats_ptr=stats, res_ptr=residual, res_stats_ptr=residual_stats, z_ptr=z)
+    return z
+
+
+@lru_cache(maxsize=4096)
+def _apply_recipe(
+    y: Layout,
+    residual: Layout | None,
+    normalised: bool,
+    step: int,
+    before: int,
+    relu: bool,
+    arch: int,
+    config: TileConfig | None,
+) -> Recipe:
     require_pixel_linear(y=y, residual=residual)
     pixels, channels = _sizes(y)
     _, _, p, q = y.shape
     padded = residual is not None and residual.shape != y.shape
     if padded:
-        _check_padded(y, residual, residual_step, residual_before)
-    z = torch.empty(y.shape, dtype=out_dtype or y.dtype, device=y.device, memory_format=torch.channels_last)
-    tile = config or default_config(pixels, channels, target_arch())
+        _check_padded(y, residual, step, before)
+    tile = config or default_config(pixels, channels, arch)
     res_channels, res_h, res_w = (0, 0, 0) if residual is None else residual.shape[1:]
-    arguments = {
-        "y_ptr": y,
-        "stats_ptr": stats,
-        "res_ptr": residual,
-        "res_stats_ptr": residual_stats,
-        "z_ptr": z,
+    scalars = {
         "M": pixels,
         "C": channels,
         "P": p,
@@ -544,18 +595,16 @@ def batch_norm_apply(
         "res_h": res_h,
         "res_w": res_w,
         "res_channels": res_channels,
-        "res_step": residual_step,
-        "res_before": residual_before,
+        "res_step": step,
+        "res_before": before,
         "RES_PADDED": padded,
         "RELU": relu,
         "INT64": _wide(tile, y, residual),
     }
     # Of a padded residual, the pixels that are added.
-    read = residual if not padded else residual[:, :, ::residual_step, ::residual_step]
-    tiles = cdiv(pixels, tile.block_m)
-    vectors = 2 if residual_stats is None else 4
-    _pass_over(batch_norm_apply_kernel, tiles, channels, arguments, tile, [y, read], [z], vectors)
-    return z
+    more = 0 if residual is None else pixels * res_channels * residual.dtype.itemsize
+    more += _VECTOR * channels * (4 if normalised else 2)
+    return _pass_over(batch_norm_apply_kernel, cdiv(pixels, tile.block_m), scalars, tile, ["y_ptr"], ["z_ptr"], more)
 
 
 def batch_norm_reduce(
@@ -578,25 +627,39 @@ def batch_norm_reduce(
     Returns g and fp32 [2 or 3, T, C]: tile by tile ``sum g``, ``sum g*(y - mean)`` (0 without ``y``), and the second's.
     """
     y2, stats2 = second or (None, None)
+    masked = z is not None or mask
+    inputs = map(layout, (dz, y, z, y2, out if masked else None))
+    recipe = _reduce_recipe(*inputs, mask, target_arch(), config)
+    tiles, channels = recipe.scalars["T"], recipe.scalars["C"]
+    if masked and out is None:
+        out = torch.empty(dz.shape, dtype=dz.dtype, device=dz.device, memory_format=torch.channels_last)
+    g = out if masked else None
+    sums = torch.empty(2 if second is None else 3, tiles, channels, dtype=torch.float32, device=dz.device)
+    recipe.run(dz_ptr=dz, z_ptr=z, y_ptr=y, stats_ptr=stats, y2_ptr=y2, stats2_ptr=stats2, g_ptr=g, sums_ptr=sums)
+    return dz if g is None else g, sums
+
+
+@lru_cache(maxsize=4096)
+def _reduce_recipe(
+    dz: Layout,
+    y: Layout | None,
+    z: Layout | None,
+    y2: Layout | None,
+    out: Layout | None,
+    mask: bool,
+    arch: int,
+    config: TileConfig | None,
+) -> Recipe:
     require_pixel_linear(dz=dz, y=y, z=z, y2=y2, out=out)
     pixels, channels = _sizes(dz)
     # In 16 bits, with one batch norm, 64 registers are enough: the compiler would spill to do with fewer.
-    registers = 64 if second is None and dz.element_size() == 2 else None
-    tile = config or replace(default_config(pixels, channels, target_arch()), max_registers=registers)
+    registers = 64 if y2 is None and dz.dtype.itemsize == 2 else None
+    tile = config or replace(default_config(pixels, channels, arch), max_registers=registers)
     tiles = cdiv(pixels, tile.block_m * tile.block_k)
-    masked = z is not None or mask
-    if masked and out is None:
-        out = torch.empty(dz.shape, dtype=dz.dtype, device=dz.device, memory_format=torch.channels_last)
-    sums = torch.empty(2 if second is None else 3, tiles, channels, dtype=torch.float32, device=dz.device)
-    arguments = {
-        "dz_ptr": dz,
-        "z_ptr": z,
-        "y_ptr": y,
-        "stats_ptr": stats,
-        "y2_ptr": y2,
-        "stats2_ptr": stats2,
-        "g_ptr": out if masked else None,
-        "sums_ptr": sums,
+    g_stride = 0
+    if z is not None or mask:
+        g_stride = channels if out is None else pixel_stride(out)
+    scalars = {
         "M": pixels,
         "C": channels,
         "T": tiles,
@@ -604,25 +667,27 @@ def batch_norm_reduce(
         "z_stride": 0 if z is None else pixel_stride(z),
         "y_stride": 0 if y is None else pixel_stride(y),
         "y2_stride": 0 if y2 is None else pixel_stride(y2),
-        "g_stride": pixel_stride(out) if masked else 0,
+        "g_stride": g_stride,
         "MASK": mask,
         "INT64": _wide(tile, dz, z, y, y2, out),
         "steps": tile.block_k,
     }
-    vectors = (y is not None) * (3 if mask else 1) + (y2 is not None)
-    g = out if masked else dz
-    written = [sums, g] if masked else [sums]
-    _pass_over(batch_norm_reduce_kernel, tiles, channels, arguments, tile, [dz, z, y, y2], written, vectors)
-    return g, sums
+    more = _VECTOR * channels * ((y is not None) * (3 if mask else 1) + (y2 is not None))
+    read, written = ["dz_ptr", "z_ptr", "y_ptr", "y2_ptr"], ["sums_ptr", "g_ptr"]
+    return _pass_over(batch_norm_reduce_kernel, tiles, scalars, tile, read, written, more)
 
 
 def merge_sums(sums: Tensor) -> Tensor:
     """Sums [K, T, C] over all tiles: fp32 [K, C]."""
     rows, tiles, channels = sums.shape
     merged = sums.new_empty(rows, channels)
-    arguments = {"sums_ptr": sums, "merged_ptr": merged, "T": tiles, "C": channels}
-    _merge(merge_sums_kernel, channels, arguments, [sums], [merged], rows)
+    _merge_sums_recipe(rows, tiles, channels).run(sums_ptr=sums, merged_ptr=merged)
     return merged
+
+
+@lru_cache(maxsize=4096)
+def _merge_sums_recipe(rows: int, tiles: int, channels: int) -> Recipe:
+    return _merge(merge_sums_kernel, {"T": tiles, "C": channels}, ["sums_ptr"], ["merged_ptr"], rows=rows)
 
 
 def batch_norm_coefs(
@@ -635,20 +700,17 @@ def batch_norm_coefs(
     tiles, channels = sum_g.shape
     coefs = torch.empty(3, channels, dtype=torch.float32, device=stats.device)
     dgamma, dbeta = (torch.empty(channels, dtype=gamma_dtype, device=stats.device) for _ in range(2))
-    arguments = {
-        "sum_g_ptr": sum_g,
-        "sum_gy_ptr": sum_gy,
-        "stats_ptr": stats,
-        "coefs_ptr": coefs,
-        "dgamma_ptr": dgamma,
-        "dbeta_ptr": dbeta,
-        "T": tiles,
-        "C": channels,
-    }
-    # The shift is the one row of stats that nothing depends on.
-    read = [sum_g, sum_gy, stats[:3], stats[4]]
-    _merge(batch_norm_coefs_kernel, channels, arguments, read, [coefs, dgamma, dbeta])
+    _coefs_recipe(tiles, channels).run(
+        sum_g_ptr=sum_g, sum_gy_ptr=sum_gy, stats_ptr=stats, coefs_ptr=coefs, dgamma_ptr=dgamma, dbeta_ptr=dbeta
+    )
     return coefs, dgamma, dbeta
+
+
+@lru_cache(maxsize=4096)
+def _coefs_recipe(tiles: int, channels: int) -> Recipe:
+    more = _VECTOR * channels * 4  # The shift is the one row of stats that nothing depends on.
+    read, written = ["sum_g_ptr", "sum_gy_ptr"], ["coefs_ptr", "dgamma_ptr", "dbeta_ptr"]
+    return _merge(batch_norm_coefs_kernel, {"T": tiles, "C": channels}, read, written, more)
 
 
 def batch_norm_backward(
@@ -666,56 +728,52 @@ def batch_norm_backward(
     norm that the same g goes into; then the result is a pair, and the second is a new tensor of the same dtype.
     """
     y2, coefs2 = second or (None, None)
-    require_pixel_linear(g=g, y=y, y2=y2, out=out)
-    pixels, channels = _sizes(g)
+    recipe = _backward_recipe(*map(layout, (g, y, y2, out)), second is not None, target_arch(), config)
     dy = torch.empty_like(g if y is None else y, memory_format=torch.channels_last) if out is None else out
     dy2 = None if second is None else torch.empty_like(dy, memory_format=torch.channels_last)
-    tile = config or default_config(pixels, channels, target_arch())
-    arguments = {
-        "g_ptr": g,
-        "y_ptr": y,
-        "coefs_ptr": coefs,
-        "y2_ptr": y2,
-        "coefs2_ptr": coefs2,
-        "dy_ptr": dy,
-        "dy2_ptr": dy2,
+    recipe.run(g_ptr=g, y_ptr=y, coefs_ptr=coefs, y2_ptr=y2, coefs2_ptr=coefs2, dy_ptr=dy, dy2_ptr=dy2)
+    return dy if dy2 is None else (dy, dy2)
+
+
+@lru_cache(maxsize=4096)
+def _backward_recipe(
+    g: Layout,
+    y: Layout | None,
+    y2: Layout | None,
+    out: Layout | None,
+    twice: bool,
+    arch: int,
+    config: TileConfig | None,
+) -> Recipe:
+    require_pixel_linear(g=g, y=y, y2=y2, out=out)
+    pixels, channels = _sizes(g)
+    tile = config or default_config(pixels, channels, arch)
+    scalars = {
         "M": pixels,
         "C": channels,
         "g_stride": pixel_stride(g),
         "y_stride": 0 if y is None else pixel_stride(y),
         "y2_stride": 0 if y2 is None else pixel_stride(y2),
-        "dy_stride": pixel_stride(dy),
-        "INT64": _wide(tile, g, y, y2, dy),
+        "dy_stride": channels if out is None else pixel_stride(out),
+        "INT64": _wide(tile, g, y, y2, out),
     }
-    vectors = (1 if y is None else 3) + (0 if second is None else 1 if y2 is None else 3)
+    more = (1 if y is None else 3) + (0 if not twice else 1 if y2 is None else 3)
+    read, written = ["g_ptr", "y_ptr", "y2_ptr"], ["dy_ptr", "dy2_ptr"]
     tiles = cdiv(pixels, tile.block_m)
-    _pass_over(batch_norm_backward_kernel, tiles, channels, arguments, tile, [g, y, y2], [dy, dy2], vectors)
-    return dy if dy2 is None else (dy, dy2)
+    return _pass_over(batch_norm_backward_kernel, tiles, scalars, tile, read, written, _VECTOR * channels * more)
 
 
-def _sizes(y: Tensor) -> tuple[int, int]:
+def _sizes(y: Layout) -> tuple[int, int]:
     n, c, p, q = y.shape
     return n * p * q, c
 
 
-def _wide(tile: TileConfig, *tensors: Tensor | None) -> bool:
+def _wide(tile: TileConfig, *tensors: Layout | None) -> bool:
     """Whether offsets may pass 2^31."""
     return max(map(span, tensors)) + tile.block_m * tile.block_k * 4096 >= 2**31
 
 
-def _moments_arguments(moments: Moments | None) -> dict[str, Any]:
-    if moments is None:
-        return {"values_ptr": None, "counts_ptr": None, "T": 0, "rows": 0, "pixels": 0}
-    return {
-        "values_ptr": moments.values,
-        "counts_ptr": moments.counts,
-        "T": moments.values.shape[1],
-        "rows": moments.rows,
-        "pixels": moments.pixels,
-    }
-
-
-def _check_padded(y: Tensor, residual: Tensor, step: int, before: int) -> None:
+def _check_padded(y: Layout, residual: Layout, step: int, before: int) -> None:
     n, channels, h, w = residual.shape
     kept = (n, -(-h // step), -(-w // step))
     if kept != (y.shape[0], *y.shape[2:]) or before < 0 or before + channels > y.shape[1]:
@@ -728,33 +786,30 @@ def _check_padded(y: Tensor, residual: Tensor, step: int, before: int) -> None:
 def _pass_over(
     kernel: Any,
     tiles: int,
-    channels: int,
-    arguments: dict[str, Any],
+    scalars: dict[str, Any],
     tile: TileConfig,
-    read: list[Tensor | None],
-    written: list[Tensor | None],
-    vectors: int = 0,
-) -> None:
-    """Launch a kernel over ``tiles`` of pixels and blocks of channels; it reads ``vectors`` rows of stats or coefs."""
+    read: list[str],
+    written: list[str],
+    more: int = 0,
+) -> Recipe:
+    """For a kernel over ``tiles`` of pixels and blocks of channels; read and written: see :func:`_cost`."""
     blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
-    grid = (tiles, cdiv(channels, tile.block_n))
-    more = 4 * vectors * channels
-    Call(kernel, grid, arguments | blocks, tile, lambda: Cost(0, _bytes(read) + more, _bytes(written))).run()
+    grid = (tiles, cdiv(scalars["C"], tile.block_n))
+    return Recipe(kernel, grid, scalars | blocks, tile, partial(_cost, read, written, more))
 
 
 def _merge(
-    kernel: Any,
-    channels: int,
-    arguments: dict[str, Any],
-    read: list[Tensor | None],
-    written: list[Tensor | None],
-    rows: int = 1,
-) -> None:
-    """Launch a kernel that merges the tiles, by blocks of channels, of ``rows`` of sums."""
+    kernel: Any, scalars: dict[str, Any], read: list[str], written: list[str], more: int = 0, rows: int = 1
+) -> Recipe:
+    """For a kernel that merges the tiles, by blocks of channels, of ``rows`` of sums."""
     blocks = {"BLOCK_M": _MERGE.block_m, "BLOCK_N": _MERGE.block_n}
-    grid = (cdiv(channels, _MERGE.block_n), rows)
-    Call(kernel, grid, arguments | blocks, _MERGE, lambda: Cost(0, _bytes(read), _bytes(written))).run()
+    grid = (cdiv(scalars["C"], _MERGE.block_n), rows)
+    return Recipe(kernel, grid, scalars | blocks, _MERGE, partial(_cost, read, written, more))
 
 
-def _bytes(tensors: list[Tensor | None]) -> int:
-    return sum(t.nbytes for t in tensors if t is not None)
+def _cost(read: list[str], written: list[str], more: int, tensors: Mapping[str, Tensor | None]) -> Cost:
+    """Of tensors that are ``read`` and ``written`` whole, by name, and ``more`` bytes that are read."""
+    read_bytes, written_bytes = (
+        sum(t.nbytes for t in map(tensors.__getitem__, names) if t is not None) for names in (read, written)
+    )
+    return Cost(0, read_bytes + more, written_bytes)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache, partial
 from math import gcd
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -13,9 +14,21 @@ import triton.language as tl
 from torch import Tensor
 
 from . import conv_forward
-from .conv_forward import ConvProblem
-from .launch import INTERPRETER, Call, Cost, TileConfig, target_arch
-from .tile import cdiv, dot, load_channels, pixel_stride, require_pixel_linear, rounded_product, span, tap_mask
+from .conv_forward import ConvProblem, Geometry
+from .launch import INTERPRETER, Cost, Recipe, TileConfig, target_arch
+from .tile import (
+    Layout,
+    cdiv,
+    dot,
+    layout,
+    load_channels,
+    pixel_stride,
+    require_channels_last_filter,
+    require_pixel_linear,
+    rounded_product,
+    span,
+    tap_mask,
+)
 
 _RUNTIME_SIZES = [
     *("N", "H", "W", "P", "Q", "tiles", "chunks", "stride_h", "stride_w", "pad_h", "pad_w", "dil_h", "dil_w"),
@@ -320,43 +333,72 @@ def conv_dgrad(
     tile the sums of it and of its product with ``y_in - mean``, of the rounded values. Raises ValueError for tensors
     that do not fit, and for filters of more than 64 taps.
     """
+    y_in, stats = mask or (None, None)
+    inputs = _Inputs(*map(layout, (dy, w, y, coefs, shortcut, y_in, stats)))
+    cut = (shortcut_step, shortcut_before)
+    dtype = w.dtype if out_dtype is None else out_dtype
+    recipe = _recipe(inputs, size, (stride, padding, dilation, groups), cut, tf32, target_arch(), config)
+    channels, tiles = recipe.scalars["channels"], recipe.scalars["tiles"]
+    shape = (dy.shape[0], channels, *size)
+    dx = torch.empty(shape, dtype=dtype, device=dy.device, memory_format=torch.channels_last)
+    sums = None if mask is None else torch.empty(2, tiles, channels, dtype=torch.float32, device=dy.device)
+    recipe.run(
+        g_ptr=dy,
+        y_ptr=y,
+        coefs_ptr=coefs,
+        w_ptr=w,
+        cut_ptr=shortcut,
+        y_in_ptr=y_in,
+        stats_ptr=stats,
+        dx_ptr=dx,
+        sums_ptr=sums,
+    )
+    return dx, sums
+
+
+class _Inputs(NamedTuple):
+    dy: Layout
+    w: Layout
+    y: Layout | None
+    coefs: Layout | None
+    shortcut: Layout | None
+    y_in: Layout | None
+    stats: Layout | None
+
+
+@lru_cache(maxsize=4096)
+def _recipe(
+    inputs: _Inputs,
+    size: tuple[int, int],
+    geometry: Geometry,
+    cut: tuple[int, int],
+    tf32: bool,
+    arch: int,
+    config: TileConfig | None,
+) -> Recipe:
+    dy, w, _, coefs, shortcut, y_in, _ = inputs
+    stride, *_, groups = geometry
     n, co, _, _ = dy.shape
     ci, (r, s) = w.shape[1] * groups, w.shape[2:]
-    problem = ConvProblem(
-        n, *size, ci, co, r, s, stride, padding, dilation, groups, w.dtype, tf32, coefs is not None, target_arch()
-    )
-    y_in, stats = mask or (None, None)
-    _check(problem, dy, w, y, coefs, y_in, stats)
-    _check_shortcut(problem, shortcut, shortcut_step, shortcut_before)
-    tile = config or default_config(problem, epilogue=mask is not None or shortcut is not None)
+    problem = ConvProblem(n, *size, ci, co, r, s, *geometry, w.dtype, tf32, coefs is not None, arch)
+    _check(problem, inputs)
+    _check_shortcut(problem, shortcut, *cut)
+    tile = config or default_config(problem, epilogue=y_in is not None or shortcut is not None)
     transposed = _transposed(problem)
     parities = stride[0] * stride[1]
-    largest = n * cdiv(size[0], stride[0]) * cdiv(size[1], stride[1])
-    tiles = cdiv(largest, tile.block_m)
-    dx = torch.empty((n, ci, *size), dtype=out_dtype or w.dtype, device=dy.device, memory_format=torch.channels_last)
-    sums = None
-    if mask is not None:
-        sums = torch.empty(2, parities * tiles, ci, dtype=torch.float32, device=dy.device)
-    arguments = {
+    tiles = cdiv(n * cdiv(size[0], stride[0]) * cdiv(size[1], stride[1]), tile.block_m)
+    reach = max(_reach(problem, dy), problem.n * ci * size[0] * size[1], *map(span, (shortcut, y_in)))
+    scalars = {
         **_geometry(problem, transposed, tile),
-        **_shortcut(shortcut, shortcut_step, shortcut_before, dx),
-        "g_ptr": dy,
-        "y_ptr": y,
-        "coefs_ptr": coefs,
-        "w_ptr": w,
-        "y_in_ptr": y_in,
-        "stats_ptr": stats,
-        "dx_ptr": dx,
-        "sums_ptr": sums,
+        **_shortcut(problem, shortcut, *cut),
         "tiles": parities * tiles,
         "g_stride": pixel_stride(dy),
         "y_in_stride": 0 if y_in is None else pixel_stride(y_in),
-        "INT64": max(_reach(problem, dy), *map(span, (dx, shortcut, y_in))) + tile.block_m >= 2**31,
+        "INT64": reach + tile.block_m >= 2**31,
     }
     width, parts = transposed.tile_channels[1], groups // transposed.merged
     grid = (tiles * cdiv(width, tile.block_n), parts, parities)
-    Call(conv_dgrad_kernel, grid, arguments, tile, partial(_cost, problem, arguments)).run()
-    return dx, sums
+    return Recipe(conv_dgrad_kernel, grid, scalars, tile, partial(_cost, problem))
 
 
 def _transposed(problem: ConvProblem) -> ConvProblem:
@@ -383,7 +425,7 @@ def default_config(problem: ConvProblem, epilogue: bool) -> TileConfig:
     return tile
 
 
-def _reach(problem: ConvProblem, dy: Tensor) -> int:
+def _reach(problem: ConvProblem, dy: Layout) -> int:
     """Elements of ``dy`` that the walk over the taps spans; it starts past the image where the padding is met first."""
     row = (problem.n - 1) * problem.p + (problem.h - 1 + 2 * problem.padding[0]) // problem.stride[0]
     column = (problem.w - 1 + 2 * problem.padding[1]) // problem.stride[1]
@@ -435,31 +477,23 @@ def _geometry(problem: ConvProblem, transposed: ConvProblem, tile: TileConfig) -
     }
 
 
-def _shortcut(shortcut: Tensor | None, step: int, before: int, dx: Tensor) -> dict[str, Any]:
+def _shortcut(problem: ConvProblem, shortcut: Layout | None, step: int, before: int) -> dict[str, Any]:
     h, w = (0, 0) if shortcut is None else shortcut.shape[2:]
+    whole = (problem.n, problem.ci, problem.h, problem.w)
     return {
-        "cut_ptr": shortcut,
         "cut_stride": 0 if shortcut is None else pixel_stride(shortcut),
         "cut_h": h,
         "cut_w": w,
         "cut_step": step,
         "cut_before": before,
-        "CUT_SPARSE": shortcut is not None and shortcut.shape != dx.shape,
+        "CUT_SPARSE": shortcut is not None and tuple(shortcut.shape) != whole,
     }
 
 
-def _check(
-    problem: ConvProblem,
-    dy: Tensor,
-    w: Tensor,
-    y: Tensor | None,
-    coefs: Tensor | None,
-    y_in: Tensor | None,
-    stats: Tensor | None,
-) -> None:
+def _check(problem: ConvProblem, inputs: _Inputs) -> None:
+    dy, w, y, coefs, _, y_in, stats = inputs
     require_pixel_linear(dy=dy, y=y, y_in=y_in)
-    if not w.permute(0, 2, 3, 1).is_contiguous():
-        raise ValueError(f"w must be channels_last; got shape {tuple(w.shape)} with strides {w.stride()}")
+    require_channels_last_filter(w)
     if w.shape[0] != problem.co or problem.co % problem.groups:
         raise ValueError(f"w of shape {tuple(w.shape)} does not fit {problem.co} channels in {problem.groups} groups")
     if problem.r * problem.s > 64:
@@ -469,15 +503,15 @@ def _check(
     if coefs is None and (y is not None or dy.dtype != w.dtype):
         raise ValueError(f"without coefs, dy must have the dtype of w, {w.dtype}, and y be None; got {dy.dtype}")
     if y is not None and (y.shape != dy.shape or pixel_stride(y) != pixel_stride(dy)):
-        raise ValueError(f"y must lie in memory as dy does, {tuple(dy.shape)}; got {tuple(y.shape)}, {y.stride()}")
+        raise ValueError(f"y must lie in memory as dy does, {tuple(dy.shape)}; got {tuple(y.shape)}, {y.strides}")
     if y_in is not None and tuple(y_in.shape) != (problem.n, problem.ci, problem.h, problem.w):
         raise ValueError(f"mask[0] must have the shape of the result; got {tuple(y_in.shape)}")
     for name, vectors, shape in (("coefs", coefs, (3, problem.co)), ("mask[1]", stats, (5, problem.ci))):
-        if vectors is not None and (tuple(vectors.shape) != shape or not vectors.is_contiguous()):
+        if vectors is not None and (tuple(vectors.shape) != shape or not vectors.is_packed(0, 1)):
             raise ValueError(f"{name} must be contiguous, of shape {shape}; got {tuple(vectors.shape)}")
 
 
-def _check_shortcut(problem: ConvProblem, shortcut: Tensor | None, step: int, before: int) -> None:
+def _check_shortcut(problem: ConvProblem, shortcut: Layout | None, step: int, before: int) -> None:
     require_pixel_linear(shortcut=shortcut)
     if shortcut is None:
         return
@@ -502,9 +536,9 @@ def _pixels_heard(problem: ConvProblem) -> int:
     return problem.n * rows * columns
 
 
-def _cost(problem: ConvProblem, arguments: dict[str, Any]) -> Cost:
-    dy, y, coefs, w = (arguments[name] for name in ("g_ptr", "y_ptr", "coefs_ptr", "w_ptr"))
-    cut, y_in, dx, sums = (arguments[name] for name in ("cut_ptr", "y_in_ptr", "dx_ptr", "sums_ptr"))
+def _cost(problem: ConvProblem, tensors: Mapping[str, Any]) -> Cost:
+    dy, y, coefs, w = (tensors[name] for name in ("g_ptr", "y_ptr", "coefs_ptr", "w_ptr"))
+    cut, y_in, dx, sums = (tensors[name] for name in ("cut_ptr", "y_in_ptr", "dx_ptr", "sums_ptr"))
     read = w.nbytes + sum(_pixels_heard(problem) * problem.co * t.element_size() for t in (dy, y) if t is not None)
     if coefs is not None:
         read += (1 if y is None else 3) * problem.co * 4

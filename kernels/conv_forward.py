@@ -13,14 +13,18 @@ import triton.language as tl
 from torch import Tensor
 
 from .gpus import gpu_of
-from .launch import INTERPRETER, Call, Cost, TileConfig, target_arch
+from .launch import INTERPRETER, Cost, Recipe, TileConfig, target_arch
 from .tile import (
+    Layout,
     Moments,
     cdiv,
+    channels_last,
     dot,
+    layout,
     load_channels,
     pixel_stride,
     relu,
+    require_channels_last_filter,
     require_pixel_linear,
     span,
     store_moments,
@@ -299,6 +303,10 @@ def conv_forward_kernel(
         )  # fmt: skip
 
 
+Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]
+"""Stride, padding, dilation and groups of a convolution."""
+
+
 class Norm(NamedTuple):
     """Batch norm in inference: four vectors [CO], gamma and beta optional, and epsilon."""
 
@@ -468,12 +476,28 @@ def conv_forward(
     Returns [N, CO, P, Q], channels_last, of ``out_dtype`` (that of ``x`` if not given). Raises ValueError for tensors
     that are not laid out so, RuntimeError where nothing can execute the kernel.
     """
-    problem = _problem(x, w, stride, padding, dilation, groups, tf32, prologue is not None)
+    dtype = x.dtype if out_dtype is None else out_dtype
+    mean, var, gamma, beta, eps = norm or (None, None, None, None, 0.0)
+    epilogue = _Epilogue(layout(residual), residual_step, residual_before, eps, relu, layout(out) or dtype)
+    geometry = (stride, padding, dilation, groups)
+    recipe = _recipe(layout(x), layout(w), geometry, prologue is not None, epilogue, tf32, target_arch(), config)
     if out is None:
-        out = _output(problem, x, out_dtype or x.dtype)
-    _check(problem, x, w, out, residual, residual_step, residual_before)
-    epilogue = _epilogue(bias, norm, residual, residual_step, residual_before, out)
-    _launch(problem, x, w, out, prologue, epilogue | {"moments_ptr": None, "RELU": relu}, config)
+        out = _output(recipe, x, dtype)
+    scale, shift = prologue or (None, None)
+    recipe.run(
+        x_ptr=x,
+        w_ptr=w,
+        scale_ptr=scale,
+        shift_ptr=shift,
+        bias_ptr=bias,
+        mean_ptr=mean,
+        var_ptr=var,
+        gamma_ptr=gamma,
+        beta_ptr=beta,
+        res_ptr=residual,
+        y_ptr=out,
+        moments_ptr=None,
+    )
     return out
 
 
@@ -494,67 +518,79 @@ def conv_forward_moments(
 
     Arguments as for :func:`conv_forward`. The moments are those of the rounded values.
     """
-    problem = _problem(x, w, stride, padding, dilation, groups, tf32, prologue is not None)
-    y = _output(problem, x, x.dtype)
-    _check(problem, x, w, y, None, 1, 0)
-    tile = config or default_config(problem)
-    tiles = cdiv(problem.m, tile.block_m)
-    values = torch.empty(2, tiles, problem.co, dtype=torch.float32, device=x.device)
-    epilogue = _epilogue(bias, None, None, 1, 0, y)
-    _launch(problem, x, w, y, prologue, epilogue | {"moments_ptr": values, "RELU": False}, tile)
-    return y, Moments(values, tile.block_m, problem.m)
-
-
-def _problem(
-    x: Tensor,
-    w: Tensor,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    groups: int,
-    tf32: bool,
-    prologue: bool,
-) -> ConvProblem:
-    n, ci, h, width = x.shape
-    co, _, r, s = w.shape
+    epilogue = _Epilogue(out=x.dtype)
     geometry = (stride, padding, dilation, groups)
-    return ConvProblem(n, h, width, ci, co, r, s, *geometry, x.dtype, tf32, prologue, target_arch())
+    recipe = _recipe(layout(x), layout(w), geometry, prologue is not None, epilogue, tf32, target_arch(), config)
+    y = _output(recipe, x, x.dtype)
+    tiles, channels = recipe.scalars["tiles"], recipe.scalars["channels"]
+    values = torch.empty(2, tiles, channels, dtype=torch.float32, device=x.device)
+    scale, shift = prologue or (None, None)
+    recipe.run(
+        x_ptr=x,
+        w_ptr=w,
+        scale_ptr=scale,
+        shift_ptr=shift,
+        bias_ptr=bias,
+        mean_ptr=None,
+        var_ptr=None,
+        gamma_ptr=None,
+        beta_ptr=None,
+        res_ptr=None,
+        y_ptr=y,
+        moments_ptr=values,
+    )
+    return y, Moments(values, recipe.config.block_m, recipe.scalars["M"])
 
 
-def _output(problem: ConvProblem, x: Tensor, dtype: torch.dtype) -> Tensor:
-    shape = (problem.n, problem.co, problem.p, problem.q)
-    return torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
+class _Epilogue(NamedTuple):
+    """What follows the product, as far as the launch depends on it. ``out``: the output's layout, or its dtype."""
 
-
-def _launch(
-    problem: ConvProblem,
-    x: Tensor,
-    w: Tensor,
-    out: Tensor,
-    prologue: tuple[Tensor, Tensor] | None,
-    epilogue: dict[str, Any],
-    config: TileConfig | None,
-) -> None:
-    tile = config or default_config(problem)
-    tiles = cdiv(problem.m, tile.block_m)
-    arguments = {
-        **_geometry(problem, tile),
-        **epilogue,
-        "x_ptr": x,
-        "w_ptr": w,
-        "scale_ptr": prologue[0] if prologue else None,
-        "shift_ptr": prologue[1] if prologue else None,
-        "channels": problem.co,
-        "tiles": tiles,
-        "x_stride": pixel_stride(x),
-        "INT64": max(map(span, (x, out, epilogue["res_ptr"]))) + tile.block_m >= 2**31,
-    }
-    grid = (tiles * cdiv(problem.tile_channels[1], tile.block_n), problem.groups // problem.merged)
-    Call(conv_forward_kernel, grid, arguments, tile, partial(_cost, problem, arguments)).run()
+    residual: Layout | None = None
+    step: int = 1
+    before: int = 0
+    eps: float = 0.0
+    relu: bool = False
+    out: Layout | torch.dtype = torch.float32
 
 
 @lru_cache(maxsize=4096)
-def _geometry(problem: ConvProblem, tile: TileConfig) -> Mapping[str, Any]:
+def _recipe(
+    x: Layout,
+    w: Layout,
+    geometry: Geometry,
+    prologue: bool,
+    epilogue: _Epilogue,
+    tf32: bool,
+    arch: int,
+    config: TileConfig | None,
+) -> Recipe:
+    n, ci, h, width = x.shape
+    co, _, r, s = w.shape
+    problem = ConvProblem(n, h, width, ci, co, r, s, *geometry, x.dtype, tf32, prologue, arch)
+    out = epilogue.out
+    if not isinstance(out, Layout):
+        out = channels_last((n, co, problem.p, problem.q), out)
+    _check(problem, x, w, out, epilogue)
+    tile = config or default_config(problem)
+    tiles = cdiv(problem.m, tile.block_m)
+    scalars = {
+        **_geometry(problem, tile),
+        **_epilogue(epilogue, out),
+        "channels": co,
+        "tiles": tiles,
+        "x_stride": pixel_stride(x),
+        "INT64": max(map(span, (x, out, epilogue.residual))) + tile.block_m >= 2**31,
+    }
+    grid = (tiles * cdiv(problem.tile_channels[1], tile.block_n), problem.groups // problem.merged)
+    return Recipe(conv_forward_kernel, grid, scalars, tile, partial(_cost, problem))
+
+
+def _output(recipe: Recipe, x: Tensor, dtype: torch.dtype) -> Tensor:
+    shape = (x.shape[0], *(recipe.scalars[name] for name in ("channels", "P", "Q")))
+    return torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _geometry(problem: ConvProblem, tile: TileConfig) -> dict[str, Any]:
     """The kernel's arguments that follow from the problem and its tile alone."""
     ci, co = problem.tile_channels
     taps = problem.r * problem.s
@@ -595,20 +631,12 @@ def _geometry(problem: ConvProblem, tile: TileConfig) -> Mapping[str, Any]:
     }
 
 
-def _epilogue(
-    bias: Tensor | None, norm: Norm | None, residual: Tensor | None, step: int, before: int, out: Tensor
-) -> dict[str, Any]:
+def _epilogue(epilogue: _Epilogue, out: Layout) -> dict[str, Any]:
     """The kernel's arguments for what follows the product."""
-    mean, var, gamma, beta, eps = norm or (None, None, None, None, 0.0)
+    residual, step, before, eps, relu, _ = epilogue
     res_channels, res_h, res_w = (0, 0, 0) if residual is None else residual.shape[1:]
     return {
-        "bias_ptr": bias,
-        "mean_ptr": mean,
-        "var_ptr": var,
-        "gamma_ptr": gamma,
-        "beta_ptr": beta,
         "eps": eps,
-        "res_ptr": residual,
         "res_stride": 0 if residual is None else pixel_stride(residual),
         "res_channels": res_channels,
         "res_h": res_h,
@@ -616,17 +644,15 @@ def _epilogue(
         "res_step": step,
         "res_before": before,
         "RES_PADDED": residual is not None and residual.shape != out.shape,
-        "y_ptr": out,
+        "RELU": relu,
         "y_stride": pixel_stride(out),
     }
 
 
-def _check(
-    problem: ConvProblem, x: Tensor, w: Tensor, out: Tensor, residual: Tensor | None, step: int, before: int
-) -> None:
+def _check(problem: ConvProblem, x: Layout, w: Layout, out: Layout, epilogue: _Epilogue) -> None:
+    residual, step, before, *_ = epilogue
     require_pixel_linear(x=x, out=out, residual=residual)
-    if not w.permute(0, 2, 3, 1).is_contiguous():
-        raise ValueError(f"w must be channels_last; got shape {tuple(w.shape)} with strides {w.stride()}")
+    require_channels_last_filter(w)
     if w.shape[1] * problem.groups != problem.ci or problem.co % problem.groups:
         raise ValueError(f"w of shape {tuple(w.shape)} does not fit {problem.ci} channels in {problem.groups} groups")
     shape = (problem.n, problem.co, problem.p, problem.q)
@@ -642,14 +668,14 @@ def _check(
             )
 
 
-def _cost(problem: ConvProblem, arguments: dict[str, Any]) -> Cost:
-    x, y, res = arguments["x_ptr"], arguments["y_ptr"], arguments["res_ptr"]
+def _cost(problem: ConvProblem, tensors: Mapping[str, Any]) -> Cost:
+    x, y, res = tensors["x_ptr"], tensors["y_ptr"], tensors["res_ptr"]
     vectors = ("w_ptr", "scale_ptr", "shift_ptr", "bias_ptr", "mean_ptr", "var_ptr", "gamma_ptr", "beta_ptr")
     read = problem.pixels_read * problem.ci * x.element_size()
-    read += sum(arguments[name].nbytes for name in vectors if arguments[name] is not None)
+    read += sum(tensors[name].nbytes for name in vectors if tensors[name] is not None)
     if res is not None:
         read += problem.m * res.shape[1] * res.element_size()
     depth = problem.r * problem.s * problem.ci // problem.groups
-    moments = arguments["moments_ptr"]
+    moments = tensors["moments_ptr"]
     written = y.nbytes + (0 if moments is None else moments.nbytes)
     return Cost(2 * problem.m * problem.co * depth, read, written)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .conv_forward import ConvProblem
+from .conv_forward import ConvProblem, Geometry
 from .gpus import gpu_of
-from .launch import INTERPRETER, Call, Cost, TileConfig, target_arch
-from .tile import cdiv, dot, load_channels, pixel_stride, relu, require_pixel_linear, span
+from .launch import INTERPRETER, Cost, Recipe, TileConfig, target_arch
+from .tile import Layout, cdiv, dot, layout, load_channels, pixel_stride, relu, require_pixel_linear, span
 
 _RUNTIME_SIZES = [
     *("M", "H", "W", "P", "Q", "steps", "stride_h", "stride_w", "pad_h", "pad_w", "dil_h", "dil_w"),
@@ -285,41 +286,59 @@ def conv_wgrad(
     Returns it channels_last, of ``out_dtype`` (that of ``x`` if not given). Raises ValueError for tensors that are not
     laid out so.
     """
-    n, ci, h, w = x.shape
-    co, (r, s) = dy.shape[1], filter_size
-    prologue = coefs is not None or x_stats is not None
-    problem = ConvProblem(
-        n, h, w, ci, co, r, s, stride, padding, dilation, groups, x.dtype, tf32, prologue, target_arch()
-    )
-    _check(problem, dy, x, coefs, x_stats, y=y, dy_out=dy_out)
-    chosen = config or default_config(problem)
-    shape = (co, ci // groups, r, s)
+    inputs = _Inputs(*map(layout, (dy, x, y, coefs, x_stats, dy_out)))
+    geometry = (stride, padding, dilation, groups)
+    recipe = _recipe(inputs, tuple(filter_size), geometry, tf32, target_arch(), config)
+    shape = (dy.shape[1], x.shape[1] // groups, *filter_size)
     dw = torch.empty(shape, dtype=out_dtype or x.dtype, device=x.device, memory_format=torch.channels_last)
-    if problem.m == 0:
+    splits = recipe.grid[2]
+    if splits == 0:
         return dw.zero_()
-    steps = cdiv(cdiv(problem.m, chosen.tile.block_k), chosen.splits)
-    splits = cdiv(problem.m, steps * chosen.tile.block_k)
     partials = dw if splits == 1 else torch.empty(splits, dw.numel(), dtype=torch.float32, device=x.device)
-    arguments = {
+    recipe.run(g_ptr=dy, y_ptr=y, coefs_ptr=coefs, x_ptr=x, stats_ptr=x_stats, dy_ptr=dy_out, dw_ptr=partials)
+    if splits > 1:
+        _sum_recipe(dw.numel(), splits).run(partial_ptr=partials, dw_ptr=dw)
+    return dw
+
+
+class _Inputs(NamedTuple):
+    dy: Layout
+    x: Layout
+    y: Layout | None
+    coefs: Layout | None
+    x_stats: Layout | None
+    dy_out: Layout | None
+
+
+@lru_cache(maxsize=4096)
+def _recipe(
+    inputs: _Inputs,
+    filter_size: tuple[int, int],
+    geometry: Geometry,
+    tf32: bool,
+    arch: int,
+    config: WgradConfig | None,
+) -> Recipe:
+    """For the sum over all pixels, or for ``grid[2]`` partial ones (0 where there are no pixels)."""
+    dy, x, _, coefs, x_stats, _ = inputs
+    n, ci, h, w = x.shape
+    co, groups = dy.shape[1], geometry[3]
+    prologue = coefs is not None or x_stats is not None
+    problem = ConvProblem(n, h, w, ci, co, *filter_size, *geometry, x.dtype, tf32, prologue, arch)
+    _check(problem, inputs)
+    chosen = config or default_config(problem)
+    steps = cdiv(cdiv(problem.m, chosen.tile.block_k), chosen.splits)
+    scalars = {
         **_geometry(problem, chosen.tile),
-        "g_ptr": dy,
-        "y_ptr": y,
-        "coefs_ptr": coefs,
-        "x_ptr": x,
-        "stats_ptr": x_stats,
-        "dy_ptr": dy_out,
-        "dw_ptr": partials,
         "steps": steps,
         "g_stride": pixel_stride(dy),
         "x_stride": pixel_stride(x),
         "INT64": max(map(span, (dy, x))) + steps * chosen.tile.block_k * max(ci, co) >= 2**31,
     }
     parts = groups // problem.merged
+    splits = cdiv(problem.m, steps * chosen.tile.block_k) if problem.m else 0
     grid = (filter_tiles(problem, chosen.tile) // parts, parts, splits)
-    Call(conv_wgrad_kernel, grid, arguments, chosen.tile, partial(_cost, problem, arguments)).run()
-    if splits > 1:
-        _sum_splits(partials, dw)
-    return dw
+    return Recipe(conv_wgrad_kernel, grid, scalars, chosen.tile, partial(_cost, problem))
 
 
 def _geometry(problem: ConvProblem, tile: TileConfig) -> dict[str, Any]:
@@ -357,30 +376,27 @@ def _geometry(problem: ConvProblem, tile: TileConfig) -> dict[str, Any]:
     }
 
 
-def _sum_splits(partials: Tensor, dw: Tensor) -> None:
+@lru_cache(maxsize=4096)
+def _sum_recipe(size: int, splits: int) -> Recipe:
     tile = TileConfig(1024, 1, 1)
-    arguments = {
-        "partial_ptr": partials,
-        "dw_ptr": dw,
-        "SIZE": dw.numel(),
-        "splits": partials.shape[0],
-        "BLOCK_M": tile.block_m,
-    }
-    grid = (cdiv(dw.numel(), tile.block_m),)
-    Call(sum_splits_kernel, grid, arguments, tile, lambda: Cost(0, partials.nbytes, _bytes(dw))).run()
+    scalars = {"SIZE": size, "splits": splits, "BLOCK_M": tile.block_m}
+    return Recipe(sum_splits_kernel, (cdiv(size, tile.block_m),), scalars, tile, _sum_cost)
 
 
-def _check(
-    problem: ConvProblem, dy: Tensor, x: Tensor, coefs: Tensor | None, x_stats: Tensor | None, **alike: Tensor | None
-) -> None:
+def _sum_cost(tensors: Mapping[str, Any]) -> Cost:
+    return Cost(0, tensors["partial_ptr"].nbytes, tensors["dw_ptr"].nbytes)
+
+
+def _check(problem: ConvProblem, inputs: _Inputs) -> None:
+    dy, x, y, coefs, x_stats, dy_out = inputs
     require_pixel_linear(dy=dy, x=x)
     if tuple(dy.shape) != (problem.n, problem.co, problem.p, problem.q):
         raise ValueError(f"dy must have shape [{problem.n}, CO, {problem.p}, {problem.q}]; got {tuple(dy.shape)}")
     if problem.ci % problem.groups or problem.co % problem.groups:
         raise ValueError(f"groups must divide {problem.ci} and {problem.co} channels; got {problem.groups}")
-    for name, t in alike.items():
+    for name, t in (("y", y), ("dy_out", dy_out)):
         if t is not None and (t.shape != dy.shape or pixel_stride(t) != pixel_stride(dy)):
-            raise ValueError(f"{name} must lie in memory as dy, {tuple(dy.shape)}; got {tuple(t.shape)}, {t.stride()}")
+            raise ValueError(f"{name} must lie in memory as dy, {tuple(dy.shape)}; got {tuple(t.shape)}, {t.strides}")
         if t is not None and coefs is None:
             raise ValueError(f"{name} needs coefs: without them dy is given as it is")
     if coefs is None and dy.dtype != x.dtype:
@@ -388,26 +404,22 @@ def _check(
     for name, vectors, shape in (("coefs", coefs, (3, problem.co)), ("x_stats", x_stats, (5, problem.ci))):
         if vectors is None:
             continue
-        if vectors.shape != shape or vectors.dtype != torch.float32 or not vectors.is_contiguous():
+        if tuple(vectors.shape) != shape or vectors.dtype != torch.float32 or not vectors.is_packed(0, 1):
             raise ValueError(
                 f"{name} must be contiguous fp32 {list(shape)}; got {vectors.dtype} {tuple(vectors.shape)} "
-                f"with strides {vectors.stride()}"
+                f"with strides {vectors.strides}"
             )
 
 
-def _cost(problem: ConvProblem, arguments: dict[str, Any]) -> Cost:
-    g, y, x, dy_out = (arguments[name] for name in ("g_ptr", "y_ptr", "x_ptr", "dy_ptr"))
-    read = _bytes(g) + problem.pixels_read * problem.ci * x.element_size()
+def _cost(problem: ConvProblem, tensors: Mapping[str, Any]) -> Cost:
+    g, y, x, dy_out = (tensors[name] for name in ("g_ptr", "y_ptr", "x_ptr", "dy_ptr"))
+    read = g.nbytes + problem.pixels_read * problem.ci * x.element_size()
     if y is not None:
-        read += _bytes(y)
-    if arguments["coefs_ptr"] is not None:
+        read += y.nbytes
+    if tensors["coefs_ptr"] is not None:
         read += 4 * problem.co * (1 if y is None else 3)
-    if arguments["stats_ptr"] is not None:
+    if tensors["stats_ptr"] is not None:
         read += 4 * problem.ci * 2
-    written = _bytes(arguments["dw_ptr"]) + (0 if dy_out is None else _bytes(dy_out))
+    written = tensors["dw_ptr"].nbytes + (0 if dy_out is None else dy_out.nbytes)
     depth = problem.r * problem.s * problem.ci // problem.groups
     return Cost(2 * problem.m * problem.co * depth, read, written)
-
-
-def _bytes(t: Tensor) -> int:
-    return t.numel() * t.element_size()

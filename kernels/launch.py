@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache, cached_property, partial
 from typing import Any
 
 import triton
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime import driver
 
 INTERPRETER = 0
 """The architecture that stands for Triton's interpreter."""
@@ -61,24 +63,13 @@ class Cost:
 
 @dataclass(frozen=True)
 class Call:
-    """One launch of ``kernel``: the grid, every argument by name, and the configuration."""
+    """One launch of ``kernel``, as observers see it: the grid, every argument by name, and the configuration."""
 
     kernel: Any
     grid: tuple[int, ...]
     arguments: dict[str, Any]
     config: TileConfig
     cost: Callable[[], Cost]
-
-    def run(self) -> None:
-        """Launch, unless there is nothing to compute, and tell the observers."""
-        if 0 in self.grid:
-            return
-        if dry_target() is None:
-            # The interpreter moves data by PyTorch's operators, which are none that a caller may count or transform.
-            with _disable_current_modes() if interpreting() else nullcontext():
-                self.kernel[self.grid](**self.arguments, **self.config.options)
-        for callback in _observers:
-            callback(self)
 
     def specialization(self) -> tuple[Any, ...]:
         """What Triton's JIT compiles a kernel anew for: two calls that agree in it share their compiled code."""
@@ -131,6 +122,64 @@ def _specialise(value: Any, parameter: Any) -> tuple[str, bool]:
     return "i32" if -(2**31) <= value < 2**31 else "i64", value % 16 == 0 and not parameter.do_not_specialize
 
 
+@dataclass(frozen=True, eq=False)
+class Recipe:
+    """One launch of ``kernel`` but for its tensors: the grid, every other argument by name, and the configuration.
+
+    Launchers make one per problem and keep it, since it keeps the compiled code: Triton's JIT, which looks at every
+    argument of every launch to find that code, takes several times as long as the launch itself. ``cost``: from the
+    tensors by name.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    scalars: Mapping[str, Any]
+    config: TileConfig
+    cost: Callable[[Mapping[str, Any]], Cost]
+    _compiled: dict[Any, Callable[..., None]] = field(default_factory=dict, init=False, repr=False)
+
+    @cached_property
+    def pointers(self) -> tuple[str, ...]:
+        """The names of the kernel's tensors, its first parameters."""
+        names = self.kernel.arg_names
+        count = len(names) - len(self.scalars)
+        assert set(names[count:]) == set(self.scalars), f"{self.kernel.__name__} takes its tensors first"
+        return tuple(names[:count])
+
+    @cached_property
+    def _values(self) -> tuple[Any, ...]:
+        return tuple(self.scalars[name] for name in self.kernel.arg_names[len(self.pointers) :])
+
+    def run(self, **tensors: Tensor | None) -> None:
+        """Launch, unless there is nothing to compute, and tell the observers."""
+        if 0 in self.grid:
+            return
+        if dry_target() is None:
+            self._launch(tensors)
+        for callback in _observers:
+            cost = partial(self.cost, tensors)
+            callback(Call(self.kernel, self.grid, {**tensors, **self.scalars}, self.config, cost))
+
+    def _launch(self, tensors: dict[str, Tensor | None]) -> None:
+        if interpreting():
+            # The interpreter moves data by PyTorch's operators, which are none that a caller may count or transform.
+            with _disable_current_modes():
+                self.kernel[self.grid](**tensors, **self.scalars, **self.config.options)
+            return
+        pointers = [tensors[name] for name in self.pointers]
+        # All that the compiled code depends on beside the scalars.
+        key = (
+            *[t if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in pointers],
+            driver.active.get_current_device(),
+        )
+        launch = self._compiled.get(key)
+        if launch is not None:
+            launch(*pointers, *self._values)
+            return
+        compiled = self.kernel[self.grid](*pointers, *self._values, **self.config.options)
+        self._compiled[key] = compiled[(*self.grid, 1, 1)[:3]]
+
+
 _observers: list[Callable[[Call], None]] = []
 
 
@@ -167,6 +216,7 @@ def dry_target() -> tuple[int, str] | None:
     return _dry_target.get()
 
 
+@cache
 def interpreting() -> bool:
     """Whether ``@triton.jit`` makes functions for Triton's interpreter in this process."""
     return bool(triton.knobs.runtime.interpret)
@@ -182,9 +232,15 @@ def target_arch() -> int:
     if interpreting():
         return INTERPRETER
     try:
-        return int(triton.runtime.driver.active.get_current_target().arch)
+        return _arch(driver.active.get_current_device())
     except RuntimeError as error:
         raise RuntimeError(
             "nothing here can execute a Triton kernel: Triton finds no CUDA GPU, and its interpreter is off "
             "(set TRITON_INTERPRET=1 before the first import to run the kernels on CPU tensors)"
         ) from error
+
+
+@cache
+def _arch(device: int) -> int:
+    """Of the GPU number ``device``, the current one."""
+    return int(driver.active.get_current_target().arch)

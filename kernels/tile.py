@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from math import prod
+from typing import NamedTuple, overload
 
 import torch
 import triton
@@ -74,15 +75,54 @@ def cdiv(size: int, block: int) -> int:
     return -(-size // block)
 
 
-def pixel_stride(x: Tensor) -> int | None:
+class Layout(NamedTuple):
+    """How a tensor lies in memory: all that a launch depends on but its address."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+    def is_packed(self, *order: int) -> bool:
+        """Whether the elements follow each other without a gap, with the dimensions in ``order``, the outermost first.
+
+        (0, 2, 3, 1) stands for channels_last.
+        """
+        step = 1
+        for i in reversed(order):
+            if self.shape[i] > 1 and self.strides[i] != step:
+                return False
+            step *= self.shape[i]
+        return True
+
+
+@overload
+def layout(tensor: Tensor) -> Layout: ...
+@overload
+def layout(tensor: Tensor | None) -> Layout | None: ...
+def layout(tensor: Tensor | None) -> Layout | None:
+    """That of ``tensor``; None for None."""
+    return None if tensor is None else Layout(tensor.shape, tensor.stride(), tensor.dtype)
+
+
+def channels_last(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Layout:
+    """The layout of a new channels_last tensor."""
+    _, c, h, w = shape
+    return Layout(shape, (h * w * c, 1, w * c, c), dtype)
+
+
+def pixel_stride(x: Layout) -> int | None:
     """Elements from one pixel of ``x`` [N, C, H, W] to the next, or None if ``x`` is not pixel-linear."""
     n, c, h, w = x.shape
-    if x.is_contiguous(memory_format=torch.channels_last) or x.numel() == 0:
+    if 0 in x.shape:
         return c
-    if c > 1 and x.stride(1) != 1:
+    if c > 1 and x.strides[1] != 1:
         return None
     step, pixels = None, 1
-    for size, stride in ((w, x.stride(3)), (h, x.stride(2)), (n, x.stride(0))):
+    for size, stride in ((w, x.strides[3]), (h, x.strides[2]), (n, x.strides[0])):
         if size > 1:
             if step is None:
                 step, rest = divmod(stride, pixels)
@@ -94,19 +134,25 @@ def pixel_stride(x: Tensor) -> int | None:
     return c if step is None else step
 
 
-def span(tensor: Tensor | None) -> int:
+def span(x: Layout | None) -> int:
     """Elements from the first to the last of a pixel-linear tensor."""
-    return 0 if tensor is None else tensor.shape[0] * tensor.shape[2] * tensor.shape[3] * (pixel_stride(tensor) or 0)
+    return 0 if x is None else x.shape[0] * x.shape[2] * x.shape[3] * (pixel_stride(x) or 0)
 
 
-def require_pixel_linear(**tensors: Tensor | None) -> None:
+def require_pixel_linear(**layouts: Layout | None) -> None:
     """Raise ValueError, by its name, for the first tensor that is not pixel-linear; None passes."""
-    for name, tensor in tensors.items():
-        if tensor is not None and pixel_stride(tensor) is None:
+    for name, x in layouts.items():
+        if x is not None and pixel_stride(x) is None:
             raise ValueError(
                 f"{name} must be pixel-linear (channels_last, or a slice of its channels or images); "
-                f"got shape {tuple(tensor.shape)} with strides {tensor.stride()}"
+                f"got shape {tuple(x.shape)} with strides {x.strides}"
             )
+
+
+def require_channels_last_filter(w: Layout) -> None:
+    """Raise ValueError for a filter [CO, CI/groups, R, S] that is not channels_last."""
+    if not w.is_packed(0, 2, 3, 1):
+        raise ValueError(f"w must be channels_last; got shape {tuple(w.shape)} with strides {w.strides}")
 
 
 class Moments(NamedTuple):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fused import functional, plan, verify
-from resnet_fused.modules import FusedBlock, Layout
+from resnet_fused.modules import FusedBlock, Layout, descendants
 from resnet_fused.recognise import recognise
 
 Filter = Callable[[str, nn.Module], bool]
@@ -92,8 +92,8 @@ def _blank(kind: type[Converted], original: type[nn.Module]) -> Converted:
 
 def _kinds(module: nn.Module) -> tuple[type[nn.Module], ...]:
     """The types of the submodules; ``convert_sync_batchnorm`` may come before or after."""
-    types = [type(part) for part in module.modules()][1:]
-    return tuple(nn.BatchNorm2d if kind is nn.SyncBatchNorm else kind for kind in types)
+    types = map(type, descendants(module))
+    return tuple([nn.BatchNorm2d if kind is nn.SyncBatchNorm else kind for kind in types])
 
 
 def _run_length(modules: list[nn.Module]) -> int:

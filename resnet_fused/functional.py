@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -14,6 +15,7 @@ from torch.nn.modules import module as nn_module
 from resnet_fused import ops, plan, reference, tuned
 from resnet_fused.autograd import ChainSpec, ResidualFunction, UnitSpec
 from resnet_fused.chain import Convolution
+from resnet_fused.kernels.conv_forward import Geometry
 from resnet_fused.problem import Problem
 from resnet_fused.reference import PaddedIdentity
 
@@ -36,8 +38,6 @@ class Projection(NamedTuple):
     bn: nn.BatchNorm2d
 
 
-Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]
-"""Stride, padding, dilation and groups of a convolution."""
 Way = tuple[str, tuple[int, ...]]
 """Who computes a unit ("fused", "mixed" or "eager"), and the ``convolution`` argument of the operators."""
 Shortcut = Tensor | PaddedIdentity | Projection
@@ -92,15 +92,17 @@ def residual_block(
 
 def _is_inference(x: Tensor, layers: Sequence[Layer], shortcut: Shortcut | None) -> bool:
     """Whether nothing needs a gradient and no statistics are taken."""
+    units = [*layers, Layer(shortcut.conv, shortcut.bn)] if isinstance(shortcut, Projection) else layers
+    if any(_uses_batch(unit.bn) for unit in units):
+        return False
+    if not torch.is_grad_enabled():
+        return True
     inputs = [x]
     if shortcut is not None:
         inputs.append(shortcut if isinstance(shortcut, Tensor) else shortcut.x)
-    projection = [Layer(shortcut.conv, shortcut.bn)] if isinstance(shortcut, Projection) else []
-    for unit in [*layers, *projection]:
-        if _uses_batch(unit.bn):
-            return False
+    for unit in units:
         inputs += [p for m in (unit.conv, unit.bn) for p in m._parameters.values() if p is not None]
-    return not torch.is_grad_enabled() or not any(t.requires_grad for t in inputs)
+    return not any(t.requires_grad for t in inputs)
 
 
 def _infer(x: Tensor, layers: Sequence[Layer], shortcut: Shortcut | None) -> Tensor:
@@ -145,7 +147,8 @@ def _is_eager(*units: _Planned) -> bool:
 
 def _plan(shape: tuple[int, ...], x: Tensor, conv: nn.Conv2d, direction: str, **options: bool) -> Way:
     """For ``conv`` on an input of ``shape`` that lies where ``x`` does; ``options``: see :func:`choose`."""
-    shape = tuple(map(operator.index, shape))  # from symbols, under torch.compile: a plan is for given sizes
+    if torch.compiler.is_compiling():
+        shape = tuple(map(operator.index, shape))  # from symbols: a plan is for given sizes
     device, dtype = x.device, _compute_dtype(x)
     return choose(shape, conv.weight.shape, geometry(conv), dtype, direction, device, plan.requested(), **options)
 
@@ -166,13 +169,23 @@ def choose(
 
     ``direction``, ``prologue`` and ``residual``: see :class:`Problem`. Measurements count where the GPU was tuned.
     """
+    target = plan.target(device)
+    options = plan.tf32(dtype), direction, prologue, residual
+    problem = _problem(shape, w_shape, geometry, dtype, *options, *target)
+    return _way(plan.choose(problem, request, tuned.load(target[1])), geometry)
+
+
+@lru_cache(maxsize=4096)
+def _problem(shape: tuple[int, ...], w_shape: tuple[int, ...], geometry: Geometry, *options: Any) -> Problem:
     (n, ci, h, w), (co, _, r, s) = shape, w_shape
-    arch, gpu = plan.target(device)
-    sizes = n, h, w, ci, co, r, s
-    problem = Problem(*sizes, *geometry, dtype, plan.tf32(dtype), direction, prologue, residual, arch, gpu)
-    chosen = plan.choose(problem, request, tuned.load(gpu))
-    code = Convolution(*geometry, chosen.implementation == "fused", chosen.tiles).encode()
-    return chosen.implementation, tuple(code)
+    return Problem(n, h, w, ci, co, r, s, *geometry, *options)
+
+
+@lru_cache(maxsize=4096)
+def _way(chosen: plan.Plan, geometry: Geometry) -> Way:
+    stride, padding, dilation, groups = geometry
+    conv = Convolution(stride, padding, dilation, groups, chosen.implementation == "fused", chosen.tiles)
+    return chosen.implementation, tuple(conv.encode())
 
 
 def _run_eager(x: Tensor, layer: Layer, shortcut: Shortcut | None) -> Tensor:

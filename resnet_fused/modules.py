@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache, cached_property
+from operator import attrgetter
 from typing import cast
 
 import torch.nn.functional as F
@@ -20,6 +22,11 @@ class Unit:
     conv: str
     norm: str
     relu: bool = True
+
+    @cached_property
+    def find(self) -> Callable[[nn.Module], tuple[nn.Module, nn.Module]]:
+        """The convolution and the batch norm of a block."""
+        return attrgetter(self.conv, self.norm)
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,7 @@ class FusedBlock(nn.Module):
         """Why the block would run eager on ``x`` as things stand, or None if it is fused."""
         if (reason := functional.why_eager(x, map(self._layer, self.layout.all_units()))) is not None:
             return reason
-        if any(functional.hooked(m) for m in self.modules() if m is not self):
+        if any(map(functional.hooked, descendants(self))):
             return "hooks are registered on a submodule"
         return None
 
@@ -95,7 +102,7 @@ class FusedBlock(nn.Module):
         return functional.residual_block(x, layers, self._shortcut(x), recompute=self.memory == "recompute")
 
     def _layer(self, unit: Unit) -> functional.Layer:
-        conv, bn = self.get_submodule(unit.conv), self.get_submodule(unit.norm)
+        conv, bn = unit.find(self)
         return functional.Layer(cast(nn.Conv2d, conv), cast(nn.BatchNorm2d, bn), unit.relu)
 
     def _shortcut(self, x: Tensor) -> functional.Shortcut | None:
@@ -109,6 +116,22 @@ class FusedBlock(nn.Module):
         return x if layout.shortcut is None else functional.Projection(x, *self._layer(layout.shortcut)[:2])
 
 
+def descendants(module: nn.Module) -> Iterator[nn.Module]:
+    """What ``module.modules()`` yields behind the module itself, several times as fast; what is shared, repeatedly."""
+    for child in module._modules.values():
+        if child is not None:
+            yield child
+            yield from descendants(child)
+
+
+_PROJECTION = Unit("downsample.0", "downsample.1", relu=False)
+
+
+@cache
+def _numbered(depth: int, shortcut: Unit | str | None) -> Layout:
+    return Layout(tuple(Unit(f"conv{i}", f"bn{i}") for i in range(1, depth + 1)), shortcut)
+
+
 class _NumberedBlock(FusedBlock):
     """A block with submodules ``conv1, bn1, conv2, bn2 ...``, ``relu`` and ``downsample``."""
 
@@ -118,12 +141,9 @@ class _NumberedBlock(FusedBlock):
 
     @property
     def layout(self) -> Layout:  # type: ignore[override]
-        units = tuple(Unit(f"conv{i}", f"bn{i}") for i in range(1, self.depth + 1))
-        if self.downsample is None:
-            return Layout(units)
         if isinstance(self.downsample, PaddedShortcut):
-            return Layout(units, "downsample")
-        return Layout(units, Unit("downsample.0", "downsample.1", relu=False))
+            return _numbered(self.depth, "downsample")
+        return _numbered(self.depth, None if self.downsample is None else _PROJECTION)
 
     def why_eager(self, x: Tensor) -> str | None:
         downsample = self.downsample

@@ -183,12 +183,34 @@ def _residual_backward_fake(dz: Tensor, z: Tensor | None, x: Tensor, shortcut: T
     return [torch.empty_like(t) for t, need in zip(like, needs, strict=True) if need and t is not None]
 
 
-def _register(name: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+def _register(name: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Make the operator; returns a function that calls it, or what it runs where nobody could tell the difference.
+
+    PyTorch's dispatcher takes as long as the rest of a launch from Python, for the sake of what :func:`_is_watched`.
+    """
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"resnet_fused::{name}", fake, lib=_library)
     operator = getattr(torch.ops.resnet_fused, name).default
     trace.implementations[operator] = implementation
-    return operator
+
+    def call(*arguments: Any) -> Any:
+        return operator(*arguments) if _is_watched(arguments) else implementation(*arguments)
+
+    return call
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _is_watched(arguments: tuple[Any, ...]) -> bool:
+    """Whether a compiler, a tracer, a dispatch mode, the meta device or a subclass of Tensor is to see the operator."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or arguments[0].is_meta
+        or any(isinstance(value, Tensor) and type(value) not in _PLAIN for value in arguments)
+    )
 
 
 conv_bn_act = _register("conv_bn_act", _conv_bn_act, _conv_bn_act_fake)

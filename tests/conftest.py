@@ -15,6 +15,12 @@ else:
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _seeded():
+    """The random numbers of a test do not depend on which tests ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def on_device():
     """Whatever a test makes lies where the kernels run: on the GPU if there is one."""

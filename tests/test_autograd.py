@@ -293,12 +293,13 @@ def test_operators_pass_opcheck():
     batches = torch.zeros((), dtype=torch.int64)
     convolution = Convolution((2, 1), (1, 1), (1, 1), 1, True, Tiles()).encode()
     arguments = (x, None, w, None, gamma, beta, mean, var, batches, 0.1, 1e-5, True, convolution, "")
-    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
-    torch.library.opcheck(ops.unit_forward, arguments, test_utils=tests)
+    operators, tests = torch.ops.resnet_fused, ("test_schema", "test_faketensor", "test_aot_dispatch_static")
+    torch.library.opcheck(operators.unit_forward.default, arguments, test_utils=tests)
     y, stats = ops.unit_forward(*arguments)
     residual = torch.randn_like(y)
-    torch.library.opcheck(ops.join_forward, (y, stats, residual, None, 1, 0, True, torch.float32), test_utils=tests)
-    z = ops.join_forward(y, stats, residual, None, 1, 0, True, torch.float32)
+    arguments = (y, stats, residual, None, 1, 0, True, torch.float32)
+    torch.library.opcheck(operators.join_forward.default, arguments, test_utils=tests)
+    z = ops.join_forward(*arguments)
     needs = [True, True, True, False, True, True]
     rest = (
         [w],
@@ -315,10 +316,11 @@ def test_operators_pass_opcheck():
         torch.float32,
         torch.float32,
     )
-    torch.library.opcheck(ops.residual_backward, (torch.randn_like(z), z, x, residual, *rest), test_utils=tests)
+    arguments = (torch.randn_like(z), z, x, residual, *rest)
+    torch.library.opcheck(operators.residual_backward.default, arguments, test_utils=tests)
     norm = (mean, var, gamma, beta, 1e-5)
     arguments = (x, w, None, *norm, residual, 1, 0, convolution, True, torch.float32)
-    torch.library.opcheck(ops.conv_bn_act, arguments, test_utils=tests)
+    torch.library.opcheck(operators.conv_bn_act.default, arguments, test_utils=tests)
 
 
 @pytest.mark.parametrize("name", ["bottleneck, projection", "padded identity"])

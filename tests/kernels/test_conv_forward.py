@@ -13,7 +13,7 @@ from resnet_fused import reference
 from resnet_fused.kernels import conv_forward as module
 from resnet_fused.kernels.conv_forward import ConvProblem, Norm, conv_forward, conv_forward_moments, default_config
 from resnet_fused.kernels.launch import INTERPRETER, TileConfig, dry_run, observe
-from resnet_fused.kernels.tile import pixel_stride
+from resnet_fused.kernels.tile import layout, pixel_stride
 from tests.rule import assert_within_rule
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -343,13 +343,13 @@ def test_default_config_widens_with_the_work():
 
 
 def test_pixel_stride():
-    assert pixel_stride(channels_last(torch.zeros(2, 16, 4, 5))) == 16
-    assert pixel_stride(channels_last(torch.zeros(2, 16, 4, 5))[:, 4:9]) == 16
-    assert pixel_stride(channels_last(torch.zeros(2, 16, 4, 5))[:, :, 1:]) is None
-    assert pixel_stride(channels_last(torch.zeros(1, 16, 4, 5))[:, :, 1:]) == 16
-    assert pixel_stride(torch.zeros(2, 16, 4, 5)) is None
-    assert pixel_stride(torch.zeros(2, 16, 1, 1)) == 16
-    assert pixel_stride(torch.zeros(1, 16, 4, 5).expand(2, 16, 4, 5)) is None
+    assert pixel_stride(layout(channels_last(torch.zeros(2, 16, 4, 5)))) == 16
+    assert pixel_stride(layout(channels_last(torch.zeros(2, 16, 4, 5))[:, 4:9])) == 16
+    assert pixel_stride(layout(channels_last(torch.zeros(2, 16, 4, 5))[:, :, 1:])) is None
+    assert pixel_stride(layout(channels_last(torch.zeros(1, 16, 4, 5))[:, :, 1:])) == 16
+    assert pixel_stride(layout(torch.zeros(2, 16, 4, 5))) is None
+    assert pixel_stride(layout(torch.zeros(2, 16, 1, 1))) == 16
+    assert pixel_stride(layout(torch.zeros(1, 16, 4, 5).expand(2, 16, 4, 5))) is None
 
 
 def test_cost_counts_each_byte_once():

@@ -49,13 +49,6 @@ assert planned(ci=64).specialization() != planned(ci=60).specialization()
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU that the JIT would compile for is a fake one here")
 def test_what_is_compiled_ahead_the_jit_finds_in_the_cache():
     code = """
-import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime.driver import driver
-class Fake:
-    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
-    get_current_device = get_current_stream = staticmethod(lambda *device: 0)
-driver.set_active(Fake())
 from resnet_fused.problem import Problem
 from resnet_fused.trial import Candidate, rehearse
 sizes = 3, 7, 5, 64, 60, 3, 3, (1, 1), (1, 1), (1, 1), 1
@@ -64,9 +57,73 @@ for call in calls:
     jitted = call.kernel.warmup(grid=call.grid, **call.arguments, **call.config.options)
     print(call.kernel.__name__, call.compile(90).hash == jitted.hash)
 """
-    lines = compiler_on(code, check=True).stdout.splitlines()
+    lines = compiler_on(FAKE_GPU + code, check=True).stdout.splitlines()
     assert len(lines) >= 5
     assert all(line.endswith("True") for line in lines), lines
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU that is launched on is a fake one here")
+def test_a_launch_without_the_jit_is_what_the_jit_would_launch():
+    """Whatever changes: sizes, which tensors there are, their dtypes, and how their addresses are aligned."""
+    code = """
+from resnet_fused.kernels.batch_norm import batch_norm_stats
+from resnet_fused.kernels.conv_forward import Norm, conv_forward
+from resnet_fused.kernels.launch import observe
+from triton.runtime.jit import JITFunction
+
+def unit(n=2, offset=0, norm=True, dtype=torch.bfloat16, vectors=torch.float32):
+    x = torch.zeros(n, 64, 5, 5, dtype=dtype).to(memory_format=torch.channels_last)
+    vector = torch.zeros(65, dtype=vectors)[offset : offset + 64]
+    normalise = Norm(vector, vector, None, None, 1e-5) if norm else None
+    conv_forward(x, torch.zeros(64, 64, 1, 1, dtype=dtype), bias=vector, norm=normalise)
+    batch_norm_stats(None, vector, None, 1e-5, running_mean=vector, running_var=vector)
+
+changes = [{}, {"n": 1}, {"offset": 1}, {"norm": False}, {"dtype": torch.float16}, {"vectors": torch.float16}]
+run = JITFunction.run
+for round in range(2):
+    for change in changes:
+        launched.clear()
+        calls = []
+        JITFunction.run = None if round else run
+        with observe(calls.append):
+            unit(**change)
+        JITFunction.run = run
+        for call, launch in zip(calls, launched[:], strict=True):
+            jitted = call.kernel.warmup(grid=call.grid, **call.arguments, **call.config.options)
+            expected = [call.arguments[name] for name in call.kernel.arg_names]
+            right = launch[:3] == (*call.grid, 1, 1)[:3] and launch[4] == jitted.function
+            print(round, right and all(a is b for a, b in zip(launch[9:], expected, strict=True)))
+"""
+    lines = compiler_on(FAKE_GPU + code, check=True).stdout.splitlines()
+    assert lines == ["0 True"] * 12 + ["1 True"] * 12
+
+
+FAKE_GPU = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+launched = []
+
+class Launcher:
+    def __init__(self, source, metadata):
+        pass
+
+    def __call__(self, *arguments):
+        launched.append(arguments)
+
+class Utils:
+    load_binary = staticmethod(lambda name, kernel, shared, device: (None, hash(kernel), 32, 0, 1024))
+    get_device_properties = staticmethod(lambda device: {"max_shared_mem": 232448})
+
+class Fake:
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+    get_current_device = get_current_stream = staticmethod(lambda *device: 0)
+    launcher_cls = Launcher
+    utils = Utils
+
+driver.set_active(Fake())
+"""
 
 
 def test_a_dry_run_is_that_of_its_thread():
