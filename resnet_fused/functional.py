@@ -169,23 +169,27 @@ def choose(
 
     ``direction``, ``prologue`` and ``residual``: see :class:`Problem`. Measurements count where the GPU was tuned.
     """
-    target = plan.target(device)
-    options = plan.tf32(dtype), direction, prologue, residual
-    problem = _problem(shape, w_shape, geometry, dtype, *options, *target)
-    return _way(plan.choose(problem, request, tuned.load(target[1])), geometry)
+    arch, gpu = plan.target(device)
+    options = dtype, plan.tf32(dtype), direction, prologue, residual, arch, gpu
+    problem, way = _decided(shape, w_shape, geometry, options, request, tuned.load(gpu))
+    plan.note(problem)
+    return way
 
 
 @lru_cache(maxsize=4096)
-def _problem(shape: tuple[int, ...], w_shape: tuple[int, ...], geometry: Geometry, *options: Any) -> Problem:
-    (n, ci, h, w), (co, _, r, s) = shape, w_shape
-    return Problem(n, h, w, ci, co, r, s, *geometry, *options)
-
-
-@lru_cache(maxsize=4096)
-def _way(chosen: plan.Plan, geometry: Geometry) -> Way:
-    stride, padding, dilation, groups = geometry
+def _decided(
+    shape: tuple[int, ...],
+    w_shape: tuple[int, ...],
+    geometry: Geometry,
+    options: tuple[Any, ...],
+    request: str,
+    table: plan.Table | None,
+) -> tuple[Problem, Way]:
+    (n, ci, h, w), (co, _, r, s), (stride, padding, dilation, groups) = shape, w_shape, geometry
+    problem = Problem(n, h, w, ci, co, r, s, stride, padding, dilation, groups, *options)
+    chosen = plan.decide(problem, request, table)
     conv = Convolution(stride, padding, dilation, groups, chosen.implementation == "fused", chosen.tiles)
-    return chosen.implementation, tuple(conv.encode())
+    return problem, (chosen.implementation, tuple(conv.encode()))
 
 
 def _run_eager(x: Tensor, layer: Layer, shortcut: Shortcut | None) -> Tensor:
@@ -245,10 +249,18 @@ def geometry(conv: nn.Conv2d) -> Geometry:
 def _tensors(unit: Layer) -> list[Tensor | None]:
     """The tensors of a unit in the order of :class:`resnet_fused.autograd.ResidualFunction`."""
     conv, bn = unit.conv, unit.bn
-    buffers = [bn.running_mean, bn.running_var, bn.num_batches_tracked]
+    tensors = [_tensor(conv, "weight"), _tensor(conv, "bias"), _tensor(bn, "weight"), _tensor(bn, "bias")]
     if bn.training and not bn.track_running_stats:
-        buffers = [None, None, None]
-    return [conv.weight, conv.bias, bn.weight, bn.bias, *buffers]
+        return [*tensors, None, None, None]
+    return [*tensors, *[_tensor(bn, name) for name in ("running_mean", "running_var", "num_batches_tracked")]]
+
+
+def _tensor(module: nn.Module, name: str) -> Tensor | None:
+    """``getattr(module, name)``, in a fraction of the time where it is a parameter or a buffer."""
+    for found in (module._parameters, module._buffers):
+        if name in found:
+            return found[name]
+    return cast(Tensor | None, getattr(module, name))
 
 
 def _uses_batch(bn: nn.BatchNorm2d) -> bool:
@@ -299,7 +311,7 @@ def why_unfusable(conv: nn.Module, bn: nn.Module) -> str | None:
         return f"the convolution is {_named(conv)}, not torch.nn.Conv2d itself"
     if type(bn) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
         return f"the normalisation is {_named(bn)}, not torch.nn.BatchNorm2d or SyncBatchNorm itself"
-    if hooked(conv) or hooked(bn):
+    if hooked(conv, bn):
         return "hooks, or a forward of its own, are set on the convolution or the batch norm"
     if conv.padding_mode != "zeros":
         return f"the convolution has padding_mode={conv.padding_mode!r}"
@@ -310,16 +322,20 @@ def why_unfusable(conv: nn.Module, bn: nn.Module) -> str | None:
     return None
 
 
-def hooked(module: nn.Module) -> bool:
-    """Whether calling ``module`` would run hooks or a forward set on the instance, which fusing would bypass."""
-    return "forward" in vars(module) or bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or nn_module._global_forward_hooks
-        or nn_module._global_forward_pre_hooks
-    )
+def hooked(*modules: nn.Module) -> bool:
+    """Whether calling ``modules`` would run hooks or a forward set on an instance, which fusing would bypass."""
+    if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
+        return True
+    for module in modules:
+        if (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            or "forward" in module.__dict__
+        ):
+            return True
+    return False
 
 
 def _infer_unit(x: Tensor, layer: Layer, residual: Tensor | PaddedIdentity | None) -> Tensor:
@@ -329,15 +345,16 @@ def _infer_unit(x: Tensor, layer: Layer, residual: Tensor | PaddedIdentity | Non
     if implementation == "eager":
         return channels_last(reference.conv_bn_act(x, conv, bn, residual, relu))
     res, step, before = residual if isinstance(residual, PaddedIdentity) else (residual, 1, 0)
-    assert bn.running_mean is not None and bn.running_var is not None
+    w, bias, gamma, beta, mean, var, _ = _tensors(layer)
+    assert w is not None
     return ops.conv_bn_act(
         x.to(dtype),
-        channels_last(conv.weight.to(dtype)),
-        conv.bias,
-        bn.running_mean,
-        bn.running_var,
-        bn.weight,
-        bn.bias,
+        channels_last(w.to(dtype)),
+        bias,
+        mean,
+        var,
+        gamma,
+        beta,
         bn.eps,
         None if res is None else channels_last(res),
         step,

@@ -157,11 +157,10 @@ def record() -> Iterator[list[Problem]]:
         _records.remove(found)
 
 
-def choose(problem: Problem, request: str, table: Table | None) -> Plan:
-    """:func:`decide`, for :func:`record` to see."""
+def note(problem: Problem) -> None:
+    """That ``problem`` is planned, for :func:`record` to see."""
     for found in _records:
         found.append(problem)
-    return decide(problem, request, table)
 
 
 def target(device: torch.device) -> tuple[int, str]:

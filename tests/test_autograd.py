@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from resnet_fused import BasicBlock, Bottleneck, ResidualBlock, fuse, implementation, ops, plan, reference
+from resnet_fused import BasicBlock, Bottleneck, ResidualBlock, functional, fuse, implementation, ops, reference
 from resnet_fused.chain import Convolution
 from resnet_fused.problem import Tiles
 from resnet_fused.trace import trace
@@ -265,12 +264,14 @@ def test_what_is_not_finite_reaches_every_gradient_scaler(value):
 
 
 def test_a_block_mixes_implementations_by_the_plan(monkeypatch):
-    chosen, decide = {1: "fused", 3: "mixed"}, plan.decide
-    monkeypatch.setattr(
-        plan, "choose", lambda problem, request, table: replace(decide(problem), implementation=chosen[problem.r])
-    )
+    requests, choose = {1: "triton", 3: "mixed"}, functional.choose
+
+    def by_filter(shape, w_shape, geometry, dtype, direction, device, request, **options):
+        return choose(shape, w_shape, geometry, dtype, direction, device, requests[w_shape[2]], **options)
+
+    monkeypatch.setattr(functional, "choose", by_filter)
     check(*draw(*BLOCKS["bottleneck, projection"], torch.float32), "triton")
-    chosen[3] = "eager"
+    requests[3] = "eager"
     check(*draw(*BLOCKS["bottleneck, projection"], torch.float32), "triton")
 
 

@@ -189,11 +189,11 @@ def test_force_comes_before_measurement_before_model():
         assert repr(request) in forced.reason
 
 
-def test_problems_are_recorded_as_they_are_decided():
+def test_problems_are_recorded_as_they_are_planned():
     with plan.record() as outer, plan.record() as inner:
-        plan.choose(LAYER, "auto", None)
-        plan.choose(LAYER, "auto", None)
-    plan.choose(LAYER, "auto", None)
+        plan.note(LAYER)
+        plan.note(LAYER)
+    plan.note(LAYER)
     assert outer == inner == [LAYER, LAYER]
 
 

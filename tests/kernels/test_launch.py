@@ -113,8 +113,9 @@ class Launcher:
         launched.append(arguments)
 
 class Utils:
-    load_binary = staticmethod(lambda name, kernel, shared, device: (None, hash(kernel), 32, 0, 1024))
+    load_binary = staticmethod(lambda name, kernel, shared, device: (object(), hash(kernel), 32, 0, 1024))
     get_device_properties = staticmethod(lambda device: {"max_shared_mem": 232448})
+    unload_module = staticmethod(lambda module: None)
 
 class Fake:
     get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
