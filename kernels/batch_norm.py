@@ -19,6 +19,7 @@ from .launch import INTERPRETER, Cost, Recipe, TileConfig, target_arch
 from .tile import (
     Layout,
     Moments,
+    Norm,
     cdiv,
     layout,
     load_channels,
@@ -53,6 +54,19 @@ def normalise(v, stats_ptr, c, mask_c, C):
     scale = load_channels(stats_ptr + 2 * C, c, mask_c)
     shift = load_channels(stats_ptr + 3 * C, c, mask_c)
     return tl.fma(v, scale[None, :], shift[None, :])
+
+
+@triton.jit
+def scale_shift(mean, var, gamma_ptr, beta_ptr, eps, c, mask_c):
+    """1/sqrt(var + eps), and the ``scale`` and ``shift`` that batch norm comes to; gamma and beta are optional."""
+    rstd = 1.0 / tl.sqrt_rn(var + eps)
+    scale = rstd
+    if gamma_ptr is not None:
+        scale = rstd * load_channels(gamma_ptr, c, mask_c)
+    shift = -mean * scale
+    if beta_ptr is not None:
+        shift += load_channels(beta_ptr, c, mask_c)
+    return rstd, scale, shift
 
 
 @triton.jit(do_not_specialize=_RUNTIME_SIZES)
@@ -204,13 +218,7 @@ def batch_norm_stats_kernel(
         mean = load_channels(running_mean_ptr, c, mask_c)
         var = load_channels(running_var_ptr, c, mask_c)
         inv_count = tl.zeros_like(mean)
-    rstd = 1.0 / tl.sqrt_rn(var + eps)
-    scale = rstd
-    if gamma_ptr is not None:
-        scale = rstd * load_channels(gamma_ptr, c, mask_c)
-    shift = -mean * scale
-    if beta_ptr is not None:
-        shift += load_channels(beta_ptr, c, mask_c)
+    rstd, scale, shift = scale_shift(mean, var, gamma_ptr, beta_ptr, eps, c, mask_c)
     tl.store(stats_ptr + c, mean, mask=mask_c)
     tl.store(stats_ptr + C + c, rstd, mask=mask_c)
     tl.store(stats_ptr + 2 * C + c, scale, mask=mask_c)
@@ -222,6 +230,10 @@ def batch_norm_stats_kernel(
 def batch_norm_apply_kernel(
     y_ptr,
     stats_ptr,
+    mean_ptr,
+    var_ptr,
+    gamma_ptr,
+    beta_ptr,
     res_ptr,
     res_stats_ptr,
     z_ptr,
@@ -236,19 +248,30 @@ def batch_norm_apply_kernel(
     res_channels,
     res_step,
     res_before,
+    eps,
     RES_PADDED: tl.constexpr,
     RELU: tl.constexpr,
     INT64: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """``z = relu(scale*y + shift + residual)`` for BLOCK_M pixels x BLOCK_N channels; the residual may be raw too."""
+    """``z = relu(scale*y + shift + residual)`` for BLOCK_M pixels x BLOCK_N channels; the residual may be raw too.
+
+    Without stats, scale and shift come from fixed statistics: mean, var, gamma and beta.
+    """
     OFFSET: tl.constexpr = tl.int64 if INT64 else tl.int32
     offs_m = tl.program_id(0).to(OFFSET) * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_c = c < C
     mask = (offs_m < M)[:, None] & mask_c[None, :]
-    v = normalise(load_pixels(y_ptr, offs_m, y_stride, c, mask), stats_ptr, c, mask_c, C)
+    v = load_pixels(y_ptr, offs_m, y_stride, c, mask)
+    if stats_ptr is not None:
+        v = normalise(v, stats_ptr, c, mask_c, C)
+    else:
+        mean = load_channels(mean_ptr, c, mask_c)
+        var = load_channels(var_ptr, c, mask_c)
+        _, scale, shift = scale_shift(mean, var, gamma_ptr, beta_ptr, eps, c, mask_c)
+        v = tl.fma(v, scale[None, :], shift[None, :])
     if res_ptr is not None:
         if RES_PADDED:
             pixel = (offs_m // (P * Q) * res_h + offs_m // Q % P * res_step) * res_w + offs_m % Q * res_step
@@ -540,7 +563,7 @@ def _stats_recipe(
 
 def batch_norm_apply(
     y: Tensor,
-    stats: Tensor,
+    stats: Tensor | Norm,
     *,
     residual: Tensor | None = None,
     residual_stats: Tensor | None = None,
@@ -552,6 +575,7 @@ def batch_norm_apply(
 ) -> Tensor:
     """``relu(scale*y + shift + residual)`` for ``y`` [N, C, P, Q]; one read of each tensor and one write.
 
+    ``stats``: as :func:`batch_norm_stats` returns them, or the fixed statistics that it would take them from.
     ``residual``: of the same shape, normalised by ``residual_stats`` if given; or, with a ``residual_step`` above 1 or
     fewer channels, every ``residual_step``-th pixel of it is added to the channels from ``residual_before`` on.
 
@@ -559,10 +583,23 @@ def batch_norm_apply(
     that are not pixel-linear or do not fit.
     """
     dtype = y.dtype if out_dtype is None else out_dtype
-    inputs, normalised = (layout(y), layout(residual)), residual_stats is not None
-    recipe = _apply_recipe(*inputs, normalised, residual_step, residual_before, relu, target_arch(), config)
+    fixed = stats if isinstance(stats, Norm) else None
+    mean, var, gamma, beta, eps = fixed or (None, None, None, None, 0.0)
+    rows = (0 if fixed else 2) + (0 if residual_stats is None else 2)
+    added = layout(residual), residual_step, residual_before
+    recipe = _apply_recipe(layout(y), *added, rows, eps, relu, target_arch(), config)
     z = torch.empty(y.shape, dtype=dtype, device=y.device, memory_format=torch.channels_last)
-    recipe.run(y_ptr=y, stats_ptr=stats, res_ptr=residual, res_stats_ptr=residual_stats, z_ptr=z)
+    recipe.run(
+        y_ptr=y,
+        stats_ptr=None if fixed else stats,
+        mean_ptr=mean,
+        var_ptr=var,
+        gamma_ptr=gamma,
+        beta_ptr=beta,
+        res_ptr=residual,
+        res_stats_ptr=residual_stats,
+        z_ptr=z,
+    )
     return z
 
 
@@ -570,13 +607,15 @@ def batch_norm_apply(
 def _apply_recipe(
     y: Layout,
     residual: Layout | None,
-    normalised: bool,
     step: int,
     before: int,
+    rows: int,
+    eps: float,
     relu: bool,
     arch: int,
     config: TileConfig | None,
 ) -> Recipe:
+    """``rows``: how many of stats are read."""
     require_pixel_linear(y=y, residual=residual)
     pixels, channels = _sizes(y)
     _, _, p, q = y.shape
@@ -597,14 +636,16 @@ def _apply_recipe(
         "res_channels": res_channels,
         "res_step": step,
         "res_before": before,
+        "eps": eps,
         "RES_PADDED": padded,
         "RELU": relu,
         "INT64": _wide(tile, y, residual),
     }
     # Of a padded residual, the pixels that are added.
     more = 0 if residual is None else pixels * res_channels * residual.dtype.itemsize
-    more += _VECTOR * channels * (4 if normalised else 2)
-    return _pass_over(batch_norm_apply_kernel, cdiv(pixels, tile.block_m), scalars, tile, ["y_ptr"], ["z_ptr"], more)
+    more += _VECTOR * channels * rows
+    read = ["y_ptr", "mean_ptr", "var_ptr", "gamma_ptr", "beta_ptr"]
+    return _pass_over(batch_norm_apply_kernel, cdiv(pixels, tile.block_m), scalars, tile, read, ["z_ptr"], more)
 
 
 def batch_norm_reduce(

@@ -17,6 +17,7 @@ from .launch import INTERPRETER, Cost, Recipe, TileConfig, target_arch
 from .tile import (
     Layout,
     Moments,
+    Norm,
     cdiv,
     channels_last,
     dot,
@@ -305,16 +306,6 @@ def conv_forward_kernel(
 
 Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]
 """Stride, padding, dilation and groups of a convolution."""
-
-
-class Norm(NamedTuple):
-    """Batch norm in inference: four vectors [CO], gamma and beta optional, and epsilon."""
-
-    mean: Tensor
-    var: Tensor
-    gamma: Tensor | None
-    beta: Tensor | None
-    eps: float
 
 
 @dataclass(frozen=True)

@@ -155,6 +155,16 @@ def require_channels_last_filter(w: Layout) -> None:
         raise ValueError(f"w must be channels_last; got shape {tuple(w.shape)} with strides {w.strides}")
 
 
+class Norm(NamedTuple):
+    """Batch norm in inference: four vectors with an element per channel, gamma and beta optional, and epsilon."""
+
+    mean: Tensor
+    var: Tensor
+    gamma: Tensor | None
+    beta: Tensor | None
+    eps: float
+
+
 class Moments(NamedTuple):
     """Statistics of a tensor with C channels, tile by tile.
 

@@ -29,9 +29,9 @@ from resnet_fused.kernels.batch_norm import (
     merge_sums,
 )
 from resnet_fused.kernels.conv_dgrad import conv_dgrad
-from resnet_fused.kernels.conv_forward import Norm, conv_forward, conv_forward_moments
+from resnet_fused.kernels.conv_forward import conv_forward, conv_forward_moments
 from resnet_fused.kernels.conv_wgrad import conv_wgrad
-from resnet_fused.kernels.tile import Moments
+from resnet_fused.kernels.tile import Moments, Norm
 from resnet_fused.problem import Tiles
 
 
@@ -187,10 +187,9 @@ def inference(
             **conv.geometry(),
         )
     y = _convolve(x, None, w, bias, conv)
-    stats = batch_norm_stats(None, norm.gamma, norm.beta, norm.eps, running_mean=norm.mean, running_var=norm.var)
     return batch_norm_apply(
         y,
-        stats,
+        norm,
         residual=residual,
         residual_step=step,
         residual_before=before,
@@ -289,7 +288,7 @@ def _convolve(x: Tensor, x_stats: Tensor | None, w: Tensor, bias: Tensor | None,
     if x_stats is not None:
         x = batch_norm_apply(x, x_stats)
     bias = None if bias is None else bias.to(x.dtype)
-    y = torch.ops.aten.convolution(x, w, bias, conv.stride, conv.padding, conv.dilation, False, (0, 0), conv.groups)
+    y = torch.convolution(x, w, bias, conv.stride, conv.padding, conv.dilation, False, (0, 0), conv.groups)
     return y.contiguous(memory_format=torch.channels_last)
 
 

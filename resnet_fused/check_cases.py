@@ -27,8 +27,9 @@ from resnet_fused.kernels.batch_norm import (
     merge_sums,
 )
 from resnet_fused.kernels.conv_dgrad import conv_dgrad
-from resnet_fused.kernels.conv_forward import Norm, conv_forward, conv_forward_moments, output_size
+from resnet_fused.kernels.conv_forward import conv_forward, conv_forward_moments, output_size
 from resnet_fused.kernels.conv_wgrad import conv_wgrad
+from resnet_fused.kernels.tile import Norm
 from resnet_fused.modules import BasicBlock, Bottleneck, PaddedShortcut
 
 FORMATS = {"float32": torch.float32, "tf32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from resnet_fused import chain, functional, ops, plan, reference
 from resnet_fused.convert import unfuse
 from resnet_fused.functional import conv_bn_act
-from resnet_fused.kernels.conv_forward import Norm
+from resnet_fused.kernels.tile import Norm
 from resnet_fused.modules import FusedBlock
 
 PACKED_SHAPES = 4

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cache, cached_property
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,22 +12,15 @@ from resnet_fused import functional, plan
 from resnet_fused.reference import PaddedIdentity
 
 
-@dataclass(frozen=True)
-class Unit:
+class Unit(NamedTuple):
     """A convolution and its batch norm, by the dotted names of the submodules, and whether a ReLU follows."""
 
     conv: str
     norm: str
     relu: bool = True
 
-    @cached_property
-    def paths(self) -> tuple[Sequence[str], Sequence[str]]:
-        """Of the convolution and of the batch norm, name by name."""
-        return self.conv.split("."), self.norm.split(".")
 
-
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """What a block computes: ``relu(units(x) + shortcut(x))``, or ``units(x)`` alone if it is not ``residual``.
 
     The ReLU of the last unit stands behind the addition. ``shortcut``: a projection; the name of a
@@ -101,7 +92,7 @@ class FusedBlock(nn.Module):
         return functional.residual_block(x, layers, self._shortcut(x), recompute=self.memory == "recompute")
 
     def _layer(self, unit: Unit) -> functional.Layer:
-        conv, bn = (_submodule(self, path) for path in unit.paths)
+        conv, bn = _submodule(self, unit.conv), _submodule(self, unit.norm)
         return functional.Layer(cast(nn.Conv2d, conv), cast(nn.BatchNorm2d, bn), unit.relu)
 
     def _shortcut(self, x: Tensor) -> functional.Shortcut | None:
@@ -115,10 +106,10 @@ class FusedBlock(nn.Module):
         return x if layout.shortcut is None else functional.Projection(x, *self._layer(layout.shortcut)[:2])
 
 
-def _submodule(module: nn.Module, path: Sequence[str]) -> nn.Module:
+def _submodule(module: nn.Module, name: str) -> nn.Module:
     """What ``module.get_submodule`` finds, in a fraction of the time: it is asked for at every call of a block."""
-    for name in path:
-        module = cast(nn.Module, module._modules[name])
+    for part in name.split("."):
+        module = cast(nn.Module, module._modules[part])
     return module
 
 
@@ -133,14 +124,6 @@ def descendants(module: nn.Module) -> list[nn.Module]:
     return found
 
 
-_PROJECTION = Unit("downsample.0", "downsample.1", relu=False)
-
-
-@cache
-def _numbered(depth: int, shortcut: Unit | str | None) -> Layout:
-    return Layout(tuple(Unit(f"conv{i}", f"bn{i}") for i in range(1, depth + 1)), shortcut)
-
-
 class _NumberedBlock(FusedBlock):
     """A block with submodules ``conv1, bn1, conv2, bn2 ...``, ``relu`` and ``downsample``."""
 
@@ -150,9 +133,12 @@ class _NumberedBlock(FusedBlock):
 
     @property
     def layout(self) -> Layout:  # type: ignore[override]
+        units = tuple([Unit(f"conv{i}", f"bn{i}") for i in range(1, self.depth + 1)])
+        if self.downsample is None:
+            return Layout(units)
         if isinstance(self.downsample, PaddedShortcut):
-            return _numbered(self.depth, "downsample")
-        return _numbered(self.depth, None if self.downsample is None else _PROJECTION)
+            return Layout(units, "downsample")
+        return Layout(units, Unit("downsample.0", "downsample.1", relu=False))
 
     def why_eager(self, x: Tensor) -> str | None:
         downsample = self.downsample

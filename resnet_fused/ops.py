@@ -10,8 +10,9 @@ from torch import Tensor
 
 from resnet_fused import chain, trace
 from resnet_fused.kernels.batch_norm import batch_norm_apply
-from resnet_fused.kernels.conv_forward import Norm, output_size
+from resnet_fused.kernels.conv_forward import output_size
 from resnet_fused.kernels.launch import dry_target
+from resnet_fused.kernels.tile import Norm
 
 _library = torch.library.Library("resnet_fused", "DEF")
 _library.define(

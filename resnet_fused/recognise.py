@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from inspect import Parameter, signature
 from typing import Any
 
@@ -133,14 +132,14 @@ def _match(module: nn.Module, graph: fx.Graph) -> Layout:
     *units, last = _units(module, branch)
     if last.relu:
         raise _NoBlock("a ReLU stands between the last batch norm and the addition")
-    layout = Layout((*units, replace(last, relu=relu)))
+    layout = Layout((*units, last._replace(relu=relu)))
     if not shortcut:
         return layout
     pool = str(shortcut.pop(0).target) if _pooled(module, shortcut) else None
     projection = _units(module, shortcut)
     if len(projection) != 1 or projection[0].relu:
         raise _NoBlock("its shortcut is neither the identity nor one convolution with batch norm")
-    return replace(layout, shortcut=projection[0], pool=pool)
+    return layout._replace(shortcut=projection[0], pool=pool)
 
 
 def _kind(module: nn.Module, node: fx.Node) -> str:

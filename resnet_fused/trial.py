@@ -15,8 +15,8 @@ from resnet_fused import chain, reference
 from resnet_fused.chain import Convolution, Needs, Running, Unit, Wanted
 from resnet_fused.kernels import conv_dgrad, conv_forward, conv_wgrad
 from resnet_fused.kernels.batch_norm import batch_norm_apply, batch_norm_reduce
-from resnet_fused.kernels.conv_forward import Norm
 from resnet_fused.kernels.launch import Call, TileConfig, dry_run, observe
+from resnet_fused.kernels.tile import Norm
 from resnet_fused.problem import Problem, Tiles
 from resnet_fused.trace import Launch, trace
 from resnet_fused.tuned import legal

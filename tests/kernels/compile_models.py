@@ -25,7 +25,7 @@ def launches(arch: int, number_format: str, models: list[str], batches: tuple[in
     """The distinct kernels of the models, in inference or in a training step, on every road."""
     torch.backends.cudnn.allow_tf32 = number_format == "tf32"
     calls: list[Call] = []
-    for road in ("triton", "mixed") if training else ("triton",):
+    for road in ("triton", "mixed"):
         with resnet_fused.implementation(road), dry_run(arch), observe(calls.append), torch.set_grad_enabled(training):
             for name, batch in product(models, batches):
                 with torch.device("meta"):

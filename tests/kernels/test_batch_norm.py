@@ -19,7 +19,7 @@ from resnet_fused.kernels.batch_norm import (
 )
 from resnet_fused.kernels.conv_forward import conv_forward, conv_forward_moments
 from resnet_fused.kernels.launch import TileConfig
-from resnet_fused.kernels.tile import Moments
+from resnet_fused.kernels.tile import Moments, Norm
 from tests.kernels.test_conv_dgrad import _poisoned, random_coefs, random_stats  # noqa: F401
 from tests.kernels.test_conv_forward import DEVICE, DTYPES, random
 from tests.rule import assert_within_rule
@@ -139,6 +139,17 @@ def test_apply_agrees_to_the_bit_with_the_prologue():
     identity = torch.eye(16, device=DEVICE, dtype=torch.float16)[:, :, None, None]
     identity = identity.contiguous(memory_format=torch.channels_last)
     assert torch.equal(batch_norm_apply(y, stats), conv_forward(y, identity, prologue=(stats[2], stats[3])))
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("kind", ["none", "padded"])
+def test_apply_with_fixed_statistics_agrees_to_the_bit_with_their_stats(kind, affine):
+    y, more = random(2, 20, 5, 3, dtype=torch.float16), residuals(torch.float16, 20)[kind]
+    mean, var = random(20), torch.rand(20, device=DEVICE) + 0.5
+    gamma, beta = (random(20, dtype=torch.float16), random(20)) if affine else (None, None)
+    stats = batch_norm_stats(None, gamma, beta, 1e-3, running_mean=mean, running_var=var)
+    fixed = batch_norm_apply(y, Norm(mean, var, gamma, beta, 1e-3), config=TILES[1], **more)
+    assert torch.equal(fixed, batch_norm_apply(y, stats, config=TILES[1], **more))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from resnet_fused import reference
 from resnet_fused.kernels import conv_forward as module
-from resnet_fused.kernels.conv_forward import ConvProblem, Norm, conv_forward, conv_forward_moments, default_config
+from resnet_fused.kernels.conv_forward import ConvProblem, conv_forward, conv_forward_moments, default_config
 from resnet_fused.kernels.launch import INTERPRETER, TileConfig, dry_run, observe
-from resnet_fused.kernels.tile import layout, pixel_stride
+from resnet_fused.kernels.tile import Norm, layout, pixel_stride
 from tests.rule import assert_within_rule
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

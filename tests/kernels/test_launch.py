@@ -57,7 +57,7 @@ for call in calls:
     jitted = call.kernel.warmup(grid=call.grid, **call.arguments, **call.config.options)
     print(call.kernel.__name__, call.compile(90).hash == jitted.hash)
 """
-    lines = compiler_on(FAKE_GPU + code, check=True).stdout.splitlines()
+    lines = compiler_on(STAND_IN + code, check=True).stdout.splitlines()
     assert len(lines) >= 5
     assert all(line.endswith("True") for line in lines), lines
 
@@ -67,8 +67,9 @@ def test_a_launch_without_the_jit_is_what_the_jit_would_launch():
     """Whatever changes: sizes, which tensors there are, their dtypes, and how their addresses are aligned."""
     code = """
 from resnet_fused.kernels.batch_norm import batch_norm_stats
-from resnet_fused.kernels.conv_forward import Norm, conv_forward
+from resnet_fused.kernels.conv_forward import conv_forward
 from resnet_fused.kernels.launch import observe
+from resnet_fused.kernels.tile import Norm
 from triton.runtime.jit import JITFunction
 
 def unit(n=2, offset=0, norm=True, dtype=torch.bfloat16, vectors=torch.float32):
@@ -94,36 +95,16 @@ for round in range(2):
             right = launch[:3] == (*call.grid, 1, 1)[:3] and launch[4] == jitted.function
             print(round, right and all(a is b for a, b in zip(launch[9:], expected, strict=True)))
 """
-    lines = compiler_on(FAKE_GPU + code, check=True).stdout.splitlines()
+    lines = compiler_on(STAND_IN + code, check=True).stdout.splitlines()
     assert lines == ["0 True"] * 12 + ["1 True"] * 12
 
 
-FAKE_GPU = """
+STAND_IN = """
 import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime.driver import driver
+from resnet_fused.benchmarks import stand_in
 
 launched = []
-
-class Launcher:
-    def __init__(self, source, metadata):
-        pass
-
-    def __call__(self, *arguments):
-        launched.append(arguments)
-
-class Utils:
-    load_binary = staticmethod(lambda name, kernel, shared, device: (object(), hash(kernel), 32, 0, 1024))
-    get_device_properties = staticmethod(lambda device: {"max_shared_mem": 232448})
-    unload_module = staticmethod(lambda module: None)
-
-class Fake:
-    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
-    get_current_device = get_current_stream = staticmethod(lambda *device: 0)
-    launcher_cls = Launcher
-    utils = Utils
-
-driver.set_active(Fake())
+stand_in.install(90, lambda *arguments: launched.append(arguments))
 """
 
 

@@ -1,0 +1,78 @@
+"""What the host takes for a unit until its kernels are launched: ``python -m resnet_fused.benchmarks.host``.
+
+The tensors are so small that a GPU waits for the host. Without a GPU, kernels are launched on a stand-in, which leaves
+out what CUDA takes for a launch; and eager PyTorch runs on the CPU, where it computes a little and launches nothing.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from resnet_fused import Bottleneck, implementation
+from resnet_fused.kernels.launch import interpreting
+from resnet_fused.table import render
+
+from . import stand_in
+from .machine import describe
+
+BLOCKS, ROUNDS, REPEATS = 16, 30, 5
+UNITS = 3 * BLOCKS
+ROADS = ("eager", "triton", "mixed")
+
+
+def main() -> int:
+    """Print the table; returns 0."""
+    if interpreting():
+        print("the kernels are interpreted here: unset TRITON_INTERPRET", file=sys.stderr)
+        return 2
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(1)
+    if device.type == "cpu":
+        stand_in.install(90, lambda *arguments: None)
+    rows = [(road, *(round(_microseconds(road, training, device), 1) for training in (False, True))) for road in ROADS]
+    title = f"Microseconds of the host per unit of {BLOCKS} bottlenecks, fp32, median of {ROUNDS}"
+    print(render(title, ["implementation", "inference", "forward and backward"], rows))
+    print("\n".join(f"{name}: {value}" for name, value in describe(device).items()))
+    return 0
+
+
+def _microseconds(road: str, training: bool, device: torch.device) -> float:
+    torch.manual_seed(0)
+    with device:
+        blocks = nn.Sequential(*(Bottleneck(16, 4) for _ in range(BLOCKS))).train(training)
+        x = torch.randn(2, 16, 2, 2)
+    blocks.to(memory_format=torch.channels_last)
+    x = x.to(memory_format=torch.channels_last).requires_grad_(training)
+    with implementation(road), torch.set_grad_enabled(training):
+        return 1e6 / UNITS * _seconds(lambda: _step(blocks, x), device)
+
+
+def _step(blocks: nn.Module, x: Tensor) -> None:
+    z = blocks(x)
+    if z.requires_grad:
+        z.backward(z)
+        for parameter in blocks.parameters():
+            parameter.grad = None
+
+
+def _seconds(work: Callable[[], None], device: torch.device) -> float:
+    def timed() -> float:
+        start = time.perf_counter()
+        for _ in range(REPEATS):
+            work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - start) / REPEATS
+
+    timed()
+    return statistics.median(timed() for _ in range(ROUNDS))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
