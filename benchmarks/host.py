@@ -22,7 +22,6 @@ from . import stand_in
 from .machine import describe
 
 BLOCKS, ROUNDS, REPEATS = 16, 30, 5
-UNITS = 3 * BLOCKS
 ROADS = ("eager", "triton", "mixed")
 
 
@@ -50,7 +49,7 @@ def _microseconds(road: str, training: bool, device: torch.device) -> float:
     blocks.to(memory_format=torch.channels_last)
     x = x.to(memory_format=torch.channels_last).requires_grad_(training)
     with implementation(road), torch.set_grad_enabled(training):
-        return 1e6 / UNITS * _seconds(lambda: _step(blocks, x), device)
+        return 1e6 / (3 * BLOCKS) * _seconds(lambda: _step(blocks, x), device)
 
 
 def _step(blocks: nn.Module, x: Tensor) -> None:

@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime import driver
 
 INTERPRETER = 0
@@ -177,7 +177,8 @@ class Recipe:
             launch(*pointers, *self._values)
             return
         compiled = self.kernel[self.grid](*pointers, *self._values, **self.config.options)
-        self._compiled[key] = compiled[(*self.grid, 1, 1)[:3]]
+        if isinstance(compiled, CompiledKernel):  # and not what a tool in the JIT's place returns
+            self._compiled[key] = compiled[(*self.grid, 1, 1)[:3]]
 
 
 _observers: list[Callable[[Call], None]] = []

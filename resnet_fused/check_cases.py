@@ -390,18 +390,22 @@ def _check_stats(layer: Layer, _: str, draw: Draw) -> Trial:
 
 def _check_apply(layer: Layer, variant: str, draw: Draw) -> Trial:
     """Normalisation, residual and ReLU in one pass."""
-    y, stats = draw.images(layer.output), draw.stats(layer.output)
     n, c, p, q = layer.output
+    y = draw.images(layer.output)
+    fixed = variant == "fixed statistics"
+    mean, var, gamma, beta = draw.normal(c), draw.uniform(0.5, 1.5, c), draw.normal(c), draw.normal(c)
+    stats = draw.stats(layer.output)
     step, before, residual = 1, 0, None
     residual_stats = draw.stats(layer.output) if variant == "normalised residual" else None
     if "padded" in variant:
         step, before, residual = 2, c // 4, draw.images((n, c // 2, 2 * p, 2 * q - 1))
-    elif variant:
+    elif "residual" in variant:
         residual = draw.images(layer.output)
 
     def ours() -> Results:
         more = {"residual_stats": residual_stats, "residual_step": step, "residual_before": before}
-        return {"z": batch_norm_apply(y, stats, residual=residual, **more)}
+        own = Norm(mean, var, gamma, beta, 1e-5) if fixed else stats
+        return {"z": batch_norm_apply(y, own, residual=residual, **more)}
 
     def expected(t: torch.dtype, _: Results) -> Results:
         wide = _wide(t)
@@ -409,7 +413,10 @@ def _check_apply(layer: Layer, variant: str, draw: Draw) -> Trial:
         if "padded" in variant and shortcut is not None:
             shortcut = reference.PaddedIdentity(shortcut, step, before).materialize(c)
         added = None if residual_stats is None else residual_stats.to(wide)
-        return {"z": reference.batch_norm_apply(y.to(wide), stats.to(wide), shortcut, added).to(t)}
+        own = stats.to(wide)
+        if fixed:
+            own = reference.batch_norm_stats(mean.to(wide), var.to(wide), gamma.to(wide), beta.to(wide), 1e-5, 0.0)
+        return {"z": reference.batch_norm_apply(y.to(wide), own, shortcut, added).to(t)}
 
     return Trial(ours, expected, sums=0)
 
@@ -532,14 +539,14 @@ def cases(device_type: str) -> list[Case]:
     """Everything that is checked on ``"cuda"`` or ``"cpu"``, in the order of the report."""
     layers = LAYERS[device_type]
     norms = [(name, "") for name in NORM_LAYERS]
-    residuals = ("", "residual", "normalised residual", "padded residual")
+    applied = ("", "residual", "normalised residual", "padded residual", "fixed statistics")
     families: list[tuple[str, Callable[..., Trial], Iterable[tuple[str, str]], bool]] = [
         ("conv_forward", _check_conv_forward, CONV_FORWARD, True),
         ("conv_forward_moments", _check_conv_moments, CONV_MOMENTS, True),
         ("conv_dgrad", _check_conv_dgrad, CONV_DGRAD, True),
         ("conv_wgrad", _check_conv_wgrad, CONV_WGRAD, True),
         ("batch_norm_stats", _check_stats, norms, False),
-        ("batch_norm_apply", _check_apply, [("expand", r) for r in residuals], False),
+        ("batch_norm_apply", _check_apply, [("expand", variant) for variant in applied], False),
         ("batch_norm_reduce", _check_reduce, [("expand", v) for v in ("", "mask recomputed", "two norms")], False),
         ("batch_norm_coefs", _check_coefs, norms, False),
         ("batch_norm_backward", _check_backward, [("expand", ""), ("deep", "two norms")], False),

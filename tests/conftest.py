@@ -26,3 +26,14 @@ def on_device():
     """Whatever a test makes lies where the kernels run: on the GPU if there is one."""
     with torch.device("cuda") if torch.cuda.is_available() else nullcontext():
         yield
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """What the library keeps on disk lies in the test's own folder."""
+    from resnet_fused import tuned  # imported here: the kernels must not be before the interpreter is chosen
+
+    monkeypatch.setenv("RESNET_FUSED_CACHE", str(tmp_path))
+    tuned.load.cache_clear()
+    yield
+    tuned.load.cache_clear()

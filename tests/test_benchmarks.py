@@ -6,6 +6,7 @@ import argparse
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import run
+from benchmarks import host, run
 from benchmarks.compare import compare
 from benchmarks.count import KINDS, count, kind, least_work, roof
 from benchmarks.measure import BACKWARD, FORWARD, STEP, Setting, Stopwatch, Timing, interleave
@@ -26,6 +27,7 @@ from resnet_fused import __version__, check, implementation, trace, verify
 from resnet_fused.commands import UserError
 from resnet_fused.kernels.gpus import gpu_of
 from resnet_fused.kernels.launch import dry_run
+from tests.kernels.test_launch import compiler_on
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -358,3 +360,19 @@ def test_the_suites_run_as_documented():
     assert done.returncode == 0, done.stdout + done.stderr
     assert '"counted_launches": 3' in done.stdout
     assert "4 passed" in done.stdout
+
+
+def test_the_hosts_time_is_measured_for_every_implementation():
+    code = "from resnet_fused.benchmarks import host; host.ROUNDS = host.REPEATS = 1; host.BLOCKS = 2; host.main()"
+    out = compiler_on(code, check=True).stdout
+    for road in host.ROADS:
+        row = next(line for line in out.splitlines() if road in line)
+        assert min(float(number) for number in re.findall(r"\d+\.\d+", row)) > 0
+    assert "Microseconds" in out
+    assert "triton: " in out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU nothing is interpreted")
+def test_the_host_is_not_timed_in_the_interpreter(capsys):
+    assert host.main() == 2
+    assert "TRITON_INTERPRET" in capsys.readouterr().err

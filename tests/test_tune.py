@@ -24,7 +24,7 @@ from resnet_fused.trial import Candidate, Trial, candidates
 from resnet_fused.tune import ChildRunner, Compilers, Failure, find_problems, tune_problem, tune_problems
 from resnet_fused.tune_worker import serve
 
-pytestmark = pytest.mark.usefixtures("on_device")
+pytestmark = pytest.mark.usefixtures("on_device", "own_cache")
 
 ROOT = Path(__file__).parents[1]
 GPU = "NVIDIA Test 1000"
@@ -71,14 +71,6 @@ class FakeRunner:
 
 def nothing(problem: Problem, ways: Sequence[Candidate]) -> dict[Candidate, str]:
     return {}
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("RESNET_FUSED_CACHE", str(tmp_path))
-    tuned.load.cache_clear()
-    yield
-    tuned.load.cache_clear()
 
 
 def default_of(p: Problem) -> str:
