@@ -78,7 +78,7 @@ class Plan:
     ``implementation``: "fused" (Triton convolves), "mixed" (PyTorch convolves, with our kernels around), "eager", or
     "cudnn" (one call of cuDNN with batch norm folded in: in a frozen model, where that was measured to be fastest).
     ``seconds``: what it takes, measured if ``source`` is "tuned", predicted if it is "model", None if it is "forced".
-    ``alternatives``: every implementation with the seconds that the model predicts, fastest first.
+    ``alternatives``: every implementation with the seconds that the model predicts for the GPU, fastest first.
     """
 
     implementation: str
@@ -112,6 +112,18 @@ class Table(Protocol):
         """That of its identity."""
 
 
+HOST_SECONDS = {"fused": 45e-6, "mixed": 75e-6, "eager": 45e-6}
+"""What the host takes to launch a unit in inference (``python -m resnet_fused.benchmarks.host``; docs/results.md)."""
+
+
+def waited(problem: Problem, implementation: str, seconds: float) -> float:
+    """``seconds`` of the GPU, or those of the host where it takes longer: in inference outside of a CUDA graph.
+
+    Not in a frozen model, which replays one; nor in training, where the batches are large.
+    """
+    return max(seconds, HOST_SECONDS[implementation]) if problem.direction == "inference" else seconds
+
+
 _ROADS = {"triton": "fused", "mixed": "mixed", "eager": "eager"}
 
 
@@ -130,13 +142,14 @@ def decide(problem: Problem, request: str = "auto", table: Table | None = None) 
         return Plan(entry.implementation, tiles, entry.seconds, "tuned", entry.reason, alternatives)
     if not alternatives:
         return Plan("fused", tiles, None, "model", "the interpreter has no speed to predict", ())
-    best, seconds = alternatives[0]
-    return Plan(best, tiles, seconds, "model", _why(problem, best, tiles), alternatives)
+    best, seconds = min(alternatives, key=lambda way: (waited(problem, *way), way[1]))
+    return Plan(best, tiles, seconds, "model", _why(problem, best, alternatives[0][0], tiles), alternatives)
 
 
-def _why(problem: Problem, best: str, tiles: Tiles) -> str:
+def _why(problem: Problem, best: str, fastest: str, tiles: Tiles) -> str:
     slowest = max(roofline.predict(problem, best, tiles), key=lambda launch: launch.seconds)
-    reason = f"predicted fastest; longest: {slowest.kernel}, bound by {slowest.bound}"
+    but = "" if best == fastest else f" but {fastest}, which would keep the host longer"
+    reason = f"predicted fastest{but}; longest: {slowest.kernel}, bound by {slowest.bound}"
     if best == "fused":
         return reason
     held_up = max(roofline.predict(problem, "fused", tiles), key=lambda launch: launch.seconds)

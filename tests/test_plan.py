@@ -88,8 +88,13 @@ def test_every_plan_is_pure_and_legal(problem):
         plan.decide.cache_clear()
         assert plan.decide(problem) == first
     assert first.source == "model"
-    assert first.implementation == first.alternatives[0][0]
-    assert first.seconds == first.alternatives[0][1] == min(seconds for _, seconds in first.alternatives) > 0
+    predicted = dict(first.alternatives)
+    assert first.seconds == predicted[first.implementation]
+    assert list(predicted.values()) == sorted(predicted.values())
+    assert min(predicted.values()) > 0
+    waits = {way: plan.waited(problem, way, seconds) for way, seconds in predicted.items()}
+    assert waits[first.implementation] == min(waits.values())
+    assert first.implementation == first.alternatives[0][0] or "keep the host longer" in first.reason
     assert {way for way, _ in first.alternatives} == {"fused", "mixed", "eager"}
     for tile, depth in planned_tiles(problem):
         assert legal(tile, problem), tile
@@ -187,6 +192,17 @@ def test_force_comes_before_measurement_before_model():
         forced = plan.decide(LAYER, request, Measured("fused", tiles))
         assert (forced.implementation, forced.source, forced.seconds) == (way, "forced", None)
         assert repr(request) in forced.reason
+
+
+def test_where_the_host_takes_longer_than_the_gpu_the_fewest_launches_win():
+    small, large = (replace(LAYER, n=n, h=7, w=7, ci=512, co=512, prologue=False) for n in (1, 2048))
+    for problem, direction, expected in (
+        (small, "frozen", "mixed"),
+        (small, "inference", "eager"),
+        (large, "frozen", "mixed"),
+        (large, "inference", "mixed"),
+    ):
+        assert plan.decide(replace(problem, direction=direction)).implementation == expected, (problem.n, direction)
 
 
 def test_problems_are_recorded_as_they_are_planned():

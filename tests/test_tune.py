@@ -118,6 +118,13 @@ def test_a_bad_candidate_is_quarantined_and_the_others_go_on(fault):
     assert entry.seconds == 1e-3
 
 
+@pytest.mark.parametrize(("direction", "winner"), [("frozen", "mixed"), ("inference", "fused")])
+def test_a_mixed_unit_that_keeps_the_host_longer_than_the_gpu_does_not_win(direction, winner):
+    times = {"fused": 2e-5, "mixed": 1e-5, "eager": 3e-5, "cudnn": 3e-5}
+    entry = tune_problem(problem(direction=direction, prologue=False), FakeRunner(times), nothing)
+    assert entry.implementation == winner
+
+
 def test_a_default_that_is_wrong_is_replaced():
     default = default_of(problem())
     entry = tune_problem(problem(), FakeRunner(faults={("time", default): "crashed"}), nothing)
