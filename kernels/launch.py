@@ -139,7 +139,7 @@ class Recipe:
     _compiled: dict[Any, Callable[..., None]] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
-    def pointers(self) -> tuple[str, ...]:
+    def _pointers(self) -> tuple[str, ...]:
         """The names of the kernel's tensors, its first parameters."""
         names = self.kernel.arg_names
         count = len(names) - len(self.scalars)
@@ -148,7 +148,7 @@ class Recipe:
 
     @cached_property
     def _values(self) -> tuple[Any, ...]:
-        return tuple(self.scalars[name] for name in self.kernel.arg_names[len(self.pointers) :])
+        return tuple(self.scalars[name] for name in self.kernel.arg_names[len(self._pointers) :])
 
     def run(self, **tensors: Tensor | None) -> None:
         """Launch, unless there is nothing to compute, and tell the observers."""
@@ -166,7 +166,7 @@ class Recipe:
             with _disable_current_modes():
                 self.kernel[self.grid](**tensors, **self.scalars, **self.config.options)
             return
-        pointers = [tensors[name] for name in self.pointers]
+        pointers = [tensors[name] for name in self._pointers]
         # All that the compiled code depends on beside the scalars.
         key = (
             *[t if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in pointers],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from math import prod
 from typing import NamedTuple, overload
 
 import torch
@@ -82,10 +81,6 @@ class Layout(NamedTuple):
     strides: tuple[int, ...]
     dtype: torch.dtype
 
-    @property
-    def nbytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
-
     def is_packed(self, *order: int) -> bool:
         """Whether the elements follow each other without a gap, with the dimensions in ``order``, the outermost first.
 
@@ -94,7 +89,7 @@ class Layout(NamedTuple):
         step = 1
         for i in reversed(order):
             if self.shape[i] > 1 and self.strides[i] != step:
-                return False
+                return 0 in self.shape
             step *= self.shape[i]
         return True
 
