@@ -113,13 +113,14 @@ class Table(Protocol):
 
 
 HOST_SECONDS = {"fused": 45e-6, "mixed": 75e-6, "eager": 45e-6}
-"""What the host takes to launch a unit in inference (``python -m resnet_fused.benchmarks.host``; docs/results.md)."""
+"""What the host takes to launch a unit in inference, as ``python -m resnet_fused.benchmarks.host`` measured it without
+a GPU (docs/results.md): eager PyTorch's launches on one are not in it."""
 
 
 def waited(problem: Problem, implementation: str, seconds: float) -> float:
     """``seconds`` of the GPU, or those of the host where it takes longer: in inference outside of a CUDA graph.
 
-    Not in a frozen model, which replays one; nor in training, where the batches are large.
+    Not in a frozen model, which replays one; nor in training, where the batches are large as a rule.
     """
     return max(seconds, HOST_SECONDS[implementation]) if problem.direction == "inference" else seconds
 
