@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -51,14 +52,16 @@ class ResidualFunction(torch.autograd.Function):
     """``relu(units(x) + shortcut(x))``, each unit a convolution and batch norm, with a ReLU between units.
 
     ``apply(spec, x, shortcut, *tensors)``: ``x`` and the ``shortcut``'s input (None: x itself) are channels_last;
-    ``tensors`` are TENSORS_PER_UNIT for each unit of ``spec``, None where there is none. Saved for the backward are the
-    convolutions' raw outputs, the block's output and vectors. First derivatives only.
+    ``tensors`` are TENSORS_PER_UNIT for each unit of ``spec``, None where there is none; filters may lie in memory as
+    they like, and so do their gradients. Saved for the backward are the convolutions' raw outputs, the block's output
+    and vectors. First derivatives only.
     """
 
     @staticmethod
     def forward(ctx: Any, spec: ChainSpec, x: Tensor, shortcut: Tensor | None, *tensors: Tensor | None) -> Tensor:
         units = [tensors[i : i + TENSORS_PER_UNIT] for i in range(0, len(tensors), TENSORS_PER_UNIT)]
-        weights = [_laid_out(cast(Tensor, unit[0]), x.dtype) for unit in units]
+        filters = [cast(Tensor, unit[0]) for unit in units]
+        weights = [laid_out(w, x.dtype) for w in filters]
         branch = len(units) - (spec.kind == "projection")
         source = x if shortcut is None else shortcut
         ys: list[Tensor] = []
@@ -95,9 +98,11 @@ class ResidualFunction(torch.autograd.Function):
         keep = [True] * (branch - 1) + [spec.keep_last_y, spec.keep_projection_y]
         kept = [y if k else None for y, k in zip(ys, keep, strict=False)]
         biases = [unit[1] for unit in units]
-        ctx.save_for_backward(x, shortcut, z if spec.relu else None, *weights, *biases, *kept, *stats)
-        w, gamma = cast(Tensor, tensors[0]), tensors[2]
-        ctx.spec, ctx.dtypes = spec, (w.dtype, x.dtype if gamma is None else gamma.dtype)
+        watched = [t for unit, spec_ in zip(units, spec.units, strict=True) for t in _watched(unit, spec_, x.dtype)]
+        ctx.save_for_backward(x, shortcut, z if spec.relu else None, *weights, *biases, *kept, *stats, *watched)
+        gamma = tensors[2]
+        ctx.spec, ctx.dtypes = spec, (filters[0].dtype, x.dtype if gamma is None else gamma.dtype)
+        ctx.weight_strides = [step for w in filters for step in _gradient_stride(w)]
         return z
 
     @staticmethod
@@ -109,13 +114,13 @@ class ResidualFunction(torch.autograd.Function):
             )
         spec, n = ctx.spec, len(ctx.spec.units)
         x, shortcut, z, *saved = ctx.saved_tensors
-        weights, biases, ys, stats = (saved[i * n : i * n + n] for i in range(4))
+        weights, biases, ys, stats = (saved[i * n : i * n + n] for i in range(4))  # the rest is watched alone
         needs = [*ctx.needs_input_grad[1:3]]
         for i in range(n):
             needs += ctx.needs_input_grad[3 + i * TENSORS_PER_UNIT : 7 + i * TENSORS_PER_UNIT]
         found = iter(
             ops.residual_backward(
-                dz.contiguous(memory_format=torch.channels_last),
+                dz,
                 z,
                 x,
                 shortcut,
@@ -124,6 +129,7 @@ class ResidualFunction(torch.autograd.Function):
                 ys,
                 stats,
                 [number for unit in spec.units for number in unit.convolution],
+                ctx.weight_strides,
                 [not unit.batch_stats for unit in spec.units],
                 [unit.group for unit in spec.units],
                 spec.kind,
@@ -138,5 +144,22 @@ class ResidualFunction(torch.autograd.Function):
         return None, *gradients[:2], *(gradient for unit in per_unit for gradient in unit)
 
 
-def _laid_out(w: Tensor, dtype: torch.dtype) -> Tensor:
-    return w.to(dtype).contiguous(memory_format=torch.channels_last)
+def laid_out(w: Tensor, dtype: torch.dtype) -> Tensor:
+    """The filter ``w`` in ``dtype`` and channels_last: itself, or a copy of one launch."""
+    if w.dtype == dtype:
+        return w.contiguous(memory_format=torch.channels_last)
+    return w.to(dtype, memory_format=torch.channels_last)
+
+
+def _watched(tensors: Sequence[Tensor | None], spec: UnitSpec, dtype: torch.dtype) -> list[Tensor | None]:
+    """What eager PyTorch would read again in its backward, which therefore may not change in place until then."""
+    w, _, gamma, _, mean, var, _ = tensors
+    filters = [w] if w is not None and w.dtype == dtype else []  # else a cast copy is read
+    return [*filters, gamma] if spec.batch_stats else [*filters, gamma, mean, var]
+
+
+def _gradient_stride(w: Tensor) -> tuple[int, ...]:
+    """The strides that autograd gives the gradient of a leaf like ``w``: its own, unless it has gaps or overlaps."""
+    if w.is_contiguous() or w.is_contiguous(memory_format=torch.channels_last):
+        return w.stride()
+    return torch.empty_like(w, device="meta").stride()

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed import distributed_c10d as c10d
 
-from resnet_fused import plan, reference
+from resnet_fused import plan, reference, tuned
 from resnet_fused.kernels.batch_norm import (
     batch_norm_apply,
     batch_norm_backward,
@@ -29,10 +29,10 @@ from resnet_fused.kernels.batch_norm import (
     merge_sums,
 )
 from resnet_fused.kernels.conv_dgrad import conv_dgrad
-from resnet_fused.kernels.conv_forward import conv_forward, conv_forward_moments
+from resnet_fused.kernels.conv_forward import Geometry, conv_forward, conv_forward_moments
 from resnet_fused.kernels.conv_wgrad import conv_wgrad
-from resnet_fused.kernels.tile import Moments, Norm
-from resnet_fused.problem import Tiles
+from resnet_fused.kernels.tile import Layout, Moments, Norm
+from resnet_fused.problem import Problem, Tiles
 
 
 class Convolution(NamedTuple):
@@ -45,9 +45,9 @@ class Convolution(NamedTuple):
     fused: bool
     tiles: Tiles
 
-    def encode(self) -> list[int]:
+    def encode(self) -> tuple[int, ...]:
         """As CODE_LENGTH integers, for the schema of an operator."""
-        return [*self.stride, *self.padding, *self.dilation, self.groups, int(self.fused), *self.tiles.encode()]
+        return _encode(self[:4], int(self.fused), self.tiles)
 
     @classmethod
     def decode(cls, code: Sequence[int]) -> Convolution:
@@ -59,13 +59,79 @@ class Convolution(NamedTuple):
         return {"stride": self.stride, "padding": self.padding, "dilation": self.dilation, "groups": self.groups}
 
 
+def _encode(geometry: Geometry, way: int, tiles: Tiles) -> tuple[int, ...]:
+    stride, padding, dilation, groups = geometry
+    return *stride, *padding, *dilation, groups, way, *tiles.encode()
+
+
 @lru_cache(maxsize=4096)
 def _decode(code: tuple[int, ...]) -> Convolution:
     tiles = Tiles.decode(code[8:])
-    return Convolution((code[0], code[1]), (code[2], code[3]), (code[4], code[5]), code[6], bool(code[7]), tiles)
+    return Convolution((code[0], code[1]), (code[2], code[3]), (code[4], code[5]), code[6], code[7] == 1, tiles)
 
 
 CODE_LENGTH = 8 + len(Tiles().encode())
+_UNDECIDED = 2
+"""From here on, the number that tells who convolves stands for a request, which the operator itself follows."""
+
+Way = tuple[str, tuple[int, ...]]
+"""Who computes a unit ("fused", "mixed" or "eager"), and the ``convolution`` argument of the operators."""
+
+
+def undecided(geometry: Geometry, request: str) -> tuple[int, ...]:
+    """The ``convolution`` argument that leaves the choice to the operator: for a compiler, whose sizes are symbols."""
+    return _encode(geometry, _UNDECIDED + plan.IMPLEMENTATIONS.index(request), Tiles())
+
+
+def decided(code: Sequence[int], x: Tensor, w: Tensor, direction: str, **options: bool) -> Convolution:
+    """The convolution of ``x`` with ``w`` that ``code`` stands for; ``direction`` and ``options``: see :func:`choose`.
+
+    What a plan would leave to PyTorch altogether is mixed here, where the graph around the operator is settled.
+    """
+    conv = Convolution.decode(code)
+    if code[7] < _UNDECIDED:
+        return conv
+    request = plan.IMPLEMENTATIONS[code[7] - _UNDECIDED]
+    _, chosen = choose(tuple(x.shape), w.shape, conv[:4], x.dtype, direction, x.device, request, **options)
+    return Convolution.decode(chosen)
+
+
+def choose(
+    shape: tuple[int, ...],
+    w_shape: tuple[int, ...],
+    geometry: Geometry,
+    dtype: torch.dtype,
+    direction: str,
+    device: torch.device,
+    request: str,
+    prologue: bool = False,
+    residual: bool = False,
+) -> Way:
+    """Who convolves an input of ``shape`` [N, CI, H, W] with a filter of ``w_shape`` on ``device``, and how.
+
+    ``direction``, ``prologue`` and ``residual``: see :class:`Problem`. Measurements count where the GPU was tuned.
+    """
+    arch, gpu = plan.target(device)
+    options = dtype, plan.tf32(dtype), direction, prologue, residual, arch, gpu
+    problem, way = _decided(shape, w_shape, geometry, options, request, tuned.load(gpu))
+    plan.note(problem)
+    return way
+
+
+@lru_cache(maxsize=4096)
+def _decided(
+    shape: tuple[int, ...],
+    w_shape: tuple[int, ...],
+    geometry: Geometry,
+    options: tuple[Any, ...],
+    request: str,
+    table: plan.Table | None,
+) -> tuple[Problem, Way]:
+    (n, ci, h, w), (co, _, r, s), (stride, padding, dilation, groups) = shape, w_shape, geometry
+    problem = Problem(n, h, w, ci, co, r, s, stride, padding, dilation, groups, *options)
+    chosen = plan.decide(problem, request, table)
+    conv = Convolution(stride, padding, dilation, groups, chosen.implementation == "fused", chosen.tiles)
+    return problem, (chosen.implementation, conv.encode())
 
 
 class Join(NamedTuple):
@@ -108,11 +174,13 @@ class Gradients:
 class Unit:
     """A unit as the backward sees it, which fills in ``gradients``.
 
-    ``y`` is None if it was not kept. ``frozen``: its statistics are constants. ``group``: see :func:`unit_forward`.
+    ``w`` is channels_last; ``w_stride``: the strides that its gradient is to have. ``y`` is None if it was not kept.
+    ``frozen``: its statistics are constants. ``group``: see :func:`unit_forward`.
     """
 
     conv: Convolution
     w: Tensor
+    w_stride: tuple[int, ...]
     bias: Tensor | None
     y: Tensor | None
     stats: Tensor
@@ -481,7 +549,7 @@ def _conv_backward(
             **shared,
             **geometry,
         )
-        unit.gradients.w = _strided_as(dw, unit.w)
+        unit.gradients.w = _strided(dw, unit.w_stride)
         if kept is not None:
             dy, shared = Incoming(kept), {"tf32": shared["tf32"]}
     if not needs_input:
@@ -533,7 +601,7 @@ def _library_backward(
         (needs_input, unit.needs.w, False),
     )
     if unit.needs.w:
-        unit.gradients.w = _strided_as(dw.to(wanted.weight_dtype), unit.w)
+        unit.gradients.w = _strided(dw.to(wanted.weight_dtype), unit.w_stride)
     if not needs_input:
         return None, None
     dx = dx.contiguous(memory_format=torch.channels_last)
@@ -544,9 +612,12 @@ def _library_backward(
     return dx, None
 
 
-def _strided_as(dw: Tensor, w: Tensor) -> Tensor:
-    """``dw`` with the strides of ``w``: DistributedDataParallel compares those of dimensions of size one too."""
-    return dw.contiguous(memory_format=torch.channels_last).as_strided(w.shape, w.stride())
+def _strided(dw: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """``dw`` with the given strides: DistributedDataParallel compares those of dimensions of size one too."""
+    dw = dw.contiguous(memory_format=torch.channels_last)
+    if Layout(dw.shape, stride, dw.dtype).is_packed(0, 2, 3, 1):
+        return dw.as_strided(dw.shape, stride)
+    return torch.empty_strided(dw.shape, stride, dtype=dw.dtype, device=dw.device).copy_(dw)
 
 
 def _add(dx: Tensor, addend: Addend) -> None:

@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from resnet_fused import functional, plan, verify
-from resnet_fused.modules import FusedBlock, Layout, descendants
+from resnet_fused.modules import FusedBlock, Layout, descendants, named_descendants
 from resnet_fused.recognise import recognise
 
 Filter = Callable[[str, nn.Module], bool]
 
-_STATE = ("layout", "kinds", "relaid", "memory")
+_STATE = ("layout", "kinds", "memory")
 MEMORY = ("default", "recompute")
-_CLAIMED = (*_STATE, "original", "why_eager", "eager_forward")
+_CLAIMED = (*_STATE, "original", "why_eager", "why_unfusable", "eager_forward", "_resolve")
 
 
 class Converted(FusedBlock):
     """A module of another library, its class swapped for a subclass of it; eager, it runs its own class's forward."""
 
     original: type[nn.Module]
-    relaid: tuple[str, ...] = ()
 
     def eager_forward(self, x: Tensor) -> Tensor:
         return self.original.forward(self, x)
@@ -36,15 +35,18 @@ class Converted(FusedBlock):
 
 
 class ConvertedBlock(Converted):
-    """A converted block. ``kinds``: the types of its submodules when it was recognised."""
+    """A converted block. ``kinds``: names and types of its submodules when it was recognised.
 
-    layout: Layout
-    kinds: tuple[type[nn.Module], ...]
+    One that was never recognised, made by calling its class, has none of both.
+    """
 
-    def why_eager(self, x: Tensor) -> str | None:
+    layout: Layout | None = None  # type: ignore[assignment]
+    kinds: tuple[tuple[str, type[nn.Module]], ...] = ()
+
+    def why_unfusable(self) -> str | None:
         if _kinds(self) != self.kinds:
             return "its submodules are not those that were recognised"
-        return super().why_eager(x)
+        return super().why_unfusable()
 
 
 class ConvertedSequential(Converted):
@@ -53,25 +55,32 @@ class ConvertedSequential(Converted):
     def why_eager(self, x: Tensor) -> str | None:
         children = list(self.children())
         runs = [children[i : i + 2] for i in range(len(children)) if _run_length(children[i : i + 3])]
-        return functional.why_eager(x, cast(Any, runs)) if runs else "it has no convolution with batch norm any more"
+        return functional.why_eager(x, runs) if runs else "it has no convolution with batch norm any more"
 
     def forward(self, x: Tensor) -> Tensor:
         children = list(self.children())
         at = 0
         while at < len(children):
             run = _run_length(children[at : at + 3])
-            reason = functional.why_eager(x, [(children[at], children[at + 1])]) if run else None
-            if reason is not None:
-                plan.report_once(reason)
-            if run and reason is None:
-                conv, norm = children[at : at + 2]
-                layer = functional.Layer(cast(nn.Conv2d, conv), cast(nn.BatchNorm2d, norm), relu=run == 3)
-                x = functional.residual_block(x, [layer], recompute=self.memory == "recompute")
+            chain = self._resolve_run(x, children[at : at + run]) if run else None
+            if isinstance(chain, functional.Chain):
+                x = functional.run(chain, recompute=self.memory == "recompute")
                 at += run
-            else:
-                x = children[at](x)
-                at += 1
+                continue
+            if chain is not None:
+                plan.report_once(chain)
+            x = children[at](x)
+            at += 1
         return x
+
+    def _resolve_run(self, x: Tensor, run: list[nn.Module]) -> functional.Chain | str:
+        """A run of modules on ``x``, or why it runs eager."""
+        conv, norm = cast(nn.Conv2d, run[0]), cast(nn.BatchNorm2d, run[1])
+        layer = functional.Layer(conv, norm, relu=len(run) == 3)
+        request = plan.requested(conv)
+        if (reason := functional.why_eager(x, [layer], request)) is not None:
+            return reason
+        return functional.resolve(x, [layer], request=request)
 
 
 _classes: dict[tuple[type, type], type] = {}
@@ -90,10 +99,13 @@ def _blank(kind: type[Converted], original: type[nn.Module]) -> Converted:
     return cast(Converted, object.__new__(_converted(kind, original)))
 
 
-def _kinds(module: nn.Module) -> tuple[type[nn.Module], ...]:
-    """The types of the submodules; ``convert_sync_batchnorm`` may come before or after."""
-    types = map(type, descendants(module))
-    return tuple([nn.BatchNorm2d if kind is nn.SyncBatchNorm else kind for kind in types])
+def _kinds(module: nn.Module) -> tuple[tuple[str, type[nn.Module]], ...]:
+    """Names and types of the submodules; ``convert_sync_batchnorm`` may come before or after."""
+    found = []
+    for name, part in named_descendants(module).items():
+        kind = type(part)
+        found.append((name, nn.BatchNorm2d if kind is nn.SyncBatchNorm else kind))
+    return tuple(found)
 
 
 def _run_length(modules: list[nn.Module]) -> int:
@@ -111,9 +123,12 @@ def fuse(
     A block is recognised by what its own forward does (see :func:`resnet_fused.recognise.recognise`): those of
     torchvision's ResNets, of timm's plain, ``d``, ResNeXt and wide ResNets, of Hugging Face's
     ``ResNetForImageClassification``, and any other that computes the same; also runs of convolution, batch norm and
-    ReLU in an ``nn.Sequential``. The class of what is recognised becomes a subclass of its own. Keys, ``Parameter``
-    objects and values stay; the weights of fused convolutions become channels_last in memory. Works before or after
-    loading, moving, wrapping or training, and again on a model that is fused already.
+    ReLU in an ``nn.Sequential``. The class of what is recognised becomes a subclass of its own, and nothing else
+    changes: keys, ``Parameter`` objects, values, and how they lie in memory stay. Works before or after loading,
+    moving, wrapping or training, and again on a fused model. Whatever is raised on the way, ``model`` is as before.
+
+    The kernels read filters in channels_last: others cost a copy in every forward, which
+    ``model.to(memory_format=torch.channels_last)`` saves.
 
     ``filter_fn(name, module)``: return False to leave a block alone. ``strict``: raise ValueError, changing nothing, if
     any block cannot be fused. ``memory``: ``"default"`` keeps the raw output of each convolution for the backward;
@@ -129,11 +144,10 @@ def fuse(
     if strict and refused:
         reasons = "\n".join(f"  {f.name or '(the model)'}: {f.verdict}" for f in refused)
         raise ValueError(f"model has {len(refused)} block(s) that cannot be fused:\n{reasons}")
-    with torch.inference_mode(False):
-        for block in found:
-            _swap(block)
-            if isinstance(block.module, FusedBlock):
-                block.module.memory = memory
+    changed = [block for block in found if not isinstance(block.verdict, str)]
+    with _restored_on_error([part for block in changed for part in block.module.modules()]):
+        for block in changed:
+            _swap(block, memory)
     if len(found) == len(refused):
         reasons = "; ".join(sorted({str(f.verdict) for f in refused})) or "no residual block was recognised"
         warnings.warn(f"nothing was fused: {reasons}", UserWarning, stacklevel=2)
@@ -143,9 +157,10 @@ def fuse(
 
 
 def unfuse(model: nn.Module) -> nn.Module:
-    """Undo :func:`fuse` in place: classes and memory formats are as they were; returns ``model``."""
-    with torch.inference_mode(False):
-        for module in model.modules():
+    """Undo :func:`fuse` in place: classes are as they were; returns ``model``. Whatever is raised, it is as before."""
+    converted = [module for module in model.modules() if isinstance(module, Converted)]
+    with _restored_on_error(converted):
+        for module in converted:
             _revert(module)
     return model
 
@@ -179,11 +194,13 @@ def find(model: nn.Module) -> Iterator[Found]:
 
 def _examine(module: nn.Module) -> Layout | bool | str | None:
     """The verdict on ``module``, or None if there is nothing to fuse in it."""
-    if isinstance(module, FusedBlock):
-        return isinstance(module, ConvertedSequential) or module.layout
+    if isinstance(module, ConvertedSequential):
+        return True
+    if isinstance(module, FusedBlock) and not (isinstance(module, ConvertedBlock) and _kinds(module) != module.kinds):
+        return module.layout
     if isinstance(module, nn.Conv2d) or not any(isinstance(part, nn.Conv2d) for part in module.modules()):
         return None
-    if taken := [name for name in _CLAIMED if hasattr(module, name)]:
+    if not isinstance(module, Converted) and (taken := [name for name in _CLAIMED if hasattr(module, name)]):
         return f"it has an attribute {taken[0]!r} of its own"
     if type(module).forward is nn.Sequential.forward:
         children = list(module.children())
@@ -205,38 +222,37 @@ def _holds_units(module: nn.Module) -> bool:
     )
 
 
-def _swap(found: Found) -> None:
+@contextmanager
+def _restored_on_error(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Classes and attributes of ours are those of before if the ``with`` block does not come to its end."""
+    before = [(module, type(module), {k: v for k, v in vars(module).items() if k in _STATE}) for module in modules]
+    try:
+        yield
+    except BaseException:
+        for module, kind, state in before:
+            module.__class__ = kind
+            for attribute in _STATE:
+                vars(module).pop(attribute, None)
+            vars(module).update(state)
+        raise
+
+
+def _swap(found: Found, memory: str) -> None:
     module, verdict = found.module, found.verdict
-    if isinstance(verdict, str) or isinstance(module, FusedBlock):
-        return
-    for part in module.modules():
-        _revert(part)
-    if isinstance(verdict, Layout):
-        convolutions = [unit.conv for unit in verdict.all_units()]
-        vars(module).update(layout=verdict, kinds=_kinds(module))
-        module.__class__ = _converted(ConvertedBlock, type(module))
-    else:
-        convolutions = [name for name, child in module.named_children() if type(child) is nn.Conv2d]
-        module.__class__ = _converted(ConvertedSequential, type(module))
-    relaid = tuple(name for name in convolutions if _lay_out(cast(nn.Conv2d, module.get_submodule(name))))
-    vars(module).update(relaid=relaid)
+    state: dict[str, Any] = {"memory": memory}
+    kind: type[Converted] = ConvertedSequential
+    if isinstance(verdict, Layout) and (isinstance(module, ConvertedBlock) or not isinstance(module, FusedBlock)):
+        kind = ConvertedBlock
+        for part in descendants(module):  # the block runs them itself
+            _revert(part)
+        state |= {"layout": verdict, "kinds": _kinds(module)}
+    vars(module).update(state)
+    if not isinstance(module, FusedBlock):
+        module.__class__ = _converted(kind, type(module))
 
 
 def _revert(module: nn.Module) -> None:
-    if not isinstance(module, Converted):
-        return
-    for name in module.relaid:
-        conv = cast(nn.Conv2d, module.get_submodule(name))
-        conv.weight.data = conv.weight.data.contiguous()
-    for attribute in _STATE:
-        vars(module).pop(attribute, None)
-    module.__class__ = module.original  # type: ignore[assignment]
-
-
-def _lay_out(conv: nn.Conv2d) -> bool:
-    """Store the weight channels_last, as the kernels read it; returns whether it was not so before."""
-    weight = conv.weight
-    if weight.is_contiguous(memory_format=torch.channels_last):
-        return False
-    weight.data = weight.data.contiguous(memory_format=torch.channels_last)
-    return True
+    if isinstance(module, Converted):
+        module.__class__ = module.original  # type: ignore[assignment]
+        for attribute in _STATE:
+            vars(module).pop(attribute, None)

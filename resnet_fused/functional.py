@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as nn_module
 
-from resnet_fused import ops, plan, reference, tuned
-from resnet_fused.autograd import ChainSpec, ResidualFunction, UnitSpec
-from resnet_fused.chain import Convolution
+from resnet_fused import ops, plan, reference
+from resnet_fused.autograd import ChainSpec, ResidualFunction, UnitSpec, laid_out
+from resnet_fused.chain import Way, choose, undecided
 from resnet_fused.kernels.conv_forward import Geometry
-from resnet_fused.problem import Problem
+from resnet_fused.ops import channels_last
 from resnet_fused.reference import PaddedIdentity
 
 __all__ = ["Layer", "PaddedIdentity", "Projection", "conv_bn_act", "residual_block"]
@@ -38,8 +37,6 @@ class Projection(NamedTuple):
     bn: nn.BatchNorm2d
 
 
-Way = tuple[str, tuple[int, ...]]
-"""Who computes a unit ("fused", "mixed" or "eager"), and the ``convolution`` argument of the operators."""
 Shortcut = Tensor | PaddedIdentity | Projection
 
 
@@ -59,82 +56,235 @@ def conv_bn_act(
     Units that cannot be fused as they stand (unsupported arguments, hooks on the modules) run ``conv`` and ``bn``
     themselves, and the reason is logged once.
 
-    Raises TypeError or ValueError for arguments that do not fit each other.
+    Raises TypeError or ValueError for arguments that do not fit each other, and what ``conv`` and ``bn`` raise.
     """
     _check(x, conv, bn, residual)
-    if (reason := why_eager(x, [Layer(conv, bn)])) is not None:
-        plan.report_once(reason)
-        return reference.conv_bn_act(x, conv, bn, residual, relu)
-    return residual_block(x, [Layer(conv, bn, relu)], residual)
+    request = plan.requested(conv)
+    reason = why_eager(x, [(conv, bn)], request)
+    if reason is None:
+        chain = resolve(x, [Layer(conv, bn, relu)], residual, request=request)
+        if isinstance(chain, Chain):
+            return run(chain)
+        reason = chain
+    plan.report_once(reason)
+    return reference.conv_bn_act(x, conv, bn, residual, relu)
 
 
 def residual_block(
     x: Tensor, layers: Sequence[Layer], shortcut: Shortcut | None = None, *, recompute: bool = False
 ) -> Tensor:
-    """``relu(layers(x) + shortcut)``, for layers that :func:`why_eager` has cleared; returns channels_last.
+    """``relu(layers(x) + shortcut)``; returns channels_last.
 
     The last layer's ReLU stands behind the addition. Without gradients and with fixed statistics every layer is one
     launch. Otherwise layers are run as :class:`resnet_fused.autograd.ResidualFunction`. ``recompute``: its backward
     computes the last convolution again instead of keeping its output.
 
-    Raises ValueError if batch norm would take statistics of one value per channel.
+    Layers that cannot be fused as they stand run their own modules, and the reason is logged once; what those refuse is
+    refused.
     """
-    x = channels_last(x)
-    if _is_inference(x, layers, shortcut):
-        return _infer(x, layers, shortcut)
-    _check_values_per_channel(x, layers, shortcut)
-    parts = list(_parts(x, layers))
+    units = [layer[:2] for layer in layers] + ([shortcut[1:]] if isinstance(shortcut, Projection) else [])
+    request = plan.requested(layers[0].conv)
+    reason = why_eager(x, units, request)
+    if reason is None:
+        chain = resolve(x, layers, shortcut, request=request)
+        if isinstance(chain, Chain):
+            return run(chain, recompute=recompute)
+        reason = chain
+    plan.report_once(reason)
+    *inner, last = layers
+    for layer in inner:
+        x = reference.conv_bn_act(x, *layer[:2], relu=layer.relu)
+    return _run_eager(x, last, shortcut)
+
+
+class Unit(NamedTuple):
+    """A layer with all that it comes to on its input: the tensors that are used, and shapes that fit each other.
+
+    ``batches``: what counts the batches, where they are counted. ``momentum`` None: the average over all batches.
+    ``batch_stats``: batch norm takes the statistics of the batch, and updates ``mean`` and ``var`` if there are any.
+    ``out``: the shape [N, CO, P, Q] of the result.
+    """
+
+    layer: Layer
+    w: Tensor
+    bias: Tensor | None
+    gamma: Tensor | None
+    beta: Tensor | None
+    mean: Tensor | None
+    var: Tensor | None
+    batches: Tensor | None
+    momentum: float | None
+    eps: float
+    batch_stats: bool
+    geometry: Geometry
+    out: tuple[int, int, int, int]
+
+
+class Chain(NamedTuple):
+    """Layers and a shortcut that fit the input ``x``, which is channels_last, and one another.
+
+    ``source``: what the shortcut reads, or None. ``step``, ``before``: see PaddedIdentity. ``dtype``: in which is
+    convolved; ``out_dtype``: of the result.
+    """
+
+    x: Tensor
+    units: list[Unit]
+    projection: Unit | None
+    source: Tensor | None
+    step: int
+    before: int
+    dtype: torch.dtype
+    out_dtype: torch.dtype
+    request: str
+
+    @property
+    def all_units(self) -> list[Unit]:
+        """The units of the branch, and the projection if there is one."""
+        return self.units if self.projection is None else [*self.units, self.projection]
+
+
+def resolve(
+    x: Tensor,
+    layers: Sequence[Layer],
+    shortcut: Shortcut | None = None,
+    *,
+    in_place: bool = False,
+    request: str | None = None,
+) -> Chain | str:
+    """Layers and shortcut as :func:`run` takes them, or why they run eager. ``x`` is one that ``why_eager`` cleared.
+
+    What PyTorch would refuse is no chain either: it is the modules' own to say so. ``in_place``: the addition writes
+    to the branch, whose dtype it keeps. ``request``: see :func:`resnet_fused.plan.requested`.
+    """
+    dtype = _compute_dtype(x)
+    x = _plain(channels_last(x))
+    units: list[Unit] = []
+    shape = tuple(x.shape)
+    for layer in layers:
+        unit = _unit(x, shape, dtype, layer)
+        if isinstance(unit, str):
+            return unit
+        shape = unit.out
+        units.append(unit)
+    projection: Unit | None = None
+    source, step, before = shortcut if isinstance(shortcut, PaddedIdentity) else (shortcut, 1, 0)
+    if isinstance(source, Projection):
+        if (reason := _why_foreign(source.x, x)) is not None:
+            return reason
+        found = _unit(source.x, tuple(source.x.shape), dtype, Layer(source.conv, source.bn, relu=False))
+        if isinstance(found, str):
+            return found
+        projection, source = found, source.x
+        if projection.out != shape:
+            return f"the shortcut has shape {projection.out}, not the branch's {shape}"
+    elif source is not None:
+        padded = isinstance(shortcut, PaddedIdentity)
+        if (reason := _why_foreign(source, x) or _why_unfit(shape, source, step, before, padded)) is not None:
+            return reason
+    out_dtype = dtype if in_place or source is None or projection else torch.promote_types(dtype, source.dtype)
+    if source is not None:
+        source = _plain(channels_last(source))
+    request = plan.requested() if request is None else request
+    return Chain(x, units, projection, source, step, before, dtype, out_dtype, request)
+
+
+def run(chain: Chain, *, recompute: bool = False) -> Tensor:
+    """What :func:`residual_block` returns."""
+    if _is_inference(chain):
+        return _infer(chain)
+    x = chain.x
+    parts = list(_parts(chain))
     for part in parts:
-        last = shortcut if part is parts[-1] else None
-        x = _run_eager(x, part[0].layer, last) if _is_eager(*part) else _train(x, part, last, recompute)
+        last = part is parts[-1]
+        if _is_eager(*part):
+            shortcut = _shortcut(chain) if last else None
+            x = _run_eager(x, part[0].unit.layer, shortcut)
+            x = x.to(chain.out_dtype) if last else x
+        else:
+            x = _train(x, part, chain, last, recompute)
     return x
 
 
-def _is_inference(x: Tensor, layers: Sequence[Layer], shortcut: Shortcut | None) -> bool:
+def _shortcut(chain: Chain) -> Shortcut | None:
+    if chain.projection is not None and chain.source is not None:
+        return Projection(chain.source, *chain.projection.layer[:2])
+    if chain.source is None or chain.source.shape == chain.units[-1].out:
+        return chain.source
+    return PaddedIdentity(chain.source, chain.step, chain.before)
+
+
+def _is_inference(chain: Chain) -> bool:
     """Whether nothing needs a gradient and no statistics are taken."""
-    units = [*layers, Layer(shortcut.conv, shortcut.bn)] if isinstance(shortcut, Projection) else layers
-    if any(_uses_batch(unit.bn) for unit in units):
+    if any(unit.batch_stats for unit in chain.all_units):
         return False
     if not torch.is_grad_enabled():
         return True
-    inputs = [x]
-    if shortcut is not None:
-        inputs.append(shortcut if isinstance(shortcut, Tensor) else shortcut.x)
-    for unit in units:
-        inputs += [p for m in (unit.conv, unit.bn) for p in m._parameters.values() if p is not None]
-    return not any(t.requires_grad for t in inputs)
+    used = [chain.x, chain.source, *(t for unit in chain.all_units for t in (unit.w, unit.bias, unit.gamma, unit.beta))]
+    return not any(t.requires_grad for t in used if t is not None)
 
 
-def _infer(x: Tensor, layers: Sequence[Layer], shortcut: Shortcut | None) -> Tensor:
-    if isinstance(shortcut, Projection):
-        residual: Tensor | PaddedIdentity | None = _infer_unit(
-            channels_last(shortcut.x), Layer(shortcut.conv, shortcut.bn, relu=False), None
-        )
-    else:
-        residual = shortcut
-    *inner, last = layers
-    for layer in inner:
-        x = _infer_unit(x, layer, None)
-    return _infer_unit(x, last, residual)
+def _infer(chain: Chain) -> Tensor:
+    x, residual, dtype = chain.x, chain.source, chain.dtype
+    if chain.projection is not None and residual is not None:
+        residual = _infer_unit(residual, chain.projection, chain.request, dtype)
+    *inner, last = chain.units
+    for unit in inner:
+        x = _infer_unit(x, unit, chain.request, dtype)
+    return _infer_unit(x, last, chain.request, dtype, residual, chain.step, chain.before, chain.out_dtype)
+
+
+def _infer_unit(
+    x: Tensor,
+    unit: Unit,
+    request: str,
+    dtype: torch.dtype,
+    residual: Tensor | None = None,
+    step: int = 1,
+    before: int = 0,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    conv, bn, relu = unit.layer
+    implementation, code = _plan(tuple(x.shape), unit, dtype, request, "inference", residual=residual is not None)
+    if implementation == "eager":
+        added: Tensor | PaddedIdentity | None = residual
+        if residual is not None and residual.shape != unit.out:
+            added = PaddedIdentity(residual, step, before)
+        return channels_last(reference.conv_bn_act(x, conv, bn, added, relu)).to(out_dtype or dtype)
+    return ops.conv_bn_act(
+        x.to(dtype),
+        laid_out(unit.w, dtype),
+        unit.bias,
+        unit.mean,
+        unit.var,
+        unit.gamma,
+        unit.beta,
+        unit.eps,
+        residual,
+        step,
+        before,
+        code,
+        relu,
+        out_dtype or dtype,
+    )
 
 
 class _Planned(NamedTuple):
-    """A layer and how it runs in training; see :func:`choose`."""
+    """A unit and how it runs in training; see :func:`resnet_fused.chain.choose`."""
 
-    layer: Layer
+    unit: Unit
     implementation: str
     code: tuple[int, ...]
 
 
-def _parts(x: Tensor, layers: Sequence[Layer]) -> Iterator[list[_Planned]]:
-    """Runs of layers. The chain is cut around a layer that runs eager, and where no ReLU stands between two."""
+def _parts(chain: Chain) -> Iterator[list[_Planned]]:
+    """Runs of units. The chain is cut around a unit that runs eager, and where no ReLU stands between two."""
     part: list[_Planned] = []
-    shape = tuple(x.shape)
-    for i, layer in enumerate(layers):
-        prologue = i > 0 and layers[i - 1].relu
-        planned = _Planned(layer, *_plan(shape, x, layer.conv, "training", prologue=prologue))
-        shape = _output_shape(shape, layer.conv)
-        if part and (_is_eager(planned, *part[-1:]) or not part[-1].layer.relu):
+    shape = tuple(chain.x.shape)
+    for i, unit in enumerate(chain.units):
+        prologue = i > 0 and chain.units[i - 1].layer.relu
+        planned = _Planned(unit, *_plan(shape, unit, chain.dtype, chain.request, "training", prologue=prologue))
+        shape = unit.out
+        if part and (_is_eager(planned, *part[-1:]) or not part[-1].unit.layer.relu):
             yield part
             part = []
         part.append(planned)
@@ -145,51 +295,11 @@ def _is_eager(*units: _Planned) -> bool:
     return any(unit.implementation == "eager" for unit in units)
 
 
-def _plan(shape: tuple[int, ...], x: Tensor, conv: nn.Conv2d, direction: str, **options: bool) -> Way:
-    """For ``conv`` on an input of ``shape`` that lies where ``x`` does; ``options``: see :func:`choose`."""
+def _plan(shape: tuple[int, ...], unit: Unit, dtype: torch.dtype, request: str, direction: str, **options: bool) -> Way:
+    """For ``unit`` on an input of ``shape``; ``options``: see :func:`resnet_fused.chain.choose`."""
     if torch.compiler.is_compiling():
-        shape = tuple(map(operator.index, shape))  # from symbols: a plan is for given sizes
-    device, dtype = x.device, _compute_dtype(x)
-    return choose(shape, conv.weight.shape, geometry(conv), dtype, direction, device, plan.requested(), **options)
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def choose(
-    shape: tuple[int, ...],
-    w_shape: tuple[int, ...],
-    geometry: Geometry,
-    dtype: torch.dtype,
-    direction: str,
-    device: torch.device,
-    request: str,
-    prologue: bool = False,
-    residual: bool = False,
-) -> Way:
-    """Who convolves an input of ``shape`` [N, CI, H, W] with a filter of ``w_shape`` on ``device``, and how.
-
-    ``direction``, ``prologue`` and ``residual``: see :class:`Problem`. Measurements count where the GPU was tuned.
-    """
-    arch, gpu = plan.target(device)
-    options = dtype, plan.tf32(dtype), direction, prologue, residual, arch, gpu
-    problem, way = _decided(shape, w_shape, geometry, options, request, tuned.load(gpu))
-    plan.note(problem)
-    return way
-
-
-@lru_cache(maxsize=4096)
-def _decided(
-    shape: tuple[int, ...],
-    w_shape: tuple[int, ...],
-    geometry: Geometry,
-    options: tuple[Any, ...],
-    request: str,
-    table: plan.Table | None,
-) -> tuple[Problem, Way]:
-    (n, ci, h, w), (co, _, r, s), (stride, padding, dilation, groups) = shape, w_shape, geometry
-    problem = Problem(n, h, w, ci, co, r, s, stride, padding, dilation, groups, *options)
-    chosen = plan.decide(problem, request, table)
-    conv = Convolution(stride, padding, dilation, groups, chosen.implementation == "fused", chosen.tiles)
-    return problem, (chosen.implementation, tuple(conv.encode()))
+        return "undecided", undecided(unit.geometry, request)
+    return choose(shape, unit.w.shape, unit.geometry, dtype, direction, unit.w.device, request, **options)
 
 
 def _run_eager(x: Tensor, layer: Layer, shortcut: Shortcut | None) -> Tensor:
@@ -197,62 +307,176 @@ def _run_eager(x: Tensor, layer: Layer, shortcut: Shortcut | None) -> Tensor:
     return channels_last(reference.conv_bn_act(x, layer.conv, layer.bn, residual, layer.relu))
 
 
-def _train(x: Tensor, part: Sequence[_Planned], shortcut: Shortcut | None, recompute: bool) -> Tensor:
-    dtype = out_dtype = _compute_dtype(x)
-    units, layers = list(part), [unit.layer for unit in part]
-    kind, source, step, before = "none", None, 1, 0
-    if isinstance(shortcut, Projection):
-        kind, source = "projection", shortcut.x if shortcut.x is x else shortcut.x.to(dtype)
-        projection = _plan(tuple(shortcut.x.shape), shortcut.x, shortcut.conv, "training")
-        units.append(_Planned(Layer(shortcut.conv, shortcut.bn), *projection))
-    elif shortcut is not None:
-        if isinstance(shortcut, PaddedIdentity):
-            kind, (source, step, before) = "padded", shortcut
-        else:
-            kind, source = "identity", shortcut
-        out_dtype = torch.promote_types(dtype, source.dtype)
-    shared = source is x and (kind == "projection" or x.dtype == dtype)
+def _train(x: Tensor, part: Sequence[_Planned], chain: Chain, last: bool, recompute: bool) -> Tensor:
+    """``part`` of the chain on ``x``, with the shortcut if it is the last."""
+    units, kind, source = list(part), "none", None
+    if last and chain.source is not None:
+        kind, source = ("identity" if chain.source.shape == chain.units[-1].out else "padded"), chain.source
+        if chain.projection is not None:
+            kind, shape = "projection", tuple(source.shape)
+            way = _plan(shape, chain.projection, chain.dtype, chain.request, "training")
+            units.append(_Planned(chain.projection, *way))
+            source = source if source is x else source.to(chain.dtype)
+    shared = source is x and (kind == "projection" or x.dtype == chain.dtype)
     spec = ChainSpec(
         tuple(_spec(unit) for unit in units),
-        *(kind, step, before, layers[-1].relu, out_dtype),
+        *(kind, chain.step, chain.before, part[-1].unit.layer.relu),
+        chain.out_dtype if last else chain.dtype,
         keep_last_y=not recompute,
-        keep_projection_y=not recompute and not _is_cheap(shortcut, x, layers),
+        keep_projection_y=not recompute and not _is_cheap(chain.projection, part),
     )
-    tensors = [tensor for unit in units for tensor in _tensors(unit.layer)]
-    source = None if shared or source is None else channels_last(source)
-    return ResidualFunction.apply(spec, x.to(dtype), source, *tensors)
+    tensors = [t for unit, *_ in units for t in unit[1:8]]
+    return ResidualFunction.apply(spec, x.to(chain.dtype), None if shared else source, *tensors)
 
 
-def _is_cheap(shortcut: Shortcut | None, x: Tensor, layers: Sequence[Layer]) -> bool:
+def _is_cheap(projection: Unit | None, branch: Sequence[_Planned]) -> bool:
     """Whether a projection does so little arithmetic, next to the branch, that its output is not worth its memory."""
-    if not isinstance(shortcut, Projection):
+    if projection is None:
         return False
-    branch, shape = 0, tuple(x.shape)
-    for layer in layers:
-        shape = _output_shape(shape, layer.conv)
-        branch += shape[2] * shape[3] * layer.conv.weight.numel()
-    _, _, p, q = _output_shape(tuple(shortcut.x.shape), shortcut.conv)
-    return 8 * p * q * shortcut.conv.weight.numel() <= branch
+    pixels, arithmetic = 1.0, 0.0  # relative to the branch's input: sizes may be symbols of a compiler
+    for unit, *_ in branch:
+        stride = unit.geometry[0]
+        pixels /= stride[0] * stride[1]
+        arithmetic += pixels * unit.w.numel()
+    return 8 * pixels * projection.w.numel() <= arithmetic
 
 
-def _spec(unit: _Planned) -> UnitSpec:
-    bn = unit.layer.bn
-    momentum = 0.0 if bn.momentum is None and bn.num_batches_tracked is None else bn.momentum
-    return UnitSpec(unit.code, bn.eps, momentum, _uses_batch(bn), _group(bn))
+def _spec(planned: _Planned) -> UnitSpec:
+    unit = planned.unit
+    return UnitSpec(planned.code, unit.eps, unit.momentum, unit.batch_stats, _group(unit.layer.bn))
+
+
+def _unit(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, layer: Layer) -> Unit | str:
+    """``layer`` on an input of ``shape`` [N, CI, H, W] that lies where ``x`` does, or why it runs eager."""
+    conv, bn, _ = layer
+    w, bias, gamma, beta = (_tensor(*name) for name in ((conv, "weight"), (conv, "bias"), (bn, "weight"), (bn, "bias")))
+    mean, var = _tensor(bn, "running_mean"), _tensor(bn, "running_var")
+    batch_stats = bn.training or (mean is None and var is None)
+    if (mean is None) != (var is None):
+        return "one of the running statistics is missing"
+    counted = bn.training and bn.track_running_stats
+    if bn.training and not counted:
+        mean = var = None
+    batches = _tensor(bn, "num_batches_tracked") if counted else None
+    momentum = (None if batches is not None else 0.0) if bn.momentum is None else float(bn.momentum)
+    try:
+        stride, padding, dilation, groups = place = geometry(conv)
+    except (TypeError, ValueError) as error:
+        return f"the convolution's numbers are unusual: {error}"
+    assert w is not None  # see why_unfusable
+    if (reason := _why_foreign(w, x)) is not None:
+        return reason
+    if dtype != w.dtype and (x.dtype == dtype or w.dtype not in plan.DTYPES):
+        return f"the input is {x.dtype} and the filter {w.dtype}"
+    co, r, s = w.shape[0], *w.shape[2:]
+    if min(*stride, *dilation, groups, co) < 1 or min(padding) < 0 or max(r, s) > plan.MAX_FILTER:
+        return f"the convolution is unusual: {conv}"
+    if w.shape[1] * groups != shape[1] or co % groups:
+        return f"the filter {tuple(w.shape)} in {groups} groups does not fit an input of {shape[1]} channels"
+    p, q = (ops.output_size(shape[2 + i], (r, s)[i], stride[i], padding[i], dilation[i]) for i in (0, 1))
+    if p < 1 or q < 1:
+        return "the filter is larger than the padded image"
+    if (reason := _why_vectors(x, co, w.dtype, dtype, bias, gamma, beta, mean, var)) is not None:
+        return reason
+    out = (shape[0], co, p, q)
+    if batch_stats:
+        if (reason := _why_statistics(out, layer.bn, mean, var, batches)) is not None:
+            return reason
+    else:
+        mean, var = _vector(mean), _vector(var)
+    vectors = _vector(bias), _vector(gamma), _vector(beta)
+    return Unit(layer, _plain(w), *vectors, mean, var, batches, momentum, float(bn.eps), batch_stats, place, out)
+
+
+def _why_foreign(t: Tensor, x: Tensor) -> str | None:
+    """Why a tensor of four dimensions cannot go into one launch with ``x``, or None."""
+    if t.dim() != 4 or t.layout != torch.strided or t.device != x.device:
+        return f"a tensor is {t.dim()}-dimensional, {t.layout} on {t.device}: it must be 4-dimensional on {x.device}"
+    return _why_subclass(t)
+
+
+def _why_subclass(t: Tensor) -> str | None:
+    if type(t) in ops.PLAIN or isinstance(t, FakeTensor) or torch.compiler.is_compiling():
+        return None
+    return f"a tensor is {type(t).__qualname__}, which may have operators of its own"
+
+
+def _why_vectors(x: Tensor, co: int, w_dtype: torch.dtype, dtype: torch.dtype, *vectors: Tensor | None) -> str | None:
+    """Why the convolution's bias and batch norm's vectors do not fit ``co`` channels, or None."""
+    bias, *norm = vectors
+    for v in vectors:
+        if v is None:
+            continue
+        if (reason := _why_subclass(v)) is not None:
+            return reason
+        if v.numel() != co or v.device != x.device or v.layout != torch.strided:
+            return f"a vector of shape {tuple(v.shape)} on {v.device} does not fit {co} channels on {x.device}"
+    if bias is not None and bias.dtype != w_dtype:
+        return f"the filter is {w_dtype} and the bias {bias.dtype}"
+    kinds = {v.dtype for v in norm if v is not None}
+    if len(kinds) > 1 or not kinds <= {dtype, torch.float32}:
+        return f"batch norm has {', '.join(sorted(map(str, kinds)))} for an input of {dtype}"
+    return None
+
+
+def _why_statistics(
+    out: tuple[int, int, int, int], bn: nn.Module, mean: Tensor | None, var: Tensor | None, batches: Tensor | None
+) -> str | None:
+    """Why batch norm cannot take its statistics from a batch of shape ``out``, or None."""
+    n, _, p, q = out
+    if n == 0:
+        return "the batch is empty"
+    if n * p * q == 1 and not _group(bn):
+        return "there is one value per channel to normalise"
+    for v in (mean, var):
+        if v is not None and v is not _vector(v):
+            return "the running statistics are a view with gaps"
+    if batches is not None and not (
+        isinstance(batches, Tensor) and batches.dtype == torch.int64 and batches.dim() == 0
+    ):
+        return f"num_batches_tracked is {batches}, not an integer in a tensor"
+    return None
+
+
+def _why_unfit(shape: tuple[int, ...], residual: Tensor, step: int, before: int, padded: bool) -> str | None:
+    """Why ``residual`` cannot be added to an output of ``shape``, as it is or as a PaddedIdentity, or None."""
+    got = tuple(residual.shape)
+    if residual.dtype not in plan.DTYPES:
+        return f"residual must be float32, float16 or bfloat16; got {residual.dtype}"
+    if not padded:
+        return None if got == shape else f"residual must have the output's shape {shape}; got {got}"
+    n, channels, h, w = got
+    if step < 1 or (n, -(-h // step), -(-w // step)) != (shape[0], *shape[2:]):
+        return (
+            f"residual must give {shape[2]}x{shape[3]} pixels of {shape[0]} images with stride {step}; "
+            f"its x has shape {got}"
+        )
+    if before < 0 or before + channels > shape[1]:
+        return f"residual must fit {shape[1]} channels; it has {before} zero channels before {channels}"
+    return None
 
 
 def geometry(conv: nn.Conv2d) -> Geometry:
-    """Stride, padding, dilation and groups, as numbers."""
-    return _pair(conv.stride), _padding(conv), _pair(conv.dilation), conv.groups
+    """Stride, padding, dilation and groups, as numbers. Raises TypeError or ValueError for what is none."""
+    stride, dilation = _pair(conv.stride), _pair(conv.dilation)
+    if conv.padding == "valid":
+        padding = 0, 0
+    elif conv.padding == "same":
+        r, s = conv.weight.shape[2:]
+        padding = dilation[0] * (r - 1) // 2, dilation[1] * (s - 1) // 2
+    else:
+        padding = _pair(cast(Any, conv.padding))
+    return stride, padding, dilation, conv.groups
 
 
-def _tensors(unit: Layer) -> list[Tensor | None]:
-    """The tensors of a unit in the order of :class:`resnet_fused.autograd.ResidualFunction`."""
-    conv, bn = unit.conv, unit.bn
-    tensors = [_tensor(conv, "weight"), _tensor(conv, "bias"), _tensor(bn, "weight"), _tensor(bn, "bias")]
-    if bn.training and not bn.track_running_stats:
-        return [*tensors, None, None, None]
-    return [*tensors, *[_tensor(bn, name) for name in ("running_mean", "running_var", "num_batches_tracked")]]
+def _pair(sizes: Any) -> tuple[int, int]:
+    """One number, alone or in a tuple, stands for both directions."""
+    if isinstance(sizes, int):
+        return sizes, sizes
+    first, second = sizes if len(sizes) == 2 else (*sizes, *sizes)
+    if not isinstance(first, int) or not isinstance(second, int):
+        raise TypeError(f"{sizes} should be integers")
+    return first, second
 
 
 def _tensor(module: nn.Module, name: str) -> Tensor | None:
@@ -263,9 +487,17 @@ def _tensor(module: nn.Module, name: str) -> Tensor | None:
     return cast(Tensor | None, getattr(module, name))
 
 
-def _uses_batch(bn: nn.BatchNorm2d) -> bool:
-    """Whether batch norm normalises with the statistics of the batch."""
-    return bn.training or bn.running_mean is None
+def _plain(t: Tensor) -> Tensor:
+    """``t`` without a pending negation, which a kernel that reads its memory would not see.
+
+    What a compiler calls is called by way of PyTorch's dispatcher, which resolves it.
+    """
+    return t.resolve_neg() if not torch.compiler.is_compiling() and t.is_neg() else t
+
+
+def _vector(v: Tensor | None) -> Tensor | None:
+    """``v`` as a kernel reads it: element after element."""
+    return None if v is None else _plain(v).contiguous()
 
 
 def _group(bn: nn.Module) -> str:
@@ -276,32 +508,25 @@ def _group(bn: nn.Module) -> str:
     return group.group_name if dist.get_world_size(group) > 1 else ""
 
 
-def _check_values_per_channel(x: Tensor, layers: Sequence[Layer], shortcut: Shortcut | None) -> None:
-    shape = tuple(x.shape)
-    shapes = []
-    for layer in layers:
-        shape = _output_shape(shape, layer.conv)
-        shapes.append((layer.bn, shape))
-    if isinstance(shortcut, Projection):
-        shapes.append((shortcut.bn, _output_shape(tuple(shortcut.x.shape), shortcut.conv)))
-    for bn, (n, channels, p, q) in shapes:
-        if n * p * q == 1 and _uses_batch(bn) and not _group(bn):
-            raise ValueError(
-                f"Expected more than 1 value per channel when training, got input size {(n, channels, p, q)}"
-            )
+def why_eager(x: Tensor, units: Iterable[Sequence[Any]], request: str | None = None) -> str | None:
+    """Why a chain of ``units`` (convolution, batch norm, ...) on input ``x`` runs eager as things stand, or None.
+
+    Whether their tensors fit one another is for :func:`resolve` to say. ``request``: see there.
+    """
+    return plan.why_eager(x, request) or why_unsupported(x, units)
 
 
-def why_eager(x: Tensor, units: Iterable[Sequence[Any]]) -> str | None:
-    """Why a chain of ``units`` (convolution, batch norm, ...) on input ``x`` runs eager as things stand, or None."""
-    if (reason := plan.why_eager(x)) is not None:
-        return reason
+def why_unsupported(x: Tensor, units: Iterable[Sequence[Any]]) -> str | None:
+    """:func:`why_eager`, apart from what is asked for and where the tensor ``x`` lies."""
     if x.dtype not in plan.DTYPES:
         return f"the input is {x.dtype}: the kernels take float32, float16 and bfloat16"
+    if x.dim() != 4 or x.layout != torch.strided:
+        return f"the input is {x.dim()}-dimensional, {x.layout}: the kernels take 4-dimensional, strided tensors"
+    if (reason := _why_subclass(x)) is not None:
+        return reason
     for conv, bn, *_ in units:
         if (reason := why_unfusable(conv, bn)) is not None:
             return reason
-        if x.numel() == 0 and _uses_batch(cast(nn.BatchNorm2d, bn)):
-            return "the batch is empty"
     return None
 
 
@@ -315,16 +540,25 @@ def why_unfusable(conv: nn.Module, bn: nn.Module) -> str | None:
         return "hooks, or a forward of its own, are set on the convolution or the batch norm"
     if conv.padding_mode != "zeros":
         return f"the convolution has padding_mode={conv.padding_mode!r}"
-    if max(conv.kernel_size) > plan.MAX_FILTER:
-        return f"the filter is {conv.kernel_size[0]}x{conv.kernel_size[1]}: the kernels go up to 7x7"
-    if conv.padding == "same" and any(d * (k - 1) % 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)):
+    weight = getattr(conv, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 4:
+        return "the convolution has no filter of four dimensions"
+    r, s = weight.shape[2:]
+    if max(r, s) > plan.MAX_FILTER:
+        return f"the filter is {r}x{s}: the kernels go up to 7x7"
+    if conv.padding == "same" and any(d * (k - 1) % 2 for d, k in zip(conv.dilation, (r, s), strict=True)):
         return "padding='same' pads one side more than the other"
     return None
 
 
 def hooked(*modules: nn.Module) -> bool:
     """Whether calling ``modules`` would run hooks or a forward set on an instance, which fusing would bypass."""
-    if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
+    if (
+        nn_module._global_forward_hooks
+        or nn_module._global_forward_pre_hooks
+        or nn_module._global_backward_hooks
+        or nn_module._global_backward_pre_hooks
+    ):
         return True
     for module in modules:
         if (
@@ -338,55 +572,11 @@ def hooked(*modules: nn.Module) -> bool:
     return False
 
 
-def _infer_unit(x: Tensor, layer: Layer, residual: Tensor | PaddedIdentity | None) -> Tensor:
-    conv, bn, relu = layer
-    dtype = _compute_dtype(x)
-    implementation, code = _plan(tuple(x.shape), x, conv, "inference", residual=residual is not None)
-    if implementation == "eager":
-        return channels_last(reference.conv_bn_act(x, conv, bn, residual, relu))
-    res, step, before = residual if isinstance(residual, PaddedIdentity) else (residual, 1, 0)
-    w, bias, gamma, beta, mean, var, _ = _tensors(layer)
-    assert w is not None
-    return ops.conv_bn_act(
-        x.to(dtype),
-        channels_last(w.to(dtype)),
-        bias,
-        mean,
-        var,
-        gamma,
-        beta,
-        bn.eps,
-        None if res is None else channels_last(res),
-        step,
-        before,
-        code,
-        relu,
-        dtype if res is None else torch.promote_types(dtype, res.dtype),
-    )
-
-
 def _compute_dtype(x: Tensor) -> torch.dtype:
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if device in ("cuda", "cpu") and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return x.dtype
-
-
-def _pair(sizes: Sequence[Any]) -> tuple[int, int]:
-    return int(sizes[0]), int(sizes[1])
-
-
-def _padding(conv: nn.Conv2d) -> tuple[int, int]:
-    if conv.padding == "valid":
-        return (0, 0)
-    if conv.padding == "same":
-        return _pair([d * (k - 1) // 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)])
-    return _pair(cast(tuple[int, ...], conv.padding))
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """``x`` itself if it is channels_last, else a copy that is."""
-    return x.contiguous(memory_format=torch.channels_last)
 
 
 def _named(module: nn.Module) -> str:
@@ -399,39 +589,24 @@ def _check(x: Tensor, conv: nn.Conv2d, bn: nn.Module, residual: Tensor | PaddedI
             raise TypeError(f"{name} must be a {kind.__module__}.{kind.__qualname__}; got {type(value).__qualname__}")
     if x.dim() != 4:
         raise ValueError(f"x must have 4 dimensions [N, CI, H, W]; got shape {tuple(x.shape)}")
-    if x.shape[1] != conv.in_channels:
-        raise ValueError(f"x must have the {conv.in_channels} channels that conv takes; got shape {tuple(x.shape)}")
-    features = getattr(bn, "num_features", conv.out_channels)
-    if features != conv.out_channels:
-        raise ValueError(f"bn must normalise the {conv.out_channels} channels that conv returns; it has {features}")
+    w = conv.weight
+    if x.shape[1] != w.shape[1] * conv.groups:
+        raise ValueError(
+            f"x must have the {w.shape[1] * conv.groups} channels that conv takes; got shape {tuple(x.shape)}"
+        )
+    features = getattr(bn, "num_features", w.shape[0])
+    if features != w.shape[0]:
+        raise ValueError(f"bn must normalise the {w.shape[0]} channels that conv returns; it has {features}")
     if residual is None:
         return
     if not isinstance(residual, Tensor | PaddedIdentity):
         raise TypeError(f"residual must be a Tensor, a PaddedIdentity or None; got {type(residual).__qualname__}")
-    _check_residual(_output_shape(tuple(x.shape), conv), residual)
-
-
-def _output_shape(shape: tuple[int, ...], conv: nn.Conv2d) -> tuple[int, int, int, int]:
-    """Shape [N, CO, P, Q] of ``conv(x)`` for an x of ``shape``."""
-    padding = _padding(conv)
-    p, q = (
-        ops.output_size(shape[2 + i], conv.kernel_size[i], conv.stride[i], padding[i], conv.dilation[i]) for i in (0, 1)
-    )
-    return shape[0], conv.out_channels, p, q
-
-
-def _check_residual(shape: tuple[int, int, int, int], residual: Tensor | PaddedIdentity) -> None:
-    if isinstance(residual, Tensor):
-        if tuple(residual.shape) != shape:
-            raise ValueError(f"residual must have the output's shape {shape}; got {tuple(residual.shape)}")
-        return
-    n, channels, h, w = residual.x.shape
-    if residual.stride < 1 or (n, -(-h // residual.stride), -(-w // residual.stride)) != (shape[0], *shape[2:]):
-        raise ValueError(
-            f"residual must give {shape[2]}x{shape[3]} pixels of {shape[0]} images with stride {residual.stride}; "
-            f"its x has shape {tuple(residual.x.shape)}"
-        )
-    if residual.channels_before < 0 or residual.channels_before + channels > shape[1]:
-        raise ValueError(
-            f"residual must fit {shape[1]} channels; it has {residual.channels_before} zero channels before {channels}"
-        )
+    p, q = x.shape[2:]
+    if conv.padding != "same":
+        p, q = (ops.output_size(*size) for size in zip((p, q), w.shape[2:], *geometry(conv)[:3], strict=True))
+    padded = isinstance(residual, PaddedIdentity)
+    source, step, before = residual if isinstance(residual, PaddedIdentity) else (residual, 1, 0)
+    if source.dim() != 4 or source.dtype not in plan.DTYPES:
+        return  # for PyTorch to broadcast, promote or refuse
+    if (reason := _why_unfit((x.shape[0], w.shape[0], p, q), source, step, before, padded)) is not None:
+        raise ValueError(reason)

@@ -25,12 +25,14 @@ class Layout(NamedTuple):
 
     The ReLU of the last unit stands behind the addition. ``shortcut``: a projection; the name of a
     :class:`PaddedShortcut`; or None for the identity. ``pool``: the name of a module in front of the projection.
+    ``in_place``: the addition writes to the branch, and so keeps its dtype where autocast gives the shortcut another.
     """
 
     units: tuple[Unit, ...]
     shortcut: Unit | str | None = None
     pool: str | None = None
     residual: bool = True
+    in_place: bool = False
 
     def all_units(self) -> tuple[Unit, ...]:
         """The units of the branch, and the projection if there is one."""
@@ -77,25 +79,44 @@ class FusedBlock(nn.Module):
 
     def why_eager(self, x: Tensor) -> str | None:
         """Why the block would run eager on ``x`` as things stand, or None if it is fused."""
-        if (reason := functional.why_eager(x, map(self._layer, self.layout.all_units()))) is not None:
-            return reason
-        if functional.hooked(*descendants(self)):
-            return "hooks are registered on a submodule"
-        return None
+        found = self._resolve(x)
+        return found if isinstance(found, str) else None
+
+    def why_unfusable(self) -> str | None:
+        """Why the block, as its submodules are now, is not the one that its layout describes, or None."""
+        return "hooks are registered on a submodule" if functional.hooked(*descendants(self)) else None
 
     def forward(self, x: Tensor) -> Tensor:
-        if (reason := self.why_eager(x)) is not None:
-            plan.report_once(reason)
+        found = self._resolve(x)
+        if isinstance(found, str):
+            plan.report_once(found)
             return self.eager_forward(x)
+        return functional.run(found, recompute=self.memory == "recompute")
+
+    def _resolve(self, x: Tensor) -> functional.Chain | str:
+        """The block on ``x`` with all that it reads, or why it runs eager."""
+        request = plan.requested(self)
+        if (reason := plan.why_eager(x, request) or self.why_unfusable()) is not None:
+            return reason
+        layout = self.layout
+        layers = [self._layer(unit) for unit in layout.all_units()]
+        if (reason := functional.why_unsupported(x, layers)) is not None:
+            return reason
         x = functional.channels_last(x)  # once, for the branch and the shortcut
-        layers = [self._layer(unit) for unit in self.layout.units]
-        return functional.residual_block(x, layers, self._shortcut(x), recompute=self.memory == "recompute")
+        shortcut = self._shortcut(x, layers[-1])
+        return functional.resolve(x, layers[: len(layout.units)], shortcut, in_place=layout.in_place, request=request)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise RuntimeError(
+            f"{type(self).__qualname__} cannot be scripted: script the model as it was, resnet_fused.unfuse(model)"
+        )
 
     def _layer(self, unit: Unit) -> functional.Layer:
         conv, bn = _submodule(self, unit.conv), _submodule(self, unit.norm)
         return functional.Layer(cast(nn.Conv2d, conv), cast(nn.BatchNorm2d, bn), unit.relu)
 
-    def _shortcut(self, x: Tensor) -> functional.Shortcut | None:
+    def _shortcut(self, x: Tensor, projection: functional.Layer) -> functional.Shortcut | None:
+        """That of ``x``; ``projection``: the layer that it is, if it is one."""
         layout = self.layout
         if not layout.residual:
             return None
@@ -103,7 +124,7 @@ class FusedBlock(nn.Module):
             return cast(PaddedShortcut, self.get_submodule(layout.shortcut)).view(x)
         if layout.pool is not None:
             x = self.get_submodule(layout.pool)(x)
-        return x if layout.shortcut is None else functional.Projection(x, *self._layer(layout.shortcut)[:2])
+        return x if layout.shortcut is None else functional.Projection(x, *projection[:2])
 
 
 def _submodule(module: nn.Module, name: str) -> nn.Module:
@@ -115,12 +136,17 @@ def _submodule(module: nn.Module, name: str) -> nn.Module:
 
 def descendants(module: nn.Module) -> list[nn.Module]:
     """What ``module.modules()`` yields behind the module itself, in a fraction of the time; a shared one repeatedly."""
-    found = []
-    for child in module._modules.values():
+    return list(named_descendants(module).values())
+
+
+def named_descendants(module: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
+    """The same by their dotted names."""
+    found: dict[str, nn.Module] = {}
+    for name, child in module._modules.items():
         if child is not None:
-            found.append(child)
+            found[prefix + name] = child
             if child._modules:
-                found += descendants(child)
+                found |= named_descendants(child, f"{prefix}{name}.")
     return found
 
 
@@ -140,7 +166,7 @@ class _NumberedBlock(FusedBlock):
             return Layout(units, "downsample")
         return Layout(units, Unit("downsample.0", "downsample.1", relu=False))
 
-    def why_eager(self, x: Tensor) -> str | None:
+    def why_unfusable(self) -> str | None:
         downsample = self.downsample
         if downsample is not None and not isinstance(downsample, PaddedShortcut):
             if type(downsample) is not nn.Sequential or len(downsample) != 2:
@@ -149,7 +175,7 @@ class _NumberedBlock(FusedBlock):
                 )
         if type(self.relu) is not nn.ReLU:
             return f"the activation is {type(self.relu).__qualname__}"
-        return super().why_eager(x)
+        return super().why_unfusable()
 
 
 class BasicBlock(_NumberedBlock):

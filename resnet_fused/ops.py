@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,8 +31,8 @@ _library.define(
 )
 _library.define(
     "residual_backward(Tensor dz, Tensor? z, Tensor x, Tensor? shortcut, Tensor[] weights, Tensor?[] biases, "
-    "Tensor?[] ys, Tensor[] stats, int[] convolutions, bool[] frozen, str[] groups, str kind, int step, int before, "
-    "bool[] needs, ScalarType weight_dtype, ScalarType norm_dtype) -> Tensor[]"
+    "Tensor?[] ys, Tensor[] stats, int[] convolutions, int[] weight_strides, bool[] frozen, str[] groups, str kind, "
+    "int step, int before, bool[] needs, ScalarType weight_dtype, ScalarType norm_dtype) -> Tensor[]"
 )
 
 
@@ -52,7 +52,8 @@ def _conv_bn_act(
     relu: bool,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    norm, conv = Norm(mean, var, gamma, beta, eps), chain.Convolution.decode(convolution)
+    norm = Norm(mean, var, gamma, beta, eps)
+    conv = chain.decided(convolution, x, w, "inference", residual=residual is not None)
     with torch.cuda.device_of(x):
         return chain.inference(x, w, bias, norm, residual, residual_step, residual_before, conv, relu, out_dtype)
 
@@ -89,7 +90,7 @@ def _unit_forward(
     group: str,
 ) -> tuple[Tensor, Tensor]:
     running = chain.Running(running_mean, running_var, batches, momentum)
-    conv = chain.Convolution.decode(convolution)
+    conv = chain.decided(convolution, x, w, "training", prologue=x_stats is not None)
     with torch.cuda.device_of(x):
         return chain.unit_forward(x, x_stats, w, bias, gamma, beta, running, eps, batch_stats, conv, group)
 
@@ -141,6 +142,7 @@ def _residual_backward(
     ys: list[Tensor | None],
     stats: list[Tensor],
     convolutions: list[int],
+    weight_strides: list[int],
     frozen: list[bool],
     groups: list[str],
     kind: str,
@@ -150,38 +152,61 @@ def _residual_backward(
     weight_dtype: torch.dtype,
     norm_dtype: torch.dtype,
 ) -> list[Tensor]:
-    units = [
-        chain.Unit(
-            chain.Convolution.decode(convolutions[chain.CODE_LENGTH * i : chain.CODE_LENGTH * (i + 1)]),
-            weights[i],
-            biases[i],
-            ys[i],
-            stats[i],
-            frozen[i],
-            groups[i],
-            chain.Needs(*needs[2 + 4 * i : 6 + 4 * i]),
-        )
-        for i in range(len(weights))
-    ]
-    branch, projection = (units[:-1], units[-1]) if kind == "projection" else (units, None)
+    # What was saved may come back in another layout, from hooks that keep it elsewhere.
+    dz, x, weights = channels_last(dz), channels_last(x), [channels_last(w) for w in weights]
+    z, shortcut, ys = channels_last(z), channels_last(shortcut), [channels_last(y) for y in ys]
+    units = []
+    for i, w in enumerate(weights):
+        projection = kind == "projection" and i == len(weights) - 1
+        source = (x if shortcut is None else shortcut) if projection else x if i == 0 else ys[i - 1]
+        assert source is not None
+        code = convolutions[chain.CODE_LENGTH * i : chain.CODE_LENGTH * (i + 1)]
+        conv = chain.decided(code, source, w, "training", prologue=not projection and i > 0)
+        stride, need = tuple(weight_strides[4 * i : 4 * i + 4]), chain.Needs(*needs[2 + 4 * i : 6 + 4 * i])
+        units.append(chain.Unit(conv, w, stride, biases[i], ys[i], stats[i].contiguous(), frozen[i], groups[i], need))
+    branch, last = (units[:-1], units[-1]) if kind == "projection" else (units, None)
     wanted = chain.Wanted(needs[0], needs[1], weight_dtype, norm_dtype)
     with torch.cuda.device_of(x):
-        dx, d_shortcut = chain.backward(dz, z, x, shortcut, branch, projection, chain.Join(kind, step, before), wanted)
+        dx, d_shortcut = chain.backward(dz, z, x, shortcut, branch, last, chain.Join(kind, step, before), wanted)
     found = [dx, d_shortcut]
     for unit in units:
         found += [unit.gradients.w, unit.gradients.bias, unit.gradients.gamma, unit.gradients.beta]
     return [gradient for gradient, need in zip(found, needs, strict=True) if need and gradient is not None]
 
 
+T = TypeVar("T", Tensor, Tensor | None)
+
+
+def channels_last(x: T) -> T:
+    """``x`` itself if it is channels_last or None, else a copy that is."""
+    return None if x is None else x.contiguous(memory_format=torch.channels_last)
+
+
 def _residual_backward_fake(dz: Tensor, z: Tensor | None, x: Tensor, shortcut: Tensor | None, *arguments: Any) -> Any:
     if dry_target() is not None:
         return _residual_backward(dz, z, x, shortcut, *arguments)
-    weights, needs, weight_dtype, norm_dtype = arguments[0], *arguments[10:13]
-    like = [x, shortcut]
-    for w in weights:
-        vector = w.new_empty(w.shape[0])
-        like += [w.to(weight_dtype), vector.to(weight_dtype), vector.to(norm_dtype), vector.to(norm_dtype)]
-    return [torch.empty_like(t) for t, need in zip(like, needs, strict=True) if need and t is not None]
+    weights, strides, needs, weight_dtype, norm_dtype = arguments[0], arguments[5], *arguments[11:14]
+    found = [None if t is None else torch.empty_like(t, memory_format=torch.channels_last) for t in (x, shortcut)]
+    for i, w in enumerate(weights):
+        found.append(torch.empty_strided(w.shape, strides[4 * i : 4 * i + 4], dtype=weight_dtype, device=w.device))
+        found += [w.new_empty(w.shape[0], dtype=dtype) for dtype in (weight_dtype, norm_dtype, norm_dtype)]
+    return [t for t, need in zip(found, needs, strict=True) if need and t is not None]
+
+
+def _residual_backward_batched(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[list[Tensor], list[int]]:
+    """The rule of ``torch.vmap``, for several gradients of one output at once (``is_grads_batched``): one by one."""
+    results = []
+    for i in range(info.batch_size):
+        one = [_selected(value, dims, i) for value, dims in zip(arguments, in_dims, strict=True)]
+        results.append(torch.ops.resnet_fused.residual_backward(*one))
+    stacked = [torch.stack(gradients) for gradients in zip(*results, strict=True)]
+    return stacked, [0] * len(stacked)
+
+
+def _selected(value: Any, dims: Any, i: int) -> Any:
+    if isinstance(value, list | tuple) and isinstance(dims, list | tuple):
+        return [_selected(item, dim, i) for item, dim in zip(value, dims, strict=True)]
+    return value if dims is None else value.select(dims, i)
 
 
 def _register(name: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -200,11 +225,12 @@ def _register(name: str, implementation: Callable[..., Any], fake: Callable[...,
     return call
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = (Tensor, torch.nn.Parameter)
+"""The types of tensors that have no operators of their own."""
 
 
 def _is_watched(arguments: tuple[Any, ...]) -> bool:
-    """Whether a compiler, a tracer, a dispatch mode, the meta device or a subclass of Tensor is to see the operator.
+    """Whether a compiler, a tracer, a mode, a vmap, the meta device or a subclass of Tensor is to see the operator.
 
     Input and filter are among the first three arguments.
     """
@@ -213,7 +239,8 @@ def _is_watched(arguments: tuple[Any, ...]) -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
         or arguments[0].is_meta
-        or any(type(value) not in _PLAIN and isinstance(value, Tensor) for value in arguments[:3])
+        or any(type(value) not in PLAIN and isinstance(value, Tensor) for value in arguments[:3])
+        or torch._C._functorch.is_batchedtensor(arguments[0])
     )
 
 
@@ -221,3 +248,4 @@ conv_bn_act = _register("conv_bn_act", _conv_bn_act, _conv_bn_act_fake)
 unit_forward = _register("unit_forward", _unit_forward, _unit_forward_fake)
 join_forward = _register("join_forward", _join_forward, _join_forward_fake)
 residual_backward = _register("residual_backward", _residual_backward, _residual_backward_fake)
+torch.library.register_vmap("resnet_fused::residual_backward", _residual_backward_batched, lib=_library)

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import os
+import threading
+import weakref
 from collections.abc import Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, lru_cache
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx, nn
+from torch.autograd import forward_ad
+from torch.utils import checkpoint
 
 from resnet_fused import roofline
 from resnet_fused.kernels.launch import INTERPRETER, dry_target, interpreting
@@ -32,10 +38,27 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-_requested: ContextVar[str] = ContextVar(
-    "resnet_fused_implementation",
-    default=_checked(os.environ.get("RESNET_FUSED", "auto"), "the environment variable RESNET_FUSED"),
+class _Request(NamedTuple):
+    """An implementation asked for, and the backward pass inside which it was, or -1."""
+
+    name: str
+    backward: int
+
+
+_DEFAULT = _Request(
+    _checked(os.environ.get("RESNET_FUSED") or "auto", "the environment variable RESNET_FUSED"), backward=-1
 )
+_requested: ContextVar[_Request] = ContextVar("resnet_fused_implementation", default=_DEFAULT)
+
+
+class _Traced(threading.local):
+    """The same for torch.compile, of which not every supported version can read a context variable."""
+
+    def __init__(self) -> None:
+        self.name = _DEFAULT.name
+
+
+_traced = _Traced()
 
 
 @contextlib.contextmanager
@@ -48,12 +71,17 @@ def implementation(name: str) -> Iterator[None]:
     ``RESNET_FUSED`` says) launches the kernels on CUDA tensors, chooses per unit (see
     :func:`decide`), and runs eager elsewhere.
 
+    What a backward pass computes again (``torch.utils.checkpoint``) takes the road of its forward, wherever
+    ``backward()`` is called.
+
     Raises ValueError for any other name.
     """
-    token = _requested.set(_checked(name, "implementation"))
+    token = _requested.set(_Request(_checked(name, "implementation"), torch._C._current_graph_task_id()))
+    before, _traced.name = _traced.name, name
     try:
         yield
     finally:
+        _traced.name = before
         _requested.reset(token)
 
 
@@ -66,9 +94,76 @@ def tf32(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
 
 
-def requested() -> str:
-    """The implementation in force: ``"auto"``, ``"triton"``, ``"mixed"`` or ``"eager"``."""
-    return _requested.get()
+def requested(module: nn.Module | None = None) -> str:
+    """The implementation in force: ``"auto"``, ``"triton"``, ``"mixed"`` or ``"eager"``.
+
+    ``module``: whose forward asks. Inside a backward pass, which is no place of the user's, it is told what its forward
+    before was told; unless the forward itself opens an :func:`implementation` block, and so does again.
+    """
+    if torch.compiler.is_compiling():
+        return _traced.name
+    request = _requested.get()
+    if module is None or (request is _DEFAULT and not _forwards):
+        return request.name
+    backward = torch._C._current_graph_task_id()
+    if backward == -1:
+        _remember(module, request)
+    elif request.backward != backward:
+        return _recall(module)
+    return request.name
+
+
+@dataclass
+class _Forwards:
+    """What the forwards of a module were told: the last one, and those that a checkpoint may still compute again."""
+
+    last: str
+    checkpointed: WeakKeyDictionary[Any, str] = field(default_factory=WeakKeyDictionary)
+
+
+_forwards: WeakKeyDictionary[nn.Module, _Forwards] = WeakKeyDictionary()
+"""By module; one that is missing has only ever been told the default."""
+
+
+def _remember(module: nn.Module, request: _Request) -> None:
+    found = _forwards.get(module)
+    if found is None:
+        if request is _DEFAULT:
+            return
+        found = _forwards[module] = _Forwards(request.name)
+    found.last = request.name
+    if (frame := _checkpoint_frame()) is not None:
+        found.checkpointed[frame] = request.name
+    elif request is _DEFAULT and not found.checkpointed:
+        del _forwards[module]
+
+
+def _recall(module: nn.Module) -> str:
+    found = _forwards.get(module)
+    if found is None:
+        return _DEFAULT.name
+    frame = _checkpoint_frame()
+    return found.last if frame is None else found.checkpointed.get(frame, found.last)
+
+
+def _checkpoint_frame() -> Any:
+    """What PyTorch keeps of the innermost checkpointed call that runs, or is computed again, here; None outside of one.
+
+    Both install hooks for saved tensors that hold on to it.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if hooks is None or getattr(hooks[0], "__module__", "") != checkpoint.__name__:
+        return None
+    pending = [hooks[0]]
+    while pending:
+        for cell in getattr(pending.pop(), "__closure__", None) or ():
+            held = cell.cell_contents
+            held = held() if isinstance(held, weakref.ref) else held
+            if isinstance(held, checkpoint._CheckpointFrame):
+                return held
+            if inspect.isfunction(held):  # some versions wrap the hook
+                pending.append(held)
+    return None
 
 
 @dataclass(frozen=True)
@@ -168,7 +263,7 @@ def record() -> Iterator[list[Problem]]:
     try:
         yield found
     finally:
-        _records.remove(found)
+        _records[:] = [other for other in _records if other is not found]
 
 
 def note(problem: Problem) -> None:
@@ -202,17 +297,27 @@ def present_gpu(arch: int) -> str:
 
 FORCED = "implementation('eager') is in force"
 NO_GPU = "the input is not on a CUDA GPU"
+TRACED = "torch.fx traces it"
+_EXPECTED = (FORCED, NO_GPU, TRACED)
 
 
-def why_eager(x: Tensor) -> str | None:
-    """Why a unit whose input is ``x`` cannot be fused where it stands, or None if it can."""
-    request = requested()
+def why_eager(x: Tensor, request: str | None = None) -> str | None:
+    """Why a unit whose input is ``x`` cannot be fused where it stands, or None if it can.
+
+    ``request``: see :func:`requested`, which is asked without it.
+    """
+    if not isinstance(x, Tensor):
+        return TRACED if isinstance(x, fx.Proxy) else f"the input is {type(x).__qualname__}, not a tensor"
+    request = requested() if request is None else request
     if request == "eager":
         return FORCED
-    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
-        return "a transform of torch.func is active"
+    if not torch.compiler.is_compiling():
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return "a transform of torch.func is active"
+        if forward_ad._current_level >= 0:
+            return "forward-mode differentiation is active"
     if request == "auto":
-        if dry_target() is not None:
+        if not torch.compiler.is_compiling() and dry_target() is not None:
             return None
         if not x.is_cuda:
             return NO_GPU
@@ -226,6 +331,12 @@ _reported: set[str] = set()
 
 def report_once(reason: str) -> None:
     """Log why a unit is not fused, the first time that ``reason`` comes up, unless it was to be expected."""
-    if reason not in (FORCED, NO_GPU) and reason not in _reported and not torch.compiler.is_compiling():
-        _reported.add(reason)
-        logger.warning("runs eager: %s", reason)
+    if reason not in _EXPECTED:
+        warn_once(f"runs eager: {reason}")
+
+
+def warn_once(message: str) -> None:
+    """Log ``message`` the first time that it comes up."""
+    if message not in _reported and not torch.compiler.is_compiling():
+        _reported.add(message)
+        logger.warning(message)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
-from contextlib import contextmanager
 from inspect import Parameter, signature
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -34,14 +32,20 @@ def recognise(module: nn.Module) -> Layout | str:
     """The layout of ``module``, or in words why it cannot run fused.
 
     Its submodules must be those of a plain block, without hooks or parametrizations. Then the module's own forward is
-    traced symbolically in eval mode and must come to ``relu(units(x) + shortcut(x))``, or to units alone, and to
-    nothing else. So it matters neither which library the class is from nor how it names its submodules; a forward that
-    looks at shapes or values, or that writes to the module, is refused. Nothing is computed, and the module stays as it
-    was.
+    traced symbolically, in training and in evaluation, and must come to ``relu(units(x) + shortcut(x))``, or to units
+    alone, and to nothing else, and to the same in both. So it matters neither which library the class is from nor how
+    it names its submodules; a forward that looks at shapes or values, or that writes to the module, is refused. Nothing
+    is computed, and the module is not touched.
     """
     try:
         _check_parts(module)
-        layout = _match(module, _trace(module))
+        layout = _match(module, _trace(module, training=False))
+        try:
+            trained = _match(module, _trace(module, training=True))
+        except _NoBlock as reason:
+            return f"in training, {reason}"
+        if trained != layout:
+            return "its forward in training is not that in evaluation"
         _check_units(module, layout)
     except _NoBlock as reason:
         return str(reason)
@@ -82,38 +86,57 @@ class _Tracer(fx.Tracer):
         return super().call_module(m, m.eager_forward if isinstance(m, FusedBlock) else forward, args, kwargs)
 
 
-def _trace(module: nn.Module) -> fx.Graph:
+def _trace(module: nn.Module, training: bool) -> fx.Graph:
     if "forward" in vars(module):
         raise _NoBlock("its forward is replaced on the instance")
-    parameters = list(signature(type(module).forward).parameters.values())[1:]
+    parameters = list(signature(_own_class(module).forward).parameters.values())[1:]
     if len(parameters) != 1 or parameters[0].kind in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD):
         raise _NoBlock("its forward takes more than one input")
-    with _restored(module):
-        try:
-            return _Tracer().trace(module)
-        except Exception as error:  # whatever the forward of a stranger may raise
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise _NoBlock(f"its forward cannot be traced: {reason}") from error
-
-
-@contextmanager
-def _restored(module: nn.Module) -> Iterator[None]:
-    """Eval mode inside the ``with`` block; every attribute is as before after it, and the block must not write any."""
-    before = [(part, dict(vars(part))) for part in module.modules()]
-    for part, _ in before:
-        part.training = False
+    twins: dict[nn.Module, nn.Module] = {}
+    twin = _twin(module, training, twins)
+    before = [_attributes(part) for part in twins.values()]
     try:
-        yield
-        for part, attributes in before:
-            now = vars(part)
-            if now.keys() != attributes.keys() or any(
-                now[k] is not v for k, v in attributes.items() if k != "training"
-            ):
-                raise _NoBlock("its forward writes to the module")
-    finally:
-        for part, attributes in before:
-            vars(part).clear()
-            vars(part).update(attributes)
+        graph = _Tracer().trace(twin)
+    except Exception as error:  # whatever the forward of a stranger may raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise _NoBlock(f"its forward cannot be traced: {reason}") from error
+    for part, attributes in zip(twins.values(), before, strict=True):
+        now = _attributes(part)
+        if now.keys() != attributes.keys() or any(now[k] is not v for k, v in attributes.items()):
+            raise _NoBlock("its forward writes to the module")
+    return graph
+
+
+def _attributes(module: nn.Module) -> dict[tuple[str, str], Any]:
+    """All that a forward might write to."""
+    own = {("", name): value for name, value in vars(module).items()}
+    kept = ("_parameters", "_buffers", "_modules")
+    return own | {(kind, name): value for kind in kept for name, value in vars(module)[kind].items()}
+
+
+def _own_class(module: nn.Module) -> type[nn.Module]:
+    """That of ``module``, or what it was before it was converted."""
+    return cast(type[nn.Module], getattr(module, "original", type(module)))
+
+
+def _twin(module: nn.Module, training: bool, twins: dict[nn.Module, nn.Module]) -> nn.Module:
+    """A copy to be traced: the same class and tensors, attributes of its own, so that the original stays untouched.
+
+    ``twins``: of every module so far, by the original.
+    """
+    if module not in twins:
+        twin = object.__new__(_own_class(module))
+        twins[module] = twin
+        vars(twin).update(vars(module), training=training)
+        for name in ("_parameters", "_buffers"):
+            vars(twin)[name] = dict(vars(module)[name])
+        vars(twin)["_modules"] = {
+            name: None if part is None else _twin(part, training, twins) for name, part in module._modules.items()
+        }
+        for name, value in vars(module).items():  # a list of submodules beside their names
+            if isinstance(value, list | tuple) and value and all(isinstance(v, nn.Module) for v in value):
+                vars(twin)[name] = type(value)(twins.get(v, v) for v in value)
+    return twins[module]
 
 
 def _match(module: nn.Module, graph: fx.Graph) -> Layout:
@@ -132,7 +155,8 @@ def _match(module: nn.Module, graph: fx.Graph) -> Layout:
     *units, last = _units(module, branch)
     if last.relu:
         raise _NoBlock("a ReLU stands between the last batch norm and the addition")
-    layout = Layout((*units, last._replace(relu=relu)))
+    in_place = join.target in _IN_PLACE
+    layout = Layout((*units, last._replace(relu=relu)), in_place=in_place)
     if not shortcut:
         return layout
     pool = str(shortcut.pop(0).target) if _pooled(module, shortcut) else None

@@ -180,7 +180,7 @@ class Trial:
             self.x, self.x_stats, self.w, None, self.gamma, self.beta, running, EPS, True, conv, ""
         )
         needs = Needs(w=True, bias=False, gamma=True, beta=True)
-        unit = Unit(conv, self.w, None, self.y, self.stats, frozen=False, group="", needs=needs)
+        unit = Unit(conv, self.w, self.w.stride(), None, self.y, self.stats, frozen=False, group="", needs=needs)
         wanted = Wanted(x=True, shortcut=False, weight_dtype=self.w.dtype, norm_dtype=torch.float32)
         dx, _ = chain.unit_backward(unit, self.g, self.sums[:, None], self.x, self.x_stats, wanted)
         assert dx is not None and unit.gradients.w is not None

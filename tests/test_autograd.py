@@ -308,6 +308,7 @@ def test_operators_pass_opcheck():
         [y],
         [stats],
         convolution,
+        w.stride(),
         [False],
         [""],
         "identity",

@@ -410,8 +410,10 @@ def test_sequential_runs():
 def test_explain_with_an_input():
     model = fuse(small())
     model.layer3.train()
+    x = torch.randn(1, 3, 32, 32)
     with implementation("triton"):
-        explanation = explain(model, torch.randn(1, 3, 32, 32))
+        assert explain(model, x).to_dict()[1]["launches"] == 5, "two filters are laid out on the way"
+        explanation = explain(model.to(memory_format=torch.channels_last), x)
     rows = explanation.to_dict()
     assert [row["implementation"] for row in rows] == ["fused"] * 4
     assert rows[1]["launches"] == 3
