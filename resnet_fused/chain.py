@@ -195,6 +195,11 @@ class Unit:
         return not self.frozen or self.needs.gamma
 
     @property
+    def y_of_dy(self) -> Tensor | None:
+        """``y`` if the gradient of the convolution's output depends on it: not if the statistics are constants."""
+        return None if self.frozen else self.y
+
+    @property
     def pointwise(self) -> bool:
         return self.w.shape[2:] == (1, 1)
 
@@ -441,7 +446,7 @@ def _join_backward(
         dy_p = _incoming(projection, g, coefs_p, overwrite=False)
         return g, _incoming(last, g, coefs, overwrite=False), dy_p
     out = g if g is not dz and g.dtype == last.w.dtype else torch.empty_like(g, dtype=last.w.dtype)
-    dy, dy_p = batch_norm_backward(g, last.y, coefs, out=out, second=(projection.y, coefs_p))
+    dy, dy_p = batch_norm_backward(g, last.y_of_dy, coefs, out=out, second=(projection.y_of_dy, coefs_p))
     return g, Incoming(dy), Incoming(dy_p)
 
 
@@ -500,18 +505,17 @@ def _norm_backward(unit: Unit, sum_g: Tensor, sum_gy: Tensor, wanted: Wanted) ->
     if unit.needs.beta:
         unit.gradients.beta = dbeta
     if unit.needs.bias:
-        # Batch norm takes the mean away, and the bias with it, unless the mean is a constant.
-        bias = unit.stats[2] * dbeta if unit.frozen else torch.zeros_like(dbeta)
+        # Batch norm takes the mean away, and the bias with it, unless the mean is a constant or infinite.
+        bias = unit.stats[2] * dbeta if unit.frozen else 0 * coefs[2]
         unit.gradients.bias = bias.to(wanted.weight_dtype)
     return coefs
 
 
 def _incoming(unit: Unit, g: Tensor, coefs: Tensor, *, overwrite: bool) -> Incoming:
-    y = None if unit.frozen else unit.y
     if unit.in_prologue:
-        return Incoming(g, y, coefs)
+        return Incoming(g, unit.y_of_dy, coefs)
     out = g if overwrite and g.dtype == unit.w.dtype else torch.empty_like(g, dtype=unit.w.dtype)
-    return Incoming(batch_norm_backward(g, y, coefs, out=out))
+    return Incoming(batch_norm_backward(g, unit.y_of_dy, coefs, out=out))
 
 
 def _conv_backward(

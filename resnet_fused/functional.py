@@ -546,7 +546,18 @@ def why_unfusable(conv: nn.Module, bn: nn.Module) -> str | None:
     r, s = weight.shape[2:]
     if max(r, s) > plan.MAX_FILTER:
         return f"the filter is {r}x{s}: the kernels go up to 7x7"
-    if conv.padding == "same" and any(d * (k - 1) % 2 for d, k in zip(conv.dilation, (r, s), strict=True)):
+    return None if conv.padding != "same" else _why_uneven(conv, (r, s))
+
+
+def _why_uneven(conv: nn.Conv2d, taps: tuple[int, int]) -> str | None:
+    """Why ``padding="same"`` is no padding of the same width on both sides, or None."""
+    try:
+        stride, _, dilation, _ = geometry(conv)
+    except (TypeError, ValueError) as error:
+        return f"the convolution's numbers are unusual: {error}"
+    if stride != (1, 1):
+        return "padding='same' goes with no stride"
+    if any(d * (k - 1) % 2 for d, k in zip(dilation, taps, strict=True)):
         return "padding='same' pads one side more than the other"
     return None
 

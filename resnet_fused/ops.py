@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -194,13 +194,19 @@ def _residual_backward_fake(dz: Tensor, z: Tensor | None, x: Tensor, shortcut: T
 
 
 def _residual_backward_batched(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[list[Tensor], list[int]]:
-    """The rule of ``torch.vmap``, for several gradients of one output at once (``is_grads_batched``): one by one."""
-    results = []
-    for i in range(info.batch_size):
-        one = [_selected(value, dims, i) for value, dims in zip(arguments, in_dims, strict=True)]
-        results.append(torch.ops.resnet_fused.residual_backward(*one))
-    stacked = [torch.stack(gradients) for gradients in zip(*results, strict=True)]
+    """The rule of ``torch.vmap``, for several gradients of one output at once: one by one."""
+    each = [
+        [_selected(value, dims, i) for value, dims in zip(arguments, in_dims, strict=True)]
+        for i in range(info.batch_size)
+    ]
+    stacked = _one_by_one(each)
     return stacked, [0] * len(stacked)
+
+
+def _one_by_one(each: list[list[Any]]) -> list[Tensor]:
+    """The results of every call, stacked."""
+    results = [residual_backward(*arguments) for arguments in each]
+    return [torch.stack(gradients) for gradients in zip(*results, strict=True)]
 
 
 def _selected(value: Any, dims: Any, i: int) -> Any:
@@ -247,5 +253,20 @@ def _is_watched(arguments: tuple[Any, ...]) -> bool:
 conv_bn_act = _register("conv_bn_act", _conv_bn_act, _conv_bn_act_fake)
 unit_forward = _register("unit_forward", _unit_forward, _unit_forward_fake)
 join_forward = _register("join_forward", _join_forward, _join_forward_fake)
-residual_backward = _register("residual_backward", _residual_backward, _residual_backward_fake)
+_call_residual_backward = _register("residual_backward", _residual_backward, _residual_backward_fake)
 torch.library.register_vmap("resnet_fused::residual_backward", _residual_backward_batched, lib=_library)
+
+
+def residual_backward(dz: Tensor, *arguments: Any) -> list[Tensor]:
+    """The operator; for ``dz`` of several gradients at once (``torch.autograd.grad(is_grads_batched=True)``) one by one.
+
+    PyTorch batches those by an older vmap, for which an operator cannot have a rule.
+    """
+    if torch.compiler.is_compiling() or not torch._C._functorch.is_legacy_batchedtensor(dz):
+        return cast(list[Tensor], _call_residual_backward(dz, *arguments))
+    level = max(torch._C._vmapmode_increment_nesting() - 1, 1)  # autograd's own threads are at no level
+    torch._C._vmapmode_decrement_nesting()
+    each = torch._remove_batch_dim(dz, level, 0, 0).unbind()
+    if torch._C._functorch.is_legacy_batchedtensor(each[0]):
+        raise NotImplementedError("fused residual blocks take batched gradients at one level, not nested ones")
+    return [torch._add_batch_dim(gradients, 0, level) for gradients in _one_by_one([[g, *arguments] for g in each])]

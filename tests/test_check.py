@@ -157,7 +157,7 @@ def test_runs_that_differ_fail(few, monkeypatch):
 def test_a_block_that_runs_eager_proves_nothing(monkeypatch):
     (case,) = [c for c in check.cases(DEVICE.type) if (c.kernel, c.name) == ("block (triton)", "basic; inference")][:1]
     monkeypatch.setattr(check, "cases", lambda _: [case])
-    monkeypatch.setattr(plan, "why_eager", lambda x: "of a mistake")
+    monkeypatch.setattr(plan, "why_eager", lambda x, request: "of a mistake")
     (row,) = [row for row in check.run(DEVICE).rows if row.status != "skipped"]
     assert (row.status, row.detail) == ("failed", "no kernel was launched")
 
