@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -98,7 +97,12 @@ class ResidualFunction(torch.autograd.Function):
         keep = [True] * (branch - 1) + [spec.keep_last_y, spec.keep_projection_y]
         kept = [y if k else None for y, k in zip(ys, keep, strict=False)]
         biases = [unit[1] for unit in units]
-        watched = [t for unit, spec_ in zip(units, spec.units, strict=True) for t in _watched(unit, spec_, x.dtype)]
+        # What eager PyTorch would read again in its backward may not change in place until then, read or not.
+        watched: list[Tensor | None] = [
+            w for w, a in zip(filters, weights, strict=True) if w is not a and w.dtype == a.dtype
+        ]
+        watched += [unit[2] for unit in units]
+        watched += [t for unit, norm in zip(units, spec.units, strict=True) if not norm.batch_stats for t in unit[4:6]]
         ctx.save_for_backward(x, shortcut, z if spec.relu else None, *weights, *biases, *kept, *stats, *watched)
         gamma = tensors[2]
         ctx.spec, ctx.dtypes = spec, (filters[0].dtype, x.dtype if gamma is None else gamma.dtype)
@@ -149,13 +153,6 @@ def laid_out(w: Tensor, dtype: torch.dtype) -> Tensor:
     if w.dtype == dtype:
         return w.contiguous(memory_format=torch.channels_last)
     return w.to(dtype, memory_format=torch.channels_last)
-
-
-def _watched(tensors: Sequence[Tensor | None], spec: UnitSpec, dtype: torch.dtype) -> list[Tensor | None]:
-    """What eager PyTorch would read again in its backward, which therefore may not change in place until then."""
-    w, _, gamma, _, mean, var, _ = tensors
-    filters = [w] if w is not None and w.dtype == dtype else []  # else a cast copy is read
-    return [*filters, gamma] if spec.batch_stats else [*filters, gamma, mean, var]
 
 
 def _gradient_stride(w: Tensor) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from resnet_fused import functional, plan, verify
-from resnet_fused.modules import FusedBlock, Layout, descendants, named_descendants
+from resnet_fused.modules import FusedBlock, Layout, descendants
 from resnet_fused.recognise import recognise
 
 Filter = Callable[[str, nn.Module], bool]
@@ -41,7 +41,7 @@ class ConvertedBlock(Converted):
     """
 
     layout: Layout | None = None  # type: ignore[assignment]
-    kinds: tuple[tuple[str, type[nn.Module]], ...] = ()
+    kinds: tuple[Any, ...] = ()
 
     def why_unfusable(self) -> str | None:
         if _kinds(self) != self.kinds:
@@ -99,18 +99,20 @@ def _blank(kind: type[Converted], original: type[nn.Module]) -> Converted:
     return cast(Converted, object.__new__(_converted(kind, original)))
 
 
-def _kinds(module: nn.Module) -> tuple[tuple[str, type[nn.Module]], ...]:
-    """Names and types of the submodules; ``convert_sync_batchnorm`` may come before or after."""
-    found = []
-    for name, part in named_descendants(module).items():
+def _kinds(module: nn.Module) -> tuple[Any, ...]:
+    """Names and types of the submodules, with their own; ``convert_sync_batchnorm`` may come before or after."""
+    found: list[Any] = []
+    for name, part in module._modules.items():
         kind = type(part)
-        found.append((name, nn.BatchNorm2d if kind is nn.SyncBatchNorm else kind))
+        found += name, nn.BatchNorm2d if kind is nn.SyncBatchNorm else kind
+        if part is not None and part._modules:
+            found.append(_kinds(part))
     return tuple(found)
 
 
 def _run_length(modules: list[nn.Module]) -> int:
     """How many of the first modules make one unit: convolution, batch norm and perhaps a ReLU; 0 if none do."""
-    if len(modules) < 2 or functional.why_unfusable(modules[0], modules[1]) is not None:
+    if len(modules) < 2 or functional.why_unfusable(*modules[:2]) is not None or functional.hooked(*modules[:2]):
         return 0
     return 3 if len(modules) > 2 and type(modules[2]) is nn.ReLU and not functional.hooked(modules[2]) else 2
 

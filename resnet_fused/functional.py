@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -38,6 +39,8 @@ class Projection(NamedTuple):
 
 
 Shortcut = Tensor | PaddedIdentity | Projection
+Out = tuple[int, int, int, int]
+"""The shape [N, CO, P, Q] of an output."""
 
 
 def conv_bn_act(
@@ -117,7 +120,7 @@ class Unit(NamedTuple):
     eps: float
     batch_stats: bool
     geometry: Geometry
-    out: tuple[int, int, int, int]
+    out: Out
 
 
 class Chain(NamedTuple):
@@ -349,88 +352,123 @@ def _spec(planned: _Planned) -> UnitSpec:
 def _unit(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, layer: Layer) -> Unit | str:
     """``layer`` on an input of ``shape`` [N, CI, H, W] that lies where ``x`` does, or why it runs eager."""
     conv, bn, _ = layer
-    w, bias, gamma, beta = (_tensor(*name) for name in ((conv, "weight"), (conv, "bias"), (bn, "weight"), (bn, "bias")))
-    mean, var = _tensor(bn, "running_mean"), _tensor(bn, "running_var")
-    batch_stats = bn.training or (mean is None and var is None)
-    if (mean is None) != (var is None):
-        return "one of the running statistics is missing"
-    counted = bn.training and bn.track_running_stats
-    if bn.training and not counted:
-        mean = var = None
-    batches = _tensor(bn, "num_batches_tracked") if counted else None
-    momentum = (None if batches is not None else 0.0) if bn.momentum is None else float(bn.momentum)
-    try:
-        stride, padding, dilation, groups = place = geometry(conv)
-    except (TypeError, ValueError) as error:
-        return f"the convolution's numbers are unusual: {error}"
+    w, bias = _held(conv, conv._parameters, "weight", "bias")
+    gamma, beta = _held(bn, bn._parameters, "weight", "bias")
+    mean, var, batches = _held(bn, bn._buffers, "running_mean", "running_var", "num_batches_tracked")
     assert w is not None  # see why_unfusable
     if (reason := _why_foreign(w, x)) is not None:
         return reason
     if dtype != w.dtype and (x.dtype == dtype or w.dtype not in plan.DTYPES):
         return f"the input is {x.dtype} and the filter {w.dtype}"
-    co, r, s = w.shape[0], *w.shape[2:]
-    if min(*stride, *dilation, groups, co) < 1 or min(padding) < 0 or max(r, s) > plan.MAX_FILTER:
-        return f"the convolution is unusual: {conv}"
-    if w.shape[1] * groups != shape[1] or co % groups:
-        return f"the filter {tuple(w.shape)} in {groups} groups does not fit an input of {shape[1]} channels"
-    p, q = (ops.output_size(shape[2 + i], (r, s)[i], stride[i], padding[i], dilation[i]) for i in (0, 1))
+    place = _placed(conv, shape, w.shape)
+    if isinstance(place, str):
+        return place
+    numbers, out = place
+    vectors = _vectors(x.device, out[1], w.dtype, dtype, bias, gamma, beta, mean, var)
+    if isinstance(vectors, str):
+        return vectors
+    if (mean is None) != (var is None):
+        return "one of the running statistics is missing"
+    batch_stats = bn.training or mean is None
+    if not (bn.training and bn.track_running_stats):
+        batches = None
+        if bn.training:
+            vectors[3:] = mean, var = None, None
+    if batch_stats:
+        if mean is not vectors[3] or var is not vectors[4]:
+            return "the running statistics are views with gaps"
+        if (reason := _why_statistics(out, bn, batches)) is not None:
+            return reason
+    momentum = (None if batches is not None else 0.0) if bn.momentum is None else float(bn.momentum)
+    bias, gamma, beta, mean, var = vectors
+    eps = float(bn.eps)
+    return Unit(layer, _plain(w), bias, gamma, beta, mean, var, batches, momentum, eps, batch_stats, numbers, out)
+
+
+def _held(module: nn.Module, among: dict[str, Any], *names: str) -> list[Any]:
+    """The attributes of these names, in a fraction of the time where they are ``among`` parameters or buffers."""
+    return [among[name] if name in among else getattr(module, name) for name in names]
+
+
+def _placed(conv: nn.Conv2d, shape: tuple[int, ...], w_shape: torch.Size) -> tuple[Geometry, Out] | str:
+    """The numbers of ``conv`` on an input of ``shape``, and the output's shape; or why they are not the kernels'."""
+    stride, padding, dilation = conv.stride, conv.padding, conv.dilation
+    try:
+        if not (len(stride) == len(padding) == len(dilation) == 2):
+            raise TypeError
+    except TypeError:
+        try:
+            stride, padding, dilation, _ = geometry(conv)
+        except (TypeError, ValueError) as error:
+            return f"the convolution's numbers are unusual: {error}"
+    place = _place.__wrapped__ if torch.compiler.is_compiling() else _place
+    return cast(tuple[Geometry, Out] | str, place(shape, w_shape, conv.groups, *stride, *padding, *dilation))
+
+
+@lru_cache(maxsize=4096, typed=True)
+def _place(shape: tuple[int, ...], w_shape: torch.Size, groups: int, *numbers: int) -> tuple[Geometry, Out] | str:
+    n, ci, h, w = shape
+    co, width, r, s = w_shape
+    if not all(isinstance(number, int) for number in (groups, *numbers)):
+        return f"the convolution's numbers should be integers: {groups, *numbers}"
+    stride_h, stride_w, pad_h, pad_w, dil_h, dil_w = numbers
+    if min(stride_h, stride_w, dil_h, dil_w, groups, co) < 1 or min(pad_h, pad_w) < 0:
+        return f"the convolution's numbers are unusual: {groups, *numbers}"
+    if width * groups != ci or co % groups:
+        return f"the filter {tuple(w_shape)} in {groups} groups does not fit an input of {ci} channels"
+    p = ops.output_size(h, r, stride_h, pad_h, dil_h)
+    q = ops.output_size(w, s, stride_w, pad_w, dil_w)
     if p < 1 or q < 1:
         return "the filter is larger than the padded image"
-    if (reason := _why_vectors(x, co, w.dtype, dtype, bias, gamma, beta, mean, var)) is not None:
-        return reason
-    out = (shape[0], co, p, q)
-    if batch_stats:
-        if (reason := _why_statistics(out, layer.bn, mean, var, batches)) is not None:
-            return reason
-    else:
-        mean, var = _vector(mean), _vector(var)
-    vectors = _vector(bias), _vector(gamma), _vector(beta)
-    return Unit(layer, _plain(w), *vectors, mean, var, batches, momentum, float(bn.eps), batch_stats, place, out)
+    return ((stride_h, stride_w), (pad_h, pad_w), (dil_h, dil_w), groups), (n, co, p, q)
 
 
 def _why_foreign(t: Tensor, x: Tensor) -> str | None:
     """Why a tensor of four dimensions cannot go into one launch with ``x``, or None."""
     if t.dim() != 4 or t.layout != torch.strided or t.device != x.device:
         return f"a tensor is {t.dim()}-dimensional, {t.layout} on {t.device}: it must be 4-dimensional on {x.device}"
-    return _why_subclass(t)
+    return None if type(t) in ops.PLAIN else _why_subclass(t)
 
 
-def _why_subclass(t: Tensor) -> str | None:
-    if type(t) in ops.PLAIN or isinstance(t, FakeTensor) or torch.compiler.is_compiling():
+def _why_subclass(t: Any) -> str | None:
+    if isinstance(t, FakeTensor) or torch.compiler.is_compiling():
         return None
     return f"a tensor is {type(t).__qualname__}, which may have operators of its own"
 
 
-def _why_vectors(x: Tensor, co: int, w_dtype: torch.dtype, dtype: torch.dtype, *vectors: Tensor | None) -> str | None:
-    """Why the convolution's bias and batch norm's vectors do not fit ``co`` channels, or None."""
-    bias, *norm = vectors
-    for v in vectors:
-        if v is None:
-            continue
-        if (reason := _why_subclass(v)) is not None:
-            return reason
-        if v.numel() != co or v.device != x.device or v.layout != torch.strided:
-            return f"a vector of shape {tuple(v.shape)} on {v.device} does not fit {co} channels on {x.device}"
-    if bias is not None and bias.dtype != w_dtype:
-        return f"the filter is {w_dtype} and the bias {bias.dtype}"
-    kinds = {v.dtype for v in norm if v is not None}
-    if len(kinds) > 1 or not kinds <= {dtype, torch.float32}:
-        return f"batch norm has {', '.join(sorted(map(str, kinds)))} for an input of {dtype}"
-    return None
+def _vectors(
+    device: torch.device, co: int, w_dtype: torch.dtype, dtype: torch.dtype, bias: Tensor | None, *norm: Tensor | None
+) -> list[Tensor | None] | str:
+    """The convolution's bias and batch norm's vectors as kernels read them, or why they do not fit ``co`` channels."""
+    kind, found, compiling = None, [], torch.compiler.is_dynamo_compiling()
+    for v in (bias, *norm):
+        if v is not None:
+            if type(v) not in ops.PLAIN and (reason := _why_subclass(v)) is not None:
+                return reason
+            if v.numel() != co or v.device != device:
+                return f"a vector of shape {tuple(v.shape)} on {v.device} does not fit {co} channels on {device}"
+            if v is bias:
+                if v.dtype != w_dtype:
+                    return f"the filter is {w_dtype} and the bias {v.dtype}"
+            elif kind is None:
+                kind = v.dtype
+                if kind != dtype and kind != torch.float32:
+                    return f"batch norm has {kind} for an input of {dtype}"
+            elif v.dtype != kind:
+                return f"batch norm has {kind} and {v.dtype}"
+            if not v.is_contiguous() or (not compiling and v.is_neg()):
+                v = _plain(v).contiguous()
+        found.append(v)
+    return found
 
 
-def _why_statistics(
-    out: tuple[int, int, int, int], bn: nn.Module, mean: Tensor | None, var: Tensor | None, batches: Tensor | None
-) -> str | None:
+def _why_statistics(out: Out, bn: nn.Module, batches: Tensor | None) -> str | None:
     """Why batch norm cannot take its statistics from a batch of shape ``out``, or None."""
     n, _, p, q = out
     if n == 0:
         return "the batch is empty"
     if n * p * q == 1 and not _group(bn):
         return "there is one value per channel to normalise"
-    for v in (mean, var):
-        if v is not None and v is not _vector(v):
-            return "the running statistics are a view with gaps"
     if batches is not None and not (
         isinstance(batches, Tensor) and batches.dtype == torch.int64 and batches.dim() == 0
     ):
@@ -479,25 +517,12 @@ def _pair(sizes: Any) -> tuple[int, int]:
     return first, second
 
 
-def _tensor(module: nn.Module, name: str) -> Tensor | None:
-    """``getattr(module, name)``, in a fraction of the time where it is a parameter or a buffer."""
-    for found in (module._parameters, module._buffers):
-        if name in found:
-            return found[name]
-    return cast(Tensor | None, getattr(module, name))
-
-
 def _plain(t: Tensor) -> Tensor:
     """``t`` without a pending negation, which a kernel that reads its memory would not see.
 
     What a compiler calls is called by way of PyTorch's dispatcher, which resolves it.
     """
-    return t.resolve_neg() if not torch.compiler.is_compiling() and t.is_neg() else t
-
-
-def _vector(v: Tensor | None) -> Tensor | None:
-    """``v`` as a kernel reads it: element after element."""
-    return None if v is None else _plain(v).contiguous()
+    return t if torch.compiler.is_dynamo_compiling() or not t.is_neg() else t.resolve_neg()
 
 
 def _group(bn: nn.Module) -> str:
@@ -513,16 +538,21 @@ def why_eager(x: Tensor, units: Iterable[Sequence[Any]], request: str | None = N
 
     Whether their tensors fit one another is for :func:`resolve` to say. ``request``: see there.
     """
-    return plan.why_eager(x, request) or why_unsupported(x, units)
+    if (reason := plan.why_eager(x, request)) is not None:
+        return reason
+    units = list(units)
+    if hooked(*(module for conv, bn, *_ in units for module in (conv, bn))):
+        return "hooks, or a forward of its own, are set on the convolution or the batch norm"
+    return why_unsupported(x, units)
 
 
 def why_unsupported(x: Tensor, units: Iterable[Sequence[Any]]) -> str | None:
-    """:func:`why_eager`, apart from what is asked for and where the tensor ``x`` lies."""
+    """:func:`why_eager`, apart from what is asked for, where the tensor ``x`` lies, and hooks."""
     if x.dtype not in plan.DTYPES:
         return f"the input is {x.dtype}: the kernels take float32, float16 and bfloat16"
     if x.dim() != 4 or x.layout != torch.strided:
         return f"the input is {x.dim()}-dimensional, {x.layout}: the kernels take 4-dimensional, strided tensors"
-    if (reason := _why_subclass(x)) is not None:
+    if type(x) not in ops.PLAIN and (reason := _why_subclass(x)) is not None:
         return reason
     for conv, bn, *_ in units:
         if (reason := why_unfusable(conv, bn)) is not None:
@@ -531,16 +561,14 @@ def why_unsupported(x: Tensor, units: Iterable[Sequence[Any]]) -> str | None:
 
 
 def why_unfusable(conv: nn.Module, bn: nn.Module) -> str | None:
-    """Why the modules of a unit rule the kernels out whatever their input (types, hooks, padding ...), or None."""
+    """Why the modules of a unit rule the kernels out whatever their input (types, padding ...), or None."""
     if type(conv) is not nn.Conv2d:
         return f"the convolution is {_named(conv)}, not torch.nn.Conv2d itself"
     if type(bn) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
         return f"the normalisation is {_named(bn)}, not torch.nn.BatchNorm2d or SyncBatchNorm itself"
-    if hooked(conv, bn):
-        return "hooks, or a forward of its own, are set on the convolution or the batch norm"
     if conv.padding_mode != "zeros":
         return f"the convolution has padding_mode={conv.padding_mode!r}"
-    weight = getattr(conv, "weight", None)
+    weight = conv._parameters["weight"] if "weight" in conv._parameters else getattr(conv, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 4:
         return "the convolution has no filter of four dimensions"
     r, s = weight.shape[2:]

@@ -136,17 +136,12 @@ def _submodule(module: nn.Module, name: str) -> nn.Module:
 
 def descendants(module: nn.Module) -> list[nn.Module]:
     """What ``module.modules()`` yields behind the module itself, in a fraction of the time; a shared one repeatedly."""
-    return list(named_descendants(module).values())
-
-
-def named_descendants(module: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
-    """The same by their dotted names."""
-    found: dict[str, nn.Module] = {}
-    for name, child in module._modules.items():
+    found = []
+    for child in module._modules.values():
         if child is not None:
-            found[prefix + name] = child
+            found.append(child)
             if child._modules:
-                found |= named_descendants(child, f"{prefix}{name}.")
+                found += descendants(child)
     return found
 
 

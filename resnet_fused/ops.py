@@ -236,7 +236,7 @@ PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _is_watched(arguments: tuple[Any, ...]) -> bool:
-    """Whether a compiler, a tracer, a mode, a vmap, the meta device or a subclass of Tensor is to see the operator.
+    """Whether a compiler, a tracer, a mode, the meta device or a subclass of Tensor is to see the operator.
 
     Input and filter are among the first three arguments.
     """
@@ -246,7 +246,6 @@ def _is_watched(arguments: tuple[Any, ...]) -> bool:
         or torch._C._get_tracing_state() is not None
         or arguments[0].is_meta
         or any(type(value) not in PLAIN and isinstance(value, Tensor) for value in arguments[:3])
-        or torch._C._functorch.is_batchedtensor(arguments[0])
     )
 
 
@@ -258,15 +257,18 @@ torch.library.register_vmap("resnet_fused::residual_backward", _residual_backwar
 
 
 def residual_backward(dz: Tensor, *arguments: Any) -> list[Tensor]:
-    """The operator; for ``dz`` of several gradients at once (``torch.autograd.grad(is_grads_batched=True)``) one by one.
+    """The operator; for a ``dz`` that is several gradients at once, which ``is_grads_batched`` makes, one by one.
 
     PyTorch batches those by an older vmap, for which an operator cannot have a rule.
     """
-    if torch.compiler.is_compiling() or not torch._C._functorch.is_legacy_batchedtensor(dz):
+    functorch = torch._C._functorch
+    if torch.compiler.is_compiling() or not (functorch.is_legacy_batchedtensor(dz) or functorch.is_batchedtensor(dz)):
         return cast(list[Tensor], _call_residual_backward(dz, *arguments))
+    if functorch.is_batchedtensor(dz):
+        return cast(list[Tensor], torch.ops.resnet_fused.residual_backward(dz, *arguments))
     level = max(torch._C._vmapmode_increment_nesting() - 1, 1)  # autograd's own threads are at no level
     torch._C._vmapmode_decrement_nesting()
     each = torch._remove_batch_dim(dz, level, 0, 0).unbind()
-    if torch._C._functorch.is_legacy_batchedtensor(each[0]):
+    if functorch.is_legacy_batchedtensor(each[0]):
         raise NotImplementedError("fused residual blocks take batched gradients at one level, not nested ones")
     return [torch._add_batch_dim(gradients, 0, level) for gradients in _one_by_one([[g, *arguments] for g in each])]

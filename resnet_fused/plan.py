@@ -100,7 +100,7 @@ def requested(module: nn.Module | None = None) -> str:
     ``module``: whose forward asks. Inside a backward pass, which is no place of the user's, it is told what its forward
     before was told; unless the forward itself opens an :func:`implementation` block, and so does again.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return _traced.name
     request = _requested.get()
     if module is None or (request is _DEFAULT and not _forwards):
