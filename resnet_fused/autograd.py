@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from resnet_fused import ops
+from resnet_fused import ops, plan
 
 
 class UnitSpec(NamedTuple):
@@ -150,9 +150,13 @@ class ResidualFunction(torch.autograd.Function):
 
 def laid_out(w: Tensor, dtype: torch.dtype) -> Tensor:
     """The filter ``w`` in ``dtype`` and channels_last: itself, or a copy of one launch."""
-    if w.dtype == dtype:
-        return w.contiguous(memory_format=torch.channels_last)
-    return w.to(dtype, memory_format=torch.channels_last)
+    if w.dtype != dtype:
+        return w.to(dtype, memory_format=torch.channels_last)
+    if not w.is_contiguous(memory_format=torch.channels_last):
+        plan.warn_once(
+            "filters are laid out anew in every forward: model.to(memory_format=torch.channels_last) saves the launches"
+        )
+    return w.contiguous(memory_format=torch.channels_last)
 
 
 def _gradient_stride(w: Tensor) -> tuple[int, ...]:

@@ -401,8 +401,9 @@ def _placed(conv: nn.Conv2d, shape: tuple[int, ...], w_shape: torch.Size) -> tup
             stride, padding, dilation, _ = geometry(conv)
         except (TypeError, ValueError) as error:
             return f"the convolution's numbers are unusual: {error}"
-    place = _place.__wrapped__ if torch.compiler.is_compiling() else _place
-    return cast(tuple[Geometry, Out] | str, place(shape, w_shape, conv.groups, *stride, *padding, *dilation))
+    place: Any = _place.__wrapped__ if torch.compiler.is_compiling() else _place
+    found: tuple[Geometry, Out] | str = place(shape, w_shape, conv.groups, *stride, *padding, *dilation)
+    return found
 
 
 @lru_cache(maxsize=4096, typed=True)
