@@ -64,9 +64,9 @@ MUTATIONS = [
     Mutation("resnet_fused/autograd.py", "if torch.is_grad_enabled():", "if False:", f"{AUTOGRAD} -k second"),
     Mutation(
         "resnet_fused/functional.py",
-        "return 8 * p * q * shortcut.conv.weight.numel() <= branch",
-        "return False",
-        "tests/test_training_costs.py -k saved_bytes",
+        'if conv.padding == "valid":',
+        "if False:",
+        "tests/test_functional.py -k convolution_arguments",
     ),
     Mutation(
         "resnet_fused/functional.py",
@@ -87,7 +87,10 @@ MUTATIONS = [
         "tests/test_training_costs.py -k saved_bytes",
     ),
     Mutation(
-        "resnet_fused/plan.py", "reason not in (FORCED, NO_GPU) and ", "", "tests/test_functional.py -k says_nothing"
+        "resnet_fused/plan.py",
+        'entry.tiles if entry is not None and entry.implementation == "fused" else Tiles()',
+        "entry.tiles if entry is not None else Tiles()",
+        "tests/test_plan.py -k force",
     ),
     Mutation(
         "resnet_fused/plan.py",
