@@ -108,11 +108,17 @@ def smallest_relu_input(block: nn.Module, x: Tensor) -> float:
     return min((v.abs().min().item() for v in watch.inputs), default=math.inf)
 
 
-def step(block: nn.Module, x: Tensor, dz: Tensor, road: str) -> dict[str, Tensor]:
+Through = Callable[[nn.Module], Callable[[Tensor], Tensor]]
+"""What a block is called through: itself, a compiler, checkpointing."""
+
+
+def step(
+    block: nn.Module, x: Tensor, dz: Tensor, road: str, through: Through = lambda block: block
+) -> dict[str, Tensor]:
     """One forward and backward of a copy of ``block``, which spares ``dz``; everything that it leaves, by name."""
     block, x = copy.deepcopy(block), x.clone().requires_grad_()
     with implementation(road):
-        z = block(x)
+        z = through(block)(x)
         given = dz.to(z.dtype, copy=True)
         z.backward(given)
     torch.testing.assert_close(given, dz.to(z.dtype), rtol=0, atol=0, equal_nan=True)
@@ -121,13 +127,15 @@ def step(block: nn.Module, x: Tensor, dz: Tensor, road: str) -> dict[str, Tensor
     return left | dict(block.named_buffers())
 
 
-def check(block: nn.Module, x: Tensor, dz: Tensor, road: str, sums: int = 16) -> None:
+def check(
+    block: nn.Module, x: Tensor, dz: Tensor, road: str, sums: int = 16, through: Through = lambda block: block
+) -> None:
     """Ours against fp64 by the rule of twice eager's error, for the output, every gradient and every buffer.
 
     ``sums``: see :func:`resnet_fused.verify.error_ratio`.
     """
-    exact = step(copy.deepcopy(block).double(), x.double(), dz.double(), "eager")
-    eager, ours = step(block, x, dz, "eager"), step(block, x, dz, road)
+    exact = step(copy.deepcopy(block).double(), x.double(), dz.double(), "eager", through)
+    eager, ours = step(block, x, dz, "eager", through), step(block, x, dz, road, through)
     assert exact.keys() == eager.keys() == ours.keys()
     for name, value in exact.items():
         if value.dtype == torch.int64:
