@@ -62,7 +62,8 @@ def tree(tmp_path) -> Path:
     return tmp_path
 
 
-def test_what_is_reported(tree):
+def test_what_is_reported(tree, monkeypatch):
+    monkeypatch.setenv("PYTEST_ADDOPTS", "tests/test_of_another_tree.py")
     everything, add = "tests/test_sums.py -k 'not anyway and not hangs'", "tests/test_sums.py::test_add"
     expected = {
         Mutation("kernels/sums.py", "a + b", "a - b", everything): "killed",
