@@ -15,6 +15,11 @@ else:
 torch.set_num_threads(1)
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU, and there is none")
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     """The random numbers of a test do not depend on which tests ran before it."""
@@ -25,6 +30,14 @@ def _seeded():
 def on_device():
     """Whatever a test makes lies where the kernels run: on the GPU if there is one."""
     with torch.device("cuda") if torch.cuda.is_available() else nullcontext():
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nobodys_cache(tmp_path_factory):
+    """What was measured on this machine, or is noted about it, decides nothing in the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RESNET_FUSED_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
 
 

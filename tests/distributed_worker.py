@@ -65,6 +65,7 @@ def sample(name: str, images: int) -> tuple[nn.Module, Tensor, Tensor]:
 
 def join(rank: int, ranks: int, rendezvous: str) -> None:
     torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False  # as tests/conftest.py has it
     torch.backends.cudnn.deterministic = True
     limit = datetime.timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=ranks, timeout=limit)

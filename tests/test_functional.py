@@ -16,6 +16,7 @@ from resnet_fused.plan import implementation
 from resnet_fused.reference import PaddedIdentity
 from resnet_fused.trace import trace
 from tests.rule import assert_within_rule
+from tests.training import DEVICE
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -89,7 +90,7 @@ def test_channels_last_input_takes_one_launch_and_nothing_else():
 def test_autocast_gives_the_dtype_that_eager_gives():
     conv, bn = unit()
     x, residual = torch.randn(1, 16, 5, 5), torch.randn(1, 24, 5, 5)
-    with torch.inference_mode(), torch.autocast("cpu", torch.float16):
+    with torch.inference_mode(), torch.autocast(DEVICE, torch.float16):
         for res in (None, residual, residual.half()):
             eager = reference.conv_bn_act(x, conv, bn, res)
             with implementation("triton"):
@@ -104,9 +105,10 @@ def test_empty_batch():
 
 
 def test_auto_is_eager_on_the_cpu_and_says_nothing(caplog):
-    conv, bn = unit()
-    x = torch.randn(1, 16, 5, 5)
-    with torch.inference_mode(), trace() as t:
+    with torch.device("cpu"):
+        conv, bn = unit()
+        x = torch.randn(1, 16, 5, 5)
+    with torch.inference_mode(), implementation("auto"), trace() as t:
         conv_bn_act(x, conv, bn)
     assert "aten.convolution" in [launch.name for launch in t.launches]
     assert not caplog.records

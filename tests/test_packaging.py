@@ -1,6 +1,7 @@
 """What is installed, what importing it brings along, and the commands that the README promises."""
 
 import ast
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -56,5 +57,34 @@ def test_readme_gives_two_set_up_commands():
     assert commands == [DEMO, TEST]
 
 
-def test_continuous_integration_runs_the_test_command():
-    assert TEST.partition(" && ")[2] in (ROOT / ".ci" / "run").read_text()
+def commands_of_continuous_integration() -> str:
+    lines = (ROOT / ".ci" / "run").read_text().splitlines()
+    return "\n".join(line.partition("#")[0] for line in lines)
+
+
+def test_continuous_integration_runs_the_test_command_on_the_newest_and_the_oldest_versions():
+    commands = commands_of_continuous_integration()
+    assert re.findall(r"^fresh (\S+)", commands, re.MULTILINE) == ["test", "test,oldest"]
+    assert commands.count(TEST.partition(" && ")[2]) == 2
+
+
+def test_continuous_integration_leaves_the_package_index_to_pip():
+    assert not re.search(r"https?://|--index-url|--extra-index-url|-i ", commands_of_continuous_integration())
+
+
+@pytest.mark.parametrize("name", ["torch", "triton", "torchvision"])
+def test_the_oldest_versions_tested_are_those_that_are_declared(name):
+    """``>=2.11`` wherever it is required is ``==2.11.*`` in the extra ``oldest``."""
+    text = (ROOT / "pyproject.toml").read_text()
+    required, tested = (re.findall(rf'"{name}{operator}([\d.]+?)(?:\.\*)?[";]', text) for operator in (">=", "=="))
+    assert required
+    assert set(required) == set(tested)
+
+
+def test_the_readme_names_the_oldest_versions():
+    pyproject, readme = ((ROOT / name).read_text() for name in ("pyproject.toml", "README.md"))
+    python, torch, triton = (
+        re.search(rf"{name}>=([\d.]+)", pyproject)[1] for name in ('python = "', '"torch', '"triton')
+    )
+    assert f"Python {python} or newer, PyTorch {torch} or newer, Triton {triton} or newer" in readme
+    assert re.search(rf"^\| oldest supported \|.* {torch}\.\d+ \| {triton}\.\d+ \|", readme, re.MULTILINE)

@@ -36,7 +36,7 @@ def test_kernel_launches_with_grid_and_tile():
     assert launch.name == "conv_forward"
     assert launch.flops == 2 * 2 * 36 * 20 * 16
     assert (launch.bytes_read, launch.bytes_written) == (4 * (x.numel() + 20 * 16 + 4 * 20), 4 * 2 * 20 * 36)
-    assert launch.grid == (1, 1)
+    assert launch.grid == (-(-2 * 36 // launch.config.block_m) * -(-20 // launch.config.block_n), 1)
     assert "conv_forward" in t.table()
     assert f"{launch.config.block_m}x{launch.config.block_n}x{launch.config.block_k}" in t.table()
 
