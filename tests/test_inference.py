@@ -294,7 +294,7 @@ def test_a_unit_that_was_measured_faster_by_cudnn(residual, monkeypatch):
     torch.manual_seed(0)
     layer = _randomised(nn.Sequential(nn.Conv2d(12, 16, 3, 2, 1, groups=2), nn.BatchNorm2d(16)))
     x, other = torch.randn(2, 12, 7, 6), torch.randn(2, 16, 4, 3) if residual else None
-    unit = TritonConv(layer[0], layer[1], None)
+    unit = TritonConv(layer[0], layer[1], functional.geometry(layer[0]))
     unit.relu = True
 
     def expected(dtype):
@@ -307,7 +307,7 @@ def test_a_unit_that_was_measured_faster_by_cudnn(residual, monkeypatch):
         assert calls[0] is calls[1]
         assert pickle.loads(pickle.dumps(unit))._folded is None
         nn.init.normal_(layer[0].weight)
-        unit.load_state_dict(TritonConv(layer[0], layer[1], None).state_dict())
+        unit.load_state_dict(TritonConv(layer[0], layer[1], functional.geometry(layer[0])).state_dict())
         assert_within_rule(unit(x, other), expected(torch.float32), expected(torch.float64), sums=2)
         unit.relu = False
         unit(x, other)
