@@ -44,9 +44,9 @@ def optimize_for_inference(
     are packed when they first come.
 
     ``dtype``: float32, float16 or bfloat16, of all weights. Default: the model's own. Batch norm is folded in fp64,
-    before the cast. A convolution casts the floating-point tensor that it reads to the dtype of its weights, autocast
-    or not; with ``dtype``, so does every other layer with weights. Nothing else is cast: masks and second inputs reach
-    the model as they came.
+    before the cast. A convolution that reads an input casts it to the dtype of its weights; with ``dtype``, every layer
+    with weights does so with whatever it reads. Nothing else is cast: masks and second inputs reach the model as they
+    came. Convolutions keep their dtype under autocast.
 
     oneDNN's ReLU turns NaN into 0, as ``torch.compile`` with freezing does. oneDNN keeps the code of the last 1024
     convolutions and layouts that it saw: some 100 MB where hundreds of input shapes come; the environment variable
@@ -91,9 +91,12 @@ class FrozenModel(nn.Module):
         self.network = _freeze(network, dtype)
         if not any(isinstance(module, _UNITS) for module in self.network.modules()):
             plan.logger.warning("optimize_for_inference found no convolution that it can fuse")
+        inner = set() if dtype is not None else set(_fed_from_inside(self.network))
         for module in self.network.modules():
-            if not isinstance(module, _UNITS):
-                _settle(module, dtype)
+            if isinstance(module, _UNITS):
+                module.casts = module not in inner
+            else:
+                _settle(module, dtype, casts=module not in inner)
         self._graph: _CudaGraph | None = None
         self.eval()
 
@@ -131,7 +134,7 @@ class FrozenModel(nn.Module):
             return
         if not all(isinstance(leaf, Tensor) for leaf in leaves):
             plan.logger.warning("no CUDA graph: the model returns more than tensors")
-        elif any(_watched(module) for module in self.network.modules()):
+        elif any(_runs_hooks(module) for module in self.network.modules()):
             plan.logger.warning("no CUDA graph: it would run no hooks")
         else:
             try:
@@ -156,14 +159,35 @@ class FrozenModel(nn.Module):
         raise TypeError("a frozen model cannot be scripted: use torch.jit.trace, torch.export or torch.compile")
 
 
-def _settle(module: nn.Module, dtype: torch.dtype | None) -> None:
+def _fed_from_inside(network: nn.Module) -> Iterator[nn.Module]:
+    """The convolutions that read what another layer returned, and not what came into a graph."""
+    for part in network.modules():
+        for node in part.graph.nodes if isinstance(part, fx.GraphModule) else ():
+            if node.op == "call_module" and node.args and not _is_input(node.args[0]):
+                yield part.get_submodule(node.target)
+
+
+def _is_input(node: Any) -> bool:
+    """Whether ``node`` is an input of its graph, padded perhaps."""
+    while isinstance(node, fx.Node) and node.target is F.pad:
+        node = node.args[0]
+    return isinstance(node, fx.Node) and node.op == "placeholder"
+
+
+def _settle(module: nn.Module, dtype: torch.dtype | None, casts: bool) -> None:
     """Cast what ``module`` itself holds to ``dtype``, and let it cast what it reads; see optimize_for_inference."""
     if dtype is not None:
         module._apply(lambda t: t.to(dtype) if t.is_floating_point() else t, recurse=False)
     own = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
     layer = not module._modules and any(t.is_floating_point() for t in own)
-    if isinstance(module, _ConvNd) or (dtype is not None and layer):
+    if casts and (isinstance(module, _ConvNd) or (dtype is not None and layer)):
         module.register_forward_pre_hook(_cast_input, with_kwargs=True)
+
+
+def _runs_hooks(module: nn.Module) -> bool:
+    """Whether a call of ``module`` runs hooks, but for our own."""
+    before = [hook for hook in module._forward_pre_hooks.values() if hook is not _cast_input]
+    return bool(before or module._forward_hooks or functional.hooked())
 
 
 def _cast_input(module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -185,8 +209,9 @@ def _conv2d(x: Tensor, weight: Tensor, *rest: Any, **named: Any) -> Tensor:
 class FoldedConv(nn.Module):
     """``relu(conv(x) + residual)``, batch norm folded into the convolution; the residual and the ReLU are optional.
 
-    One oneDNN call where oneDNN takes device and dtype, else PyTorch's convolution with addition and ReLU in place.
-    ``x``: [N, CI, H, W]; ``residual``: of the output's shape [N, CO, P, Q], overwritten if ``in_place``.
+    One oneDNN call where oneDNN takes the tensors and nothing traces them, else PyTorch's operators.
+    ``x``: [N, CI, H, W]; ``residual``: of the output's shape [N, CO, P, Q], overwritten if ``in_place``. What has
+    another shape or dtype is added as PyTorch does: by ``+=``, which keeps those of the branch, if it ``accumulates``.
     """
 
     weight: Tensor
@@ -203,6 +228,8 @@ class FoldedConv(nn.Module):
         stride, padding, dilation, groups = geometry
         self.geometry: Any = list(padding), list(stride), list(dilation), groups
         self.normalised = bn is not None
+        self.casts = True
+        self.accumulates = False
         self.relu = False
         self.in_place = False
         self._packed: dict[torch.Size, tuple[Tensor, tuple[int, ...]]] = {}
@@ -210,7 +237,7 @@ class FoldedConv(nn.Module):
     def forward(self, x: Tensor, residual: Any = None) -> Tensor:
         if _is_traced(x):
             return self._aten(x, residual)
-        x = _cast(x, self.weight)
+        x = _cast(x, self.weight) if self.casts else x
         found = self._packing(x)
         if found is None:
             return self._aten(x, residual)
@@ -230,11 +257,12 @@ class FoldedConv(nn.Module):
 
     def _aten(self, x: Tensor, residual: Any) -> Tensor:
         padding, stride, dilation, groups = self.geometry
-        y = F.conv2d(_cast(x, self.weight), self.weight, self.bias, stride, padding, dilation, groups)
-        if self.normalised and isinstance(y, Tensor) and y.dim() != 4:
-            raise ValueError(f"expected 4D input (got {y.dim()}D input)")  # as BatchNorm2d does
-        y = y if residual is None else y + residual
-        return y.relu_() if self.relu else y
+        y = F.conv2d(
+            _cast(x, self.weight) if self.casts else x, self.weight, self.bias, stride, padding, dilation, groups
+        )
+        if self.normalised:
+            _check_normalised(y, self.weight)
+        return _finish(y, residual, self.accumulates, self.relu)
 
     def _packing(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]] | None:
         """The weights as oneDNN wants them for ``x``, and the output's shape; None where PyTorch is to judge ``x``."""
@@ -295,12 +323,14 @@ class TritonConv(nn.Module):
             self.register_buffer(name, None if value is None else _laid_out(value))
         self.eps = bn.eps
         self.geometry = geometry
+        self.casts = True
+        self.accumulates = False
         self.relu = False
-        self.in_place = False
         self._folded: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor, residual: Any = None) -> Tensor:
-        if isinstance(x, fx.Proxy) or not self._launches(x := _cast(x, self.weight), residual):
+        x = _cast(x, self.weight) if self.casts else x
+        if isinstance(x, fx.Proxy) or not self._launches(x, residual):
             return self._aten(x, residual)
         x = functional.channels_last(x.resolve_neg())
         if residual is not None:
@@ -317,7 +347,8 @@ class TritonConv(nn.Module):
                 self._folded = self._fold()
             folded, shift = self._folded
             return chain.cudnn_conv_relu(x, folded, shift, residual, *self.geometry)
-        out_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+        keeps = residual is None or self.accumulates
+        out_dtype = x.dtype if keeps else torch.promote_types(x.dtype, residual.dtype)
         return ops.conv_bn_act(x, self.weight, self.conv_bias, *norm, residual, 1, 0, code, self.relu, out_dtype)
 
     def _launches(self, x: Tensor, residual: Any) -> bool:
@@ -351,12 +382,24 @@ class TritonConv(nn.Module):
 
     def _aten(self, x: Tensor, residual: Any) -> Tensor:
         bias = None if self.conv_bias is None else self.conv_bias.to(self.weight.dtype)
-        y = F.conv2d(_cast(x, self.weight), self.weight, bias, *self.geometry)
-        if isinstance(y, Tensor) and y.dim() != 4:
-            raise ValueError(f"expected 4D input (got {y.dim()}D input)")  # as BatchNorm2d does
+        y = F.conv2d(x, self.weight, bias, *self.geometry)
+        _check_normalised(y, self.weight)
         y = F.batch_norm(y, self.mean, self.var, self.gamma, self.beta, eps=self.eps)
-        y = y if residual is None else y + residual
-        return F.relu(y) if self.relu else y
+        return _finish(y, residual, self.accumulates, self.relu)
+
+
+def _check_normalised(y: Any, weight: Tensor) -> None:
+    """Refuse the output of a convolution that batch norm would refuse."""
+    if isinstance(y, Tensor) and y.dim() != 4:
+        raise ValueError(f"expected 4D input (got {y.dim()}D input)")
+    if isinstance(y, Tensor) and y.device != weight.device:
+        raise RuntimeError(f"expected the input on {weight.device}, where the weights are; it is on {y.device}")
+
+
+def _finish(y: Tensor, residual: Any, accumulates: bool, relu: bool) -> Tensor:
+    if residual is not None:
+        y = y.add_(residual) if accumulates else y + residual
+    return y.relu_() if relu else y
 
 
 _UNITS = (FoldedConv, TritonConv)
@@ -400,8 +443,10 @@ def _laid_out(t: Tensor) -> Tensor:
 
 
 def _lay_out_buffers(module: nn.Module) -> None:
+    """What was put in place of a buffer may lie otherwise, or be a parameter."""
     for name, value in module._buffers.items():
-        module._buffers[name] = None if value is None else _laid_out(value)
+        if value is not None and (value.requires_grad or value.is_neg() or value.stride() != _laid_out(value).stride()):
+            module._buffers[name] = _laid_out(value)
 
 
 class _CudaGraph:
@@ -430,7 +475,7 @@ class _CudaGraph:
     def takes(self, args: tuple[Any, ...]) -> bool:
         if len(args) != 1 or _is_traced(x := args[0]) or not _is_like(x, self.x) or x.shape != self.x.shape:
             return False
-        return not torch.cuda.is_current_stream_capturing()
+        return not (functional.hooked() or torch.cuda.is_current_stream_capturing())
 
     def __call__(self, x: Tensor) -> Any:
         with self.lock, torch.cuda.device(self.x.device):
@@ -470,7 +515,7 @@ def _augmented(name: str, a: Any, b: Any) -> Any:
     return getattr(operator, name)(a, b)
 
 
-_ADD = (operator.add, torch.add)
+_ADD = (operator.add, torch.add, "add")
 _RELU = (F.relu, F.relu_, torch.relu, torch.relu_)
 _READERS = (*_UNITS, nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d)
 """Modules that neither write to their input nor return an alias of it."""
@@ -516,7 +561,8 @@ def _traced(module: nn.Module) -> fx.GraphModule | None:
 @contextmanager
 def _without_effects(module: nn.Module) -> Iterator[None]:
     """Raises RuntimeError if the block draws random numbers or writes to ``module``: a graph would not do so again."""
-    attributes = [(part, dict(vars(part))) for part in module.modules()]
+    parts = [part for part in module.modules() if not isinstance(part, torch.jit.ScriptModule)]
+    attributes = [(part, dict(vars(part))) for part in parts]
     buffers = [(buffer, buffer.clone(), buffer._version) for buffer in module.buffers()]
     try:
         with torch.random.fork_rng(devices=[]):
@@ -565,7 +611,7 @@ class _Tracer(fx.Tracer):
         return super().create_proxy(kind, target, args, kwargs, *rest, **named)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        leaf = isinstance(m, torch.jit.ScriptModule) or functional.hooked(m)
+        leaf = isinstance(m, (*_UNITS, torch.jit.ScriptModule)) or functional.hooked(m)
         return leaf or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -577,17 +623,15 @@ def _fused(graph: fx.GraphModule, dtype: torch.dtype | None) -> fx.GraphModule:
     for node in list(graph.graph.nodes):
         if _calls(graph, node, nn.Identity, nn.Dropout) and not graph.get_submodule(node.target).training:
             _absorb(node, node.args[0])
-        elif node.target is F.conv2d:
+        elif node.target is F.conv2d and (dtype is not None or _is_input(node.args[0])):
             node.target = _conv2d
         elif node.op == "call_method" and node.target == "view":
             with graph.graph.inserting_before(node):  # a convolution's output is channels_last, of which views are few
                 node.update_arg(0, graph.graph.call_method("contiguous", node.args[:1]))
-    for node in list(graph.graph.nodes):
-        if _calls(graph, node, nn.Conv2d):
-            _fuse_unit(graph, node, dtype)
-    for node in graph.graph.nodes:
-        if _calls(graph, node, FoldedConv):
-            unit: Any = graph.get_submodule(node.target)
+    convolutions = [node for node in graph.graph.nodes if _calls(graph, node, nn.Conv2d)]
+    units = [(node, _fuse_unit(graph, node, dtype)) for node in convolutions]
+    for node, unit in units:
+        if isinstance(unit, FoldedConv):
             unit.in_place = _owns_residual(graph, node)
     graph.delete_all_unused_submodules()
     graph.graph.lint()
@@ -595,11 +639,11 @@ def _fused(graph: fx.GraphModule, dtype: torch.dtype | None) -> fx.GraphModule:
     return graph
 
 
-def _fuse_unit(graph: fx.GraphModule, node: fx.Node, dtype: torch.dtype | None) -> None:
+def _fuse_unit(graph: fx.GraphModule, node: fx.Node, dtype: torch.dtype | None) -> FoldedConv | TritonConv | None:
     conv: Any = graph.get_submodule(str(node.target))
     geometry = _geometry(conv)
     if geometry is None:
-        return
+        return None
     norm = _only_user(node)
     bn: Any = None
     if norm is not None and _calls(graph, norm, nn.BatchNorm2d, nn.SyncBatchNorm):
@@ -611,42 +655,41 @@ def _fuse_unit(graph: fx.GraphModule, node: fx.Node, dtype: torch.dtype | None) 
     elif bn is not None and functional.why_unfusable(conv, bn) is None:
         unit = TritonConv(conv, bn, geometry, dtype)
     else:
-        return
+        return None
     node.target = f"{node.name}_unit"
     graph.add_submodule(node.target, unit)
     if bn is not None:
         _absorb(norm, node)
-    _fuse_residual(graph, node)
+    _fuse_residual(graph, node, unit)
     after = _only_user(node)
     if after is not None and _is_relu(graph, after):
         unit.relu = True
         _absorb(after, node)
+    return unit
 
 
-def _fuse_residual(graph: fx.GraphModule, node: fx.Node) -> None:
+def _fuse_residual(graph: fx.GraphModule, node: fx.Node, unit: FoldedConv | TritonConv) -> None:
     add = _only_user(node)
-    other = None if add is None else _added(node, add)
-    if add is None or other is None:
+    if add is None or add.kwargs:
         return
+    augmented = add.target is _augmented and add.args[0] == "iadd"
+    args = add.args[1:] if augmented else add.args
+    in_place = bool(augmented or (add.op == "call_method" and add.target == "add_"))
+    others = [arg for arg in args if arg is not node]
+    known = in_place or (add.op != "call_module" and add.target in _ADD)
+    if not known or len(args) != 2 or len(others) != 1 or not isinstance(others[0], fx.Node):
+        return
+    if in_place and args[0] is not node:
+        return  # it writes to a tensor that may have other names
     between = node.next
     while between is not add:
         if not (_calls(graph, between, *_READERS) or between.op == "get_attr" or between.target in _PURE):
             return
         between = between.next
     add.prepend(node)
-    node.args = (node.args[0], other)
+    node.args = (node.args[0], others[0])
+    unit.accumulates = in_place
     _absorb(add, node)
-
-
-def _added(node: fx.Node, add: fx.Node) -> fx.Node | None:
-    """What ``add`` adds to ``node``, writing to no tensor but ``node``; None if it is no such addition."""
-    args = add.args[1:] if add.target is _augmented and add.args[0] == "iadd" else add.args
-    in_place = args is not add.args or add.target == "add_"
-    known = in_place or (add.op == "call_function" and add.target in _ADD) or add.target == "add"
-    if not known or add.kwargs or len(args) != 2 or (in_place and args[0] is not node):
-        return None
-    others = [arg for arg in args if arg is not node]
-    return others[0] if len(others) == 1 and isinstance(others[0], fx.Node) else None
 
 
 def _owns_residual(graph: fx.GraphModule, node: fx.Node) -> bool:
@@ -673,16 +716,8 @@ def _calls(graph: fx.GraphModule, node: fx.Node, *kinds: type[nn.Module]) -> boo
     if node.op != "call_module" or node.kwargs or not all(isinstance(arg, fx.Node) for arg in node.args):
         return False
     module = graph.get_submodule(str(node.target))
-    return type(module) in kinds and not _watched(module)
-
-
-def _watched(module: nn.Module) -> bool:
-    """Whether calling ``module`` runs hooks (but ours), or a method that was replaced on the instance."""
-    if any(callable(getattr(type(module), name, None)) for name in vars(module)):
-        return True
-    if list(module._forward_pre_hooks.values()) == [_cast_input]:
-        return bool(module._forward_hooks)
-    return functional.hooked(module)
+    replaced = any(callable(getattr(type(module), name, None)) for name in vars(module))
+    return type(module) in kinds and not replaced and not functional.hooked(module)
 
 
 def _is_relu(graph: fx.GraphModule, node: fx.Node) -> bool:
@@ -725,7 +760,12 @@ def _folds(bn: Any, weight: Tensor) -> bool:
     constants = [getattr(bn, name, _MISSING) for name in ("running_mean", "running_var")]
     affine = [getattr(bn, name, _MISSING) for name in ("weight", "bias")]
     vectors = constants + [t for t in affine if t is not None]
-    if bn.training or type(bn.eps) not in (int, float) or not all(_is_vector(t, weight) for t in vectors):
+    if (
+        bn.training
+        or type(bn.eps) not in (int, float)
+        or not bn.eps > 0
+        or not all(_is_vector(t, weight) for t in vectors)
+    ):
         return False
     mixed = torch.float32 if weight.dtype in (torch.float16, torch.bfloat16) else weight.dtype
     return len({t.dtype for t in vectors}) == 1 and vectors[0].dtype in (weight.dtype, mixed)
