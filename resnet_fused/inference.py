@@ -353,7 +353,7 @@ class TritonConv(nn.Module):
 
     def _launches(self, x: Tensor, residual: Any) -> bool:
         """Whether a launch takes ``x`` and ``residual``; what it does not take, PyTorch is to judge."""
-        if plan.why_eager(x) is not None or x.dtype not in plan.DTYPES or not _is_like(x, self.weight):
+        if not _is_like(x, self.weight) or x.dtype not in plan.DTYPES or plan.why_eager(x) is not None:
             return False
         shape = _output_shape(x.shape, self.weight, self.geometry)
         if residual is None or shape is None or x.shape[0] == 0:
@@ -652,7 +652,7 @@ def _fuse_unit(graph: fx.GraphModule, node: fx.Node, dtype: torch.dtype | None) 
     unit: FoldedConv | TritonConv
     if plan.why_eager(conv.weight) is not None:
         unit = FoldedConv(conv, bn, geometry, dtype)
-    elif bn is not None and functional.why_unfusable(conv, bn) is None:
+    elif bn is not None and max(conv.weight.shape[2:]) <= plan.MAX_FILTER:
         unit = TritonConv(conv, bn, geometry, dtype)
     else:
         return None

@@ -314,12 +314,20 @@ def test_a_unit_that_was_measured_faster_by_cudnn(residual, monkeypatch):
             assert_within_rule(unit(x, other), expected(torch.float32), expected(torch.float64), sums=2)
         assert calls[0] is calls[1]
         assert pickle.loads(pickle.dumps(unit))._folded is None
-        nn.init.normal_(layer[0].weight)
-        unit.load_state_dict(TritonConv(layer[0], layer[1], functional.geometry(layer[0])).state_dict())
+    nn.init.normal_(layer[0].weight)
+    unit.load_state_dict(TritonConv(layer[0], layer[1], functional.geometry(layer[0])).state_dict())
+    with torch.inference_mode(), implementation("triton"):
         assert_within_rule(unit(x, other), expected(torch.float32), expected(torch.float64), sums=2)
         unit.relu = False
         unit(x, other)
     assert directions == ["frozen"] * 3 + ["inference"]
+    addresses = [t.data_ptr() for t in unit._folded]
+    unit.load_state_dict(unit.state_dict())
+    assert [t.data_ptr() for t in unit._folded] == addresses
+    unit._folded = tuple(t.to("meta") for t in unit._folded)  # as in a replica on another device
+    unit.relu = True
+    with torch.inference_mode(), implementation("triton"):
+        assert_within_rule(unit(x, other), expected(torch.float32), expected(torch.float64), sums=2)
 
 
 # What a frozen model shares with eager PyTorch: values, dtypes and refusals.
@@ -559,6 +567,95 @@ def test_what_eager_refuses_is_refused(name, norm):
     model = _randomised(nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8) if norm else nn.ReLU(), nn.ReLU()))
     x = INPUTS[name](torch.randn(2, 8, 9, 9))
     _assert_same_outcome(optimize_for_inference(model), model, x)
+
+
+ON_TRITON = [
+    "integers",
+    "one element",
+    "same",
+    "too dilated",
+    "output of one pixel, added in place",
+    "filter 5x5",
+    "filter of 4 channels",
+    "filter a buffer",
+    "norm of 16",
+    "mean cut",
+    "views",
+    "negative bits",
+    "bias in fp64",
+    "SyncBatchNorm",
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("surgery", ON_TRITON)
+def test_after_surgery_the_kernels_do_what_the_model_does(surgery):
+    model = _two_blocks("fused")
+    SURGERY[surgery](model)
+    model.eval()
+    x = torch.randn(1, 8, 5, 5)
+    with implementation("triton"):
+        frozen = optimize_for_inference(model)
+    with implementation("eager"):
+        want = _outcome(lambda: model(x))
+    with implementation("triton"):
+        got = _outcome(lambda: frozen(x))
+    assert any(isinstance(m, TritonConv) for m in frozen.modules())
+    if isinstance(want, Exception):
+        assert type(got) is type(want)
+    else:
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_the_kernels_refuse_what_eager_refuses(name):
+    model = _randomised(nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU()))
+    with implementation("triton"):
+        frozen = optimize_for_inference(model)
+        _assert_same_outcome(frozen, model, INPUTS[name](torch.randn(1, 8, 4, 4)))
+
+
+class _Sum(nn.Module):
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.conv, self.bn, self.in_place = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), in_place
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        y = self.bn(self.conv(x))
+        if self.in_place:
+            y += residual
+            return y
+        return y + residual
+
+
+RESIDUALS = {
+    "fp64": torch.ones(1, 8, 4, 4).double(),
+    "fp16": torch.ones(1, 8, 4, 4).half(),
+    "integers": torch.ones(1, 8, 4, 4, dtype=torch.int64),
+    "broadcast": torch.ones(8, 1, 1),
+    "wider": torch.ones(2, 8, 4, 4),
+    "negative bit": torch._neg_view(torch.ones(1, 8, 4, 4)),
+    "number": 3,
+    "meta": torch.ones(1, 8, 4, 4, device="meta"),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("road", ["triton", "eager"])
+@pytest.mark.parametrize("in_place", [False, True], ids=["+", "+="])
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_a_residual_of_another_kind_is_added_as_eager_does(residual, in_place, road, dtype):
+    model = _randomised(_Sum(in_place)).to(dtype)
+    with implementation(road):
+        frozen = optimize_for_inference(model)
+        assert len([m for m in frozen.modules() if isinstance(m, FoldedConv | TritonConv)]) == 1
+        x = torch.randn(1, 8, 4, 4, dtype=dtype)
+        want, got = (_outcome(lambda m=m: m(x, RESIDUALS[residual])) for m in (model, frozen))
+    if isinstance(want, Exception):
+        assert type(got) is type(want)
+    else:
+        tolerance = 1e-4 if dtype == torch.float32 else 1e-2
+        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
 
 
 class _Mixed(nn.Module):
