@@ -48,9 +48,9 @@ def optimize_for_inference(
     with weights does so with whatever it reads. Nothing else is cast: masks and second inputs reach the model as they
     came. Convolutions keep their dtype under autocast.
 
-    oneDNN's ReLU turns NaN into 0, as ``torch.compile`` with freezing does. oneDNN keeps the code of the last 1024
-    convolutions and layouts that it saw: some 100 MB where hundreds of input shapes come; the environment variable
-    ``ONEDNN_PRIMITIVE_CACHE_CAPACITY`` bounds it.
+    oneDNN's ReLU turns NaN into 0, as ``torch.compile`` with freezing does. oneDNN keeps what it made for the last 1024
+    convolutions and layouts that it saw, here as in eager PyTorch: some 100 MB where hundreds of input shapes come. The
+    environment variables ``ONEDNN_PRIMITIVE_CACHE_CAPACITY`` and ``LRU_CACHE_CAPACITY``, set to 16 say, bound it.
 
     Raises TypeError if ``model`` is not a module (or is TorchScript) or ``example`` not a tensor, ValueError for
     another ``dtype``.
@@ -94,7 +94,7 @@ class FrozenModel(nn.Module):
         inner = set() if dtype is not None else set(_fed_from_inside(self.network))
         for module in self.network.modules():
             if isinstance(module, _UNITS):
-                module.casts = module not in inner
+                module.training, module.casts = False, module not in inner
             else:
                 _settle(module, dtype, casts=module not in inner)
         self._graph: _CudaGraph | None = None
@@ -111,7 +111,7 @@ class FrozenModel(nn.Module):
         """Raises RuntimeError unless ``mode`` is False: there is no batch norm left to train."""
         if mode:
             raise RuntimeError("a model frozen for inference cannot be trained: train the original and freeze it again")
-        super().train(False)
+        self.training = False  # what is inside keeps the mode in which the model's own ``eval`` left it
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

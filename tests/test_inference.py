@@ -160,7 +160,7 @@ def test_it_cannot_be_trained(model, x):
     frozen = optimize_for_inference(model)
     with pytest.raises(RuntimeError, match="frozen for inference cannot be trained"):
         frozen.train()
-    assert frozen.eval() is frozen
+    assert frozen.eval() is frozen and not any(module.training for module in frozen.modules())
     assert not frozen(x).requires_grad
 
 
@@ -493,8 +493,8 @@ SURGERY = {
     "eps a tensor": _set(bn1__eps=torch.tensor(0.5)),
     "eps below 0": _set(bn1__eps=-1.0),
     "no eps": _set(bn1__eps=None),
-    "norm that stays in training": _set(bn1__train=lambda mode=True: None, bn1__training=True),
-    "dropout that stays in training": lambda m: setattr(m[0], "relu", _always_training(nn.Dropout(1.0))),
+    "norm that stays in training": lambda m: setattr(m[0], "bn1", _AlwaysTraining(m[0].bn1)),
+    "dropout that stays in training": lambda m: setattr(m[0], "relu", _AlwaysTraining(nn.Dropout(1.0))),
     "pruned": lambda m: prune.l1_unstructured(_contiguous(m[0].conv1), "weight", 0.5) and None,
     "weight norm": lambda m: nn.utils.weight_norm(m[0].conv1) and None,
     "parametrised": lambda m: nn.utils.parametrizations.spectral_norm(m[0].conv1) and None,
@@ -515,9 +515,9 @@ def _in_bf16(module: nn.Module) -> None:
         module.bfloat16()
 
 
-def _always_training(module: nn.Module) -> nn.Module:
-    module.train = lambda mode=True: None
-    return module
+class _AlwaysTraining(nn.Sequential):
+    def train(self, mode: bool = True) -> nn.Module:
+        return super().train(True)
 
 
 def _contiguous(conv: nn.Conv2d) -> nn.Conv2d:
@@ -712,6 +712,28 @@ def test_inputs_that_no_convolution_reads_come_as_they_are():
     with pytest.raises(RuntimeError, match=r"dtype|scalar type"):
         model.network.norm(torch.randn(1, 3, 9, 9))
     assert model.network.conv_unit(torch.randn(1, 3, 9, 9)).dtype == torch.float16
+
+
+class _Padded(nn.Module):
+    """As in ports from TensorFlow; a convolution that is not fused follows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.filter = nn.Conv2d(3, 4, 3), nn.Parameter(torch.randn(4, 3, 2, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1))) + F.conv2d(x, self.filter).relu()
+
+
+@pytest.mark.parametrize("padding_mode", ["zeros", "circular"])
+def test_padded_inputs_are_cast_where_a_convolution_reads_them(padding_mode):
+    model = _Padded().half().eval()
+    model.conv.padding_mode = padding_mode
+    model.conv._reversed_padding_repeated_twice = [0, 0, 0, 0]
+    frozen = optimize_for_inference(model)
+    x = torch.randn(1, 3, 7, 7)
+    _assert_same_outcome(frozen, model, x.half())
+    assert torch.equal(frozen(x), frozen(x.half()))
 
 
 def test_autocast_leaves_the_convolutions_their_dtype(model, x):
