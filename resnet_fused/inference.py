@@ -570,19 +570,25 @@ def _without_effects(module: nn.Module) -> Iterator[None]:
             yield
             if not torch.equal(state, torch.get_rng_state()):
                 raise RuntimeError("its forward draws random numbers")
-        for part, was in attributes:
-            if vars(part).keys() != was.keys() or any(vars(part)[name] is not value for name, value in was.items()):
-                raise RuntimeError("its forward writes to the module")
+        if any(_written(part, was) for part, was in attributes):
+            raise RuntimeError("its forward writes to the module")
         if any(buffer._version != version for buffer, _, version in buffers):
             raise RuntimeError("its forward writes to a buffer")
     finally:
         for part, was in attributes:
             vars(part).update(was)
-            for name in vars(part).keys() - was.keys():
+            for name in _written(part, was):
                 del vars(part)[name]
         for buffer, value, version in buffers:
             if buffer._version != version:
                 buffer.copy_(value)
+
+
+def _written(module: nn.Module, before: dict[str, Any]) -> list[str]:
+    """Attributes of ``module`` that are not as they were ``before``, but for the constants that a tracer puts there."""
+    now = {name: value for name, value in vars(module).items() if not name.startswith("_tensor_constant")}
+    new = [name for name, value in now.items() if name not in before or value is not before[name]]
+    return [*new, *before.keys() - vars(module).keys()]
 
 
 class _Proxy(fx.Proxy):

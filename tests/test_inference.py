@@ -545,6 +545,7 @@ INPUTS = {
     "no batch": lambda x: x[:0],
     "no rows": lambda x: x[:, :, :0],
     "too small": lambda x: x[:, :, :1, :1],
+    "too small by one": lambda x: x[:, :, :2, :2],
     "other channels": lambda x: x[:, :5],
     "oneDNN": lambda x: x.to_mkldnn(),
     "sparse": lambda x: x.to_sparse(),
@@ -692,9 +693,11 @@ class _Around(nn.Module):
         super().__init__()
         self.norm, self.conv, self.linear = nn.BatchNorm2d(3), nn.Conv2d(3, 3, 3, padding=1), nn.Linear(9, 9)
         self.filter = nn.Parameter(torch.randn(2, 3, 3, 3))
+        self.last = nn.Conv2d(3, 3, 1)
 
     def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
-        return self.conv(x) * mask, F.conv2d(x, self.filter), self.norm(x), self.linear(x), x
+        y = self.conv(x) * mask
+        return y, F.conv2d(x, self.filter), self.norm(x), self.linear(x), self.last(y), x
 
 
 def test_a_dtype_is_that_of_the_weights_and_of_what_they_read():
@@ -702,7 +705,7 @@ def test_a_dtype_is_that_of_the_weights_and_of_what_they_read():
     x, mask = torch.full((1, 3, 9, 9), 1 + 2.0**-10), torch.full((1, 1, 9, 9), 1 + 2.0**-12)
     frozen = optimize_for_inference(model, dtype=torch.bfloat16)
     convolved, *layers, same = frozen(x, mask)
-    assert [out.dtype for out in layers] == [torch.bfloat16] * 3
+    assert [out.dtype for out in layers] == [torch.bfloat16] * 4
     assert torch.equal(same, x)
     assert convolved.dtype == torch.float32 and not torch.equal(convolved, convolved.bfloat16().float())
 
@@ -819,6 +822,9 @@ class _Effects(nn.Module):
     def noise(self, y: Tensor, x: Tensor) -> Tensor:
         return y + torch.rand(8, 1, 1)
 
+    def constant(self, y: Tensor, x: Tensor) -> Tensor:
+        return y + torch.ones(8, 1, 1)
+
     def mode(self, y: Tensor, x: Tensor) -> Tensor:
         return y * 0 if self.training else y
 
@@ -837,6 +843,7 @@ def test_effects_of_a_forward_are_those_of_the_model(kind):
     torch.manual_seed(1)
     frozen = optimize_for_inference(model)
     assert (model.calls, model.seen) == (0, 0)
+    assert bool(_units(frozen)) == (kind not in ("counts", "counts_in_a_buffer", "keeps", "noise"))
     model.eval()
     for i in range(3):
         x = torch.randn(2, 8, 9, 9)
