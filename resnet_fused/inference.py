@@ -617,7 +617,7 @@ class _Tracer(fx.Tracer):
         return super().create_proxy(kind, target, args, kwargs, *rest, **named)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        leaf = isinstance(m, (*_UNITS, torch.jit.ScriptModule)) or functional.hooked(m)
+        leaf = isinstance(m, _UNITS) or functional.hooked(m)
         return leaf or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

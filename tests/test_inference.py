@@ -659,6 +659,39 @@ def test_a_residual_of_another_kind_is_added_as_eager_does(residual, in_place, r
         torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("road", ["triton", "eager"])
+@pytest.mark.parametrize("attributes", [{"groups": 3}, {"padding": "same", "stride": 2}], ids=str)
+def test_numbers_that_do_not_fit_are_refused(attributes, road):
+    model = _randomised(nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)))
+    vars(model[0]).update(attributes)
+    with implementation(road):
+        frozen = optimize_for_inference(model)
+        assert not any(isinstance(m, FoldedConv | TritonConv) for m in frozen.modules())
+        _assert_same_outcome(frozen, model, torch.randn(1, 24 if "groups" in attributes else 8, 9, 9))
+
+
+def test_no_launch_gets_a_negative_bit(monkeypatch):
+    """Which the interpreter resolves, but no GPU does."""
+    seen: list[Tensor] = []
+
+    def launch(*arguments):
+        seen.extend(t for t in arguments if isinstance(t, Tensor))
+        return torch.zeros(1, 8, 4, 4)
+
+    monkeypatch.setattr(inference.ops, "conv_bn_act", launch)
+    model = _randomised(_Sum(in_place=False))
+    for name in ("running_mean", "running_var"):
+        setattr(model.bn, name, torch._neg_view(-getattr(model.bn, name)))
+    x = torch._neg_view(torch.randn(1, 8, 4, 4).contiguous(memory_format=torch.channels_last))
+    with implementation("triton"):
+        frozen = optimize_for_inference(model)
+        frozen(x, x)
+        state = {name: torch._neg_view(-value) for name, value in frozen.state_dict().items()}
+        frozen.load_state_dict(state, assign=True)
+        frozen(x, x)
+    assert len(seen) == 16 and not any(t.is_neg() for t in seen)
+
+
 class _Mixed(nn.Module):
     """A scale in fp64, convolutions in bf16, a mask in whatever it comes, a head in fp32."""
 
@@ -964,7 +997,7 @@ def test_what_cannot_be_traced_is_said(model):
 
 
 def test_a_traced_part_is_left_as_it_is():
-    part = torch.jit.trace(nn.Conv2d(8, 8, 3).requires_grad_(False), torch.randn(1, 8, 9, 9))
+    part = torch.jit.trace(_Adapter(nn.Conv2d(8, 8, 1)).requires_grad_(False), torch.randn(1, 8, 7, 7))
     model = nn.Sequential(nn.Conv2d(8, 8, 3), part).eval()
     frozen = optimize_for_inference(model)
     _assert_same_outcome(frozen, model, torch.randn(1, 8, 9, 9))
@@ -1076,6 +1109,12 @@ def test_a_graph_reads_new_weights_or_is_dropped(captured, x):
     torch.testing.assert_close(frozen(x), other(x).detach())
     frozen.prepare(x)
     assert frozen._graph is not None and copy.deepcopy(frozen)._graph is None
+    frozen.network.fc.register_forward_hook(lambda *_: None)
+    frozen.prepare(x)
+    assert frozen._graph is None
+    frozen.network.fc._forward_hooks.clear()
+    frozen.prepare(x)
+    assert frozen._graph is not None
     frozen.to(torch.float64)
     assert frozen._graph is None
 
