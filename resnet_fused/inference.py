@@ -7,17 +7,21 @@ import inspect
 import math
 import operator
 import threading
-from functools import cache
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache, partialmethod
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves, tree_map
 
 from resnet_fused import chain, functional, ops, plan, reference
 from resnet_fused.convert import unfuse
 from resnet_fused.functional import conv_bn_act
+from resnet_fused.kernels.conv_forward import Geometry
 from resnet_fused.kernels.tile import Norm
 from resnet_fused.modules import FusedBlock
 
@@ -39,145 +43,243 @@ def optimize_for_inference(
     everything packed; on a GPU, inputs of its shape and dtype then replay one CUDA graph. Other shapes work too, and
     are packed when they first come.
 
-    ``dtype``: float32, float16 or bfloat16, of weights and activations; 4-dimensional floating-point inputs are cast to
-    it. Batch norm is folded in fp64, before the cast. Default: the model's own.
+    ``dtype``: float32, float16 or bfloat16, of all weights. Default: the model's own. Batch norm is folded in fp64,
+    before the cast. A convolution that reads an input casts it to the dtype of its weights; with ``dtype``, every layer
+    with weights does so with whatever it reads. Nothing else is cast: masks and second inputs reach the model as they
+    came. Convolutions keep their dtype under autocast.
 
-    oneDNN's ReLU turns NaN into 0, as ``torch.compile`` with freezing does.
+    oneDNN's ReLU turns NaN into 0, as ``torch.compile`` with freezing does. oneDNN keeps what it made for the last 1024
+    convolutions and layouts that it saw, here as in eager PyTorch: some 100 MB where hundreds of input shapes come. The
+    environment variables ``ONEDNN_PRIMITIVE_CACHE_CAPACITY`` and ``LRU_CACHE_CAPACITY``, set to 16 say, bound it.
 
-    Raises TypeError if ``model`` is not a module or ``example`` not a tensor, ValueError for another ``dtype``.
+    Raises TypeError if ``model`` is not a module (or is TorchScript) or ``example`` not a tensor, ValueError for
+    another ``dtype``.
 
     The operators are those to which Inductor's freezing lowers a convolution.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__qualname__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("model must be a module that runs in Python; got TorchScript: freeze it before it is traced")
     if example is not None and not isinstance(example, Tensor):
         raise TypeError(f"example must be a Tensor; got {type(example).__qualname__}")
     if dtype is not None and dtype not in plan.DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, plan.DTYPES))}; got {dtype}")
-    frozen = FrozenModel(unfuse(copy.deepcopy(model)).eval().requires_grad_(False), dtype)
+    with torch.inference_mode(False), torch.no_grad():  # what is made here can be loaded into later
+        frozen = FrozenModel(unfuse(_copy(model)).eval().requires_grad_(False), dtype)
     if example is not None:
         frozen.prepare(example)
     return frozen
 
 
+def _copy(model: nn.Module) -> nn.Module:
+    """A deep copy, also of weights that are computed from others and kept as plain attributes."""
+    attributes = [t for part in model.modules() for t in tree_leaves([vars(part), part._buffers])]
+    computed = {id(t): t.detach().clone() for t in attributes if isinstance(t, Tensor) and not t.is_leaf}
+    return copy.deepcopy(model, computed)
+
+
 class FrozenModel(nn.Module):
     """What :func:`optimize_for_inference` returns. Can be called, copied, pickled and moved, not trained.
 
-    Runs under ``torch.inference_mode()``. A CUDA graph is neither copied nor saved: call :meth:`prepare` again.
+    Runs under ``torch.inference_mode()``. New weights come by ``load_state_dict``. A CUDA graph is neither copied nor
+    saved, and runs no hooks that come after it: call :meth:`prepare` again.
     """
 
     def __init__(self, network: nn.Module, dtype: torch.dtype | None) -> None:
         super().__init__()
-        floating = [p.dtype for p in network.parameters() if p.is_floating_point()]
-        self.dtype = dtype or (floating[0] if floating else torch.get_default_dtype())
         self.network = _freeze(network, dtype)
-        units = 0
-        for module in self.network.modules():
-            if isinstance(module, FoldedConv | TritonConv):
-                units += 1
-            elif dtype is not None:
-                module._apply(lambda t: t.to(dtype) if t.is_floating_point() else t, recurse=False)
-        if not units:
+        if not any(isinstance(module, _UNITS) for module in self.network.modules()):
             plan.logger.warning("optimize_for_inference found no convolution that it can fuse")
+        inner = set() if dtype is not None else set(_fed_from_inside(self.network))
+        for module in self.network.modules():
+            if isinstance(module, _UNITS):
+                module.training, module.casts = False, module not in inner
+            else:
+                _settle(module, dtype, casts=module not in inner)
         self._graph: _CudaGraph | None = None
         self.eval()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the weights of its first convolution; without one, of its first floating-point weight."""
+        weights = [m.weight for m in self.network.modules() if isinstance(m, (*_UNITS, _ConvNd))]
+        weights += [t for t in self.network.parameters() if t.is_floating_point()]
+        return weights[0].dtype if weights else torch.get_default_dtype()
 
     def train(self, mode: bool = True) -> FrozenModel:
         """Raises RuntimeError unless ``mode`` is False: there is no batch norm left to train."""
         if mode:
             raise RuntimeError("a model frozen for inference cannot be trained: train the original and freeze it again")
-        super().train(False)
+        self.training = False  # what is inside keeps the mode in which the model's own ``eval`` left it
         return self
 
-    @torch.inference_mode()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = tree_map(self._cast, (args, kwargs))
-        if self._graph is not None and not kwargs and self._graph.takes(args):
-            return self._graph(args[0])
-        return self.network(*args, **kwargs)
+        if isinstance(args, fx.Proxy):
+            raise TypeError("a frozen model cannot be traced symbolically: trace its network, FrozenModel.network")
+        if torch.compiler.is_compiling():
+            with torch.no_grad():  # the compilers of torch 2.11 fail in inference mode
+                return self.network(*args, **kwargs)
+        with torch.inference_mode():
+            if self._graph is not None and not kwargs and self._graph.takes(args):
+                return self._graph(args[0])
+            return self.network(*args, **kwargs)
 
     @torch.inference_mode()
     def prepare(self, example: Tensor) -> None:
-        """Pack the weights for the shape of ``example``; on a GPU, capture a CUDA graph for it."""
-        example = self._cast(example)
+        """Pack the weights for the shape of ``example``; on a GPU, capture a CUDA graph for it, if that is possible."""
         leaves = tree_leaves(self.network(example))
+        self._graph = None
         if not example.is_cuda:
             return
-        if all(isinstance(leaf, Tensor) for leaf in leaves):
-            self._graph = _CudaGraph(self.network, example)
-        else:
+        if not all(isinstance(leaf, Tensor) for leaf in leaves):
             plan.logger.warning("no CUDA graph: the model returns more than tensors")
-
-    def _cast(self, x: Any) -> Any:
-        if not (isinstance(x, Tensor) and x.dim() == 4 and x.is_floating_point()):
-            return x
-        return x.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        elif any(_runs_hooks(module) for module in self.network.modules()):
+            plan.logger.warning("no CUDA graph: it would run no hooks")
+        else:
+            try:
+                self._graph = _CudaGraph(self.network, example)
+            except Exception as error:  # whatever a stranger's forward does that cannot be captured
+                plan.logger.warning("no CUDA graph: the capture failed: %s", error)
 
     def _apply(self, fn: Any, recurse: bool = True) -> FrozenModel:
         self._graph = None
         super()._apply(fn, recurse)
         return self
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any) -> None:
+        if local_metadata.get("assign_to_params_buffers"):
+            self._graph = None  # it reads the tensors that were there
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_graph": None}
+
+    def __prepare_scriptable__(self) -> FrozenModel:
+        raise TypeError("a frozen model cannot be scripted: use torch.jit.trace, torch.export or torch.compile")
+
+
+def _fed_from_inside(network: nn.Module) -> Iterator[nn.Module]:
+    """The convolutions that read what another layer returned, and not what came into a graph."""
+    for part in network.modules():
+        for node in part.graph.nodes if isinstance(part, fx.GraphModule) else ():
+            if node.op == "call_module" and node.args and not _is_input(node.args[0]):
+                yield part.get_submodule(node.target)
+
+
+def _is_input(node: Any) -> bool:
+    """Whether ``node`` is an input of its graph, padded perhaps."""
+    while isinstance(node, fx.Node) and node.target is F.pad:
+        node = node.args[0]
+    return isinstance(node, fx.Node) and node.op == "placeholder"
+
+
+def _settle(module: nn.Module, dtype: torch.dtype | None, casts: bool) -> None:
+    """Cast what ``module`` itself holds to ``dtype``, and let it cast what it reads; see optimize_for_inference."""
+    if dtype is not None:
+        module._apply(lambda t: t.to(dtype) if t.is_floating_point() else t, recurse=False)
+    own = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
+    layer = not module._modules and any(t.is_floating_point() for t in own)
+    if casts and (isinstance(module, _ConvNd) or (dtype is not None and layer)):
+        module.register_forward_pre_hook(_cast_input, with_kwargs=True)
+
+
+def _runs_hooks(module: nn.Module) -> bool:
+    """Whether a call of ``module`` runs hooks, but for our own."""
+    before = [hook for hook in module._forward_pre_hooks.values() if hook is not _cast_input]
+    return bool(before or module._forward_hooks or functional.hooked())
+
+
+def _cast_input(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """A pre-hook: ``module`` reads floating-point tensors in the dtype of its weights."""
+    weights = (t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point())
+    like = next(weights, None)
+    return (args, kwargs) if like is None else tree_map(lambda x: _cast(x, like), (args, kwargs))
+
+
+def _cast(x: Any, like: Tensor) -> Any:
+    return x.to(like.dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != like.dtype else x
+
+
+def _conv2d(x: Tensor, weight: Tensor, *rest: Any, **named: Any) -> Tensor:
+    """``F.conv2d`` of a frozen model, which casts what it reads."""
+    return F.conv2d(_cast(x, weight), weight, *rest, **named)
 
 
 class FoldedConv(nn.Module):
     """``relu(conv(x) + residual)``, batch norm folded into the convolution; the residual and the ReLU are optional.
 
-    One oneDNN call where oneDNN takes device and dtype, else PyTorch's convolution with addition and ReLU in place.
-    ``x``: [N, CI, H, W]; ``residual``: of the output's shape [N, CO, P, Q], overwritten if ``in_place``.
+    One oneDNN call where oneDNN takes the tensors and nothing traces them, else PyTorch's operators.
+    ``x``: [N, CI, H, W]; ``residual``: of the output's shape [N, CO, P, Q], overwritten if ``in_place``. What has
+    another shape or dtype is added as PyTorch does: by ``+=``, which keeps those of the branch, if it ``accumulates``.
     """
 
     weight: Tensor
     bias: Tensor | None
 
-    def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d | None, dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, conv: nn.Conv2d, bn: nn.BatchNorm2d | None, geometry: Geometry, dtype: torch.dtype | None
+    ) -> None:
         super().__init__()
         weight, bias = _folded(conv, bn)
         dtype = dtype or conv.weight.dtype
-        self.register_buffer("weight", weight.to(dtype).contiguous(memory_format=torch.channels_last))
-        self.register_buffer("bias", None if bias is None else bias.to(dtype))
-        self.geometry: Any = list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups
+        self.register_buffer("weight", _laid_out(weight.to(dtype)))
+        self.register_buffer("bias", None if bias is None else _laid_out(bias.to(dtype)))
+        stride, padding, dilation, groups = geometry
+        self.geometry: Any = list(padding), list(stride), list(dilation), groups
+        self.normalised = bn is not None
+        self.casts = True
+        self.accumulates = False
         self.relu = False
         self.in_place = False
         self._packed: dict[torch.Size, tuple[Tensor, tuple[int, ...]]] = {}
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if not (x.is_cpu and x.dtype == self.weight.dtype and _onednn_takes(x.dtype) and x.dim() == 4):
+    def forward(self, x: Tensor, residual: Any = None) -> Tensor:
+        if _is_traced(x):
             return self._aten(x, residual)
-        packed, shape = self._packed.get(x.shape) or self._pack(x.shape)
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = _cast(x, self.weight) if self.casts else x
+        found = self._packing(x)
+        if found is None:
+            return self._aten(x, residual)
+        packed, shape = found
+        x = functional.channels_last(x)
         mkldnn = torch.ops.mkldnn
         if residual is None:
             relu = "relu" if self.relu else "none"
             return mkldnn._convolution_pointwise.default(x, packed, self.bias, *self.geometry, relu, [], "")
-        if residual.dtype != x.dtype or residual.shape != shape:
+        if not _is_like(residual, x) or residual.shape != shape:
             return self._aten(x, residual)
-        residual = residual.contiguous(memory_format=torch.channels_last)
+        residual = functional.channels_last(residual)
         after: tuple[Any, ...] = "add", 1.0, "relu" if self.relu else None, [], ""
         if self.in_place:
             return mkldnn._convolution_pointwise_.binary(residual, x, packed, self.bias, *self.geometry, *after)
         return mkldnn._convolution_pointwise.binary(x, residual, packed, self.bias, *self.geometry, *after)
 
-    def _aten(self, x: Tensor, residual: Tensor | None) -> Tensor:
+    def _aten(self, x: Tensor, residual: Any) -> Tensor:
         padding, stride, dilation, groups = self.geometry
-        y = F.conv2d(x, self.weight, self.bias, stride, padding, dilation, groups)
-        if residual is not None:
-            y = y.add_(residual) if residual.shape == y.shape and residual.dtype == y.dtype else y + residual
-        return y.relu_() if self.relu else y
-
-    def _pack(self, shape: torch.Size) -> tuple[Tensor, tuple[int, ...]]:
-        """The weights in the blocked layout that oneDNN prefers for inputs of ``shape``, and the output's shape."""
-        padding, stride, dilation, _ = self.geometry
-        p, q = (
-            ops.output_size(shape[2 + i], self.weight.shape[2 + i], stride[i], padding[i], dilation[i]) for i in (0, 1)
+        y = F.conv2d(
+            _cast(x, self.weight) if self.casts else x, self.weight, self.bias, stride, padding, dilation, groups
         )
+        if self.normalised:
+            _check_normalised(y, self.weight)
+        return _finish(y, residual, self.accumulates, self.relu)
+
+    def _packing(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]] | None:
+        """The weights as oneDNN wants them for ``x``, and the output's shape; None where PyTorch is to judge ``x``."""
+        weight = self.weight
+        if not (_is_like(x, weight) and x.is_cpu and _onednn_takes(x.dtype)):
+            return None
+        return self._packed.get(x.shape) or self._pack(x.shape)
+
+    def _pack(self, shape: torch.Size) -> tuple[Tensor, tuple[int, ...]] | None:
+        padding, stride, dilation, groups = self.geometry
+        output = _output_shape(shape, self.weight, (stride, padding, dilation, groups))
+        if output is None:
+            return None
         packed = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *self.geometry, list(shape))
-        entry = packed, (shape[0], self.weight.shape[0], p, q)
         kept = list(self._packed.items())[1 - PACKED_SHAPES :]
-        self._packed = dict([*kept, (shape, entry)])
-        return entry
+        self._packed = dict([*kept, (shape, (packed, output))])
+        return packed, output
 
     def _apply(self, fn: Any, recurse: bool = True) -> FoldedConv:
         self._packed = {}
@@ -187,6 +289,7 @@ class FoldedConv(nn.Module):
     def _load_from_state_dict(self, *args: Any) -> None:
         self._packed = {}
         super()._load_from_state_dict(*args)
+        _lay_out_buffers(self)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_packed": {}}
@@ -205,30 +308,33 @@ class TritonConv(nn.Module):
     gamma: Tensor | None
     beta: Tensor | None
 
-    def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d, dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, conv: nn.Conv2d, bn: nn.BatchNorm2d, geometry: Geometry, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
-        weight = conv.weight.detach().to(dtype or conv.weight.dtype)
-        self.register_buffer("weight", weight.contiguous(memory_format=torch.channels_last))
         for name, value in [
+            ("weight", conv.weight.to(dtype or conv.weight.dtype)),
             ("conv_bias", conv.bias),
             ("mean", bn.running_mean),
             ("var", bn.running_var),
             ("gamma", bn.weight),
             ("beta", bn.bias),
         ]:
-            self.register_buffer(name, None if value is None else value.detach())
+            self.register_buffer(name, None if value is None else _laid_out(value))
         self.eps = bn.eps
-        self.geometry = functional.geometry(conv)
+        self.geometry = geometry
+        self.casts = True
+        self.accumulates = False
         self.relu = False
-        self.in_place = False
         self._folded: tuple[Tensor, Tensor] | None = None
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)
-        if residual is not None:
-            residual = residual.contiguous(memory_format=torch.channels_last)
-        if plan.why_eager(x) is not None:
+    def forward(self, x: Tensor, residual: Any = None) -> Tensor:
+        x = _cast(x, self.weight) if self.casts else x
+        if isinstance(x, fx.Proxy) or not self._launches(x, residual):
             return self._aten(x, residual)
+        x = functional.channels_last(x.resolve_neg())
+        if residual is not None:
+            residual = functional.channels_last(residual.resolve_neg())
         target = x.dtype, "frozen" if self.relu else "inference", x.device, plan.requested()
         implementation, code = functional.choose(
             tuple(x.shape), tuple(self.weight.shape), self.geometry, *target, residual=residual is not None
@@ -237,19 +343,32 @@ class TritonConv(nn.Module):
             return self._aten(x, residual)
         norm = self.mean, self.var, self.gamma, self.beta, self.eps
         if implementation == "cudnn" and (residual is None or residual.dtype == x.dtype):
-            if self._folded is None:
+            if self._folded is None or self._folded[0].device != x.device:  # a replica's is that of the original
                 self._folded = self._fold()
             folded, shift = self._folded
             return chain.cudnn_conv_relu(x, folded, shift, residual, *self.geometry)
-        return ops.conv_bn_act(x, self.weight, self.conv_bias, *norm, residual, 1, 0, code, self.relu, x.dtype)
+        keeps = residual is None or self.accumulates
+        out_dtype = x.dtype if keeps else torch.promote_types(x.dtype, residual.dtype)
+        return ops.conv_bn_act(x, self.weight, self.conv_bias, *norm, residual, 1, 0, code, self.relu, out_dtype)
+
+    def _launches(self, x: Tensor, residual: Any) -> bool:
+        """Whether a launch takes ``x`` and ``residual``; what it does not take, PyTorch is to judge."""
+        if not _is_like(x, self.weight) or x.dtype not in plan.DTYPES or plan.why_eager(x) is not None:
+            return False
+        shape = _output_shape(x.shape, self.weight, self.geometry)
+        if residual is None or shape is None or x.shape[0] == 0:
+            return residual is None and shape is not None and x.shape[0] > 0
+        return _is_like(residual, x, plan.DTYPES) and tuple(residual.shape) == shape
 
     def _apply(self, fn: Any, recurse: bool = True) -> TritonConv:
         self._folded = None
         super()._apply(fn, recurse)
         return self
 
+    @torch.inference_mode()  # where what it overwrites was made
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
+        _lay_out_buffers(self)
         if self._folded is not None:
             for old, new in zip(self._folded, self._fold(), strict=True):
                 old.copy_(new)  # in place, where a CUDA graph reads it
@@ -261,18 +380,84 @@ class TritonConv(nn.Module):
         norm = Norm(self.mean, self.var, self.gamma, self.beta, self.eps)
         return chain.fold(self.weight, self.conv_bias, norm)
 
-    def _aten(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        y = F.conv2d(x, self.weight, self.conv_bias, *self.geometry)
+    def _aten(self, x: Tensor, residual: Any) -> Tensor:
+        bias = None if self.conv_bias is None else self.conv_bias.to(self.weight.dtype)
+        y = F.conv2d(x, self.weight, bias, *self.geometry)
+        _check_normalised(y, self.weight)
         y = F.batch_norm(y, self.mean, self.var, self.gamma, self.beta, eps=self.eps)
-        y = y if residual is None else y + residual
-        return F.relu(y) if self.relu else y
+        return _finish(y, residual, self.accumulates, self.relu)
+
+
+def _check_normalised(y: Any, weight: Tensor) -> None:
+    """Refuse the output of a convolution that batch norm would refuse."""
+    if isinstance(y, Tensor) and y.dim() != 4:
+        raise ValueError(f"expected 4D input (got {y.dim()}D input)")
+    if isinstance(y, Tensor) and y.device != weight.device:
+        raise RuntimeError(f"expected the input on {weight.device}, where the weights are; it is on {y.device}")
+
+
+def _finish(y: Tensor, residual: Any, accumulates: bool, relu: bool) -> Tensor:
+    if residual is not None:
+        y = y.add_(residual) if accumulates else y + residual
+    return y.relu_() if relu else y
+
+
+_UNITS = (FoldedConv, TritonConv)
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def _is_traced(x: Any) -> bool:
+    """Whether a compiler, a tracer, a transform, a mode or a subclass of Tensor is to see PyTorch's own operators."""
+    return (
+        torch.compiler.is_compiling()
+        or type(x) not in _PLAIN
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+def _is_like(x: Any, other: Tensor, dtypes: tuple[torch.dtype, ...] = ()) -> bool:
+    """Whether ``x`` is a dense tensor that lies where ``other`` does, in its dtype or one of ``dtypes``."""
+    return (
+        isinstance(x, Tensor)
+        and x.layout == torch.strided
+        and x.device == other.device
+        and (x.dtype == other.dtype or x.dtype in dtypes)
+    )
+
+
+def _output_shape(shape: torch.Size, weight: Tensor, geometry: Geometry) -> tuple[int, int, int, int] | None:
+    """Shape [N, CO, P, Q] of the convolution of an input of ``shape``; None if the filter does not fit it."""
+    stride, padding, dilation, groups = geometry
+    if len(shape) != 4 or shape[1] != weight.shape[1] * groups:
+        return None
+    p, q = (ops.output_size(shape[2 + i], weight.shape[2 + i], stride[i], padding[i], dilation[i]) for i in (0, 1))
+    return (shape[0], weight.shape[0], p, q) if p > 0 and q > 0 else None
+
+
+def _laid_out(t: Tensor) -> Tensor:
+    """``t`` as kernels read it: dense, a filter channels_last."""
+    dense = torch.channels_last if t.dim() == 4 else torch.contiguous_format
+    return t.detach().resolve_neg().contiguous(memory_format=dense)
+
+
+def _lay_out_buffers(module: nn.Module) -> None:
+    """What was put in place of a buffer may lie otherwise, or be a parameter."""
+    for name, value in module._buffers.items():
+        if value is not None and (value.requires_grad or value.is_neg() or value.stride() != _laid_out(value).stride()):
+            module._buffers[name] = _laid_out(value)
 
 
 class _CudaGraph:
-    """The launches of ``network`` for inputs like ``example``, recorded once; several threads may call it."""
+    """The launches of ``network`` for inputs like ``example``, recorded once; several threads may call it.
+
+    While they are recorded, other threads may use the GPU. What was recorded reads ``weights`` where they lie.
+    """
 
     def __init__(self, network: nn.Module, example: Tensor) -> None:
         self.x = example.clone(memory_format=torch.preserve_format)
+        self.weights = [*network.parameters(), *network.buffers()]
         self.lock = threading.Lock()
         with torch.cuda.device(example.device):
             self.done = torch.cuda.Event()
@@ -283,12 +468,14 @@ class _CudaGraph:
                     network(self.x)
             torch.cuda.current_stream().wait_stream(side)
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=side):  # the default one belongs to the first device that captured
+            # the default stream of a capture belongs to the first device that captured
+            with torch.cuda.graph(self.graph, stream=side, capture_error_mode="thread_local"):
                 self.out = network(self.x)
 
     def takes(self, args: tuple[Any, ...]) -> bool:
-        x = args[0] if len(args) == 1 else None
-        return isinstance(x, Tensor) and (x.shape, x.dtype, x.device) == (self.x.shape, self.x.dtype, self.x.device)
+        if len(args) != 1 or _is_traced(x := args[0]) or not _is_like(x, self.x) or x.shape != self.x.shape:
+            return False
+        return not (functional.hooked() or torch.cuda.is_current_stream_capturing())
 
     def __call__(self, x: Tensor) -> Any:
         with self.lock, torch.cuda.device(self.x.device):
@@ -315,8 +502,7 @@ def _onednn_takes(dtype: torch.dtype) -> bool:
 
 def _folded(conv: nn.Conv2d, bn: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor | None]:
     """Weight and bias in fp64 of the convolution that equals ``bn(conv(x))``."""
-    weight, bias = (None if t is None else t.detach() for t in (conv.weight, conv.bias))
-    assert weight is not None
+    weight, bias = conv.weight.detach(), None if conv.bias is None else conv.bias.detach()
     if bn is None:
         return weight.double(), None if bias is None else bias.double()
     assert bn.running_mean is not None and bn.running_var is not None
@@ -324,9 +510,14 @@ def _folded(conv: nn.Conv2d, bn: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor 
     return reference.fold(weight, bias, bn.running_mean, bn.running_var, gamma, beta, bn.eps)
 
 
-_ADD = (operator.add, operator.iadd, torch.add)
+def _augmented(name: str, a: Any, b: Any) -> Any:
+    """``a += b`` and its kind: what else names ``a`` sees it, which a graph of ``a + b`` would hide."""
+    return getattr(operator, name)(a, b)
+
+
+_ADD = (operator.add, torch.add, "add")
 _RELU = (F.relu, F.relu_, torch.relu, torch.relu_)
-_READERS = (FoldedConv, TritonConv, nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d)
+_READERS = (*_UNITS, nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d)
 """Modules that neither write to their input nor return an alias of it."""
 _PURE = (operator.getitem, operator.sub, operator.floordiv, getattr, F.pad)
 """Functions of which the same holds, or that only move views about."""
@@ -356,13 +547,59 @@ def _traced(module: nn.Module) -> fx.GraphModule | None:
     tracer = _Tracer()
     tracer.traced_func_name = "eager_forward" if isinstance(module, FusedBlock) else "forward"
     try:
-        graph = tracer.trace(module)
+        with _without_effects(module):
+            graph = tracer.trace(module)
     except Exception as error:
         plan.logger.info("%s is not frozen as a whole: %s", type(module).__qualname__, error)
         return None
     for node in graph.nodes:
         node.meta.pop("is_wrapped", None)  # what stands for conv_bn_act here is not a wrapped function
+        node.type = None  # an annotation that is a string cannot be pickled in torch 2.11
     return fx.GraphModule(module, graph)
+
+
+@contextmanager
+def _without_effects(module: nn.Module) -> Iterator[None]:
+    """Raises RuntimeError if the block draws random numbers or writes to ``module``: a graph would not do so again."""
+    parts = [part for part in module.modules() if not isinstance(part, torch.jit.ScriptModule)]
+    attributes = [(part, dict(vars(part))) for part in parts]
+    buffers = [(buffer, buffer.clone(), buffer._version) for buffer in module.buffers()]
+    try:
+        with torch.random.fork_rng(devices=[]):
+            state = torch.get_rng_state()
+            yield
+            if not torch.equal(state, torch.get_rng_state()):
+                raise RuntimeError("its forward draws random numbers")
+        if any(_written(part, was) for part, was in attributes):
+            raise RuntimeError("its forward writes to the module")
+        if any(buffer._version != version for buffer, _, version in buffers):
+            raise RuntimeError("its forward writes to a buffer")
+    finally:
+        for part, was in attributes:
+            vars(part).update(was)
+            for name in _written(part, was):
+                del vars(part)[name]
+        for buffer, value, version in buffers:
+            if buffer._version != version:
+                buffer.copy_(value)
+
+
+def _written(module: nn.Module, before: dict[str, Any]) -> list[str]:
+    """Attributes of ``module`` that are not as they were ``before``, but for the constants that a tracer puts there."""
+    now = {name: value for name, value in vars(module).items() if not name.startswith("_tensor_constant")}
+    new = [name for name, value in now.items() if name not in before or value is not before[name]]
+    return [*new, *before.keys() - vars(module).keys()]
+
+
+class _Proxy(fx.Proxy):
+    """A proxy that tells ``a += b`` from ``a = a + b``."""
+
+    def augment(self, name: str, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", _augmented, (name, self, other), {})
+
+
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul"):
+    setattr(_Proxy, f"__{_name}__", partialmethod(_Proxy.augment, _name))
 
 
 class _Tracer(fx.Tracer):
@@ -371,13 +608,17 @@ class _Tracer(fx.Tracer):
     def __init__(self) -> None:
         super().__init__(autowrap_modules=(math, functional))  # type: ignore[arg-type]
 
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> Any:
         if target is conv_bn_act:
             return reference.conv_bn_act(*args, **kwargs)
         return super().create_proxy(kind, target, args, kwargs, *rest, **named)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return super().is_leaf_module(m, module_qualified_name) or functional.hooked(m)
+        leaf = isinstance(m, _UNITS) or functional.hooked(m)
+        return leaf or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return super().call_module(m, m.eager_forward if isinstance(m, FusedBlock) else forward, args, kwargs)
@@ -386,14 +627,17 @@ class _Tracer(fx.Tracer):
 def _fused(graph: fx.GraphModule, dtype: torch.dtype | None) -> fx.GraphModule:
     """Fold, in place, what follows each convolution of ``graph`` into one module."""
     for node in list(graph.graph.nodes):
-        if _calls(graph, node, nn.Identity, nn.Dropout):
+        if _calls(graph, node, nn.Identity, nn.Dropout) and not graph.get_submodule(node.target).training:
             _absorb(node, node.args[0])
-    for node in list(graph.graph.nodes):
-        if _calls(graph, node, nn.Conv2d) and _foldable(graph.get_submodule(node.target)):
-            _fuse_unit(graph, node, dtype)
-    for node in graph.graph.nodes:
-        if _calls(graph, node, FoldedConv):
-            unit: Any = graph.get_submodule(node.target)
+        elif node.target is F.conv2d and (dtype is not None or _is_input(node.args[0])):
+            node.target = _conv2d
+        elif node.op == "call_method" and node.target == "view":
+            with graph.graph.inserting_before(node):  # a convolution's output is channels_last, of which views are few
+                node.update_arg(0, graph.graph.call_method("contiguous", node.args[:1]))
+    convolutions = [node for node in graph.graph.nodes if _calls(graph, node, nn.Conv2d)]
+    units = [(node, _fuse_unit(graph, node, dtype)) for node in convolutions]
+    for node, unit in units:
+        if isinstance(unit, FoldedConv):
             unit.in_place = _owns_residual(graph, node)
     graph.delete_all_unused_submodules()
     graph.graph.lint()
@@ -401,39 +645,48 @@ def _fused(graph: fx.GraphModule, dtype: torch.dtype | None) -> fx.GraphModule:
     return graph
 
 
-def _fuse_unit(graph: fx.GraphModule, node: fx.Node, dtype: torch.dtype | None) -> None:
+def _fuse_unit(graph: fx.GraphModule, node: fx.Node, dtype: torch.dtype | None) -> FoldedConv | TritonConv | None:
     conv: Any = graph.get_submodule(str(node.target))
+    geometry = _geometry(conv)
+    if geometry is None:
+        return None
     norm = _only_user(node)
     bn: Any = None
-    if norm is not None and _calls(graph, norm, nn.BatchNorm2d):
+    if norm is not None and _calls(graph, norm, nn.BatchNorm2d, nn.SyncBatchNorm):
         bn = graph.get_submodule(str(norm.target))
-        if functional.why_unfusable(conv, bn) is not None or bn.running_mean is None:
-            bn = None
+        bn = bn if _folds(bn, conv.weight) else None
     unit: FoldedConv | TritonConv
     if plan.why_eager(conv.weight) is not None:
-        unit = FoldedConv(conv, bn, dtype)
-    elif bn is not None:
-        unit = TritonConv(conv, bn, dtype)
+        unit = FoldedConv(conv, bn, geometry, dtype)
+    elif bn is not None and max(conv.weight.shape[2:]) <= plan.MAX_FILTER:
+        unit = TritonConv(conv, bn, geometry, dtype)
     else:
-        return
+        return None
     node.target = f"{node.name}_unit"
     graph.add_submodule(node.target, unit)
     if bn is not None:
         _absorb(norm, node)
-    _fuse_residual(graph, node)
+    _fuse_residual(graph, node, unit)
     after = _only_user(node)
     if after is not None and _is_relu(graph, after):
         unit.relu = True
         _absorb(after, node)
+    return unit
 
 
-def _fuse_residual(graph: fx.GraphModule, node: fx.Node) -> None:
+def _fuse_residual(graph: fx.GraphModule, node: fx.Node, unit: FoldedConv | TritonConv) -> None:
     add = _only_user(node)
-    if add is None or add.op != "call_function" or add.target not in _ADD or add.kwargs or len(add.args) != 2:
+    if add is None or add.kwargs:
         return
-    others = [arg for arg in add.args if arg is not node]
-    if len(others) != 1 or not isinstance(others[0], fx.Node):
+    augmented = add.target is _augmented and add.args[0] == "iadd"
+    args = add.args[1:] if augmented else add.args
+    in_place = bool(augmented or (add.op == "call_method" and add.target == "add_"))
+    others = [arg for arg in args if arg is not node]
+    known = in_place or (add.op != "call_module" and add.target in _ADD)
+    if not known or len(args) != 2 or len(others) != 1 or not isinstance(others[0], fx.Node):
         return
+    if in_place and args[0] is not node:
+        return  # it writes to a tensor that may have other names
     between = node.next
     while between is not add:
         if not (_calls(graph, between, *_READERS) or between.op == "get_attr" or between.target in _PURE):
@@ -441,6 +694,7 @@ def _fuse_residual(graph: fx.GraphModule, node: fx.Node) -> None:
         between = between.next
     add.prepend(node)
     node.args = (node.args[0], others[0])
+    unit.accumulates = in_place
     _absorb(add, node)
 
 
@@ -464,11 +718,12 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 
 
 def _calls(graph: fx.GraphModule, node: fx.Node, *kinds: type[nn.Module]) -> bool:
-    """Whether ``node`` calls a module of exactly one of ``kinds``, without hooks, on positional arguments alone."""
-    if node.op != "call_module" or node.kwargs:
+    """Whether ``node`` calls a module of exactly one of ``kinds``, as its class has it, on positional arguments."""
+    if node.op != "call_module" or node.kwargs or not all(isinstance(arg, fx.Node) for arg in node.args):
         return False
     module = graph.get_submodule(str(node.target))
-    return type(module) in kinds and not functional.hooked(module)
+    replaced = any(callable(getattr(type(module), name, None)) for name in vars(module))
+    return type(module) in kinds and not replaced and not functional.hooked(module)
 
 
 def _is_relu(graph: fx.GraphModule, node: fx.Node) -> bool:
@@ -477,5 +732,59 @@ def _is_relu(graph: fx.GraphModule, node: fx.Node) -> bool:
     return node.target in ("relu", "relu_") if node.op == "call_method" else _calls(graph, node, nn.ReLU)
 
 
-def _foldable(conv: Any) -> bool:
-    return conv.padding_mode == "zeros" and not isinstance(conv.padding, str) and conv.weight.is_floating_point()
+def _geometry(conv: Any) -> Geometry | None:
+    """Stride, padding, dilation and groups of ``conv`` as numbers, by the filter that it has.
+
+    None unless this is a plain convolution whose filter, bias and numbers fit: what they do is PyTorch's to say.
+    """
+    weight, bias, groups = (getattr(conv, name, _MISSING) for name in ("weight", "bias", "groups"))
+    if not _is_dense(weight) or weight.dim() != 4 or weight.numel() == 0 or type(groups) is not int or groups < 1:
+        return None
+    if weight.shape[0] % groups or conv.padding_mode != "zeros":
+        return None
+    if bias is not None and not (_is_vector(bias, weight) and bias.dtype == weight.dtype):
+        return None
+    stride, dilation, padding = _pair(conv.stride, 1), _pair(conv.dilation, 1), _pair(conv.padding, 0)
+    if conv.padding == "valid":
+        padding = 0, 0
+    elif conv.padding == "same" and dilation is not None and stride == (1, 1):
+        both = [d * (size - 1) for d, size in zip(dilation, weight.shape[2:], strict=True)]
+        padding = None if any(total % 2 for total in both) else (both[0] // 2, both[1] // 2)
+    return (stride, padding, dilation, groups) if stride and padding and dilation else None
+
+
+def _pair(sizes: Any, least: int) -> tuple[int, int] | None:
+    """One or two integers of at least ``least`` as two; None if it is anything else."""
+    sizes = sizes if isinstance(sizes, tuple | list) else (sizes,)
+    if len(sizes) not in (1, 2) or any(type(size) is not int or size < least for size in sizes):
+        return None
+    return sizes[0], sizes[-1]
+
+
+def _folds(bn: Any, weight: Tensor) -> bool:
+    """Whether ``bn`` normalises each channel of ``weight``'s output by constants, in dtypes that PyTorch takes."""
+    constants = [getattr(bn, name, _MISSING) for name in ("running_mean", "running_var")]
+    affine = [getattr(bn, name, _MISSING) for name in ("weight", "bias")]
+    vectors = constants + [t for t in affine if t is not None]
+    if (
+        bn.training
+        or type(bn.eps) not in (int, float)
+        or not bn.eps > 0
+        or not all(_is_vector(t, weight) for t in vectors)
+    ):
+        return False
+    mixed = torch.float32 if weight.dtype in (torch.float16, torch.bfloat16) else weight.dtype
+    return len({t.dtype for t in vectors}) == 1 and vectors[0].dtype in (weight.dtype, mixed)
+
+
+_MISSING: Any = object()
+_FLOATS = (*plan.DTYPES, torch.float64)
+
+
+def _is_dense(t: Any) -> bool:
+    return type(t) in _PLAIN and t.layout == torch.strided and t.dtype in _FLOATS
+
+
+def _is_vector(t: Any, weight: Tensor) -> bool:
+    """Whether ``t`` has one number for each channel that ``weight`` returns."""
+    return _is_dense(t) and t.shape == weight.shape[:1] and t.device == weight.device

@@ -2,14 +2,22 @@
 
 import copy
 import io
+import os
 import pickle
+import subprocess
+import sys
+from contextlib import contextmanager, nullcontext
+from unittest.mock import MagicMock
 
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 import torchvision
 import transformers
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.utils import prune
 
 import resnet_fused
 from resnet_fused import chain, functional, implementation, inference, optimize_for_inference
@@ -152,7 +160,7 @@ def test_it_cannot_be_trained(model, x):
     frozen = optimize_for_inference(model)
     with pytest.raises(RuntimeError, match="frozen for inference cannot be trained"):
         frozen.train()
-    assert frozen.eval() is frozen
+    assert frozen.eval() is frozen and not any(module.training for module in frozen.modules())
     assert not frozen(x).requires_grad
 
 
@@ -294,7 +302,7 @@ def test_a_unit_that_was_measured_faster_by_cudnn(residual, monkeypatch):
     torch.manual_seed(0)
     layer = _randomised(nn.Sequential(nn.Conv2d(12, 16, 3, 2, 1, groups=2), nn.BatchNorm2d(16)))
     x, other = torch.randn(2, 12, 7, 6), torch.randn(2, 16, 4, 3) if residual else None
-    unit = TritonConv(layer[0], layer[1], None)
+    unit = TritonConv(layer[0], layer[1], functional.geometry(layer[0]))
     unit.relu = True
 
     def expected(dtype):
@@ -306,9 +314,847 @@ def test_a_unit_that_was_measured_faster_by_cudnn(residual, monkeypatch):
             assert_within_rule(unit(x, other), expected(torch.float32), expected(torch.float64), sums=2)
         assert calls[0] is calls[1]
         assert pickle.loads(pickle.dumps(unit))._folded is None
-        nn.init.normal_(layer[0].weight)
-        unit.load_state_dict(TritonConv(layer[0], layer[1], None).state_dict())
+    nn.init.normal_(layer[0].weight)
+    unit.load_state_dict(TritonConv(layer[0], layer[1], functional.geometry(layer[0])).state_dict())
+    with torch.inference_mode(), implementation("triton"):
         assert_within_rule(unit(x, other), expected(torch.float32), expected(torch.float64), sums=2)
         unit.relu = False
         unit(x, other)
     assert directions == ["frozen"] * 3 + ["inference"]
+    addresses = [t.data_ptr() for t in unit._folded]
+    unit.load_state_dict(unit.state_dict())
+    assert [t.data_ptr() for t in unit._folded] == addresses
+    unit._folded = tuple(t.to("meta") for t in unit._folded)  # as in a replica on another device
+    unit.relu = True
+    with torch.inference_mode(), implementation("triton"):
+        assert_within_rule(unit(x, other), expected(torch.float32), expected(torch.float64), sums=2)
+
+
+# What a frozen model shares with eager PyTorch: values, dtypes and refusals.
+
+
+def _outcome(call) -> Tensor | Exception:
+    try:
+        with torch.no_grad():
+            return call()
+    except Exception as error:  # whatever eager PyTorch refuses, in whatever way
+        return error
+
+
+def _assert_same_outcome(frozen: nn.Module, model: nn.Module, *inputs) -> None:
+    """``frozen`` gives what ``model`` gives, several times, or raises an error of the same type."""
+    want = _outcome(lambda: model(*inputs))
+    for _ in range(2):
+        got = _outcome(lambda: frozen(*inputs))
+        if isinstance(want, Exception) or isinstance(got, Exception):
+            assert type(got) is type(want), (got, want)
+            continue
+        assert (got.layout, got.device) == (want.layout, want.device)
+        dense = [t if t.layout == torch.strided else t.to_dense() for t in (got, want)]
+        tolerance = 1e-4 if want.dtype.itemsize > 2 else 5e-2
+        torch.testing.assert_close(*dense, rtol=tolerance, atol=tolerance)
+
+
+def _two_blocks(kind: str) -> nn.Module:
+    block = torchvision.models.resnet.BasicBlock if kind == "fused" else resnet_fused.BasicBlock
+    shortcut = nn.Sequential(nn.Conv2d(8, 8, 1, 2), nn.BatchNorm2d(8))
+    model = _randomised(nn.Sequential(block(8, 8), block(8, 8, 2, shortcut)))
+    model = model.to(memory_format=torch.channels_last)
+    return resnet_fused.fuse(model) if kind == "fused" else model
+
+
+class _Adapter(nn.Module):
+    """A convolution with a low-rank one beside it."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.base = conv
+        self.down = nn.Conv2d(conv.in_channels, 2, 1, conv.stride, bias=False)
+        self.up = nn.Conv2d(2, conv.out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+def _set(**attributes):
+    """Surgery that sets attributes of the first block (``__name``) and of its submodules (``submodule__name``)."""
+
+    def operate(model: nn.Module) -> None:
+        for name, value in attributes.items():
+            module, _, attribute = name.partition("__")
+            setattr(model[0].get_submodule(module), attribute, value)
+
+    return operate
+
+
+def _plain_filter(make):
+    """Surgery after which a filter or a gamma is no parameter."""
+
+    def operate(model: nn.Module) -> None:
+        for module in (model[0].conv1, model[0].bn1):
+            weight = module.weight
+            del module.weight
+            make(module, weight)
+
+    return operate
+
+
+def _grey(model: nn.Module) -> Tensor:
+    model[0].conv1.weight = nn.Parameter(torch.randn(8, 1, 3, 3))
+    model[0].downsample = nn.Sequential(nn.Conv2d(1, 8, 1))
+    return torch.randn(2, 1, 9, 9)
+
+
+def _renamed_shortcut(model: nn.Module) -> None:
+    conv, norm = model[1].downsample
+    model[1].downsample = nn.Sequential()
+    model[1].downsample.add_module("project", conv)
+    model[1].downsample.add_module("normalise", norm)
+
+
+SURGERY = {
+    "nothing": lambda m: None,
+    "adapter": lambda m: setattr(m[0], "conv1", _Adapter(m[0].conv1)),
+    "no batch norm": lambda m: setattr(m[0], "bn1", nn.Identity()),
+    "no convolution": lambda m: setattr(m[0], "conv2", nn.Identity()),
+    "group norm": lambda m: setattr(m[0], "bn1", nn.GroupNorm(2, 8)),
+    "SyncBatchNorm": lambda m: setattr(m[0], "bn1", nn.SyncBatchNorm.convert_sync_batchnorm(m[0].bn1)),
+    "another activation": lambda m: setattr(m[0], "relu", nn.ReLU6()),
+    "dropout": lambda m: setattr(m[0], "relu", nn.Sequential(nn.ReLU(), nn.Dropout(0.5))),
+    "shortcut[0]": lambda m: m[1].downsample.__setitem__(0, nn.Conv2d(8, 8, 3, 2, 1)),
+    "inserted": lambda m: m[1].downsample.insert(0, nn.ReLU()) and None,
+    "no shortcut": lambda m: setattr(m[1], "downsample", None),
+    "shortcut renamed": _renamed_shortcut,
+    "grey": _grey,
+    "integers": _set(conv1__stride=1, conv1__padding=1, conv2__dilation=1, conv1__kernel_size=3),
+    "one element": _set(conv1__stride=(1,), conv1__padding=[1], conv2__dilation=(1,)),
+    "three elements": _set(conv1__stride=(1, 1, 1)),
+    "float stride": _set(conv1__stride=1.0),
+    "stride 0": _set(conv1__stride=0),
+    "stride 2": _set(conv1__stride=2),
+    "negative padding": _set(conv1__padding=-1),
+    "same": _set(conv1__padding="same"),
+    "valid": _set(conv1__padding="valid"),
+    "bogus padding": _set(conv1__padding="bogus"),
+    "too dilated": _set(conv1__dilation=5),
+    "output of one pixel, added in place": _set(conv2__dilation=5),
+    "circular": _set(conv1__padding_mode="circular"),
+    "filter 5x5": _set(conv1__weight=nn.Parameter(torch.ones(8, 8, 5, 5)), conv1__padding="same"),
+    "filter 2x2": _set(conv1__weight=nn.Parameter(torch.ones(8, 8, 2, 2)), conv1__padding="same"),
+    "filter of 16": _set(conv1__weight=nn.Parameter(torch.ones(16, 8, 3, 3))),
+    "filter of 4 channels": _set(conv1__weight=nn.Parameter(torch.ones(8, 4, 3, 3))),
+    "groups": _set(conv1__weight=nn.Parameter(torch.ones(8, 4, 3, 3)), conv1__groups=2),
+    "groups of others": _set(conv1__groups=3),
+    "no filter": _set(conv1__weight=None),
+    "filter computed": _plain_filter(lambda module, weight: setattr(module, "weight", weight + weight.detach())),
+    "filter a tensor": _plain_filter(lambda module, weight: setattr(module, "weight", weight.detach() / 2)),
+    "filter a buffer": _plain_filter(lambda module, weight: module.register_buffer("weight", weight.detach() / 2)),
+    "filter deleted": _plain_filter(lambda module, weight: None),
+    "statistics deleted": lambda m: delattr(m[0].bn1, "running_var"),
+    "bias of 1": _set(conv1__bias=nn.Parameter(torch.ones(1))),
+    "bias of 5": _set(conv1__bias=nn.Parameter(torch.ones(5))),
+    "bias of 8": _set(conv1__bias=nn.Parameter(torch.ones(8))),
+    "bias in fp64": _set(conv1__bias=nn.Parameter(torch.ones(8).double())),
+    "bias expanded": _set(conv1__bias=nn.Parameter(torch.ones(1).expand(8))),
+    "norm of 16": _set(__bn1=nn.BatchNorm2d(16)),
+    "norm of 4": _set(__bn1=nn.BatchNorm2d(4)),
+    "norm that names 3": _set(bn1__num_features=3),
+    "mean cut": _set(bn1__running_mean=torch.zeros(5)),
+    "variance cut": _set(bn1__running_var=torch.ones(1)),
+    "gamma a column": _set(bn1__weight=nn.Parameter(torch.ones(8, 1))),
+    "views": _set(
+        bn1__weight=nn.Parameter(torch.tensor([0.7]).expand(8)),
+        bn1__bias=nn.Parameter(torch.arange(16.0)[::2]),
+        bn1__running_mean=torch.arange(24.0).view(8, 3)[:, 1],
+        bn1__running_var=torch.tensor([2.0]).expand(8),
+    ),
+    "negative bits": _set(
+        conv1__weight=nn.Parameter(torch._neg_view(torch.ones(8, 8, 3, 3))),
+        conv1__bias=nn.Parameter(torch._neg_view(torch.ones(8))),
+        bn1__weight=nn.Parameter(torch._neg_view(torch.ones(8))),
+        bn1__running_mean=torch._neg_view(torch.arange(8.0)),
+    ),
+    "negative bits alone": _set(
+        __bn1=nn.Identity(),
+        conv1__weight=nn.Parameter(torch._neg_view(torch.ones(8, 8, 3, 3))),
+        conv1__bias=nn.Parameter(torch._neg_view(torch.ones(8))),
+    ),
+    "mean in fp64": _set(bn1__running_mean=torch.zeros(8).double()),
+    "mean of integers": _set(bn1__running_mean=torch.zeros(8, dtype=torch.int64)),
+    "norm in fp64": lambda m: m[0].bn1.double() and None,
+    "norm in fp16": lambda m: m[0].bn1.half() and None,
+    "gamma in fp16": _set(bn1__weight=nn.Parameter(torch.ones(8).half())),
+    "no mean": _set(bn1__running_mean=None),
+    "no variance": _set(bn1__running_var=None),
+    "no statistics": _set(bn1__running_mean=None, bn1__running_var=None),
+    "statistics no longer tracked": _set(bn1__track_running_stats=False),
+    "no beta": _set(bn1__bias=None),
+    "no gamma": _set(bn1__weight=None),
+    "eps a tensor": _set(bn1__eps=torch.tensor(0.5)),
+    "eps below 0": _set(bn1__eps=-1.0),
+    "no eps": _set(bn1__eps=None),
+    "norm that stays in training": lambda m: setattr(m[0], "bn1", _AlwaysTraining(m[0].bn1)),
+    "dropout that stays in training": lambda m: setattr(m[0], "relu", _AlwaysTraining(nn.Dropout(1.0))),
+    "pruned": lambda m: prune.l1_unstructured(_contiguous(m[0].conv1), "weight", 0.5) and None,
+    "weight norm": lambda m: nn.utils.weight_norm(m[0].conv1) and None,
+    "parametrised": lambda m: nn.utils.parametrizations.spectral_norm(m[0].conv1) and None,
+    "hook of a block": lambda m: m[0].register_forward_hook(lambda module, args, out: out * 2) and None,
+    "hook of a convolution": lambda m: m[0].conv2.register_forward_pre_hook(lambda module, args: args[0] * 2) and None,
+    "backward hook": lambda m: m[0].conv2.register_full_backward_hook(lambda module, *grads: None) and None,
+    "forward of an instance": _set(conv1__forward=lambda x: x * 2),
+    "method of an instance": _set(conv1___conv_forward=lambda x, weight, bias: x * 2),
+    "forward of a block": _set(__forward=lambda x: x * 2),
+    "all in bf16": lambda m: m.bfloat16() and torch.randn(2, 8, 9, 9).bfloat16(),
+    "convolutions in bf16": lambda m: [_in_bf16(c) for c in m.modules()] and torch.randn(2, 8, 9, 9).bfloat16(),
+    "last convolution in bf16": lambda m: m[0].conv2.bfloat16() and None,
+}
+
+
+def _in_bf16(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d):
+        module.bfloat16()
+
+
+class _AlwaysTraining(nn.Sequential):
+    def train(self, mode: bool = True) -> nn.Module:
+        return super().train(True)
+
+
+def _contiguous(conv: nn.Conv2d) -> nn.Conv2d:
+    conv.weight.data = conv.weight.data.contiguous()
+    return conv
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["fused", "ours"])
+@pytest.mark.parametrize("surgery", SURGERY)
+def test_after_surgery_it_does_what_the_model_does(surgery, kind):
+    model = _two_blocks(kind)
+    x = SURGERY[surgery](model)
+    x = torch.randn(2, 8, 9, 9) if x is None else x
+    model.eval()
+    with implementation("eager"):
+        frozen = optimize_for_inference(model)
+        _assert_same_outcome(frozen, model, x)
+
+
+INPUTS = {
+    "one image": lambda x: x[0],
+    "one channel": lambda x: x[0, 0],
+    "five dimensions": lambda x: x[None],
+    "no batch": lambda x: x[:0],
+    "no rows": lambda x: x[:, :, :0],
+    "too small": lambda x: x[:, :, :1, :1],
+    "too small by one": lambda x: x[:, :, :2, :2],
+    "other channels": lambda x: x[:, :5],
+    "oneDNN": lambda x: x.to_mkldnn(),
+    "sparse": lambda x: x.to_sparse(),
+    "integers": lambda x: x.to(torch.uint8),
+    "complex": lambda x: x.to(torch.complex64),
+    "negative bit": lambda x: torch._neg_view(x),
+    "zeros of no storage": lambda x: torch._efficientzerotensor(x.shape),
+    "expanded": lambda x: x[:1].expand(4, -1, -1, -1),
+    "strided": lambda x: x.repeat(1, 1, 2, 2)[..., ::2, 1::2],
+    "NHWC": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "meta": lambda x: x.to("meta"),
+    "no tensor": lambda x: "x",
+    "nothing": lambda x: None,
+}
+
+
+@pytest.mark.parametrize("norm", [True, False], ids=["norm", "no norm"])
+@pytest.mark.parametrize("name", INPUTS)
+def test_what_eager_refuses_is_refused(name, norm):
+    model = _randomised(nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8) if norm else nn.ReLU(), nn.ReLU()))
+    x = INPUTS[name](torch.randn(2, 8, 9, 9))
+    _assert_same_outcome(optimize_for_inference(model), model, x)
+
+
+interpreted = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="launches on CPU tensors, which takes Triton's interpreter"
+)
+ROADS = [pytest.param("triton", marks=interpreted), "eager"]
+ON_TRITON = [
+    "integers",
+    "one element",
+    "same",
+    "too dilated",
+    "output of one pixel, added in place",
+    "filter 5x5",
+    "filter of 4 channels",
+    "filter a buffer",
+    "norm of 16",
+    "mean cut",
+    "views",
+    "negative bits",
+    "bias in fp64",
+    "SyncBatchNorm",
+]
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("surgery", ON_TRITON)
+def test_after_surgery_the_kernels_do_what_the_model_does(surgery):
+    model = _two_blocks("fused")
+    SURGERY[surgery](model)
+    model.eval()
+    x = torch.randn(1, 8, 5, 5)
+    with implementation("triton"):
+        frozen = optimize_for_inference(model)
+    with implementation("eager"):
+        want = _outcome(lambda: model(x))
+    with implementation("triton"):
+        got = _outcome(lambda: frozen(x))
+    assert any(isinstance(m, TritonConv) for m in frozen.modules())
+    if isinstance(want, Exception):
+        assert type(got) is type(want)
+    else:
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@interpreted
+@pytest.mark.parametrize("name", INPUTS)
+def test_the_kernels_refuse_what_eager_refuses(name):
+    model = _randomised(nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU()))
+    with implementation("triton"):
+        frozen = optimize_for_inference(model)
+        _assert_same_outcome(frozen, model, INPUTS[name](torch.randn(1, 8, 4, 4)))
+
+
+class _Sum(nn.Module):
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.conv, self.bn, self.in_place = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), in_place
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        y = self.bn(self.conv(x))
+        if self.in_place:
+            y += residual
+            return y
+        return y + residual
+
+
+RESIDUALS = {
+    "fp64": torch.ones(1, 8, 4, 4).double(),
+    "fp16": torch.ones(1, 8, 4, 4).half(),
+    "integers": torch.ones(1, 8, 4, 4, dtype=torch.int64),
+    "broadcast": torch.ones(8, 1, 1),
+    "wider": torch.ones(2, 8, 4, 4),
+    "negative bit": torch._neg_view(torch.ones(1, 8, 4, 4)),
+    "number": 3,
+    "meta": torch.ones(1, 8, 4, 4, device="meta"),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("in_place", [False, True], ids=["+", "+="])
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_a_residual_of_another_kind_is_added_as_eager_does(residual, in_place, road, dtype):
+    model = _randomised(_Sum(in_place)).to(dtype)
+    with implementation(road):
+        frozen = optimize_for_inference(model)
+        assert len([m for m in frozen.modules() if isinstance(m, FoldedConv | TritonConv)]) == 1
+        x = torch.randn(1, 8, 4, 4, dtype=dtype)
+        want, got = (_outcome(lambda m=m: m(x, RESIDUALS[residual])) for m in (model, frozen))
+    if isinstance(want, Exception):
+        assert type(got) is type(want)
+    else:
+        tolerance = 1e-4 if dtype == torch.float32 else 1e-2
+        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("attributes", [{"groups": 3}, {"padding": "same", "stride": 2}], ids=str)
+def test_numbers_that_do_not_fit_are_refused(attributes, road):
+    model = _randomised(nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)))
+    vars(model[0]).update(attributes)
+    with implementation(road):
+        frozen = optimize_for_inference(model)
+        assert not any(isinstance(m, FoldedConv | TritonConv) for m in frozen.modules())
+        _assert_same_outcome(frozen, model, torch.randn(1, 24 if "groups" in attributes else 8, 9, 9))
+
+
+def test_no_launch_gets_a_negative_bit(monkeypatch):
+    """Which the interpreter resolves, but no GPU does."""
+    seen: list[Tensor] = []
+
+    def launch(*arguments):
+        seen.extend(t for t in arguments if isinstance(t, Tensor))
+        return torch.zeros(1, 8, 4, 4)
+
+    monkeypatch.setattr(inference.ops, "conv_bn_act", launch)
+    model = _randomised(_Sum(in_place=False))
+    for name in ("running_mean", "running_var"):
+        setattr(model.bn, name, torch._neg_view(-getattr(model.bn, name)))
+    x = torch._neg_view(torch.randn(1, 8, 4, 4).contiguous(memory_format=torch.channels_last))
+    with implementation("triton"):
+        frozen = optimize_for_inference(model)
+        frozen(x, x)
+        state = {name: torch._neg_view(-value) for name, value in frozen.state_dict().items()}
+        frozen.load_state_dict(state, assign=True)
+        frozen(x, x)
+    assert len(seen) == 16 and not any(t.is_neg() for t in seen)
+
+
+class _Mixed(nn.Module):
+    """A scale in fp64, convolutions in bf16, a mask in whatever it comes, a head in fp32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.5).double())
+        self.conv = nn.Conv2d(3, 8, 3, padding=1).bfloat16()
+        self.last = nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular").bfloat16()
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        y = self.last(torch.relu(self.conv(x)))
+        return self.head((y * mask).mean((2, 3)).float()) * self.scale
+
+
+def test_the_dtype_is_that_of_the_convolutions_and_only_they_cast():
+    model = _Mixed().eval()
+    frozen = optimize_for_inference(model)
+    assert frozen.dtype == torch.bfloat16
+    x, mask = torch.randn(2, 3, 9, 9), 1 + torch.rand(2, 1, 9, 9).double() / 1000
+    _assert_same_outcome(frozen, model, x.bfloat16(), mask)
+    assert torch.equal(frozen(x, mask), frozen(x.bfloat16(), mask))
+    assert frozen.half().dtype == torch.float16
+    assert optimize_for_inference(nn.Linear(2, 2).double()).dtype == torch.float64
+    assert optimize_for_inference(nn.Identity()).dtype == torch.get_default_dtype()
+
+
+class _Around(nn.Module):
+    """The input reaches convolutions of both kinds, batch norm, a linear layer and the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.conv, self.linear = nn.BatchNorm2d(3), nn.Conv2d(3, 3, 3, padding=1), nn.Linear(9, 9)
+        self.filter = nn.Parameter(torch.randn(2, 3, 3, 3))
+        self.last = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        y = self.conv(x) * mask
+        return y, F.conv2d(x, self.filter), self.norm(x), self.linear(x), self.last(y), x
+
+
+def test_a_dtype_is_that_of_the_weights_and_of_what_they_read():
+    model = _randomised(_Around())
+    x, mask = torch.full((1, 3, 9, 9), 1 + 2.0**-10), torch.full((1, 1, 9, 9), 1 + 2.0**-12)
+    frozen = optimize_for_inference(model, dtype=torch.bfloat16)
+    convolved, *layers, same = frozen(x, mask)
+    assert [out.dtype for out in layers] == [torch.bfloat16] * 4
+    assert torch.equal(same, x)
+    assert convolved.dtype == torch.float32 and not torch.equal(convolved, convolved.bfloat16().float())
+
+
+def test_inputs_that_no_convolution_reads_come_as_they_are():
+    model = optimize_for_inference(_Around().half())
+    with pytest.raises(RuntimeError, match=r"dtype|scalar type"):
+        model.network.norm(torch.randn(1, 3, 9, 9))
+    assert model.network.conv_unit(torch.randn(1, 3, 9, 9)).dtype == torch.float16
+
+
+class _Padded(nn.Module):
+    """As in ports from TensorFlow; a convolution that is not fused follows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.filter = nn.Conv2d(3, 4, 3), nn.Parameter(torch.randn(4, 3, 2, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1))) + F.conv2d(x, self.filter).relu()
+
+
+@pytest.mark.parametrize("padding_mode", ["zeros", "circular"])
+def test_padded_inputs_are_cast_where_a_convolution_reads_them(padding_mode):
+    model = _Padded().half().eval()
+    model.conv.padding_mode = padding_mode
+    model.conv._reversed_padding_repeated_twice = [0, 0, 0, 0]
+    frozen = optimize_for_inference(model)
+    x = torch.randn(1, 3, 7, 7)
+    _assert_same_outcome(frozen, model, x.half())
+    assert torch.equal(frozen(x), frozen(x.half()))
+
+
+def test_autocast_leaves_the_convolutions_their_dtype(model, x):
+    frozen = optimize_for_inference(model)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert frozen.network(x).dtype == frozen(x).dtype == model(x).dtype == torch.bfloat16
+    assert frozen(x).dtype == torch.float32
+
+
+class _Effects(nn.Module):
+    """Forwards that a graph of pure functions would not repeat."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.a, self.b = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.add = _Twice()
+        self.calls = 0
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return getattr(self, self.kind)(self.a(x), x)
+
+    def alias(self, y: Tensor, x: Tensor) -> Tensor:
+        other = y
+        y += self.b(x)
+        return y * other
+
+    def alias_of_the_branch(self, y: Tensor, x: Tensor) -> Tensor:
+        z = other = self.b(y)
+        z += y
+        z *= 2
+        z -= x
+        z /= 3
+        return z * other
+
+    def names_of_sizes(self, y: Tensor, x: Tensor) -> Tensor:
+        half = whole = y.shape[2]
+        half //= 2
+        return y[:, :, :half] * whole
+
+    def input_in_place(self, y: Tensor, x: Tensor) -> Tensor:
+        x += y
+        return x
+
+    def method_in_place(self, y: Tensor, x: Tensor) -> Tensor:
+        z = self.b(x)
+        y.add_(z)
+        return y + z
+
+    def keeps_its_dtype(self, y: Tensor, x: Tensor) -> Tensor:
+        z = self.b(x)
+        z += y.double()
+        return z
+
+    def promotes(self, y: Tensor, x: Tensor) -> Tensor:
+        return torch.relu(self.b(x).add(y.double()))
+
+    def number(self, y: Tensor, x: Tensor) -> Tensor:
+        return torch.relu(y + x.shape[2])
+
+    def broadcasts(self, y: Tensor, x: Tensor) -> Tensor:
+        return torch.relu(y + x[0, 0]) + torch.relu(self.b(x) + x[None])
+
+    def module_of_that_name(self, y: Tensor, x: Tensor) -> Tensor:
+        return self.add(y, x)
+
+    def view(self, y: Tensor, x: Tensor) -> Tensor:
+        return y.view(y.shape[0], -1)
+
+    def counts(self, y: Tensor, x: Tensor) -> Tensor:
+        self.calls += 1
+        return y * self.calls
+
+    def counts_in_a_buffer(self, y: Tensor, x: Tensor) -> Tensor:
+        self.seen += 1
+        return y * self.seen
+
+    def keeps(self, y: Tensor, x: Tensor) -> Tensor:
+        self.last = y
+        return y
+
+    def noise(self, y: Tensor, x: Tensor) -> Tensor:
+        return y + torch.rand(8, 1, 1)
+
+    def constant(self, y: Tensor, x: Tensor) -> Tensor:
+        return y + torch.ones(8, 1, 1)
+
+    def mode(self, y: Tensor, x: Tensor) -> Tensor:
+        return y * 0 if self.training else y
+
+
+class _Twice(nn.Module):
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return a + 2 * b
+
+
+KINDS = [name for name, value in vars(_Effects).items() if callable(value) and name not in ("__init__", "forward")]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_effects_of_a_forward_are_those_of_the_model(kind):
+    model = _Effects(kind)
+    torch.manual_seed(1)
+    frozen = optimize_for_inference(model)
+    assert (model.calls, model.seen) == (0, 0)
+    assert bool(_units(frozen)) == (kind not in ("counts", "counts_in_a_buffer", "keeps", "noise"))
+    model.eval()
+    for i in range(3):
+        x = torch.randn(2, 8, 9, 9)
+        mine, theirs = x.clone(), x.clone()
+        torch.manual_seed(i)
+        got = frozen(mine)
+        torch.manual_seed(i)
+        want = model(theirs).detach() if kind != "input_in_place" else model.requires_grad_(False)(theirs)
+        torch.testing.assert_close(got, want)
+        assert torch.equal(mine, theirs) or kind == "input_in_place"
+        torch.testing.assert_close(mine, theirs)
+    pickle.loads(pickle.dumps(frozen))
+
+
+def test_freezing_draws_no_random_numbers():
+    model = _Effects("noise")
+    state = torch.get_rng_state()
+    optimize_for_inference(model)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_global_hooks_are_run(x):
+    seen: list[nn.Module] = []
+    model = _randomised(resnet_fused.resnet20())
+    frozen = optimize_for_inference(model)
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: seen.append(module))
+    try:
+        frozen(x)
+        assert frozen.network in seen and _units(frozen)[0] in seen
+        watched = optimize_for_inference(model)
+        del seen[:]
+        with torch.no_grad():
+            torch.testing.assert_close(watched(x), model(x))
+        assert sum(isinstance(module, nn.Conv2d) for module in seen) >= 19
+    finally:
+        handle.remove()
+    backward = nn.modules.module.register_module_full_backward_hook(lambda module, *grads: None)
+    try:
+        with torch.no_grad():
+            torch.testing.assert_close(frozen(x), model(x))
+            torch.testing.assert_close(optimize_for_inference(model)(x), model(x))
+    finally:
+        backward.remove()
+
+
+def test_a_model_made_in_inference_mode_can_be_frozen_and_loaded_into():
+    with torch.inference_mode():
+        model = _randomised(resnet_fused.resnet20())
+        frozen = optimize_for_inference(model)
+    x = torch.randn(2, 3, 32, 32)
+    frozen.load_state_dict(optimize_for_inference(model).state_dict())
+    with torch.inference_mode():
+        torch.testing.assert_close(frozen(x), model(x))
+
+
+def test_a_frozen_model_inside_another_is_called_as_often_as_it_is():
+    inner = optimize_for_inference(_randomised(nn.Sequential(resnet_fused.ResidualBlock(8, [(8, 3), (8, 3)]))))
+    outer = nn.Sequential(nn.Conv2d(8, 8, 1), inner, inner, nn.Conv2d(8, 8, 1)).eval()
+    frozen = optimize_for_inference(outer)
+    x = torch.randn(1, 8, 6, 6)
+    _assert_same_outcome(frozen, outer, x)
+    assert len(_units(frozen)) == 4
+
+
+FAMILIES = ["torchvision resnet18", "timm resnet18", "Hugging Face basic", "our resnet18", "fused torchvision resnet18"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_can_be_copied_and_saved(name):
+    model = _randomised(MODELS[name]())
+    frozen = optimize_for_inference(model)
+    x = torch.randn(1, 3, 32, 32)
+    want = _logits(frozen(x))
+    file = io.BytesIO()
+    torch.save(frozen, file)
+    file.seek(0)
+    others = [copy.deepcopy(frozen), pickle.loads(pickle.dumps(frozen)), torch.load(file, weights_only=False)]
+    for other in others:
+        assert torch.equal(_logits(other(x)), want)
+        assert len(_units(other)) == len(_units(frozen))
+
+
+TRACERS = {
+    "compile": lambda m, x: torch.compile(m, backend="aot_eager", fullgraph=True),
+    "compile dynamic": lambda m, x: torch.compile(m, backend="aot_eager", fullgraph=True, dynamic=True),
+    "inductor": lambda m, x: torch.compile(m, fullgraph=True),
+    "export": lambda m, x: torch.export.export(m, (x,)).module(),
+    "export strict": lambda m, x: torch.export.export(m, (x,), strict=True).module(),
+    "jit.trace": lambda m, x: torch.jit.trace(m, x),
+    "make_fx": lambda m, x: make_fx(m)(x),
+    "fx of the network": lambda m, x: torch.fx.symbolic_trace(m.network),
+    "fx of a parent": lambda m, x: torch.fx.symbolic_trace(nn.Sequential(m)),
+    "vmap": lambda m, x: lambda x: torch.func.vmap(m)(x[None])[0],
+}
+
+
+@pytest.mark.parametrize("prepared", [False, True], ids=["fresh", "prepared"])
+@pytest.mark.parametrize("tracer", TRACERS)
+def test_tracers_see_pytorchs_operators(tracer, prepared, x):
+    torch._dynamo.reset()
+    block = resnet_fused.ResidualBlock(8, [(8, 3), (8, 3)], "projection", stride=2)
+    model = _randomised(nn.Sequential(nn.Conv2d(3, 8, 3), block, nn.Flatten(), nn.LazyLinear(4)))
+    model(x)
+    frozen = optimize_for_inference(model, x if prepared else None)
+    with torch.no_grad():
+        traced = TRACERS[tracer](frozen, x)
+        torch.testing.assert_close(traced(x), model(x))
+
+
+def test_what_cannot_be_traced_is_said(model):
+    frozen = optimize_for_inference(model)
+    with pytest.raises(TypeError, match=r"cannot be traced symbolically: trace its network"):
+        torch.fx.symbolic_trace(frozen)
+    with pytest.raises(TypeError, match=r"cannot be scripted: use torch\.jit\.trace"):
+        torch.jit.script(frozen)
+    with pytest.raises(TypeError, match="got TorchScript: freeze it before it is traced"):
+        optimize_for_inference(torch.jit.trace(nn.Sequential(nn.Conv2d(3, 4, 3)), torch.randn(1, 3, 8, 8)))
+
+
+def test_a_traced_part_is_left_as_it_is():
+    part = torch.jit.trace(_Adapter(nn.Conv2d(8, 8, 1)).requires_grad_(False), torch.randn(1, 8, 7, 7))
+    model = nn.Sequential(nn.Conv2d(8, 8, 3), part).eval()
+    frozen = optimize_for_inference(model)
+    _assert_same_outcome(frozen, model, torch.randn(1, 8, 9, 9))
+    assert len(_units(frozen)) == 1
+
+
+GROWTH = """
+import sys, torch
+from torch import nn
+from resnet_fused import optimize_for_inference
+torch.set_num_threads(1)
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+model = optimize_for_inference(nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 64, 3)))
+for i in range(900):
+    if i == 300:
+        before = resident()
+    model(torch.randn(1, 3, 8 + i % 30, 8 + i // 30))
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/statm")
+def test_input_shapes_leave_nothing_behind():
+    """With oneDNN's own cache bounded, 600 more shapes, whose weights would be 90 MB if they were kept."""
+    environment = {**os.environ, "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16", "LRU_CACHE_CAPACITY": "16"}
+    run = subprocess.run(
+        [sys.executable, "-c", GROWTH], env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) < 20e6
+
+
+class _FakeCuda:
+    """What a CUDA graph asks of ``torch.cuda``, on a CPU: a replay runs again what was captured."""
+
+    def __init__(self, monkeypatch, error: Exception | None = None) -> None:
+        self.error, self.options, self.capturing = error, [], False
+        monkeypatch.setattr(Tensor, "is_cuda", property(lambda t: t.device.type == "cpu"), raising=False)
+        for name in ("device", "stream"):
+            monkeypatch.setattr(torch.cuda, name, lambda *_: nullcontext())
+        for name in ("Event", "Stream", "current_stream", "CUDAGraph"):
+            monkeypatch.setattr(torch.cuda, name, lambda: MagicMock())
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
+        monkeypatch.setattr(torch.cuda, "graph", self._capture)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 0))  # no Triton
+
+    @contextmanager
+    def _capture(self, graph, **options):
+        self.options.append(options)
+        yield
+        if self.error is not None:
+            raise self.error
+
+
+@pytest.fixture
+def captured(monkeypatch, model, x):
+    """A frozen model with a graph whose replays can be counted, and the fake."""
+    cuda = _FakeCuda(monkeypatch)
+    frozen = optimize_for_inference(model, x)
+    graph = frozen._graph
+    graph.graph.replay.side_effect = lambda: graph.out.copy_(frozen.network(graph.x))
+    return frozen, graph.graph.replay, cuda
+
+
+def test_a_graph_is_replayed_for_inputs_like_the_example_alone(captured, model, x):
+    frozen, replay, cuda = captured
+    assert [options["capture_error_mode"] for options in cuda.options] == ["thread_local"]
+    first = frozen(x)
+    other = torch.randn_like(x).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        torch.testing.assert_close(frozen(other), model(other))
+        torch.testing.assert_close(first, model(x))
+        assert replay.call_count == 2
+        for unlike in (x[:1], x.double().float().to(torch.float16), x[0], x.to_sparse(), _Subclass(x)):
+            _outcome(lambda unlike=unlike: frozen(unlike))
+        _outcome(lambda: frozen(input_1=x))
+        _outcome(lambda: frozen(x, x))
+        cuda.capturing = True
+        frozen(x)
+        cuda.capturing = False
+        torch.jit.trace(frozen, x, check_trace=False)
+        handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+        frozen(x)
+        handle.remove()
+    assert replay.call_count == 2
+    frozen(x)
+    assert replay.call_count == 3
+
+
+class _Subclass(Tensor):
+    pass
+
+
+def test_a_graph_reads_new_weights_or_is_dropped(captured, x):
+    frozen, replay, _ = captured
+    other = _randomised(resnet_fused.resnet20())
+    state = optimize_for_inference(other).state_dict()
+    kept = {id(weight) for weight in frozen._graph.weights}
+    frozen.load_state_dict(state)
+    assert frozen._graph is not None and {id(t) for t in frozen.buffers()} <= kept
+    torch.testing.assert_close(frozen(x), other(x).detach())
+    assert replay.call_count == 1
+    nn.Sequential(frozen).load_state_dict({f"0.{name}": value for name, value in state.items()}, assign=True)
+    assert frozen._graph is None
+    torch.testing.assert_close(frozen(x), other(x).detach())
+    frozen.prepare(x)
+    assert frozen._graph is not None and copy.deepcopy(frozen)._graph is None
+    frozen.network.fc.register_forward_hook(lambda *_: None)
+    frozen.prepare(x)
+    assert frozen._graph is None
+    frozen.network.fc._forward_hooks.clear()
+    frozen.prepare(x)
+    assert frozen._graph is not None
+    frozen.to(torch.float64)
+    assert frozen._graph is None
+
+
+@pytest.mark.parametrize("error", [RuntimeError("operation not permitted when stream is capturing"), ValueError("x")])
+def test_a_capture_that_fails_is_said_and_leaves_a_model_without_a_graph(error, monkeypatch, model, x, caplog):
+    _FakeCuda(monkeypatch, error)
+    frozen = optimize_for_inference(model, x)
+    assert frozen._graph is None
+    assert f"no CUDA graph: the capture failed: {error}" in caplog.text
+    torch.testing.assert_close(frozen(x), model(x).detach())
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_hooks_forbid_a_graph(dtype, monkeypatch, model, x, caplog):
+    _FakeCuda(monkeypatch)
+    model.fc.register_forward_pre_hook(lambda module, args: None)
+    assert optimize_for_inference(model, x, dtype=dtype)._graph is None
+    assert "no CUDA graph: it would run no hooks" in caplog.text
+    model.fc._forward_pre_hooks.clear()
+    assert optimize_for_inference(model, x, dtype=dtype)._graph is not None
+
+
+def test_outputs_that_are_no_tensors_forbid_a_graph(monkeypatch, caplog):
+    _FakeCuda(monkeypatch)
+    frozen = optimize_for_inference(_Named(), torch.randn(1, 3, 8, 8))
+    assert frozen._graph is None
+    assert "the model returns more than tensors" in caplog.text
+
+
+class _Named(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor | int]:
+        return {"y": self.conv(x), "channels": 4}
