@@ -337,6 +337,6 @@ def report_once(reason: str) -> None:
 
 def warn_once(message: str) -> None:
     """Log ``message`` the first time that it comes up."""
-    if message not in _reported and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and message not in _reported:
         _reported.add(message)
         logger.warning(message)

@@ -1,0 +1,105 @@
+"""Under torch.compile: one graph for every size, the road of the caller, on each supported version."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch._dynamo
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from resnet_fused import ResidualBlock, fuse, implementation
+from resnet_fused.trace import trace
+from tests.training import randomise
+
+pytestmark = pytest.mark.usefixtures("on_device")
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def blocks() -> nn.Module:
+    torch.manual_seed(0)
+    shortcut = nn.Sequential(nn.Conv2d(16, 32, 1, 2, bias=False), nn.BatchNorm2d(32))
+    model = nn.Sequential(Bottleneck(16, 4), Bottleneck(16, 8, 2, shortcut), BasicBlock(32, 32))
+    randomise(model)
+    return nn.Sequential(fuse(model), ResidualBlock(32, [(40, 3)], "pad", stride=2))
+
+
+@pytest.mark.parametrize("road", ["triton", "mixed"])
+@pytest.mark.parametrize("training", [True, False])
+def test_one_graph_for_every_size(training, road):
+    model = blocks().train(training)
+    twin, graphs = copy.deepcopy(model), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=graphs, dynamic=True)
+    with implementation(road), torch.set_grad_enabled(training):
+        for n, h, w in ((2, 6, 5), (3, 6, 5), (5, 8, 7), (64, 6, 5) if road == "mixed" else (9, 6, 5)):
+            x = torch.randn(n, 16, h, w)
+            leaves = [x.clone().requires_grad_(training) for _ in range(2)]
+            z, want = compiled(leaves[0]), twin(leaves[1])
+            assert torch.equal(z, want)
+            if training:
+                z.square().sum().backward()
+                want.square().sum().backward()
+                assert torch.equal(leaves[0].grad, leaves[1].grad)
+    assert graphs.frame_count == 1
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert p.grad is None if not training else torch.equal(p.grad, q.grad)
+    assert all(map(torch.equal, model.buffers(), twin.buffers()))
+
+
+def test_a_batch_size_that_is_marked_is_not_specialised():
+    model, graphs = blocks().eval(), CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, fullgraph=True, backend=graphs)
+    with implementation("triton"), torch.no_grad():
+        for n in (2, 3, 7):
+            x = torch.randn(n, 16, 4, 4)
+            torch._dynamo.mark_dynamic(x, 0)
+            compiled(x)
+    assert graphs.frame_count == 1
+
+
+def test_the_road_is_that_of_the_call_not_of_the_compilation():
+    model, x = blocks().eval(), torch.randn(2, 16, 4, 4)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    seen = {}
+    with torch.no_grad():
+        for road in ("triton", "eager", "mixed", "triton"):
+            with implementation(road):
+                compiled(x)  # traced outside of what follows, whose mode a compiler does not see through
+                seen[road] = compiled(x)
+        for road, z in seen.items():
+            with implementation(road):
+                assert torch.equal(z, model(x)), road
+        with implementation("eager"), torch.autocast(x.device.type, torch.float16):
+            assert compiled(x).dtype == model(x).dtype
+
+
+def test_a_filter_that_is_laid_out_does_not_recompile():
+    model, graphs = blocks().eval(), CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, fullgraph=True, backend=graphs)
+    with implementation("triton"), torch.no_grad():
+        for _ in range(2):
+            x = torch.randn(2, 16, 4, 4)
+            compiled(x), model(x)
+    assert graphs.frame_count == 1
+
+
+def test_what_does_not_fit_runs_eager_under_a_compiler_too():
+    model = blocks().eval()
+    model[0][0].conv1.stride = 1
+    model[0][0].bn1.eps = torch.tensor(1e-3)
+    x = torch.randn(2, 16, 4, 4)
+    with implementation("triton"), torch.no_grad():
+        compiled = torch.compile(model, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+        with trace() as t:
+            model(x)
+    assert "conv_forward" in [launch.name for launch in t.launches]
