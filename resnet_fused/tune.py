@@ -31,9 +31,8 @@ from resnet_fused.kernels.launch import dry_run, interpreting
 from resnet_fused.problem import Problem, Tiles
 from resnet_fused.table import render
 from resnet_fused.trial import Candidate, candidates
-from resnet_fused.tuned import Entry, Table
+from resnet_fused.tuned import DIRECTIONS, Entry, Table
 
-DIRECTIONS = ("inference", "frozen", "training")
 TIMEOUT = 120.0
 """Seconds after which a candidate that does not answer is given up."""
 
@@ -304,10 +303,7 @@ def tune_problems(problems: Sequence[Problem], gpu: str, runner: Runner, *, comp
             except Failure as failure:
                 report.failed.append((problem, str(failure)))
                 continue
-            # Another process may have added to the table in the meantime.
-            tuned.load.cache_clear()
-            report.table = (tuned.load(gpu) or Table(gpu)).with_entry(entry)
-            tuned.save(report.table)
+            report.table = tuned.add(gpu, entry)
             report.tuned.append(entry)
     finally:
         runner.close()

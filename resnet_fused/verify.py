@@ -80,7 +80,7 @@ def _driver() -> str:
 
 def verified(device: torch.device) -> bool:
     """Whether the self-test passed on the :func:`stack` of ``device`` before, as :func:`note` wrote it down."""
-    return stack(device) in _noted(_note_path())
+    return stack(device) in _noted()
 
 
 def note(device: torch.device) -> Path:
@@ -89,8 +89,9 @@ def note(device: torch.device) -> Path:
     Raises OSError where it cannot be written.
     """
     path = _note_path()
-    stacks = [known for known in _noted(path) if known != stack(device)] + [stack(device)]
-    tuned.write_whole(path, json.dumps(stacks, indent=1))
+    with tuned.locked(path):
+        stacks = [known for known in _noted() if known != stack(device)] + [stack(device)]
+        tuned.write_whole(path, json.dumps(stacks, indent=1))
     return path
 
 
@@ -98,11 +99,11 @@ def _note_path() -> Path:
     return tuned.cache_dir() / "checked.json"
 
 
-def _noted(path: Path) -> list[object]:
+def _noted() -> list[object]:
     """The stacks in the file; none if it is missing or corrupt, which costs no more than another self-test."""
     try:
-        stacks = json.loads(path.read_text())
-    except (OSError, ValueError):
+        stacks = json.loads(tuned.read(_note_path()))
+    except (OSError, ValueError, RecursionError):
         return []
     return stacks if isinstance(stacks, list) else []
 
