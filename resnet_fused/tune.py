@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from resnet_fused import models, plan, tuned
-from resnet_fused.commands import DTYPES, MODELS, UserError, tracked
+from resnet_fused.commands import DTYPES, MODELS, UserError, images, pixels, python, tracked
 from resnet_fused.convert import fuse
 from resnet_fused.inference import optimize_for_inference
 from resnet_fused.kernels.launch import dry_run, interpreting
@@ -154,7 +154,8 @@ class ChildRunner:
 class Compilers:
     """Child processes that compile candidates side by side, and need no GPU; a crash of the compiler is one's own."""
 
-    def __init__(self, command: Sequence[str] = (sys.executable, "-m", "resnet_fused.tune_worker", "meta")) -> None:
+    def __init__(self, command: Sequence[str] = ()) -> None:
+        command = command or python("resnet_fused.tune_worker", "meta")
         self.runners = [ChildRunner(command) for _ in range(min(os.cpu_count() or 1, 8))]
         self.closed = False
 
@@ -263,8 +264,8 @@ def tune(
     arch, gpu = 10 * major + minor, torch.cuda.get_device_name(device)
     dtype = dtype or next(model.parameters()).dtype
     problems = [replace(p, gpu=gpu) for p in find_problems(model, shapes, dtype, direction, arch)]
-    command = [sys.executable, "-m", "resnet_fused.tune_worker", str(device)]
-    runner = ChildRunner([*command, "--cudnn-benchmark"] if torch.backends.cudnn.benchmark else command)
+    options = ["--cudnn-benchmark"] if torch.backends.cudnn.benchmark else []
+    runner = ChildRunner(python("resnet_fused.tune_worker", str(device), *options))
     compilers = Compilers()
     try:
         return tune_problems(problems, gpu, runner, compiled=compilers)
@@ -411,8 +412,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``python -m resnet_fused tune``."""
     add = parser.add_argument
     add("--model", nargs="+", default=["resnet50"], choices=MODELS, metavar="NAME", help=f"of {', '.join(MODELS)}")
-    add("--batch", nargs="+", type=int, default=[32], metavar="N", help="numbers of images (default: 32)")
-    add("--size", type=int, default=224, metavar="PIXELS", help="side of the network's input (default: 224)")
+    add("--batch", nargs="+", type=images, default=[32], metavar="N", help="numbers of images (default: 32)")
+    add("--size", type=pixels, default=224, metavar="PIXELS", help="side of the network's input (default: 224)")
     add("--dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16")
     add(
         "--direction",
