@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 import resnet_fused
-from resnet_fused import chain, plan, tuned
+from resnet_fused import chain, plan, tuned, verify
 from resnet_fused.__main__ import main
 from resnet_fused.kernels.launch import TileConfig
 from resnet_fused.problem import Problem, Tiles
@@ -291,6 +291,39 @@ def test_verification_finds_a_wrong_kernel(launcher, monkeypatch):
 
     monkeypatch.setattr(chain, launcher, wrong)
     assert Trial(problem(), DEVICE).ratio(Candidate("fused")) > 1
+
+
+def cut(launcher):
+    """``launcher`` with its factors cut to ten bits."""
+    return lambda x, w, **options: launcher(verify.cut(x), verify.cut(w), **options)
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_tf32_is_judged_by_what_it_may_cost(tf32, monkeypatch):
+    """Whatever PyTorch itself makes of the flag: for many a shape, and on a CPU, it multiplies in fp32."""
+    p = problem(direction="inference", prologue=False, tf32=tf32)
+    monkeypatch.setattr(chain, "conv_forward", cut(chain.conv_forward))
+    assert (Trial(p, DEVICE).ratio(Candidate("fused")) <= 1) is tf32
+
+
+@pytest.mark.parametrize("direction", ["inference", "training"])
+def test_what_is_right_does_not_depend_on_the_fastest_algorithm(direction, monkeypatch):
+    """cuDNN's search for it serves what is timed alone; the tensors and the reference are the same in every run."""
+    seen, conv2d, cudnn = [], F.conv2d, torch.backends.cudnn
+
+    def watched(*args, **kwargs):
+        seen.append((cudnn.benchmark, cudnn.deterministic, cudnn.conv.fp32_precision))
+        return conv2d(*args, **kwargs)
+
+    monkeypatch.setattr(F, "conv2d", watched)
+    monkeypatch.setattr(cudnn, "benchmark", True)
+    monkeypatch.setattr(cudnn, "deterministic", False)
+    before = cudnn.conv.fp32_precision
+    p = problem(direction=direction, prologue=False, tf32=True)
+    assert Trial(p, DEVICE).ratio(Candidate("fused")) <= 1
+    assert {state[:2] for state in seen} == {(False, True)}
+    assert [state[2] for state in seen[-2:]] == ["ieee", "ieee"]
+    assert (cudnn.benchmark, cudnn.deterministic, cudnn.conv.fp32_precision) == (True, False, before)
 
 
 def conv_relu(x, w, bias, residual, *geometry):
