@@ -15,9 +15,10 @@ import statistics
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain, groupby, islice, repeat
 from typing import Any, Protocol
 
 import torch
@@ -161,11 +162,14 @@ class Compilers:
 
     def __call__(self, problem: Problem, ways: Sequence[Candidate]) -> dict[Candidate, str]:
         """The fused candidates that cannot be compiled, each with the reason."""
-        left = iter([way for way in ways if way.implementation == "fused"])
+        fused = [way for way in ways if way.implementation == "fused"]
+        # What they have in common is compiled once: the default tiles before the others, and those that differ in no
+        # tile, but in splits, by one process.
+        alike = [list(group) for _, group in groupby(fused, _compiled)]
         failed: dict[Candidate, str] = {}
 
-        def work(runner: ChildRunner) -> None:
-            for way in left:
+        def work(runner: ChildRunner, left: Iterator[list[Candidate]]) -> None:
+            for way in chain.from_iterable(left):
                 try:
                     if runner.problem != problem:
                         runner.open(problem)
@@ -179,7 +183,9 @@ class Compilers:
 
         with ThreadPoolExecutor(len(self.runners)) as pool:
             try:
-                list(pool.map(work, self.runners))
+                others = iter(alike)
+                work(self.runners[0], islice(others, 1))
+                list(pool.map(work, self.runners, repeat(others)))
             except BaseException:
                 self.close()
                 raise
@@ -190,6 +196,12 @@ class Compilers:
         self.closed = True
         for runner in self.runners:
             runner.close()
+
+
+def _compiled(way: Candidate) -> tuple[Any, ...]:
+    """What of a fused candidate the compiler sees."""
+    tiles = way.tiles
+    return tiles.forward, tiles.dgrad, tiles.wgrad and tiles.wgrad.tile
 
 
 def _forward(stream: Iterable[str], answers: queue.Queue[str | None]) -> None:
@@ -291,10 +303,12 @@ Compiled = Callable[[Problem, Sequence[Candidate]], dict[Candidate, str]]
 def tune_problems(problems: Sequence[Problem], gpu: str, runner: Runner, *, compiled: Compiled) -> Report:
     """Tune what the user's table of ``gpu`` lacks, and save it problem by problem.
 
-    ``compiled`` returns the candidates that cannot be compiled, each with the reason.
+    ``compiled`` returns the candidates that cannot be compiled, each with the reason. Raises OSError where the table
+    cannot be written, before anything is measured.
     """
     report = Report(tuned.load(gpu) or Table(gpu))
     try:
+        tuned.require_writable(gpu)
         for problem in tracked(problems, "tuning"):
             if (entry := report.table.exact(problem)) is not None:
                 report.known.append(entry)

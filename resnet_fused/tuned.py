@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -166,6 +167,12 @@ def save(table: Table) -> Path:
     write_whole(file, render(table))
     load.cache_clear()
     return file
+
+
+def require_writable(gpu: str) -> None:
+    """Raise OSError unless the user's table of ``gpu`` can be written."""
+    with locked(path(gpu)), tempfile.TemporaryFile(dir=path(gpu).parent):
+        pass
 
 
 @contextmanager

@@ -7,9 +7,11 @@ import io
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -150,6 +152,26 @@ def test_what_is_known_is_not_measured_again():
     assert table is not None
     assert {entry.problem for entry in table.entries} == set(problems)
     assert plan.decide(problems[0], table=table).source == "tuned"
+
+
+@pytest.mark.parametrize("place", ["a file", "no home"])
+def test_a_table_that_cannot_be_written_is_found_before_anything_is_measured(place, monkeypatch, tmp_path):
+    if place == "a file":
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("RESNET_FUSED_CACHE", str(tmp_path / "file"))
+    else:
+        for name in ("RESNET_FUSED_CACHE", "XDG_CACHE_HOME"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr(tuned.Path, "home", homeless)
+    runner = FakeRunner()
+    with pytest.raises(OSError, match="RESNET_FUSED_CACHE must name" if place == "no home" else "file"):
+        tune_problems([problem()], GPU, runner, compiled=nothing)
+    assert runner.opened == []
+    assert runner.closed
+
+
+def homeless():
+    raise RuntimeError("Could not determine home directory.")
 
 
 @pytest.mark.parametrize("function", ["fsync", "replace", "write"])
@@ -390,6 +412,43 @@ def test_candidates_that_do_not_compile_are_told_apart(monkeypatch):
         assert compile_all(replace(p, n=9), [Candidate("fused")]) == {}
     finally:
         compile_all.close()
+
+
+def test_nothing_is_compiled_side_by_side_with_itself(monkeypatch):
+    """The default tiles come first, alone; candidates that differ in splits alone, from one process."""
+    compile_all = Compilers(["nothing runs"])
+    compile_all.runners = [Compiler() for _ in range(4)]
+    ways = candidates(problem())
+    assert compile_all(problem(), ways) == {}
+    assert [event[1:] for event in Compiler.log[:2]] == [("begins", ways[0]), ("ends", ways[0])]
+    compiled = [(compiler, way) for compiler, event, way in Compiler.log if event == "ends"]
+    by_tile = {}
+    for compiler, way in compiled:
+        tile = way.tiles.forward, way.tiles.dgrad, way.tiles.wgrad and way.tiles.wgrad.tile
+        by_tile.setdefault(tile, set()).add(compiler)
+    fused = [way for way in ways if way.implementation == "fused"]
+    assert len(compiled) == len(fused)
+    assert {way for _, way in compiled} == set(fused)
+    assert {len(compilers) for compilers in by_tile.values()} == {1}
+    assert len({compiler for compiler, _ in compiled}) > 1
+
+
+class Compiler:
+    """In a process's place; takes its time."""
+
+    log: ClassVar[list] = []
+    problem = None
+
+    def open(self, problem: Problem) -> None:
+        self.problem = problem
+
+    def why_not_compiled(self, candidate: Candidate) -> None:
+        self.log.append((id(self), "begins", candidate))
+        time.sleep(0.01)
+        self.log.append((id(self), "ends", candidate))
+
+    def close(self) -> None:
+        pass
 
 
 def test_a_crash_of_the_compiler_is_its_candidates_alone(monkeypatch):
