@@ -39,7 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         _restart_with_interpreter(arguments)
     except UserError as error:
         _complain(str(error))
-    except (MemoryError, torch.OutOfMemoryError) as error:
+    except (MemoryError, RuntimeError) as error:
+        # On a CPU, PyTorch has no type of its own for it.
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
         _complain(f"out of memory: {error}")
     return 2
 

@@ -272,7 +272,11 @@ def tune(
     if device.type != "cuda" or not torch.cuda.is_available() or interpreting():
         raise RuntimeError("tune measures on a CUDA GPU, and there is none here that the kernels run on")
     device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    if device.index >= torch.cuda.device_count():
+        raise RuntimeError(f"there is no {device}: PyTorch sees {torch.cuda.device_count()} CUDA GPUs here")
     major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < plan.MIN_CAPABILITY:
+        raise RuntimeError(f"{device} has compute capability {major}.{minor}: the kernels need 8.0 or newer")
     arch, gpu = 10 * major + minor, torch.cuda.get_device_name(device)
     dtype = dtype or next(model.parameters()).dtype
     problems = [replace(p, gpu=gpu) for p in find_problems(model, shapes, dtype, direction, arch)]

@@ -62,16 +62,26 @@ def test_a_mistake_is_one_line_and_exit_code_2(capsys, arguments, message):
     assert len(err.splitlines()) == 1
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory.\nTried"), MemoryError("no more")])
-def test_out_of_memory_is_one_line(capsys, monkeypatch, error):
-    def fails(options):
-        raise error
+def fails_by_itself():
+    raise torch.OutOfMemoryError("CUDA out of memory.\nTried")
 
-    monkeypatch.setattr(demo, "main", fails)
+
+@pytest.mark.parametrize("fails", [fails_by_itself, lambda: torch.empty(2**50), lambda: bytearray(2**60)])
+def test_out_of_memory_is_one_line(capsys, monkeypatch, fails):
+    monkeypatch.setattr(demo, "main", lambda options: fails())
     assert main(["demo"]) == 2
     err = capsys.readouterr().err
     assert "out of memory" in err
     assert len(err.splitlines()) == 1
+
+
+def test_what_is_no_mistake_of_the_users_keeps_its_trace(monkeypatch):
+    def fails(options):
+        raise RuntimeError("a mistake of ours")
+
+    monkeypatch.setattr(demo, "main", fails)
+    with pytest.raises(RuntimeError, match="of ours"):
+        main(["demo"])
 
 
 def test_the_largest_numbers_are_planned(capsys):
@@ -103,6 +113,25 @@ def test_a_folder_on_a_full_disk_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.TemporaryFile", full)
     with pytest.raises(UserError, match=r"--out .*: No space left on device"):
         require_writable(tmp_path, "--out")
+
+
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """A GPU that can be named, and no more."""
+    monkeypatch.setattr(sys.modules["resnet_fused.tune"], "interpreting", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+
+
+def test_tune_names_a_gpu_that_is_not_there_or_too_old(a_gpu, monkeypatch, capsys):
+    assert main(["tune", "--device", "cuda:7"]) == 2
+    assert "there is no cuda:7: PyTorch sees 1 CUDA GPUs here" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert main(["tune"]) == 2
+    assert "compute capability 7.5: the kernels need 8.0" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -146,15 +175,10 @@ def test_workers_import_nothing_from_the_current_directory(trap, monkeypatch):
     assert not trap.exists()
 
 
-def test_the_measuring_process_is_started_so_too(monkeypatch, trap):
+def test_the_measuring_process_is_started_so_too(a_gpu, trap, monkeypatch):
     tune = sys.modules["resnet_fused.tune"]  # the package's attribute of that name is the function
     commands = []
     monkeypatch.setattr(tune, "tune_problems", lambda problems, gpu, runner, compiled: commands.append(runner.command))
-    monkeypatch.setattr(tune, "interpreting", lambda: False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     with torch.device("meta"):
         model = resnet_fused.resnet18()
