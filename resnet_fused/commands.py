@@ -6,7 +6,8 @@ import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
@@ -77,6 +78,18 @@ def python(module: str, *arguments: str) -> list[str]:
     path = [*filter(None, sys.path), str(Path(__file__).parents[1])]
     code = f"import sys; sys.path = {path}; import runpy; runpy.run_module({module!r}, None, '__main__', True)"
     return [sys.executable, "-c", code, *arguments]
+
+
+@contextmanager
+def chosen_input() -> Iterator[None]:
+    """What a network says of an input that it does not take, such as one value per channel in training, is a mistake.
+
+    Raises UserError for ValueError.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def add_network_arguments(parser: argparse.ArgumentParser) -> None:

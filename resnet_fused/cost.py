@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from resnet_fused import inductor_template, machine_code, models, plan, roofline, tuned
-from resnet_fused.commands import UserError, add_network_arguments, pick_arch, tracked
+from resnet_fused.commands import UserError, add_network_arguments, chosen_input, pick_arch, tracked
 from resnet_fused.kernels.gpus import gpu_of
 from resnet_fused.kernels.launch import Call, TileConfig, interpreting
 from resnet_fused.machine_code import MachineCode, Occupancy, occupancy
@@ -232,7 +232,8 @@ def report(options: argparse.Namespace, arch: int) -> Report:
         model = getattr(models, options.model)().to(dtype)
     direction = "training" if options.train else "inference"
     gpu = plan.present_gpu(arch)
-    problems = [replace(p, gpu=gpu) for p in find_problems(model, [shape], dtype, direction, arch)]
+    with chosen_input():
+        problems = [replace(p, gpu=gpu) for p in find_problems(model, [shape], dtype, direction, arch)]
     spawn = multiprocessing.get_context("spawn")
     with _elsewhere():
         pool = ProcessPoolExecutor(min(os.cpu_count() or 1, 8), mp_context=spawn)

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from resnet_fused import models, plan, tuned
-from resnet_fused.commands import DTYPES, MODELS, UserError, images, pixels, python, tracked
+from resnet_fused.commands import DTYPES, MODELS, UserError, chosen_input, images, pixels, python, tracked
 from resnet_fused.convert import fuse
 from resnet_fused.inference import optimize_for_inference
 from resnet_fused.kernels.launch import dry_run, interpreting
@@ -450,7 +450,8 @@ def main(options: argparse.Namespace) -> int:
         for name in options.model:
             with torch.device("meta"):
                 model = getattr(models, name)().to(getattr(torch, options.dtype))
-            print(tune(model, *shapes, direction=options.direction, device=options.device))
+            with chosen_input():
+                print(tune(model, *shapes, direction=options.direction, device=options.device))
     except KeyboardInterrupt:
         print("interrupted; the same command goes on with what is left", file=sys.stderr)
         return 130

@@ -122,8 +122,20 @@ def a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H100")
+
+
+@pytest.mark.parametrize(
+    "command", [["explain", "--train"], ["cost", "--train"], ["tune", "--direction", "training"]], ids=" ".join
+)
+def test_an_input_that_the_network_does_not_take_is_one_line(a_gpu, command, monkeypatch, capsys):
+    monkeypatch.setattr("resnet_fused.cost.interpreting", lambda: False)
+    arch = [] if command[0] == "tune" else ["--arch", "sm_90"]
+    assert main([*command, *arch, "--model", "resnet18", "--batch", "1", "--size", "32"]) == 2
+    err = capsys.readouterr().err
+    assert "Expected more than 1 value per channel when training" in err
+    assert len(err.splitlines()) == 1
 
 
 def test_tune_names_a_gpu_that_is_not_there_or_too_old(a_gpu, monkeypatch, capsys):
