@@ -23,7 +23,16 @@ from resnet_fused.__main__ import main
 from resnet_fused.kernels.launch import TileConfig
 from resnet_fused.problem import Problem, Tiles
 from resnet_fused.trial import Candidate, Trial, candidates
-from resnet_fused.tune import ChildRunner, Compilers, Failure, find_problems, tune_problem, tune_problems
+from resnet_fused.tune import (
+    ChildRunner,
+    Compilers,
+    Failure,
+    Timing,
+    _beats,
+    find_problems,
+    tune_problem,
+    tune_problems,
+)
 from resnet_fused.tune_worker import serve
 
 pytestmark = pytest.mark.usefixtures("on_device", "own_cache")
@@ -87,6 +96,14 @@ def test_the_fastest_wins_if_it_wins_by_more_than_the_spread():
         assert entry.seconds == (0.9e-3 if winner == other else 1e-3)
         assert entry.spread == pytest.approx(spread)
         assert "measured" in entry.reason
+
+
+def test_who_beats_whom():
+    """By more than the larger of the two spreads."""
+    for one, other, expected in (((0.8, 0.1), (1.0, 0.1), True), ((0.8, 0.1), (1.0, 0.3), False)):
+        assert _beats(Timing(*one), Timing(*other)) is expected
+        assert _beats(Timing(one[0], other[1]), Timing(other[0], one[1])) is expected
+    assert not _beats(Timing(1.0, 0.0), Timing(1.0, 0.0))
 
 
 def test_the_best_tiles_of_each_kernel_are_tried_together():

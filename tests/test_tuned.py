@@ -149,6 +149,7 @@ BAD = {
         lambda: document(put("entries", 0, "tiles", slice(0, 7), [2048, 2048, 16, 4, 1, 0, 0])),
         "legal",
     ),
+    "columns too deep": (lambda: document(put("entries", 0, "tiles", slice(0, 5), [16, 256, 256, 4, 4])), "not legal"),
     "eight warps": (lambda: document(put("entries", 0, "tiles", 3, 8)), "is not legal"),
     "no stage": (lambda: document(put("entries", 0, "tiles", 4, 0)), "is not legal"),
     "nine stages": (lambda: document(put("entries", 0, "tiles", 4, 9)), "is not legal"),
@@ -194,6 +195,8 @@ def test_limits_are_legal():
     for tile in (TileConfig(16, 256, 16, num_stages=1), TileConfig(256, 16, 16, num_stages=8, max_registers=255)):
         entry = replace(ENTRY, tiles=Tiles(tile, tile, WgradConfig(tile, 264)))
         assert tuned.parse(tuned.render(Table(GPU, (entry,))), GPU).entries == (entry,)
+    steady = replace(ENTRY, spread=0.0)
+    assert tuned.parse(tuned.render(Table(GPU, (steady,))), GPU).entries == (steady,)
     large = replace(ENTRY, problem=replace(PROBLEM, n=2**31 - 1))
     assert tuned.parse(tuned.render(Table(GPU, (large,))), GPU).lookup(PROBLEM) == large
     assert Table(GPU, (large,)).lookup(replace(PROBLEM, n=0)) == large, "an empty batch has a plan too"
@@ -309,6 +312,14 @@ def test_tuners_side_by_side_lose_no_entry(locks, monkeypatch):
     assert {entry.problem.n for entry in tuned.load(GPU).entries} == {
         10 * i + j + 1 for i in range(8) for j in range(3)
     }
+
+
+def test_what_another_process_saved_since_the_table_was_loaded_stays():
+    tuned.save(Table(GPU, (ENTRY,)))
+    assert tuned.load(GPU).entries == (ENTRY,)
+    other, own = (replace(ENTRY, problem=replace(PROBLEM, n=n)) for n in (2, 3))
+    tuned.write_whole(tuned.path(GPU), tuned.render(Table(GPU, (ENTRY, other))))
+    assert tuned.add(GPU, own).entries == (ENTRY, other, own)
 
 
 def test_notes_side_by_side_are_all_kept(monkeypatch):
