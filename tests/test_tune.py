@@ -137,6 +137,23 @@ def test_a_bad_candidate_is_quarantined_and_the_others_go_on(fault):
     assert entry.seconds == 1e-3
 
 
+def test_a_candidate_that_fails_the_second_time_is_out():
+    """Though it was the fastest the first time."""
+
+    class FailsLater(FakeRunner):
+        def time(self, ways: Sequence[Candidate]) -> list[list[float]]:
+            if self.timed and Candidate("mixed") in ways:
+                raise Failure("crashed", Candidate("mixed"))
+            return super().time(ways)
+
+    forward, wgrad = (next(way for way in candidates(problem()) if getattr(way.tiles, k)) for k in ("forward", "wgrad"))
+    runner = FailsLater({"mixed": 0.1e-3, str(forward): 0.8e-3, str(wgrad): 0.7e-3})
+    entry = tune_problem(problem(), runner, nothing)
+    assert entry.quarantined == (("mixed", "crashed"),)
+    assert entry.implementation == "fused"
+    assert "mixed" not in entry.reason
+
+
 @pytest.mark.parametrize(("direction", "winner"), [("frozen", "mixed"), ("inference", "fused")])
 def test_a_mixed_unit_that_keeps_the_host_longer_than_the_gpu_does_not_win(direction, winner):
     times = {"fused": 2e-5, "mixed": 1e-5, "eager": 3e-5, "cudnn": 3e-5}
