@@ -319,11 +319,12 @@ def test_the_protocol_answers_every_line():
         {"problem": asdict(problem()) | {"dtype": "float32"}},
         {"verify": Candidate("fused").encode()},
         {"problem": {"n": 0}},
+        {"verify": Candidate("fused").encode()},  # the one before is gone
     ]
     out = io.StringIO()
     serve(map(json.dumps, requests), out, lambda p: Trial(p, DEVICE), clock=None)
     answers = [json.loads(line) for line in out.getvalue().splitlines()]
-    assert [list(answer) for answer in answers] == [["error", "fatal"], [], ["ratio"], ["error", "fatal"]]
+    assert [list(answer) for answer in answers] == [["error", "fatal"], [], ["ratio"], *2 * [["error", "fatal"]]]
 
 
 @pytest.mark.parametrize("direction", ["inference", "training"])
