@@ -327,12 +327,11 @@ def test_the_protocol_answers_every_line():
     assert [list(answer) for answer in answers] == [["error", "fatal"], [], ["ratio"], *2 * [["error", "fatal"]]]
 
 
-def test_the_worker_multiplies_in_the_problems_format(monkeypatch):
-    conv = torch.backends.cudnn.conv
-    monkeypatch.setattr(conv, "fp32_precision", conv.fp32_precision)
+def test_the_worker_multiplies_in_the_problems_format():
     requests = [{"problem": asdict(problem(tf32=tf32)) | {"dtype": "float32"}} for tf32 in (True, False, True)]
     seen = []
-    serve(map(json.dumps, requests), io.StringIO(), lambda p: seen.append(plan.tf32(p.dtype)), clock=None)
+    with verify.products(tf32=False):  # and back to what was before
+        serve(map(json.dumps, requests), io.StringIO(), lambda p: seen.append(plan.tf32(p.dtype)), clock=None)
     assert seen == [True, False, True]
 
 
