@@ -20,6 +20,7 @@ import torch.nn.functional as F
 import resnet_fused
 from resnet_fused import chain, plan, tuned, verify
 from resnet_fused.__main__ import main
+from resnet_fused.kernels import conv_wgrad
 from resnet_fused.kernels.launch import TileConfig
 from resnet_fused.problem import Problem, Tiles
 from resnet_fused.trial import Candidate, Trial, candidates
@@ -327,6 +328,15 @@ def test_the_protocol_answers_every_line():
     assert [list(answer) for answer in answers] == [["error", "fatal"], [], ["ratio"], *2 * [["error", "fatal"]]]
 
 
+def test_what_runs_is_verified_in_the_problems_format(monkeypatch):
+    trial, seen = Trial(problem(tf32=True), DEVICE), []
+    work = trial.work(Candidate("fused"))
+    monkeypatch.setattr(trial, "work", lambda way: lambda: (seen.append(plan.tf32(torch.float32)), work())[1])
+    with verify.products(tf32=False):
+        assert trial.ratio(Candidate("fused")) <= 1
+    assert seen == [True]
+
+
 def test_the_worker_multiplies_in_the_problems_format():
     requests = [{"problem": asdict(problem(tf32=tf32)) | {"dtype": "float32"}} for tf32 in (True, False, True)]
     seen = []
@@ -421,7 +431,9 @@ def test_candidates_are_legal_and_distinct():
         assert {way.implementation for way in ways} == {"fused", "mixed", "eager"}
         for way in ways:
             tiles = (way.tiles.forward, way.tiles.dgrad, way.tiles.wgrad and way.tiles.wgrad.tile)
-            assert all(tuned.legal(tile, p) for tile in tiles if tile is not None)
+            assert all(tuned.legal(tile, p) and tile.num_stages >= 2 for tile in tiles if tile is not None)
+        # The default is tried as such, first of all.
+        assert conv_wgrad.default_config(p.conv(prologue=True)) not in {way.tiles.wgrad for way in ways}
 
 
 def test_problems_of_a_model_are_found_without_running_it():
