@@ -422,8 +422,17 @@ def test_a_frozen_unit_may_be_cudnns(residual, dtype, monkeypatch):
     assert trial.ratio(candidate) > 1
 
 
+MERGED = {"groups": 8, "ci": 128, "co": 128, "dtype": torch.bfloat16}
+
+
 def test_candidates_are_legal_and_distinct():
-    for change in ({}, {"dtype": torch.bfloat16, "ci": 256, "co": 512}, {"groups": 4}, {"direction": "inference"}):
+    for change in (
+        {},
+        {"dtype": torch.bfloat16, "ci": 256, "co": 512},
+        {"groups": 4},
+        {"direction": "inference"},
+        MERGED,
+    ):
         p = problem(**change)
         ways = candidates(p)
         assert len(set(ways)) == len(ways) > 5
@@ -431,6 +440,7 @@ def test_candidates_are_legal_and_distinct():
         assert {way.implementation for way in ways} == {"fused", "mixed", "eager"}
         for way in ways:
             tiles = (way.tiles.forward, way.tiles.dgrad, way.tiles.wgrad and way.tiles.wgrad.tile)
+            tuned._rehearse(way.tiles, p)  # so that what wins can be kept
             assert all(tuned.legal(tile, p) and tile.num_stages >= 2 for tile in tiles if tile is not None)
         # The default is tried as such, first of all.
         assert conv_wgrad.default_config(p.conv(prologue=True)) not in {way.tiles.wgrad for way in ways}
