@@ -77,6 +77,11 @@ def compare(setting: Setting, peers: Sequence[Peer], rounds: Iterable[int]) -> l
     ]
 
 
+def failed(peers: Sequence[Peer], setting: Setting, error: Exception) -> list[Row]:
+    """The rows of a setting that could not be measured."""
+    return [_row(peer, setting, _failure(error)) for peer in peers]
+
+
 def prepare(peer: Peer, setting: Setting) -> Runner | str:
     """The peer at work, or why it is not."""
     if (reason := peer.why_not(setting.device, setting.training)) is not None:
@@ -86,7 +91,11 @@ def prepare(peer: Peer, setting: Setting) -> Runner | str:
     except Exception as error:  # other libraries raise what they like, and the rest is measured all the same
         if peer in OURS:
             raise
-        return f"failed: {type(error).__name__}: {(str(error) or 'no message').splitlines()[0][:200]}"
+        return _failure(error)
+
+
+def _failure(error: Exception) -> str:
+    return f"failed: {type(error).__name__}: {(str(error) or 'no message').splitlines()[0][:200]}"
 
 
 def _row(peer: Peer, setting: Setting, reason: str | None) -> Row:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
 import shlex
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, fields
 from datetime import datetime, timezone
 from pathlib import Path
@@ -14,10 +16,10 @@ from typing import Any
 
 import torch
 
-from resnet_fused import check, verify
-from resnet_fused.commands import UserError, pick_device
+from resnet_fused import check, tuned, verify
+from resnet_fused.commands import UserError, images, pick_device, pixels, require_writable, rounds
 
-from .compare import Row, compare, table
+from .compare import Row, compare, failed, table
 from .count import counted_gpu
 from .machine import describe
 from .measure import BACKWARD, FORWARD, STEP, WARM_UP, Setting
@@ -25,6 +27,7 @@ from .peers import PEERS, Peer
 from .shapes import MODELS, Case, Network, layers
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+FILES = ("results.json", "results.csv", "report.html")
 DEFAULTS: dict[str, dict[str, Any]] = {
     "cpu": {"batch": [1, 8], "dtype": ["float32"], "rounds": 15},
     "cuda": {"batch": [1, 32, 256], "dtype": ["bfloat16"], "rounds": 50},
@@ -39,62 +42,74 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``python -m resnet_fused bench``."""
     add = parser.add_argument
     add("--models", nargs="+", default=["resnet50"], choices=MODELS, metavar="NAME", help=f"of {', '.join(MODELS)}")
-    add("--batch", nargs="+", type=int, metavar="N", help="default: 1 8 on a CPU, 1 32 256 on a GPU")
+    add("--batch", nargs="+", type=images, metavar="N", help="default: 1 8 on a CPU, 1 32 256 on a GPU")
+    add("--size", type=pixels, metavar="PIXELS", help="side of the input (default: what each model is made for)")
     add("--dtype", nargs="+", choices=DTYPES, help="default: float32 on a CPU, bfloat16 on a GPU")
     add("--train", action="store_true", help="training too: forward+backward, and whole steps of the models")
     add("--skip", nargs="+", default=[], choices=PEERS, metavar="PEER", help=f"of {', '.join(map(repr, PEERS))}")
-    add("--rounds", type=int, metavar="N", help="calls of each peer (default: 15 on a CPU, 50 on a GPU)")
+    add("--rounds", type=rounds, metavar="N", help="calls of each peer (default: 15 on a CPU, 50 on a GPU)")
     add("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 ... (default: a CUDA GPU if there is one)")
     add("--out", type=Path, default=Path("bench"), metavar="DIR", help="for the results (default: bench)")
 
 
 def main(options: argparse.Namespace) -> int:
-    """Measure, and write ``results.json``, ``results.csv`` and ``report.html``; returns 0.
+    """Measure, and write ``results.json`` and ``results.csv`` as it goes, at the end ``report.html``; returns 0.
 
-    Raises UserError for wrong options, where the self-test fails, and where matplotlib is missing.
+    Raises UserError for wrong options, where the self-test fails, where matplotlib is missing, and where nothing can be
+    written.
     """
     device = pick_device(options.device)
     for name, value in DEFAULTS[device.type].items():
         setattr(options, name, getattr(options, name) or value)
-    if min(*options.batch, options.rounds) < 1:
-        raise UserError(f"--batch and --rounds take numbers from 1 on; got {options.batch} and {options.rounds}")
     try:
         from . import report
     except ImportError as error:
         raise UserError(f"{error.name} is missing: pip install 'resnet-fused[bench]'") from None
+    require_writable(options.out, "--out")
+    if taken := [name for name in FILES if (options.out / name).is_dir()]:
+        raise UserError(f"--out {options.out}: {taken[0]} is a directory there")
     require_check(device)
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {options.out}: {error.strerror}") from None
-    machine = describe(device)  # now, for the load on it before
-    rows = measure(options, device)
     gpu = counted_gpu(device)
     results: dict[str, Any] = {
-        "machine": machine,
+        "machine": describe(device),  # now, for the load on it before
         "method": method(options, device),
         "planned_for": {"name": gpu.name, "arch": gpu.arch},
-        "rows": [asdict(row) for row in rows],
     }
-    (options.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    with (options.out / "results.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [column.name for column in fields(Row)])
-        writer.writeheader()
-        writer.writerows(results["rows"])
-    (options.out / "report.html").write_text(report.page(results))
+    rows: list[Row] = []
+    try:
+        for found in measure(options, device):
+            rows += found
+            results["rows"] = [asdict(row) for row in rows]
+            write(options.out, results)
+        tuned.write_whole(options.out / "report.html", report.page(results))
+    except OSError as error:
+        raise UserError(f"--out {options.out}: {error.strerror}") from None
     print(table([row for row in rows if row.level == "network"]))
-    print(f"written: results.json, results.csv and report.html in {options.out}")
+    print(f"written: {', '.join(FILES)} in {options.out}")
     return 0
 
 
-def measure(options: argparse.Namespace, device: torch.device) -> list[Row]:
-    """Everything, one setting after the other."""
-    rows: list[Row] = []
+def write(folder: Path, results: dict[str, Any]) -> None:
+    """Write what was measured so far. Raises OSError."""
+    lines = io.StringIO()
+    writer = csv.DictWriter(lines, [column.name for column in fields(Row)])
+    writer.writeheader()
+    writer.writerows(results["rows"])
+    tuned.write_whole(folder / "results.json", json.dumps(results, indent=1) + "\n")
+    tuned.write_whole(folder / "results.csv", lines.getvalue())
+
+
+def measure(options: argparse.Namespace, device: torch.device) -> Iterator[list[Row]]:
+    """Everything, one setting after the other; one that fails is rows with the reason."""
     todo = settings(options, device)
     for i, setting in enumerate(todo, 1):
         print(f"{i} of {len(todo)}: {setting}", file=sys.stderr, flush=True)
-        rows += compare(setting, peers(setting, options.skip), range(options.rounds))
-    return rows
+        compared = peers(setting, options.skip)
+        try:
+            rows = compare(setting, compared, range(options.rounds))
+        except Exception as error:  # of whatever kind, it is no reason to lose the settings behind it
+            rows = failed(compared, setting, error)
+        yield rows
 
 
 def require_check(device: torch.device) -> None:
@@ -113,9 +128,9 @@ def settings(options: argparse.Namespace, device: torch.device) -> list[Setting]
     """What is measured: the models, then their distinct layers."""
     phases = [FORWARD, BACKWARD] if options.train else [FORWARD]
     todo: dict[Case, list[str]] = {
-        Network(model): [*phases, STEP] if options.train else phases for model in options.models
+        Network(model, options.size): [*phases, STEP] if options.train else phases for model in options.models
     }
-    todo |= {layer: phases for model in options.models for layer in layers(model)}
+    todo |= {layer: phases for model in options.models for layer in layers(model, options.size)}
     return [
         Setting(case, batch, DTYPES[dtype], phase, device)
         for case, wanted in todo.items()
@@ -142,6 +157,7 @@ def method(options: argparse.Namespace, device: torch.device) -> dict[str, str]:
     """How and when it was measured."""
     command = f"python -m resnet_fused bench --models {shlex.join(options.models)}"
     command += f" --batch {' '.join(map(str, options.batch))} --dtype {' '.join(options.dtype)}"
+    command += f" --size {options.size}" if options.size else ""
     command += " --train" * options.train + f" --rounds {options.rounds}"
     command += f" --skip {shlex.join(options.skip)}" if options.skip else ""
     return {

@@ -125,14 +125,21 @@ class Block:
 
 @dataclass(frozen=True)
 class Network:
-    """A whole model, ``name`` being a key of :data:`MODELS`."""
+    """A whole model, a key of :data:`MODELS`, on images of ``size`` x ``size`` pixels, or as it is made for."""
 
-    name: str
+    model: str
+    size: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The model, and the size of the input where that is one's own."""
+        return self.model if self.size is None else f"{self.model} at {self.size}x{self.size}"
 
     @property
     def image(self) -> tuple[int, int, int]:
         """Channels, height and width of the input."""
-        return 3, MODELS[self.name], MODELS[self.name]
+        side = self.size or MODELS[self.model]
+        return 3, side, side
 
     def build(self) -> nn.Module:
         """torchvision's model where torchvision has one and is installed, else ours; with random weights."""
@@ -140,7 +147,7 @@ class Network:
             import torchvision.models as library
         except ImportError:
             library = resnet_fused
-        model: nn.Module = getattr(library, self.name, None) or getattr(resnet_fused, self.name)
+        model: nn.Module = getattr(library, self.model, None) or getattr(resnet_fused, self.model)
         return model()
 
 
@@ -149,8 +156,8 @@ Case = Layer | Block | Network
 
 
 @cache
-def layers(model: str) -> dict[Layer, int]:
-    """The distinct layers of ``model`` (a key of :data:`MODELS`) in order, with how often each occurs."""
+def layers(model: str, size: int | None = None) -> dict[Layer, int]:
+    """The distinct layers of ``Network(model, size)`` in order, with how often each occurs."""
     found: Counter[Layer] = Counter()
 
     def record(conv: nn.Module, x: Tensor) -> None:
@@ -159,7 +166,7 @@ def layers(model: str) -> dict[Layer, int]:
         geometry = conv.kernel_size[0], conv.stride[0], conv.padding[0], conv.groups
         found[Layer(channels, conv.out_channels, height, width, *geometry)] += 1
 
-    _visit(model, (nn.Conv2d,), record)
+    _visit(Network(model, size), (nn.Conv2d,), record)
     return dict(found)
 
 
@@ -181,18 +188,18 @@ def blocks(model: str) -> dict[Block, int]:
         kind = "bottleneck" if bottleneck else "basic"
         found[Block(kind, channels, planes, height, width, block.stride, inner.groups, base_width, shortcut)] += 1
 
-    _visit(model, (BasicBlock, Bottleneck), record)
+    _visit(Network(model), (BasicBlock, Bottleneck), record)
     return dict(found)
 
 
-def _visit(model: str, kinds: tuple[type[nn.Module], ...], record: Callable[[nn.Module, Tensor], None]) -> None:
-    """Call ``record`` with every module of ``kinds`` and its input, in the order in which ``model`` runs them."""
+def _visit(network: Network, kinds: tuple[type[nn.Module], ...], record: Callable[[nn.Module, Tensor], None]) -> None:
+    """Call ``record`` with every module of ``kinds`` and its input, in the order in which ``network`` runs them."""
     with torch.device("meta"), resnet_fused.implementation("eager"), torch.no_grad():
-        network = getattr(resnet_fused, model)().eval()
-        for module in network.modules():
+        model = getattr(resnet_fused, network.model)().eval()
+        for module in model.modules():
             if isinstance(module, kinds):
                 module.register_forward_pre_hook(lambda module, args: record(module, args[0]))
-        network(torch.empty(1, 3, MODELS[model], MODELS[model]))
+        model(torch.empty(1, *network.image))
 
 
 def distinct() -> list[Layer]:

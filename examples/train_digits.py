@@ -154,7 +154,14 @@ def options() -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("train_digits.png"), help="the plot of the losses")
-    return parser.parse_args()
+    chosen = parser.parse_args()
+    if chosen.epochs < 1 or not 1 <= chosen.batch <= 1437:
+        parser.error("--epochs must be 1 or more, --batch from 1 to 1437, the digits that are trained on")
+    try:
+        chosen.out.open("ab").close()
+    except OSError as error:
+        parser.error(f"--out {chosen.out}: {error.strerror}")
+    return chosen
 
 
 def names(requested: str) -> list[str]:

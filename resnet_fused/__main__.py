@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import os
 import sys
 from collections.abc import Sequence
 
+import torch
+
 from resnet_fused import __version__
-from resnet_fused.commands import NeedsInterpreter, UserError
+from resnet_fused.commands import NeedsInterpreter, Parser, UserError, python
 
 COMMANDS = {
     "demo": ("demo", "classify photographs with a ResNet, eager and fused"),
@@ -25,27 +26,35 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command in ``argv`` (default: the process's own); returns the exit code: 2 for a user's mistake."""
     arguments = sys.argv[1:] if argv is None else list(argv)
-    parser = argparse.ArgumentParser(prog="resnet_fused", description="Fused residual blocks for PyTorch.")
+    parser = Parser(prog="resnet_fused", description="Fused residual blocks for PyTorch.")
     parser.add_argument("--version", action="version", version=f"resnet_fused {__version__}")
     subparsers = parser.add_subparsers(metavar="command", dest="command", required=True)
     for name, (module, summary) in COMMANDS.items():
         command = subparsers.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
         importlib.import_module(f"resnet_fused.{module}").add_arguments(command)
-    options = parser.parse_args(arguments)
     try:
+        options = parser.parse_args(arguments)
         return int(importlib.import_module(f"resnet_fused.{COMMANDS[options.command][0]}").main(options))
     except NeedsInterpreter:
         _restart_with_interpreter(arguments)
     except UserError as error:
-        print(f"resnet_fused: {error}", file=sys.stderr)
+        _complain(str(error))
+    except (MemoryError, RuntimeError) as error:
+        # On a CPU, PyTorch has no type of its own for it.
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        _complain(f"out of memory: {error}")
     return 2
+
+
+def _complain(message: str) -> None:
+    print("resnet_fused:", " ".join(message.splitlines()), file=sys.stderr)
 
 
 def _restart_with_interpreter(arguments: list[str]) -> None:
     """Start over with Triton's interpreter on, which must be chosen before the kernels are imported."""
     print("On a CPU the kernels run in Triton's interpreter: starting it ...", file=sys.stderr, flush=True)
-    command = [sys.executable, "-m", "resnet_fused", *arguments]
-    os.execve(sys.executable, command, {**os.environ, "TRITON_INTERPRET": "1"})
+    os.execve(sys.executable, python("resnet_fused", *arguments), {**os.environ, "TRITON_INTERPRET": "1"})
 
 
 if __name__ == "__main__":

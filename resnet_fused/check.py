@@ -8,24 +8,23 @@ import math
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from resnet_fused import plan
 from resnet_fused.check_cases import FORMATS, Case, cases
 from resnet_fused.commands import UserError, pick_device, tracked
 from resnet_fused.kernels.launch import Call, dry_run, observe, target_arch
 from resnet_fused.table import render
-from resnet_fused.verify import error_ratio, note, stack
+from resnet_fused.verify import deterministic, error_ratio, note, products, references, stack
 
 NOT_INTERPRETED = {
     "tf32": "the interpreter multiplies in fp32",
@@ -97,7 +96,7 @@ def run(device: torch.device, progress: Progress | None = None) -> Report:
     skipped = NOT_INTERPRETED if device.type == "cpu" else {}
     left_out = [Row("every kernel", "", name, None, "skipped", why) for name, why in skipped.items()]
     everything = [case for case in everything if case.number_format not in skipped]
-    with _settings(device):
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), deterministic():
         if device.type == "cuda":
             _compile(everything, progress)
         rows = [_judge(case, device) for case in progress(everything, "checking")]
@@ -109,52 +108,12 @@ def _compile(everything: Sequence[Case], progress: Progress) -> None:
     calls = dict[Any, Call]()
     with dry_run(target_arch()), observe(lambda call: calls.setdefault(call.specialization(), call)):
         for case in everything:
-            with suppress(Exception), _number_format(case.number_format):
+            with suppress(Exception), products(case.number_format == "tf32"):
                 case.trial(torch.device("meta")).ours()
     with ThreadPoolExecutor(os.cpu_count()) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
         kernels = [c.kernel.warmup(grid=c.grid, **c.arguments, **c.config.options) for c in calls.values()]
         for kernel in progress([k for k in kernels if isinstance(k, triton.FutureKernel)], "compiling"):
             kernel.result(ignore_errors=True)
-
-
-@contextmanager
-def _settings(device: torch.device) -> Iterator[None]:
-    """Run on ``device``, with PyTorch's own convolutions the same in every run."""
-    deterministic = torch.backends.cudnn.deterministic
-    torch.backends.cudnn.deterministic = True
-    try:
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            yield
-    finally:
-        torch.backends.cudnn.deterministic = deterministic
-
-
-@contextmanager
-def _number_format(name: str) -> Iterator[None]:
-    """Let convolutions in fp32 use TF32, or not."""
-    conv = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    before, conv.fp32_precision = conv.fp32_precision, "tf32" if name == "tf32" else "ieee"
-    try:
-        yield
-    finally:
-        conv.fp32_precision = before
-
-
-class _Tf32Factors(TorchDispatchMode):
-    """Cuts the factors of every convolution to TF32's ten bits, as tensor cores do.
-
-    It says what TF32 may cost; for which shapes cuDNN really uses it depends on its version and the GPU.
-    """
-
-    FACTORS: ClassVar = {torch.ops.aten.convolution.default: 2, torch.ops.aten.convolution_backward.default: 3}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        count = self.FACTORS.get(func, 0)
-        return func(*map(_cut, args[:count]), *args[count:], **(kwargs or {}))
-
-
-def _cut(t: Tensor) -> Tensor:
-    return (t.view(torch.int32) & ~0x1FFF).view(torch.float32)
 
 
 def _judge(case: Case, device: torch.device) -> Row:
@@ -163,13 +122,10 @@ def _judge(case: Case, device: torch.device) -> Row:
     try:
         trial = case.trial(device)
         launches: list[Call] = []
-        with _number_format(case.number_format), observe(launches.append):
+        tf32 = case.number_format == "tf32"
+        with products(tf32), observe(launches.append):
             ours, again = trial.ours(), trial.ours()
-        dtype = FORMATS[case.number_format]
-        with _number_format("float32"):
-            exact = trial.expected(torch.float64, ours)
-            with _Tf32Factors() if case.number_format == "tf32" else nullcontext():
-                eager = trial.expected(dtype, ours)
+        exact, eager = references(lambda dtype: trial.expected(dtype, ours), FORMATS[case.number_format], tf32)
         ratios = {name: error_ratio(ours[name], eager[name], exact[name], trial.sums) for name in exact}
         different = [name for name in ours if not _same(ours[name], again[name])]
     except Exception as error:  # a kernel may fail in any way, and the others are to be checked nevertheless

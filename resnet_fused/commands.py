@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Iterable
-from typing import TypeVar
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn, TypeVar
 
 import torch
 
@@ -18,6 +22,8 @@ MODELS = (
 )
 T = TypeVar("T")
 DTYPES = ("float32", "float16", "bfloat16")
+MAX_IMAGES, MAX_PIXELS, MAX_ROUNDS = 2**16, 2**12, 10**6
+"""The largest batch, side of an image, and number of calls that a command takes."""
 
 
 class UserError(Exception):
@@ -28,12 +34,70 @@ class NeedsInterpreter(Exception):
     """The command must start over in a process whose kernels run in Triton's interpreter."""
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser to which a mistake is the user's, in one line, as any other."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def whole(least: int, most: int) -> Callable[[str], int]:
+    """What reads a number from ``least`` to ``most`` on the command line."""
+
+    def read(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:  # of too many digits, too
+            number = least - 1
+        if not least <= number <= most:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {least} to {most}; got {text[:40]!r}")
+        return number
+
+    return read
+
+
+images, pixels, rounds = whole(1, MAX_IMAGES), whole(32, MAX_PIXELS), whole(1, MAX_ROUNDS)
+"""What reads ``--batch``, ``--size`` (ResNets halve an image five times) and ``--rounds``."""
+
+
+def require_writable(folder: Path, option: str) -> None:
+    """Raise UserError unless files can be made in ``folder``, or in that which it will be made in; leaves nothing."""
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise UserError(f"{option} {folder}: {error.strerror}") from None
+
+
+def python(module: str, *arguments: str) -> list[str]:
+    """The command that runs ``module`` in a process that imports from where this one does.
+
+    Not from its current directory, which ``python -m`` and ``python -c`` put first: what lies there may be anybody's.
+    """
+    # Last comes where this package is, in case the directory was all that led there.
+    path = [*filter(None, sys.path), str(Path(__file__).parents[1])]
+    code = f"import sys; sys.path = {path}; import runpy; runpy.run_module({module!r}, None, '__main__', True)"
+    return [sys.executable, "-c", code, *arguments]
+
+
+@contextmanager
+def chosen_input() -> Iterator[None]:
+    """What a network says of an input that it does not take, such as one value per channel in training, is a mistake.
+
+    Raises UserError for ValueError.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
 def add_network_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that name a network, its input and what is done with it."""
     add = parser.add_argument
     add("--model", default="resnet50", choices=MODELS, metavar="NAME", help=f"one of {', '.join(MODELS)}")
-    add("--batch", type=int, default=32, metavar="N", help="images (default: 32)")
-    add("--size", type=int, default=224, metavar="PIXELS", help="side of the network's input (default: 224)")
+    add("--batch", type=images, default=32, metavar="N", help="images (default: 32)")
+    add("--size", type=pixels, default=224, metavar="PIXELS", help="side of the network's input (default: 224)")
     add("--dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16")
     add("--train", action="store_true", help="a training step, not inference")
 

@@ -10,8 +10,9 @@ import argparse
 import json
 import multiprocessing
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 
 from resnet_fused import inductor_template, machine_code, models, plan, roofline, tuned
-from resnet_fused.commands import UserError, add_network_arguments, pick_arch, tracked
+from resnet_fused.commands import UserError, add_network_arguments, chosen_input, pick_arch, tracked
 from resnet_fused.kernels.gpus import gpu_of
 from resnet_fused.kernels.launch import Call, TileConfig, interpreting
 from resnet_fused.machine_code import MachineCode, Occupancy, occupancy
@@ -212,6 +213,18 @@ def main(options: argparse.Namespace) -> int:
     return 0
 
 
+@contextmanager
+def _elsewhere() -> Iterator[None]:
+    """Let processes start in the root directory: until they know this one's path they import from where they stand."""
+    here = os.open(".", os.O_RDONLY)
+    os.chdir("/")
+    try:
+        yield
+    finally:
+        os.fchdir(here)
+        os.close(here)
+
+
 def report(options: argparse.Namespace, arch: int) -> Report:
     """The report on the model and its input that ``options`` name."""
     dtype, shape = getattr(torch, options.dtype), (options.batch, 3, options.size, options.size)
@@ -219,10 +232,13 @@ def report(options: argparse.Namespace, arch: int) -> Report:
         model = getattr(models, options.model)().to(dtype)
     direction = "training" if options.train else "inference"
     gpu = plan.present_gpu(arch)
-    problems = [replace(p, gpu=gpu) for p in find_problems(model, [shape], dtype, direction, arch)]
+    with chosen_input():
+        problems = [replace(p, gpu=gpu) for p in find_problems(model, [shape], dtype, direction, arch)]
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(os.cpu_count() or 1, 8), mp_context=spawn) as pool:
+    with _elsewhere():
+        pool = ProcessPoolExecutor(min(os.cpu_count() or 1, 8), mp_context=spawn)
         examined = pool.map(partial(examine, request=options.implementation), problems)
+    with pool:
         units = tuple(tracked(examined, f"compiling for sm_{arch}", len(problems)))
     what = f"{'a training step' if options.train else 'inference'} in {problems[0].number_format}"
     title = f"{options.model}, {what}, batch {options.batch}, for sm_{arch} ({gpu_of(arch).name}); each unit once"

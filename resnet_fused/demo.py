@@ -6,6 +6,7 @@ import argparse
 import copy
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +17,7 @@ import triton
 from torch import Tensor, nn
 
 from resnet_fused import models
-from resnet_fused.commands import DTYPES, MODELS, UserError, pick_device, tracked
+from resnet_fused.commands import DTYPES, MODELS, UserError, pick_device, pixels, tracked
 from resnet_fused.convert import fuse
 from resnet_fused.explain import explain
 from resnet_fused.inference import optimize_for_inference
@@ -45,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--weights", type=Path, metavar="FILE", help="state dict, .pth or .safetensors (default: random weights)")
     add("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 ... (default: a CUDA GPU if there is one)")
     add("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
-    add("--size", type=int, default=224, metavar="PIXELS", help="side of the network's input (default: 224)")
+    add("--size", type=pixels, default=224, metavar="PIXELS", help="side of the network's input (default: 224)")
 
 
 def main(options: argparse.Namespace) -> int:
@@ -92,8 +93,6 @@ def run(
 
 def load_photographs(images: list[Path], size: int) -> dict[str, Tensor]:
     """The images, else scikit-image's photographs, by name, each as :func:`preprocess` returns it."""
-    if size < 32:
-        raise UserError(f"--size {size}: the network needs 32 pixels or more")
     if images:
         return {str(path): preprocess(_read_image(path), size) for path in images}
     try:
@@ -108,22 +107,28 @@ def _read_image(path: Path) -> Tensor:
         import numpy
         from PIL import Image
 
-        with Image.open(path) as image:
-            return torch.from_numpy(numpy.array(image.convert("RGB")))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                pixels = torch.from_numpy(numpy.array(image.convert("RGB")))
     except ImportError as error:
         raise UserError(f"{error.name} is missing: pip install 'resnet-fused[demo]'") from None
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a broken file makes PIL raise whatever its decoder stumbles over
         raise UserError(f"cannot read the image {path}: {_first_line(error)}") from None
+    if pixels.numel() == 0:
+        raise UserError(f"cannot read the image {path}: it has no pixels")
+    return pixels
 
 
 def preprocess(image: Tensor, size: int) -> Tensor:
-    """uint8 [H, W, 3] to fp32 [3, size, size]: the shorter side to 8/7 of ``size``, the centre cut out, normalised."""
-    x = image.permute(2, 0, 1).float() / 255
-    factor = (size * 8 / 7) / min(x.shape[1:])
-    height, width = (max(size, round(side * factor)) for side in x.shape[1:])
-    x = F.interpolate(x[None], (height, width), mode="bilinear", antialias=True)[0]
-    top, left = (height - size) // 2, (width - size) // 2
-    x = x[:, top : top + size, left : left + size]
+    """uint8 [H, W, 3] to fp32 [3, size, size]: the central square to 8/7 of ``size``, its centre cut, normalised."""
+    side = min(image.shape[:2])
+    top, left = ((length - side) // 2 for length in image.shape[:2])
+    x = image[top : top + side, left : left + side].permute(2, 0, 1).float() / 255
+    scaled = round(size * 8 / 7)
+    x = F.interpolate(x[None], (scaled, scaled), mode="bilinear", antialias=True)[0]
+    cut = (scaled - size) // 2
+    x = x[:, cut : cut + size, cut : cut + size]
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     return (x - mean[:, None, None]) / std[:, None, None]
 
@@ -132,7 +137,9 @@ def load_model(name: str, weights: Path | None) -> nn.Module:
     """torchvision's model where torchvision is installed, else ours; with the weights of the file, else random ones."""
     torch.manual_seed(0)
     state = {} if weights is None else _read_weights(weights)
-    classes = len(state["fc.bias"]) if "fc.bias" in state else 1000
+    classes = state["fc.bias"].numel() if "fc.bias" in state else 1000
+    if classes == 0:
+        raise UserError(f"{weights} does not hold the weights of {name}: fc.bias is empty")
     try:
         from torchvision.models import get_model
     except ImportError:
@@ -163,7 +170,8 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         raise UserError(f"cannot read weights from {path}: {_first_line(error)}") from None
     if isinstance(state, dict) and "state_dict" in state:
         state = state["state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    named = isinstance(state, dict) and all(isinstance(key, str) for key in state)
+    if not named or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path} holds no state dict: tensors by name are needed")
     return state
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fused import models, roofline, tuned
-from resnet_fused.commands import add_network_arguments, pick_arch
+from resnet_fused.commands import add_network_arguments, chosen_input, pick_arch
 from resnet_fused.convert import Found, find
 from resnet_fused.kernels.launch import dry_run
 from resnet_fused.modules import FusedBlock
@@ -184,6 +184,7 @@ def main(options: argparse.Namespace) -> int:
     with torch.device("meta"), implementation(options.implementation):
         model = getattr(models, options.model)().to(dtype)
         x = torch.empty(options.batch, 3, options.size, options.size, dtype=dtype)
-        explanation = explain(model, x, arch=pick_arch(options.arch), training=options.train)
+        with chosen_input():
+            explanation = explain(model, x, arch=pick_arch(options.arch), training=options.train)
         print(json.dumps(explanation.to_dict(), indent=1) if options.json else explanation)
     return 0

@@ -20,7 +20,7 @@ from resnet_fused.kernels.tile import Norm
 from resnet_fused.problem import Problem, Tiles
 from resnet_fused.trace import Launch, trace
 from resnet_fused.tuned import legal
-from resnet_fused.verify import error_ratio
+from resnet_fused.verify import deterministic, error_ratio, products, references
 
 EPS = 1e-5
 SUMS = 8
@@ -142,7 +142,8 @@ class Trial:
             self.x_stats = torch.stack([zero, one, scale, zero, one / p.m])
         if p.direction == "training":
             self.g = activation(p.n, p.co, p.p, p.q)
-            self.y = F.conv2d(self.input(p.dtype), self.w, **self.geometry)
+            with deterministic():
+                self.y = F.conv2d(self.input(p.dtype), self.w, **self.geometry)
             self.y = self.y.contiguous(memory_format=torch.channels_last)
             self.stats = self.statistics(self.y.double()).float()
             self.sums = reference.batch_norm_sums(self.g.double(), self.y.double(), self.stats.double()).float()
@@ -207,8 +208,9 @@ class Trial:
 
     def ratio(self, candidate: Candidate) -> float:
         """The largest error of the candidate's results over the allowed one: right is what is at most 1."""
-        ours = self.work(candidate)()
-        exact, eager = self._expected(torch.float64), self._expected(self.problem.dtype)
+        with products(self.problem.tf32):
+            ours = self.work(candidate)()
+        exact, eager = references(self._expected, self.problem.dtype, self.problem.tf32)
         return max(error_ratio(got.to(eager[name].dtype), eager[name], exact[name], SUMS) for name, got in ours.items())
 
     def _expected(self, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -15,25 +15,25 @@ import statistics
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain, groupby, islice, repeat
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from resnet_fused import models, plan, tuned
-from resnet_fused.commands import DTYPES, MODELS, UserError, tracked
+from resnet_fused.commands import DTYPES, MODELS, UserError, chosen_input, images, pixels, python, tracked
 from resnet_fused.convert import fuse
 from resnet_fused.inference import optimize_for_inference
 from resnet_fused.kernels.launch import dry_run, interpreting
 from resnet_fused.problem import Problem, Tiles
 from resnet_fused.table import render
 from resnet_fused.trial import Candidate, candidates
-from resnet_fused.tuned import Entry, Table
+from resnet_fused.tuned import DIRECTIONS, Entry, Table
 
-DIRECTIONS = ("inference", "frozen", "training")
 TIMEOUT = 120.0
 """Seconds after which a candidate that does not answer is given up."""
 
@@ -155,17 +155,21 @@ class ChildRunner:
 class Compilers:
     """Child processes that compile candidates side by side, and need no GPU; a crash of the compiler is one's own."""
 
-    def __init__(self, command: Sequence[str] = (sys.executable, "-m", "resnet_fused.tune_worker", "meta")) -> None:
+    def __init__(self, command: Sequence[str] = ()) -> None:
+        command = command or python("resnet_fused.tune_worker", "meta")
         self.runners = [ChildRunner(command) for _ in range(min(os.cpu_count() or 1, 8))]
         self.closed = False
 
     def __call__(self, problem: Problem, ways: Sequence[Candidate]) -> dict[Candidate, str]:
         """The fused candidates that cannot be compiled, each with the reason."""
-        left = iter([way for way in ways if way.implementation == "fused"])
+        fused = [way for way in ways if way.implementation == "fused"]
+        # What they have in common is compiled once: the default tiles before the others, and those that differ in no
+        # tile, but in splits, by one process.
+        alike = [list(group) for _, group in groupby(fused, _compiled)]
         failed: dict[Candidate, str] = {}
 
-        def work(runner: ChildRunner) -> None:
-            for way in left:
+        def work(runner: ChildRunner, left: Iterator[list[Candidate]]) -> None:
+            for way in chain.from_iterable(left):
                 try:
                     if runner.problem != problem:
                         runner.open(problem)
@@ -179,7 +183,9 @@ class Compilers:
 
         with ThreadPoolExecutor(len(self.runners)) as pool:
             try:
-                list(pool.map(work, self.runners))
+                others = iter(alike)
+                work(self.runners[0], islice(others, 1))
+                list(pool.map(work, self.runners, repeat(others)))
             except BaseException:
                 self.close()
                 raise
@@ -190,6 +196,12 @@ class Compilers:
         self.closed = True
         for runner in self.runners:
             runner.close()
+
+
+def _compiled(way: Candidate) -> tuple[Any, ...]:
+    """What of a fused candidate the compiler sees."""
+    tiles = way.tiles
+    return tiles.forward, tiles.dgrad, tiles.wgrad and tiles.wgrad.tile
 
 
 def _forward(stream: Iterable[str], answers: queue.Queue[str | None]) -> None:
@@ -260,12 +272,16 @@ def tune(
     if device.type != "cuda" or not torch.cuda.is_available() or interpreting():
         raise RuntimeError("tune measures on a CUDA GPU, and there is none here that the kernels run on")
     device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    if device.index >= torch.cuda.device_count():
+        raise RuntimeError(f"there is no {device}: PyTorch sees {torch.cuda.device_count()} CUDA GPUs here")
     major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < plan.MIN_CAPABILITY:
+        raise RuntimeError(f"{device} has compute capability {major}.{minor}: the kernels need 8.0 or newer")
     arch, gpu = 10 * major + minor, torch.cuda.get_device_name(device)
     dtype = dtype or next(model.parameters()).dtype
     problems = [replace(p, gpu=gpu) for p in find_problems(model, shapes, dtype, direction, arch)]
-    command = [sys.executable, "-m", "resnet_fused.tune_worker", str(device)]
-    runner = ChildRunner([*command, "--cudnn-benchmark"] if torch.backends.cudnn.benchmark else command)
+    options = ["--cudnn-benchmark"] if torch.backends.cudnn.benchmark else []
+    runner = ChildRunner(python("resnet_fused.tune_worker", str(device), *options))
     compilers = Compilers()
     try:
         return tune_problems(problems, gpu, runner, compiled=compilers)
@@ -291,10 +307,12 @@ Compiled = Callable[[Problem, Sequence[Candidate]], dict[Candidate, str]]
 def tune_problems(problems: Sequence[Problem], gpu: str, runner: Runner, *, compiled: Compiled) -> Report:
     """Tune what the user's table of ``gpu`` lacks, and save it problem by problem.
 
-    ``compiled`` returns the candidates that cannot be compiled, each with the reason.
+    ``compiled`` returns the candidates that cannot be compiled, each with the reason. Raises OSError where the table
+    cannot be written, before anything is measured.
     """
     report = Report(tuned.load(gpu) or Table(gpu))
     try:
+        tuned.require_writable(gpu)
         for problem in tracked(problems, "tuning"):
             if (entry := report.table.exact(problem)) is not None:
                 report.known.append(entry)
@@ -304,10 +322,7 @@ def tune_problems(problems: Sequence[Problem], gpu: str, runner: Runner, *, comp
             except Failure as failure:
                 report.failed.append((problem, str(failure)))
                 continue
-            # Another process may have added to the table in the meantime.
-            tuned.load.cache_clear()
-            report.table = (tuned.load(gpu) or Table(gpu)).with_entry(entry)
-            tuned.save(report.table)
+            report.table = tuned.add(gpu, entry)
             report.tuned.append(entry)
     finally:
         runner.close()
@@ -415,8 +430,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``python -m resnet_fused tune``."""
     add = parser.add_argument
     add("--model", nargs="+", default=["resnet50"], choices=MODELS, metavar="NAME", help=f"of {', '.join(MODELS)}")
-    add("--batch", nargs="+", type=int, default=[32], metavar="N", help="numbers of images (default: 32)")
-    add("--size", type=int, default=224, metavar="PIXELS", help="side of the network's input (default: 224)")
+    add("--batch", nargs="+", type=images, default=[32], metavar="N", help="numbers of images (default: 32)")
+    add("--size", type=pixels, default=224, metavar="PIXELS", help="side of the network's input (default: 224)")
     add("--dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16")
     add(
         "--direction",
@@ -435,7 +450,8 @@ def main(options: argparse.Namespace) -> int:
         for name in options.model:
             with torch.device("meta"):
                 model = getattr(models, name)().to(getattr(torch, options.dtype))
-            print(tune(model, *shapes, direction=options.direction, device=options.device))
+            with chosen_input():
+                print(tune(model, *shapes, direction=options.direction, device=options.device))
     except KeyboardInterrupt:
         print("interrupted; the same command goes on with what is left", file=sys.stderr)
         return 130

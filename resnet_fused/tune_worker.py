@@ -106,7 +106,7 @@ def serve(lines: Iterable[str], out: TextIO, make_trial: Callable[[Problem], Tri
             if "problem" in request:
                 trial = None  # its memory is needed
                 problem = problem_in(request["problem"])
-                torch.backends.cudnn.allow_tf32 = problem.tf32
+                torch.backends.cudnn.conv.fp32_precision = "tf32" if problem.tf32 else "ieee"  # type: ignore[attr-defined]
                 trial = make_trial(problem)
                 answer({})
             elif trial is None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import math
 import os
 import re
+import secrets
+import stat
 import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -15,15 +20,20 @@ from typing import Any
 
 import torch
 import triton
+from torch.utils._python_dispatch import _disable_current_modes
 
+from resnet_fused.kernels.conv_dgrad import conv_dgrad
+from resnet_fused.kernels.conv_forward import conv_forward
+from resnet_fused.kernels.conv_wgrad import conv_wgrad
 from resnet_fused.kernels.gpus import gpu_of
-from resnet_fused.kernels.launch import TileConfig
+from resnet_fused.kernels.launch import TileConfig, dry_run
 from resnet_fused.problem import Problem, Tiles
 from resnet_fused.version import __version__
 
 logger = logging.getLogger("resnet_fused")
 
 SCHEMA = 1
+DIRECTIONS = ("inference", "frozen", "training")
 IMPLEMENTATIONS = ("fused", "mixed", "eager", "cudnn")
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 
@@ -69,15 +79,22 @@ class Table:
             kind = replace(problem, n=1, gpu="", direction=direction)
             alike = [entry for entry in self.entries if replace(entry.problem, n=1, gpu="") == kind]
             if alike:
-                return min(alike, key=lambda entry: abs(math.log(entry.problem.n / problem.n)))
+                return min(alike, key=lambda entry: abs(math.log(entry.problem.n / max(problem.n, 1))))
         return None
 
 
 def cache_dir() -> Path:
-    """Where tables and notes are kept: RESNET_FUSED_CACHE, else resnet_fused in XDG_CACHE_HOME or ~/.cache."""
+    """Where tables and notes are kept: RESNET_FUSED_CACHE, else resnet_fused in XDG_CACHE_HOME or ~/.cache.
+
+    Raises FileNotFoundError where none of them is set and the user has no home directory.
+    """
     if own := os.environ.get("RESNET_FUSED_CACHE"):
         return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resnet_fused"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resnet_fused"
+    except RuntimeError:
+        message = "this user has no home directory: RESNET_FUSED_CACHE must name a folder for what is kept"
+        raise FileNotFoundError(message) from None
 
 
 def versions() -> dict[str, str]:
@@ -86,8 +103,12 @@ def versions() -> dict[str, str]:
 
 
 def path(gpu: str) -> Path:
-    """The file of the user's table of ``gpu`` under the present versions."""
+    """The file of the user's table of ``gpu`` under the present versions. Raises as :func:`cache_dir` does."""
     return cache_dir() / "tuned" / _file_name(gpu)
+
+
+def _shipped(gpu: str) -> Path:
+    return Path(__file__).with_name("tables") / _file_name(gpu)
 
 
 def _file_name(gpu: str) -> str:
@@ -98,19 +119,46 @@ def _file_name(gpu: str) -> str:
 def load(gpu: str) -> Table | None:
     """The user's table of ``gpu``, else the one that the package ships, else None.
 
-    A file that is corrupt or foreign (another GPU, other versions, tiles that the GPU cannot run) is refused with one
-    logged message.
+    A file that cannot be read, or is no table that is legal throughout (corrupt, of another GPU or other versions, with
+    tiles that the GPU cannot run), is refused with one logged message.
     """
     if not gpu:
         return None
-    for file in (path(gpu), Path(__file__).with_name("tables") / _file_name(gpu)):
+    for find in (path, _shipped):
+        file: Path | None = None
         try:
-            return parse(file.read_text(), gpu)
+            file = find(gpu)
+            return parse(read(file), gpu)
         except FileNotFoundError:
             continue
         except (OSError, ValueError) as error:
-            logger.warning("the table %s is ignored: %s", file, error)
+            _warn_once(f"the table {file} is ignored: {error}")
     return None
+
+
+@cache
+def _warn_once(message: str) -> None:
+    logger.warning("%s", message)
+
+
+def read(file: Path) -> str:
+    """The text of ``file``. Raises OSError, and ValueError for what is no UTF-8; a pipe or device is not waited for."""
+    mode = file.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise OSError("it is no regular file")
+    return file.read_text(encoding="utf-8")
+
+
+def add(gpu: str, entry: Entry) -> Table:
+    """Put ``entry`` into the user's table of ``gpu``, beside what other processes have saved; returns that table.
+
+    Raises OSError if it cannot be written.
+    """
+    with locked(path(gpu)):
+        load.cache_clear()
+        table = (load(gpu) or Table(gpu)).with_entry(entry)
+        save(table)
+    return table
 
 
 def save(table: Table) -> Path:
@@ -121,18 +169,35 @@ def save(table: Table) -> Path:
     return file
 
 
+def require_writable(gpu: str) -> None:
+    """Raise OSError unless the user's table of ``gpu`` can be written."""
+    with locked(path(gpu)), tempfile.TemporaryFile(dir=path(gpu).parent):
+        pass
+
+
+@contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Let one process at a time read ``file`` and replace it. Raises OSError if its folder cannot be made."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        with suppress(OSError):  # a file system without locks: who writes at the very same time may win
+            lock = stack.enter_context(open(file.parent / ".lock", "a"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def write_whole(file: Path, text: str) -> None:
     """Replace ``file`` in one step: at no time is it half-written. Raises OSError, and leaves the old one then."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    temporary = file.with_name(f".{file.name}.{secrets.token_hex(8)}")
     try:
-        with open(handle, "w") as stream:
+        with open(temporary, "x", encoding="utf-8") as stream:  # with the permissions that the umask leaves
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, file)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -155,35 +220,46 @@ def render(table: Table) -> str:
 
 def parse(text: str, gpu: str) -> Table:
     """The inverse of :func:`render`. Raises ValueError for what is no table of ``gpu`` under the present versions."""
-    content = json.loads(text)
+    try:
+        return _table(json.loads(text), gpu)
+    except ValueError:
+        raise
+    except Exception as error:  # whatever a rehearsed launch raises would be raised by the user's forward
+        raise ValueError(f"it is malformed: {type(error).__name__}: {error}") from error
+
+
+def _table(content: Any, gpu: str) -> Table:
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
         raise ValueError(f"it is not a table of schema {SCHEMA}")
     for name, here in (("gpu", gpu), ("versions", versions())):
         if content.get(name) != here:
             raise ValueError(f"its {name} is {content.get(name)!r}, here it is {here!r}")
-    try:
-        entries = tuple(_entry(row) for row in content["entries"])
-    except (KeyError, TypeError, AttributeError, ArithmeticError) as error:
-        raise ValueError(f"an entry is malformed: {type(error).__name__}: {error}") from error
-    return Table(gpu, entries)
+    if not isinstance(content["entries"], list):
+        raise ValueError("its entries are no list")
+    return Table(gpu, tuple(_entry(row, gpu) for row in content["entries"]))
 
 
-def _entry(row: dict[str, Any]) -> Entry:
-    problem, code = problem_in(row["problem"]), tuple(_integers(row["tiles"]))
+def _entry(row: dict[str, Any], gpu: str) -> Entry:
+    problem, code = problem_in(row["problem"]), _integers(row["tiles"])
+    if problem.gpu != gpu:
+        raise ValueError(f"an entry is of the GPU {problem.gpu!r}")
     if len(code) != len(Tiles().encode()):
         raise ValueError(f"an entry has {len(code)} numbers for its tiles, not {len(Tiles().encode())}")
-    tiles = Tiles.decode(code)
+    tiles = Tiles.decode(tuple(code))
+    if tiles.encode() != code:
+        raise ValueError(f"an entry's tiles are not to be told from {code}")
     known = IMPLEMENTATIONS if problem.direction == "frozen" else IMPLEMENTATIONS[:-1]
     if row["implementation"] not in known:
         raise ValueError(f"an entry has the implementation {row['implementation']!r}")
     for tile in (tiles.forward, tiles.dgrad, tiles.wgrad and tiles.wgrad.tile):
         if tile is not None and not legal(tile, problem):
             raise ValueError(f"the tile {tile} is not legal for {problem}")
-    seconds, spread = float(row["seconds"]), float(row["spread"])
+    _rehearse(tiles, problem)
+    seconds, spread = _number(row["seconds"]), _number(row["spread"])
     if not (0 < seconds < math.inf and 0 <= spread < math.inf):
         raise ValueError(f"an entry took {seconds} +- {spread} seconds")
-    quarantined = tuple((str(candidate), str(reason)) for candidate, reason in row["quarantined"])
-    return Entry(problem, row["implementation"], tiles, seconds, spread, str(row["reason"]), quarantined)
+    quarantined = tuple((_text(candidate), _text(reason)) for candidate, reason in row["quarantined"])
+    return Entry(problem, row["implementation"], tiles, seconds, spread, _text(row["reason"]), quarantined)
 
 
 def _problem_out(problem: Problem) -> dict[str, Any]:
@@ -193,9 +269,17 @@ def _problem_out(problem: Problem) -> dict[str, Any]:
 def problem_in(fields: dict[str, Any]) -> Problem:
     """The problem that ``asdict`` made ``fields`` of, by way of JSON. Raises ValueError for what is none."""
     pairs = {name: tuple(_integers(fields[name])) for name in ("stride", "padding", "dilation")}
-    sizes = {name: fields[name] for name in ("n", "h", "w", "ci", "co", "r", "s", "groups", "arch")}
+    sizes = _integers(fields[name] for name in ("n", "h", "w", "ci", "co", "r", "s", "groups", "arch"))
     problem = Problem(**(fields | pairs | {"dtype": _DTYPES[fields["dtype"]]}))
-    if min(_integers(sizes.values())) < 1 or any(len(pair) != 2 for pair in pairs.values()) or min(problem.m, 1) < 1:
+    numbers = [*sizes, *(size + 1 for size in problem.padding), *problem.stride, *problem.dilation]
+    if (
+        not all(1 <= number < 2**31 for number in numbers)
+        or any(len(pair) != 2 for pair in pairs.values())
+        or min(problem.p, problem.q) < 1
+        or not all(type(flag) is bool for flag in (problem.tf32, problem.prologue, problem.residual))
+        or problem.direction not in DIRECTIONS
+        or not isinstance(problem.gpu, str)
+    ):
         raise ValueError(f"{fields} is no problem")
     return problem
 
@@ -207,14 +291,54 @@ def _integers(values: Any) -> list[int]:
     return found
 
 
+def _number(value: Any) -> float:
+    if type(value) not in (int, float):
+        raise ValueError(f"{value!r} should be a number")
+    return float(value)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} should be text")
+    return value
+
+
 def legal(tile: TileConfig, problem: Problem) -> bool:
     """Whether the problem's GPU can run kernels with ``tile``, as far as that can be told without compiling one."""
     sizes = tile.block_m, tile.block_n, tile.block_k
     buffers = tile.num_stages * (tile.block_m + tile.block_n) * tile.block_k * problem.dtype.itemsize
     return (
         all(size >= 16 and size & (size - 1) == 0 for size in sizes)
+        and max(tile.block_m, tile.block_n) <= 256
         and tile.num_warps == 4
         and 1 <= tile.num_stages <= 8
         and (tile.max_registers is None or 32 <= tile.max_registers <= 255)
         and buffers <= gpu_of(problem.arch, problem.gpu).shared
     )
+
+
+def _rehearse(tiles: Tiles, problem: Problem) -> None:
+    """Raise what the launchers raise for ``tiles``, and ValueError for splits that nobody would try.
+
+    They check everything before they look at the images, of which there are none: nothing is launched.
+    """
+    p, gpu = problem, gpu_of(problem.arch)
+    # More would be partial filters in memory, and no programs that run at the same time.
+    if tiles.wgrad is not None and not 1 <= tiles.wgrad.splits <= 2 * gpu.multiprocessors:
+        raise ValueError(f"an entry has {tiles.wgrad.splits} splits; legal are 1 to {2 * gpu.multiprocessors}")
+    geometry: dict[str, Any] = {
+        **{"stride": p.stride, "padding": p.padding, "dilation": p.dilation},
+        **{"groups": p.groups, "tf32": p.tf32},
+    }
+
+    def tensor(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=p.dtype, device="meta", memory_format=torch.channels_last)
+
+    with _disable_current_modes(), dry_run(p.arch, p.gpu):  # nobody is to see these tensors
+        x, w, y = tensor(0, p.ci, p.h, p.w), tensor(p.co, p.ci // p.groups, p.r, p.s), tensor(0, p.co, p.p, p.q)
+        if tiles.forward is not None:
+            conv_forward(x, w, config=tiles.forward, **geometry)
+        if tiles.dgrad is not None:
+            conv_dgrad(y, w, (p.h, p.w), config=tiles.dgrad, **geometry)
+        if tiles.wgrad is not None:
+            conv_wgrad(y, x, (p.r, p.s), config=tiles.wgrad, **geometry)

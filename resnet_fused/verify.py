@@ -6,11 +6,15 @@ import ctypes
 import json
 import logging
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from resnet_fused import plan, tuned
 
@@ -58,6 +62,59 @@ def _error(got: Tensor, exact: Tensor) -> float:
     return torch.where(agree, 0.0, (got - exact).abs()).nan_to_num(nan=math.inf, posinf=math.inf).max().item()
 
 
+Results = dict[str, Tensor]
+
+
+def references(expected: Callable[[torch.dtype], Results], dtype: torch.dtype, tf32: bool) -> tuple[Results, Results]:
+    """What results are compared with: ``expected`` in fp64, and as eager PyTorch computes it in ``dtype``.
+
+    ``tf32``: the factors of its convolutions are cut to TF32, for every shape: where cuDNN does so itself depends on
+    its version and the GPU.
+    """
+    with deterministic(), products(tf32=False):
+        exact = expected(torch.float64)
+        with _Tf32Factors() if tf32 else nullcontext():
+            return exact, expected(dtype)
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """PyTorch's own convolutions are the same in every run."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = before
+
+
+@contextmanager
+def products(tf32: bool) -> Iterator[None]:
+    """Let convolutions in fp32 use TF32, or not."""
+    conv = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before, conv.fp32_precision = conv.fp32_precision, "tf32" if tf32 else "ieee"
+    try:
+        yield
+    finally:
+        conv.fp32_precision = before
+
+
+class _Tf32Factors(TorchDispatchMode):
+    """Cuts the factors of every convolution to TF32's ten bits, as tensor cores do."""
+
+    FACTORS: ClassVar = {torch.ops.aten.convolution.default: 2, torch.ops.aten.convolution_backward.default: 3}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        count = self.FACTORS.get(func, 0)
+        return func(*map(cut, args[:count]), *args[count:], **(kwargs or {}))
+
+
+def cut(t: Tensor) -> Tensor:
+    """``t`` in fp32 without the bits that TF32 has not."""
+    return (t.view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+
 def stack(device: torch.device) -> dict[str, str]:
     """What compiled code on ``device`` depends on: its GPU and driver ("" for the CPU) and the software's versions."""
     on_gpu = device.type == "cuda"
@@ -80,7 +137,7 @@ def _driver() -> str:
 
 def verified(device: torch.device) -> bool:
     """Whether the self-test passed on the :func:`stack` of ``device`` before, as :func:`note` wrote it down."""
-    return stack(device) in _noted(_note_path())
+    return stack(device) in _noted()
 
 
 def note(device: torch.device) -> Path:
@@ -89,8 +146,9 @@ def note(device: torch.device) -> Path:
     Raises OSError where it cannot be written.
     """
     path = _note_path()
-    stacks = [known for known in _noted(path) if known != stack(device)] + [stack(device)]
-    tuned.write_whole(path, json.dumps(stacks, indent=1))
+    with tuned.locked(path):
+        stacks = [known for known in _noted() if known != stack(device)] + [stack(device)]
+        tuned.write_whole(path, json.dumps(stacks, indent=1))
     return path
 
 
@@ -98,11 +156,11 @@ def _note_path() -> Path:
     return tuned.cache_dir() / "checked.json"
 
 
-def _noted(path: Path) -> list[object]:
+def _noted() -> list[object]:
     """The stacks in the file; none if it is missing or corrupt, which costs no more than another self-test."""
     try:
-        stacks = json.loads(path.read_text())
-    except (OSError, ValueError):
+        stacks = json.loads(tuned.read(_note_path()))
+    except (OSError, ValueError, RecursionError):
         return []
     return stacks if isinstance(stacks, list) else []
 

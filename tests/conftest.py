@@ -26,6 +26,13 @@ def _seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _no_search_for_algorithms():
+    """What is timed lets cuDNN search, and what runs after it in this process must not."""
+    yield
+    torch.backends.cudnn.benchmark = False
+
+
 @pytest.fixture
 def on_device():
     """Whatever a test makes lies where the kernels run: on the GPU if there is one."""

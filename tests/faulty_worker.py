@@ -1,4 +1,4 @@
-"""A tuning worker on the CPU, in Triton's interpreter, with an injected clock and injected faults.
+"""A tuning worker with an injected clock and injected faults: on the GPU, or where there is none, interpreted.
 
 ``python -m tests.faulty_worker '{"abort": "mixed"}'``: the fault strikes when the candidate so named runs.
 """
@@ -11,15 +11,17 @@ import signal
 import sys
 import time
 
-os.environ["TRITON_INTERPRET"] = "1"
-
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from resnet_fused import tune_worker
 from resnet_fused.problem import Problem
 from resnet_fused.trial import Candidate, Trial
 from resnet_fused.tune_worker import Work, serve
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FAULTS = json.loads(sys.argv[1])
 
 
@@ -71,7 +73,7 @@ def why_not_compiled(problem: Problem, candidate: Candidate) -> None:
 
 
 def make(problem: Problem) -> Trial:
-    return FaultyTrial(problem, torch.device("cpu"))
+    return FaultyTrial(problem, DEVICE)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from benchmarks.measure import BACKWARD, FORWARD, STEP, Setting, Stopwatch, Timi
 from benchmarks.peers import BASELINE, OURS, PEERS, Peer
 from benchmarks.shapes import Block, Layer, Network
 from resnet_fused import __version__, check, implementation, trace, verify
-from resnet_fused.commands import UserError
+from resnet_fused.commands import Parser, UserError
 from resnet_fused.kernels.gpus import gpu_of
 from resnet_fused.kernels.launch import dry_run
 from tests.kernels.test_launch import compiler_on
@@ -154,7 +154,7 @@ class TestCompare:
 
 
 def options(*arguments: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
+    parser = Parser()
     run.add_arguments(parser)
     return parser.parse_args(arguments)
 
@@ -227,10 +227,76 @@ class TestCommand:
         with pytest.raises(UserError, match=r"--out .*test_benchmarks.py/bench: Not a directory"):
             run.main(options("--out", f"{__file__}/bench"))
 
-    @pytest.mark.parametrize("arguments", [["--batch", "0"], ["--rounds", "-1"]])
-    def test_numbers_start_at_one(self, arguments):
-        with pytest.raises(UserError, match="from 1 on"):
-            run.main(options(*arguments))
+    def test_a_folder_in_the_way_of_a_file(self, monkeypatch, tmp_path):
+        """Found before the self-test, which takes long."""
+        monkeypatch.setattr(run, "require_check", lambda device: pytest.fail("too late"))
+        (tmp_path / "results.csv").mkdir()
+        with pytest.raises(UserError, match=r"--out .*: results\.csv is a directory there"):
+            run.main(options("--out", str(tmp_path)))
+
+    def test_a_size_of_ones_own(self):
+        chosen = options("--models", "resnet20", "--size", "64", "--batch", "1", "--dtype", "float32")
+        chosen.rounds = 3
+        network, first, *_ = run.settings(chosen, CPU)
+        assert network.case.image == (3, 64, 64)
+        assert network.case.name == "resnet20 at 64x64"
+        assert first.case.image == (3, 64, 64)
+        assert "--size 64" in run.method(chosen, CPU)["command"]
+        assert type(network.case.build()) is type(Network("resnet20").build())
+
+    def test_results_are_written_as_they_come_and_failures_are_rows(self, monkeypatch, tmp_path):
+        """Of three settings the second fails, and while the third is measured the process is stopped."""
+        pytest.importorskip("matplotlib", reason="matplotlib, which draws the page, is not installed")
+        monkeypatch.setattr(verify, "verified", lambda device: True)
+        todo = [setting(batch=batch) for batch in (1, 2, 3)]
+        monkeypatch.setattr(run, "settings", lambda options, device: todo)
+
+        def stopped(at, *arguments):
+            if at.batch == 2:
+                raise RuntimeError("out of order\nsecond line")
+            if at.batch == 3:
+                raise KeyboardInterrupt
+            return compare(at, [BASELINE], range(1))
+
+        monkeypatch.setattr(run, "compare", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run.main(options("--out", str(tmp_path / "deep" / "bench")))
+        rows = json.loads((tmp_path / "deep" / "bench" / "results.json").read_text())["rows"]
+        assert (rows[0]["batch"], rows[0]["reason"]) == (1, None)
+        failed = [row for row in rows if row["batch"] == 2]
+        assert {row["peer"] for row in failed} == {peer.name for peer in run.peers(todo[1], [])}
+        assert {row["reason"] for row in failed} == {"failed: RuntimeError: out of order"}
+        assert len(rows) == 1 + len(failed)
+        with (tmp_path / "deep" / "bench" / "results.csv").open(newline="") as file:
+            assert len(list(csv.DictReader(file))) == len(rows)
+        todo.pop()
+        assert run.main(options("--out", str(tmp_path))) == 0
+        assert "out of order" in (tmp_path / "report.html").read_text()
+
+    def test_a_page_of_nothing_but_failures(self, monkeypatch, tmp_path, capsys):
+        pytest.importorskip("matplotlib", reason="matplotlib, which draws the page, is not installed")
+        monkeypatch.setattr(verify, "verified", lambda device: True)
+
+        def fails(*arguments):
+            raise RuntimeError("no kernel image")
+
+        monkeypatch.setattr(run, "compare", fails)
+        assert run.main(options("--models", "resnet20", "--train", "--batch", "1", "--out", str(tmp_path))) == 0
+        assert "no kernel image" in (tmp_path / "report.html").read_text()
+        assert "not measured" in capsys.readouterr().out
+
+    def test_a_disk_that_fills_up_is_one_line(self, monkeypatch, tmp_path):
+        pytest.importorskip("matplotlib", reason="matplotlib, which draws the page, is not installed")
+        monkeypatch.setattr(verify, "verified", lambda device: True)
+        monkeypatch.setattr(run, "settings", lambda options, device: [setting()])
+        monkeypatch.setattr(run, "compare", lambda *arguments: compare(arguments[0], [BASELINE], range(1)))
+
+        def full(*_):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match=r"--out .*: No space left on device"):
+            run.main(options("--out", str(tmp_path)))
 
     def test_names_the_extra_without_matplotlib(self, monkeypatch):
         monkeypatch.delitem(sys.modules, "benchmarks.report", raising=False)

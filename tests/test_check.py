@@ -181,7 +181,7 @@ def launched(arch: int) -> dict:
     calls: dict = {}
     with dry_run(arch), observe(lambda call: calls.setdefault(compiled_code(call), call)):
         for case in check.cases("cuda"):
-            with check._number_format(case.number_format):
+            with verify.products(case.number_format == "tf32"):
                 case.trial(torch.device("meta")).ours()
     return calls
 
@@ -204,7 +204,7 @@ def test_a_gpu_meets_the_tiles_of_real_networks(arch):
             network = model().to(check_cases.FORMATS[number_format], memory_format=torch.channels_last)
             x = torch.empty(64, 3, 224, 224, dtype=check_cases.FORMATS[number_format])
         see = observe(lambda call: theirs.add(compiled_code(call)))
-        with check._number_format(number_format), resnet_fused.implementation("triton"), dry_run(arch), see:
+        with verify.products(number_format == "tf32"), resnet_fused.implementation("triton"), dry_run(arch), see:
             network(x).sum().backward()
             with torch.no_grad():
                 network.eval()(x)
@@ -239,7 +239,7 @@ def test_no_block_has_an_input_of_a_relu_within_rounding_of_zero(device_type, ma
 def test_eager_in_tf32_is_convolution_of_cut_factors():
     x, w = torch.randn(2, 8, 5, 4), torch.randn(8, 8, 3, 3)
     cut = (torch.tensor([1 + 2**-10, 1 + 2**-11, -1 - 2**-11, 3.0]), torch.tensor([1 + 2**-10, 1.0, -1.0, 3.0]))
-    assert torch.equal(check._cut(cut[0]), cut[1])
+    assert torch.equal(verify.cut(cut[0]), cut[1])
 
     def gradients(x: Tensor, w: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
         x, w = x.clone().requires_grad_(), w.clone().requires_grad_()
@@ -247,9 +247,9 @@ def test_eager_in_tf32_is_convolution_of_cut_factors():
         return y.detach(), *torch.autograd.grad(y, (x, w), dy)
 
     dy = torch.randn(2, 8, 5, 4)
-    with check._Tf32Factors():
+    with verify._Tf32Factors():
         ours = gradients(x, w, dy)
-    theirs = gradients(check._cut(x), check._cut(w), check._cut(dy))
+    theirs = gradients(verify.cut(x), verify.cut(w), verify.cut(dy))
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     plain = gradients(x, w, dy)
     assert all(1e-5 < (a - b).abs().max() / b.abs().max() < 1e-2 for a, b in zip(ours, plain, strict=True))
@@ -373,7 +373,7 @@ def test_a_stack_is_verified_once_it_was_noted(fake_gpu, cache, monkeypatch):
     assert len(json.loads((cache / "checked.json").read_text())) == 2
     monkeypatch.setattr(verify, "stack", lambda device: {**STACK})
     assert verify.verified(H100)
-    assert [path.name for path in cache.iterdir()] == ["checked.json"]
+    assert {path.name for path in cache.iterdir()} == {"checked.json", ".lock"}
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1, null]", b"{}", b"7", b"\xff\xfe\x00", b'[{"gpu": "Fake H100"}]'])
@@ -396,7 +396,7 @@ def test_a_note_that_fails_leaves_the_old_one(fake_gpu, cache, monkeypatch):
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="no space left"):
         verify.note(H100)
-    assert [path.name for path in cache.iterdir()] == ["checked.json"]
+    assert {path.name for path in cache.iterdir()} == {"checked.json", ".lock"}
     assert (cache / "checked.json").read_text() == before
 
 

@@ -25,7 +25,9 @@ LAYER = Problem(
 
 
 def cost(*arguments: str) -> subprocess.CompletedProcess:
+    """As without a GPU, whose name and measurements would count, and without measurements of the user's."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "RESNET_FUSED_CACHE": os.devnull}
     command = [sys.executable, "-m", "resnet_fused", "cost", "--model", "resnet18", "--size", "64", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
@@ -83,7 +85,7 @@ def test_the_text_names_what_is_a_model():
 
 
 def test_without_the_interpreter(monkeypatch, capsys):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr("resnet_fused.cost.interpreting", lambda: True)
     assert main(["cost"]) == 2
     assert "TRITON_INTERPRET is set: unset it" in capsys.readouterr().err
 

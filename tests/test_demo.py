@@ -1,9 +1,12 @@
 """The command line: what the demo shows, the files it takes, and its errors."""
 
+import io
 import os
 import re
+import struct
 import subprocess
 import sys
+import zlib
 
 import pytest
 import torch
@@ -71,7 +74,7 @@ def test_reads_weights_and_images(capsys, tmp_path, photograph, suffix):
         (["--weights", "missing.pth"], "cannot read weights from missing.pth"),
         (["--weights", "missing.safetensors"], "cannot read weights from missing.safetensors"),
         (["--weights", __file__], "cannot read weights"),
-        (["--size", "16"], "32 pixels or more"),
+        (["--size", "16"], "whole number from 32"),
         (["--device", "abacus"], "no such device"),
         (["--device", "meta"], "run on cpu and cuda"),
         (["--device", "cuda:99"], "CUDA GPUs here"),
@@ -82,6 +85,74 @@ def test_a_mistake_is_one_line_and_exit_code_2(capsys, arguments, message):
     assert code == 2
     assert message in err
     assert len(err.splitlines()) == 1
+
+
+def chunked(*chunks):
+    """A PNG of these chunks, each with a right checksum."""
+    parts = (
+        len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big") for kind, data in chunks
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def header(width, height):
+    return b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+
+
+BROKEN = {
+    "empty": lambda: b"",
+    "text": lambda: b"not an image",
+    "cut off": lambda: picture()[:200],
+    "without data": lambda: chunked(header(40, 50), (b"IEND", b"")),
+    "garbled": lambda: chunked(header(40, 50), (b"IDAT", b"garbage"), (b"IEND", b"")),
+    "a bomb": lambda: chunked(header(50_000, 50_000), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")),
+    "half a bomb": lambda: chunked(header(12_000, 10_000), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")),
+    "no pixels": lambda: chunked(header(0, 50), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")),
+    "a negative size": lambda: b"P6 -5 5 255 " + bytes(75),
+    "a size of many digits": lambda: b"P6 99999999999999999999 5 255 ",
+}
+
+
+def picture():
+    file = io.BytesIO()
+    Image.effect_noise((50, 40), 100).save(file, "png")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", [*BROKEN, "a directory"])
+def test_a_broken_image_is_one_line(capsys, tmp_path, kind):
+    path = tmp_path / "broken.png"
+    path.mkdir() if kind == "a directory" else path.write_bytes(BROKEN[kind]())
+    code, out, err = run(capsys, "--image", str(path))
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+    assert f"cannot read the image {path}: " in err
+
+
+@pytest.mark.parametrize("error", [SyntaxError("broken\nfile"), struct.error("unpack"), MemoryError(), EOFError("end")])
+def test_whatever_pil_raises_is_one_line(capsys, photograph, monkeypatch, error):
+    def fails(self, mode):
+        raise error
+
+    monkeypatch.setattr(Image.Image, "convert", fails)
+    code, _, err = run(capsys, "--image", photograph)
+    assert (code, len(err.splitlines())) == (2, 1)
+
+
+def test_a_strip_of_an_image_takes_no_more_memory_than_any(tmp_path):
+    shape = demo.preprocess(torch.zeros(1, 40_000_000, 3, dtype=torch.uint8), 32).shape
+    assert shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [{"fc.bias": torch.zeros(0)}, {"fc.bias": torch.tensor(1.0)}, {3: torch.zeros(2)}, {}, {"state_dict": 3}, "text"],
+    ids=str,
+)
+def test_weights_that_are_none(capsys, tmp_path, state):
+    torch.save(state, tmp_path / "weights.pth")
+    code, _, err = run(capsys, "--weights", str(tmp_path / "weights.pth"))
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "does not hold the weights" in err or "no state dict" in err
 
 
 def test_weights_of_another_model(capsys, tmp_path):
@@ -96,9 +167,7 @@ def test_weights_of_another_model(capsys, tmp_path):
 
 
 def test_unknown_arguments_exit_with_2():
-    with pytest.raises(SystemExit) as error:
-        main(["demo", "--dtype", "float64"])
-    assert error.value.code == 2
+    assert main(["demo", "--dtype", "float64"]) == 2
 
 
 def test_preprocess_centres_and_normalises():

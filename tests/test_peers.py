@@ -45,8 +45,8 @@ def build(training: bool) -> tuple[nn.Module, torch.Tensor]:
     torch.manual_seed(0)
     model = Tiny().train(training)
     randomise_norms(model)
-    x = torch.randn(2, *LAYER.image, device=DEVICE).contiguous(memory_format=torch.channels_last)
-    return model.to(DEVICE), x
+    x = torch.randn(2, *LAYER.image).contiguous(memory_format=torch.channels_last)  # the same on every device
+    return model.to(DEVICE), x.to(DEVICE)
 
 
 def skip_unless_able(peer: Peer, training: bool) -> None:

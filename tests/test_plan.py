@@ -44,7 +44,10 @@ def test_tf32_follows_both_of_torchs_settings(cudnn):
     assert not plan.tf32(torch.bfloat16)
 
 
-@pytest.mark.parametrize(("value", "code", "text"), [("eager", 0, "eager"), ("cuda", 1, "RESNET_FUSED must be one of")])
+@pytest.mark.parametrize(
+    ("value", "code", "text"),
+    [("eager", 0, "eager"), ("", 0, "auto"), ("cuda", 1, "RESNET_FUSED must be one of 'auto', 'triton'")],
+)
 def test_environment_variable(value, code, text):
     command = [sys.executable, "-c", "from resnet_fused import plan; print(plan.requested())"]
     environment = {**os.environ, "RESNET_FUSED": value}
@@ -206,6 +209,17 @@ def test_where_the_host_takes_longer_than_the_gpu_the_fewest_launches_win():
         (large, "inference", "mixed"),
     ):
         assert plan.decide(replace(problem, direction=direction)).implementation == expected, (problem.n, direction)
+
+
+def test_a_recorder_that_ends_first_leaves_the_other_one():
+    """Though both lists are equal."""
+    outer, inner = plan.record(), plan.record()
+    first, second = outer.__enter__(), inner.__enter__()
+    inner.__exit__(None, None, None)
+    plan.note("a problem")
+    outer.__exit__(None, None, None)
+    plan.note("another")
+    assert (first, second) == (["a problem"], [])
 
 
 def test_problems_are_recorded_as_they_are_planned():

@@ -7,21 +7,33 @@ import io
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import resnet_fused
-from resnet_fused import chain, plan, tuned
+from resnet_fused import chain, plan, tuned, verify
 from resnet_fused.__main__ import main
+from resnet_fused.kernels import conv_wgrad
 from resnet_fused.kernels.launch import TileConfig
 from resnet_fused.problem import Problem, Tiles
 from resnet_fused.trial import Candidate, Trial, candidates
-from resnet_fused.tune import ChildRunner, Compilers, Failure, find_problems, tune_problem, tune_problems
+from resnet_fused.tune import (
+    ChildRunner,
+    Compilers,
+    Failure,
+    Timing,
+    _beats,
+    find_problems,
+    tune_problem,
+    tune_problems,
+)
 from resnet_fused.tune_worker import serve
 
 pytestmark = pytest.mark.usefixtures("on_device", "own_cache")
@@ -87,6 +99,14 @@ def test_the_fastest_wins_if_it_wins_by_more_than_the_spread():
         assert "measured" in entry.reason
 
 
+def test_who_beats_whom():
+    """By more than the larger of the two spreads."""
+    for one, other, expected in (((0.8, 0.1), (1.0, 0.1), True), ((0.8, 0.1), (1.0, 0.3), False)):
+        assert _beats(Timing(*one), Timing(*other)) is expected
+        assert _beats(Timing(one[0], other[1]), Timing(other[0], one[1])) is expected
+    assert not _beats(Timing(1.0, 0.0), Timing(1.0, 0.0))
+
+
 def test_the_best_tiles_of_each_kernel_are_tried_together():
     ways = candidates(problem())
     forward = next(way for way in ways if way.tiles.forward)
@@ -116,6 +136,23 @@ def test_a_bad_candidate_is_quarantined_and_the_others_go_on(fault):
     assert expected.get(fault, "signal 11") in reason
     assert all(str(bad) not in ways for ways in runner.timed)
     assert entry.seconds == 1e-3
+
+
+def test_a_candidate_that_fails_the_second_time_is_out():
+    """Though it was the fastest the first time."""
+
+    class FailsLater(FakeRunner):
+        def time(self, ways: Sequence[Candidate]) -> list[list[float]]:
+            if self.timed and Candidate("mixed") in ways:
+                raise Failure("crashed", Candidate("mixed"))
+            return super().time(ways)
+
+    forward, wgrad = (next(way for way in candidates(problem()) if getattr(way.tiles, k)) for k in ("forward", "wgrad"))
+    runner = FailsLater({"mixed": 0.1e-3, str(forward): 0.8e-3, str(wgrad): 0.7e-3})
+    entry = tune_problem(problem(), runner, nothing)
+    assert entry.quarantined == (("mixed", "crashed"),)
+    assert entry.implementation == "fused"
+    assert "mixed" not in entry.reason
 
 
 @pytest.mark.parametrize(("direction", "winner"), [("frozen", "mixed"), ("inference", "fused")])
@@ -152,6 +189,26 @@ def test_what_is_known_is_not_measured_again():
     assert plan.decide(problems[0], table=table).source == "tuned"
 
 
+@pytest.mark.parametrize("place", ["a file", "no home"])
+def test_a_table_that_cannot_be_written_is_found_before_anything_is_measured(place, monkeypatch, tmp_path):
+    if place == "a file":
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("RESNET_FUSED_CACHE", str(tmp_path / "file"))
+    else:
+        for name in ("RESNET_FUSED_CACHE", "XDG_CACHE_HOME"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr(tuned.Path, "home", homeless)
+    runner = FakeRunner()
+    with pytest.raises(OSError, match="RESNET_FUSED_CACHE must name" if place == "no home" else "file"):
+        tune_problems([problem()], GPU, runner, compiled=nothing)
+    assert runner.opened == []
+    assert runner.closed
+
+
+def homeless():
+    raise RuntimeError("Could not determine home directory.")
+
+
 @pytest.mark.parametrize("function", ["fsync", "replace", "write"])
 def test_a_full_disk_leaves_the_old_table(function, monkeypatch, tmp_path):
     tune_problems([problem(n=1)], GPU, FakeRunner(), compiled=nothing)
@@ -161,7 +218,7 @@ def test_a_full_disk_leaves_the_old_table(function, monkeypatch, tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     if function == "write":
-        monkeypatch.setattr(tuned.tempfile, "mkstemp", full)
+        monkeypatch.setattr(tuned, "open", full, raising=False)
     else:
         monkeypatch.setattr(tuned.os, function, full)
     runner = FakeRunner()
@@ -169,7 +226,7 @@ def test_a_full_disk_leaves_the_old_table(function, monkeypatch, tmp_path):
         tune_problems([problem(n=2)], GPU, runner, compiled=nothing)
     assert runner.closed
     assert tuned.path(GPU).read_text() == before
-    assert [file.name for file in tuned.path(GPU).parent.iterdir()] == [tuned.path(GPU).name]
+    assert {file.name for file in tuned.path(GPU).parent.iterdir()} == {tuned.path(GPU).name, ".lock"}
 
 
 @pytest.mark.parametrize(
@@ -263,11 +320,29 @@ def test_the_protocol_answers_every_line():
         {"problem": asdict(problem()) | {"dtype": "float32"}},
         {"verify": Candidate("fused").encode()},
         {"problem": {"n": 0}},
+        {"verify": Candidate("fused").encode()},  # the one before is gone
     ]
     out = io.StringIO()
     serve(map(json.dumps, requests), out, lambda p: Trial(p, DEVICE), clock=None)
     answers = [json.loads(line) for line in out.getvalue().splitlines()]
-    assert [list(answer) for answer in answers] == [["error", "fatal"], [], ["ratio"], ["error", "fatal"]]
+    assert [list(answer) for answer in answers] == [["error", "fatal"], [], ["ratio"], *2 * [["error", "fatal"]]]
+
+
+def test_what_runs_is_verified_in_the_problems_format(monkeypatch):
+    trial, seen = Trial(problem(tf32=True), DEVICE), []
+    work = trial.work(Candidate("fused"))
+    monkeypatch.setattr(trial, "work", lambda way: lambda: (seen.append(plan.tf32(torch.float32)), work())[1])
+    with verify.products(tf32=False):
+        assert trial.ratio(Candidate("fused")) <= 1
+    assert seen == [True]
+
+
+def test_the_worker_multiplies_in_the_problems_format():
+    requests = [{"problem": asdict(problem(tf32=tf32)) | {"dtype": "float32"}} for tf32 in (True, False, True)]
+    seen = []
+    with verify.products(tf32=False):  # and back to what was before
+        serve(map(json.dumps, requests), io.StringIO(), lambda p: seen.append(plan.tf32(p.dtype)), clock=None)
+    assert seen == [True, False, True]
 
 
 @pytest.mark.parametrize("direction", ["inference", "training"])
@@ -293,6 +368,39 @@ def test_verification_finds_a_wrong_kernel(launcher, monkeypatch):
     assert Trial(problem(), DEVICE).ratio(Candidate("fused")) > 1
 
 
+def cut(launcher):
+    """``launcher`` with its factors cut to ten bits."""
+    return lambda x, w, **options: launcher(verify.cut(x), verify.cut(w), **options)
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_tf32_is_judged_by_what_it_may_cost(tf32, monkeypatch):
+    """Whatever PyTorch itself makes of the flag: for many a shape, and on a CPU, it multiplies in fp32."""
+    p = problem(direction="inference", prologue=False, tf32=tf32)
+    monkeypatch.setattr(chain, "conv_forward", cut(chain.conv_forward))
+    assert (Trial(p, DEVICE).ratio(Candidate("fused")) <= 1) is tf32
+
+
+@pytest.mark.parametrize("direction", ["inference", "training"])
+def test_what_is_right_does_not_depend_on_the_fastest_algorithm(direction, monkeypatch):
+    """cuDNN's search for it serves what is timed alone; the tensors and the reference are the same in every run."""
+    seen, conv2d, cudnn = [], F.conv2d, torch.backends.cudnn
+
+    def watched(*args, **kwargs):
+        seen.append((cudnn.benchmark, cudnn.deterministic, cudnn.conv.fp32_precision))
+        return conv2d(*args, **kwargs)
+
+    monkeypatch.setattr(F, "conv2d", watched)
+    monkeypatch.setattr(cudnn, "benchmark", True)
+    monkeypatch.setattr(cudnn, "deterministic", False)
+    before = cudnn.conv.fp32_precision
+    p = problem(direction=direction, prologue=False, tf32=True)
+    assert Trial(p, DEVICE).ratio(Candidate("fused")) <= 1
+    assert {state[:2] for state in seen} == {(False, True)}
+    assert [state[2] for state in seen[-2:]] == ["ieee", "ieee"]
+    assert (cudnn.benchmark, cudnn.deterministic, cudnn.conv.fp32_precision) == (True, False, before)
+
+
 def conv_relu(x, w, bias, residual, *geometry):
     """What cuDNN computes in one call."""
     y = F.conv2d(x, w, bias, *geometry)
@@ -314,8 +422,17 @@ def test_a_frozen_unit_may_be_cudnns(residual, dtype, monkeypatch):
     assert trial.ratio(candidate) > 1
 
 
+MERGED = {"groups": 8, "ci": 128, "co": 128, "dtype": torch.bfloat16}
+
+
 def test_candidates_are_legal_and_distinct():
-    for change in ({}, {"dtype": torch.bfloat16, "ci": 256, "co": 512}, {"groups": 4}, {"direction": "inference"}):
+    for change in (
+        {},
+        {"dtype": torch.bfloat16, "ci": 256, "co": 512},
+        {"groups": 4},
+        {"direction": "inference"},
+        MERGED,
+    ):
         p = problem(**change)
         ways = candidates(p)
         assert len(set(ways)) == len(ways) > 5
@@ -323,7 +440,10 @@ def test_candidates_are_legal_and_distinct():
         assert {way.implementation for way in ways} == {"fused", "mixed", "eager"}
         for way in ways:
             tiles = (way.tiles.forward, way.tiles.dgrad, way.tiles.wgrad and way.tiles.wgrad.tile)
-            assert all(tuned.legal(tile, p) for tile in tiles if tile is not None)
+            tuned._rehearse(way.tiles, p)  # so that what wins can be kept
+            assert all(tuned.legal(tile, p) and tile.num_stages >= 2 for tile in tiles if tile is not None)
+        # The default is tried as such, first of all.
+        assert conv_wgrad.default_config(p.conv(prologue=True)) not in {way.tiles.wgrad for way in ways}
 
 
 def test_problems_of_a_model_are_found_without_running_it():
@@ -357,6 +477,43 @@ def test_candidates_that_do_not_compile_are_told_apart(monkeypatch):
         assert compile_all(replace(p, n=9), [Candidate("fused")]) == {}
     finally:
         compile_all.close()
+
+
+def test_nothing_is_compiled_side_by_side_with_itself(monkeypatch):
+    """The default tiles come first, alone; candidates that differ in splits alone, from one process."""
+    compile_all = Compilers(["nothing runs"])
+    compile_all.runners = [Compiler() for _ in range(4)]
+    ways = candidates(problem())
+    assert compile_all(problem(), ways) == {}
+    assert [event[1:] for event in Compiler.log[:2]] == [("begins", ways[0]), ("ends", ways[0])]
+    compiled = [(compiler, way) for compiler, event, way in Compiler.log if event == "ends"]
+    by_tile = {}
+    for compiler, way in compiled:
+        tile = way.tiles.forward, way.tiles.dgrad, way.tiles.wgrad and way.tiles.wgrad.tile
+        by_tile.setdefault(tile, set()).add(compiler)
+    fused = [way for way in ways if way.implementation == "fused"]
+    assert len(compiled) == len(fused)
+    assert {way for _, way in compiled} == set(fused)
+    assert {len(compilers) for compilers in by_tile.values()} == {1}
+    assert len({compiler for compiler, _ in compiled}) > 1
+
+
+class Compiler:
+    """In a process's place; takes its time."""
+
+    log: ClassVar[list] = []
+    problem = None
+
+    def open(self, problem: Problem) -> None:
+        self.problem = problem
+
+    def why_not_compiled(self, candidate: Candidate) -> None:
+        self.log.append((id(self), "begins", candidate))
+        time.sleep(0.01)
+        self.log.append((id(self), "ends", candidate))
+
+    def close(self) -> None:
+        pass
 
 
 def test_a_crash_of_the_compiler_is_its_candidates_alone(monkeypatch):

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from resnet_fused import tuned
+from resnet_fused import BasicBlock, fuse, implementation, plan, trace, tuned, verify
 from resnet_fused.kernels.conv_wgrad import WgradConfig
 from resnet_fused.kernels.launch import TileConfig
 from resnet_fused.problem import Problem, Tiles
@@ -112,23 +116,228 @@ BAD = {
     "no image left": (lambda: document(put("entries", 0, "problem", "h", 0)), "is no problem"),
     "a dtype of its own": (lambda: document(put("entries", 0, "problem", "dtype", "int8")), "malformed: KeyError"),
     "a field too many": (lambda: document(put("entries", 0, "problem", "colour", 1)), "malformed: TypeError"),
+    "nested without end": (lambda: "[" * 100_000, "malformed: RecursionError"),
+    "nested inside": (lambda: f'{{"schema": 1, "gpu": {"[" * 5000}{"]" * 5000}}}', "RecursionError"),
+    "a number of 401 digits": (lambda: document(put("entries", 0, "problem", "n", 10**400)), "is no problem"),
+    "a time of 401 digits": (lambda: document(put("entries", 0, "seconds", 10**400)), "malformed: OverflowError"),
+    "a number of 10,000 digits": (lambda: document(put("schema", 1)).replace("1e-06", "1" * 10_000), "limit|Overflow"),
+    "a size of 64 bits": (lambda: document(put("entries", 0, "problem", "h", 2**31)), "is no problem"),
+    "a time that is true": (lambda: document(put("entries", 0, "seconds", True)), "True should be a number"),
+    "a time in words": (lambda: document(put("entries", 0, "seconds", "1e-4")), "'1e-4' should be a number"),
+    "a spread without end": (lambda: document(put("entries", 0, "spread", float("inf"))), "inf seconds"),
+    "a size that is true": (lambda: document(put("entries", 0, "problem", "n", True)), "should be integers"),
+    "a flag that is no flag": (lambda: document(put("entries", 0, "problem", "tf32", 0)), "is no problem"),
+    "a third direction": (lambda: document(put("entries", 0, "problem", "direction", "sideways")), "is no problem"),
+    "a direction of lists": (lambda: document(put("entries", 0, "problem", "direction", [])), "is no problem"),
+    "an entry of another GPU": (lambda: document(put("entries", 0, "problem", "gpu", "A100")), "is of the GPU 'A100'"),
+    "a negative padding": (lambda: document(put("entries", 0, "problem", "padding", [-1, 1])), "is no problem"),
+    "no stride": (lambda: document(put("entries", 0, "problem", "stride", [0, 1])), "is no problem"),
+    "a filter larger than the image": (lambda: document(filter_of(99)), "is no problem"),
+    "three strides": (lambda: document(put("entries", 0, "problem", "stride", [1, 1, 1])), "is no problem"),
+    "entries that are no list": (lambda: document(put("entries", {})), "entries are no list"),
+    "a reason that is none": (lambda: document(put("entries", 0, "reason", None)), "None should be text"),
+    "a quarantine of numbers": (lambda: document(put("entries", 0, "quarantined", [["mixed", 3]])), "should be text"),
+    "a quarantine of one": (lambda: document(put("entries", 0, "quarantined", [["mixed"]])), "not enough values"),
+    "no split": (lambda: document(put("entries", 0, "tiles", 20, 0)), "has 0 splits; legal are 1 to 264"),
+    "less than no split": (lambda: document(put("entries", 0, "tiles", 20, -5)), "has -5 splits"),
+    "splits without end": (lambda: document(put("entries", 0, "tiles", 20, 10**6)), "has 1000000 splits"),
+    "splits of the forward": (lambda: document(put("entries", 0, "tiles", 6, 2)), "not to be told from"),
+    "a tile without rows": (lambda: document(put("entries", 0, "tiles", 0, 0)), "not to be told from"),
+    "rows of an odd number": (lambda: document(put("entries", 0, "tiles", 0, 48)), "is not legal"),
+    "rows below a tensor core's": (lambda: document(put("entries", 0, "tiles", 0, 8)), "is not legal"),
+    "rows without end": (
+        lambda: document(put("entries", 0, "tiles", slice(0, 7), [2048, 2048, 16, 4, 1, 0, 0])),
+        "legal",
+    ),
+    "columns too deep": (lambda: document(put("entries", 0, "tiles", slice(0, 5), [16, 256, 256, 4, 4])), "not legal"),
+    "eight warps": (lambda: document(put("entries", 0, "tiles", 3, 8)), "is not legal"),
+    "no stage": (lambda: document(put("entries", 0, "tiles", 4, 0)), "is not legal"),
+    "nine stages": (lambda: document(put("entries", 0, "tiles", 4, 9)), "is not legal"),
+    "few registers": (lambda: document(put("entries", 0, "tiles", 5, 31)), "is not legal"),
+    "many registers": (lambda: document(put("entries", 0, "tiles", 5, 256)), "is not legal"),
+    "merged groups in pieces": (lambda: document(merged_groups), "must hold the 32 input channels of merged groups"),
+    "no UTF-8": (lambda: b"\xff\xfe{}", "can't decode"),
 }
+
+
+def filter_of(size: int):
+    def change(content):
+        content["entries"][0]["problem"] |= {"r": size, "s": size}
+
+    return change
+
+
+def merged_groups(content) -> None:
+    """Groups of 16 channels share a tile of 32, which a block_k of 16 does not hold."""
+    content["entries"][0]["problem"] |= {"groups": 8}
+    content["entries"][0]["tiles"] = [64, 64, 16, 4, 3, 0, 0] + 14 * [0]
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_a_bad_table_is_refused_with_one_message_and_ignored(case, caplog):
     make, message = BAD[case]
-    tuned.write_whole(tuned.path(GPU), make())
+    content = make()
+    tuned.path(GPU).parent.mkdir(parents=True)
+    tuned.path(GPU).write_bytes(content if isinstance(content, bytes) else content.encode())
     with caplog.at_level(logging.WARNING, "resnet_fused"):
         assert tuned.load(GPU) is None
+        assert tuned.load(GPU) is None
+        tuned.load.cache_clear()
         assert tuned.load(GPU) is None
     (record,) = caplog.records
     assert str(tuned.path(GPU)) in record.getMessage()
     with pytest.raises(ValueError, match=message):
-        tuned.parse(make(), GPU)
+        tuned.parse(tuned.read(tuned.path(GPU)), GPU)
 
 
-def test_a_table_that_cannot_be_read_is_ignored(caplog):
-    tuned.path(GPU).mkdir(parents=True)
+def test_limits_are_legal():
+    """What the tuner may find is read again."""
+    for tile in (TileConfig(16, 256, 16, num_stages=1), TileConfig(256, 16, 16, num_stages=8, max_registers=255)):
+        entry = replace(ENTRY, tiles=Tiles(tile, tile, WgradConfig(tile, 264)))
+        assert tuned.parse(tuned.render(Table(GPU, (entry,))), GPU).entries == (entry,)
+    steady = replace(ENTRY, spread=0.0)
+    assert tuned.parse(tuned.render(Table(GPU, (steady,))), GPU).entries == (steady,)
+    large = replace(ENTRY, problem=replace(PROBLEM, n=2**31 - 1))
+    assert tuned.parse(tuned.render(Table(GPU, (large,))), GPU).lookup(PROBLEM) == large
+    assert Table(GPU, (large,)).lookup(replace(PROBLEM, n=0)) == large, "an empty batch has a plan too"
+
+
+def test_nobody_sees_the_rehearsal():
+    text = tuned.render(Table(GPU, (ENTRY,)))
+    with trace() as seen, torch.device("meta"):
+        tuned.parse(text, GPU)
+    assert not seen.launches
+
+
+def broken(kind: str, file: Path) -> None:
+    """Make ``file``, or a folder above it, unusable."""
+    if kind == "cache is a file":
+        file.parents[1].rmdir()
+        file.parents[1].write_text("")
+        return
+    file.parent.mkdir(parents=True)
+    if kind == "directory":
+        file.mkdir()
+    elif kind == "dangling link":
+        file.symlink_to("nowhere")
+    elif kind == "link to itself":
+        file.symlink_to(file)
+    elif kind == "pipe":
+        os.mkfifo(file)
+    else:
+        file.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("directory", "Is a directory"),
+        ("cache is a file", "Not a directory"),
+        ("link to itself", "Too many levels of symbolic links"),
+        ("pipe", "it is no regular file"),
+        ("device", "it is no regular file"),
+        ("dangling link", ""),
+    ],
+)
+def test_a_table_that_cannot_be_read_is_ignored(kind, message, caplog):
+    broken(kind, tuned.path(GPU))
     assert tuned.load(GPU) is None
-    assert "Is a directory" in caplog.text
+    assert message in caplog.text
+    assert len(caplog.records) == bool(message)
+    assert not verify.verified(torch.device("cpu"))
+
+
+@pytest.fixture
+def _homeless(own_cache, monkeypatch):
+    """A user whom the system does not know, as in many a container."""
+    for name in ("RESNET_FUSED_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(tuned.Path, "home", home)
+
+
+@pytest.mark.usefixtures("_homeless")
+def test_without_a_home_directory_everything_runs_and_nothing_is_kept(monkeypatch, caplog):
+    assert tuned.load(GPU) is None
+    assert not verify.verified(torch.device("cpu"))
+    block, x = fuse(torch.nn.Sequential(BasicBlock(16, 16))).eval(), torch.randn(1, 16, 4, 4)
+    monkeypatch.setattr(plan, "target", lambda device: (0, GPU))
+    with implementation("triton"), torch.no_grad(), trace() as seen:
+        block(x)
+    assert sum(launch.config is not None for launch in seen.launches) == 2
+    assert len(caplog.records) <= 1
+    for write in (lambda: tuned.add(GPU, ENTRY), lambda: verify.note(torch.device("cpu"))):
+        with pytest.raises(FileNotFoundError, match="no home directory: RESNET_FUSED_CACHE must name"):
+            write()
+
+
+@pytest.mark.usefixtures("_homeless")
+def test_a_cache_needs_no_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert tuned.cache_dir() == tmp_path / "resnet_fused"
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o002, 0o077])
+def test_files_have_the_permissions_that_the_umask_leaves(mask):
+    before = os.umask(mask)
+    try:
+        files = tuned.save(Table(GPU, (ENTRY,))), verify.note(torch.device("cpu"))
+    finally:
+        os.umask(before)
+    assert [file.stat().st_mode & 0o777 for file in files] == [0o666 & ~mask] * 2
+
+
+def crowd(work, count: int = 8) -> None:
+    """``work(i)`` for every i at once."""
+    with ThreadPoolExecutor(count) as pool:
+        start = threading.Barrier(count)
+        list(pool.map(lambda i: (start.wait(), work(i)), range(count)))
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_tuners_side_by_side_lose_no_entry(locks, monkeypatch):
+    if not locks:
+
+        def flock(*_):
+            raise OSError("No locks available")
+
+        monkeypatch.setattr(tuned.fcntl, "flock", flock)
+        tuned.add(GPU, ENTRY)
+        assert tuned.load(GPU).entries == (ENTRY,)
+        return
+    crowd(lambda i: [tuned.add(GPU, replace(ENTRY, problem=replace(PROBLEM, n=10 * i + j + 1))) for j in range(3)])
+    assert {entry.problem.n for entry in tuned.load(GPU).entries} == {
+        10 * i + j + 1 for i in range(8) for j in range(3)
+    }
+
+
+def test_what_another_process_saved_since_the_table_was_loaded_stays():
+    tuned.save(Table(GPU, (ENTRY,)))
+    assert tuned.load(GPU).entries == (ENTRY,)
+    other, own = (replace(ENTRY, problem=replace(PROBLEM, n=n)) for n in (2, 3))
+    tuned.write_whole(tuned.path(GPU), tuned.render(Table(GPU, (ENTRY, other))))
+    assert tuned.add(GPU, own).entries == (ENTRY, other, own)
+
+
+def test_notes_side_by_side_are_all_kept(monkeypatch):
+    here = threading.local()
+    monkeypatch.setattr(verify, "stack", lambda device: {"gpu": here.gpu})
+
+    def note(i):
+        here.gpu = str(i)
+        verify.note(torch.device("cpu"))
+
+    crowd(note)
+    noted = json.loads((tuned.cache_dir() / "checked.json").read_text())
+    assert sorted(stack["gpu"] for stack in noted) == [str(i) for i in range(8)]
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "{}", "[[1]]", "null", "\0"])
+def test_a_note_that_is_none_costs_another_self_test(content):
+    tuned.write_whole(tuned.cache_dir() / "checked.json", content)
+    assert not verify.verified(torch.device("cpu"))
+    verify.note(torch.device("cpu"))
+    assert verify.verified(torch.device("cpu"))
