@@ -182,7 +182,7 @@ def main(options: argparse.Namespace) -> int:
     """Print the plan of a model; returns 0."""
     dtype = getattr(torch, options.dtype)
     with torch.device("meta"), implementation(options.implementation):
-        model = getattr(models, options.model)().to(dtype)
+        model = getattr(models, options.model)().to(dtype, memory_format=torch.channels_last)
         x = torch.empty(options.batch, 3, options.size, options.size, dtype=dtype)
         with chosen_input():
             explanation = explain(model, x, arch=pick_arch(options.arch), training=options.train)
