@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import conv_forward
-from .conv_forward import ConvProblem, Geometry
-from .launch import INTERPRETER, Cost, Recipe, TileConfig, target_arch
+from .conv_forward import ConvProblem, Geometry, check_geometry
+from .launch import INTERPRETER, Cost, Recipe, TileConfig, Vector, target_arch
 from .tile import (
     Layout,
     cdiv,
@@ -334,10 +334,11 @@ def conv_dgrad(
     that do not fit, and for filters of more than 64 taps.
     """
     y_in, stats = mask or (None, None)
-    inputs = _Inputs(*map(layout, (dy, w, y, coefs, shortcut, y_in, stats)))
+    inputs = _Inputs(*map(layout, (dy, w, y, shortcut, y_in)))
     cut = (shortcut_step, shortcut_before)
     dtype = w.dtype if out_dtype is None else out_dtype
-    recipe = _recipe(inputs, size, (stride, padding, dilation, groups), cut, tf32, target_arch(), config)
+    geometry = (stride, padding, dilation, groups)
+    recipe = _recipe(inputs, coefs is not None, tuple(size), geometry, cut, tf32, target_arch(), config)
     channels, tiles = recipe.scalars["channels"], recipe.scalars["tiles"]
     shape = (dy.shape[0], channels, *size)
     dx = torch.empty(shape, dtype=dtype, device=dy.device, memory_format=torch.channels_last)
@@ -360,15 +361,14 @@ class _Inputs(NamedTuple):
     dy: Layout
     w: Layout
     y: Layout | None
-    coefs: Layout | None
     shortcut: Layout | None
     y_in: Layout | None
-    stats: Layout | None
 
 
 @lru_cache(maxsize=4096)
 def _recipe(
     inputs: _Inputs,
+    prologue: bool,
     size: tuple[int, int],
     geometry: Geometry,
     cut: tuple[int, int],
@@ -376,11 +376,14 @@ def _recipe(
     arch: int,
     config: TileConfig | None,
 ) -> Recipe:
-    dy, w, _, coefs, shortcut, y_in, _ = inputs
+    dy, w, _, shortcut, y_in = inputs
     stride, *_, groups = geometry
+    require_pixel_linear(dy=dy)
+    require_channels_last_filter(w)
     n, co, _, _ = dy.shape
     ci, (r, s) = w.shape[1] * groups, w.shape[2:]
-    problem = ConvProblem(n, *size, ci, co, r, s, *geometry, w.dtype, tf32, coefs is not None, arch)
+    problem = ConvProblem(n, *size, ci, co, r, s, *geometry, w.dtype, tf32, prologue, arch)
+    check_geometry(problem)
     _check(problem, inputs)
     _check_shortcut(problem, shortcut, *cut)
     tile = config or default_config(problem, epilogue=y_in is not None or shortcut is not None)
@@ -398,7 +401,11 @@ def _recipe(
     }
     width, parts = transposed.tile_channels[1], groups // transposed.merged
     grid = (tiles * cdiv(width, tile.block_n), parts, parities)
-    return Recipe(conv_dgrad_kernel, grid, scalars, tile, partial(_cost, problem))
+    vectors = {
+        "coefs_ptr": Vector("coefs", (3, co), (torch.float32,)),
+        "stats_ptr": Vector("mask[1]", (5, ci), (torch.float32,)),
+    }
+    return Recipe(conv_dgrad_kernel, grid, scalars, tile, partial(_cost, problem), vectors)
 
 
 def _transposed(problem: ConvProblem) -> ConvProblem:
@@ -491,30 +498,28 @@ def _shortcut(problem: ConvProblem, shortcut: Layout | None, step: int, before: 
 
 
 def _check(problem: ConvProblem, inputs: _Inputs) -> None:
-    dy, w, y, coefs, _, y_in, stats = inputs
-    require_pixel_linear(dy=dy, y=y, y_in=y_in)
-    require_channels_last_filter(w)
+    dy, w, y, _, y_in = inputs
+    require_pixel_linear(y=y, y_in=y_in)
     if w.shape[0] != problem.co or problem.co % problem.groups:
         raise ValueError(f"w of shape {tuple(w.shape)} does not fit {problem.co} channels in {problem.groups} groups")
     if problem.r * problem.s > 64:
         raise ValueError(f"w may have at most 64 taps, one per bit of a mask; got shape {tuple(w.shape)}")
     if tuple(dy.shape[2:]) != (problem.p, problem.q):
         raise ValueError(f"dy must have shape [N, CO, {problem.p}, {problem.q}]; got {tuple(dy.shape)}")
-    if coefs is None and (y is not None or dy.dtype != w.dtype):
+    if not problem.prologue and (y is not None or dy.dtype != w.dtype):
         raise ValueError(f"without coefs, dy must have the dtype of w, {w.dtype}, and y be None; got {dy.dtype}")
     if y is not None and (y.shape != dy.shape or pixel_stride(y) != pixel_stride(dy)):
         raise ValueError(f"y must lie in memory as dy does, {tuple(dy.shape)}; got {tuple(y.shape)}, {y.strides}")
     if y_in is not None and tuple(y_in.shape) != (problem.n, problem.ci, problem.h, problem.w):
         raise ValueError(f"mask[0] must have the shape of the result; got {tuple(y_in.shape)}")
-    for name, vectors, shape in (("coefs", coefs, (3, problem.co)), ("mask[1]", stats, (5, problem.ci))):
-        if vectors is not None and (tuple(vectors.shape) != shape or not vectors.is_packed(0, 1)):
-            raise ValueError(f"{name} must be contiguous, of shape {shape}; got {tuple(vectors.shape)}")
 
 
 def _check_shortcut(problem: ConvProblem, shortcut: Layout | None, step: int, before: int) -> None:
     require_pixel_linear(shortcut=shortcut)
     if shortcut is None:
         return
+    if step < 1:
+        raise ValueError(f"shortcut_step must be at least 1; got {step}")
     n, channels, h, w = shortcut.shape
     kept = (problem.n, -(-problem.h // step), -(-problem.w // step))
     if (n, h, w) != kept or before < 0 or before + problem.ci > channels:

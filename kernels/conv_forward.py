@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .gpus import gpu_of
-from .launch import INTERPRETER, Cost, Recipe, TileConfig, target_arch
+from .launch import INTERPRETER, Cost, Recipe, TileConfig, Vector, target_arch
 from .tile import (
     Layout,
     Moments,
@@ -26,6 +26,7 @@ from .tile import (
     pixel_stride,
     relu,
     require_channels_last_filter,
+    require_fitting_residual,
     require_pixel_linear,
     span,
     store_moments,
@@ -105,8 +106,7 @@ def store_output(
     tl.store(y_ptr + (offs_m * y_stride)[:, None] + c[None, :], rounded, mask=mask)
     if moments_ptr is not None:
         count = tl.minimum(M - tile * offs_m.shape[0], offs_m.shape[0]).to(tl.float32)
-        mean_ptrs = moments_ptr + tile * channels + c
-        store_moments(rounded, (offs_m < M)[:, None], count, mean_ptrs, tiles * channels, mask_n)
+        store_moments(rounded, count, moments_ptr + tile * channels + c, tiles * channels, mask_n)
 
 
 @triton.jit(do_not_specialize=_RUNTIME_SIZES)
@@ -555,13 +555,16 @@ def _recipe(
     arch: int,
     config: TileConfig | None,
 ) -> Recipe:
+    require_pixel_linear(x=x)
+    require_channels_last_filter(w)
     n, ci, h, width = x.shape
     co, _, r, s = w.shape
     problem = ConvProblem(n, h, width, ci, co, r, s, *geometry, x.dtype, tf32, prologue, arch)
+    check_geometry(problem)
     out = epilogue.out
     if not isinstance(out, Layout):
         out = channels_last((n, co, problem.p, problem.q), out)
-    _check(problem, x, w, out, epilogue)
+    _check(problem, w, out, epilogue)
     tile = config or default_config(problem)
     tiles = cdiv(problem.m, tile.block_m)
     scalars = {
@@ -573,7 +576,15 @@ def _recipe(
         "INT64": max(map(span, (x, out, epilogue.residual))) + tile.block_m >= 2**31,
     }
     grid = (tiles * cdiv(problem.tile_channels[1], tile.block_n), problem.groups // problem.merged)
-    return Recipe(conv_forward_kernel, grid, scalars, tile, partial(_cost, problem))
+    return Recipe(conv_forward_kernel, grid, scalars, tile, partial(_cost, problem), _vectors(ci, co))
+
+
+def _vectors(ci: int, co: int) -> dict[str, Vector]:
+    vectors = {
+        f"{name}_ptr": Vector(f"prologue[{i}]", (ci,), (torch.float32,)) for i, name in enumerate(("scale", "shift"))
+    }
+    vectors["bias_ptr"] = Vector("bias", (co,))
+    return vectors | {f"{name}_ptr": Vector(f"norm.{name}", (co,)) for name in ("mean", "var", "gamma", "beta")}
 
 
 def _output(recipe: Recipe, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -640,23 +651,35 @@ def _epilogue(epilogue: _Epilogue, out: Layout) -> dict[str, Any]:
     }
 
 
-def _check(problem: ConvProblem, x: Layout, w: Layout, out: Layout, epilogue: _Epilogue) -> None:
+def check_geometry(problem: ConvProblem) -> None:
+    """Raise ValueError for arguments of a convolution that leave it without a meaning, or without an output."""
+    named = {"stride": (problem.stride, 1), "padding": (problem.padding, 0), "dilation": (problem.dilation, 1)}
+    for name, (pair, least) in named.items():
+        if not isinstance(pair, tuple) or len(pair) != 2 or min(pair) < least:
+            raise ValueError(f"{name} must be two integers of at least {least}; got {pair}")
+    if problem.groups < 1:
+        raise ValueError(f"groups must be at least 1; got {problem.groups}")
+    if problem.r < 1 or problem.s < 1 or problem.p < 1 or problem.q < 1:
+        raise ValueError(
+            f"a filter of {problem.r}x{problem.s} with dilation {problem.dilation} does not fit into an image of "
+            f"{problem.h}x{problem.w} with padding {problem.padding}"
+        )
+
+
+def _check(problem: ConvProblem, w: Layout, out: Layout, epilogue: _Epilogue) -> None:
     residual, step, before, *_ = epilogue
-    require_pixel_linear(x=x, out=out, residual=residual)
-    require_channels_last_filter(w)
+    require_pixel_linear(out=out, residual=residual)
+    if w.dtype != problem.dtype:
+        raise ValueError(f"w must have the dtype of x, {problem.dtype}; got {w.dtype}")
     if w.shape[1] * problem.groups != problem.ci or problem.co % problem.groups:
         raise ValueError(f"w of shape {tuple(w.shape)} does not fit {problem.ci} channels in {problem.groups} groups")
+    if problem.padding != (0, 0) and problem.r * problem.s > 64:
+        raise ValueError(f"with padding, w may have at most 64 taps, one per bit of a mask; got shape {tuple(w.shape)}")
     shape = (problem.n, problem.co, problem.p, problem.q)
     if tuple(out.shape) != shape:
         raise ValueError(f"out must have shape {shape}; got {tuple(out.shape)}")
     if residual is not None:
-        n, channels, h, width = residual.shape
-        kept = (n, -(-h // step), -(-width // step))
-        if kept != (problem.n, problem.p, problem.q) or before < 0 or before + channels > problem.co:
-            raise ValueError(
-                f"residual must have shape {shape}, or fit it with every {step}-th pixel from channel {before} on; "
-                f"got {tuple(residual.shape)}"
-            )
+        require_fitting_residual(residual, shape, step, before)
 
 
 def _cost(problem: ConvProblem, tensors: Mapping[str, Any]) -> Cost:
