@@ -20,6 +20,7 @@ from .tile import (
     Layout,
     Moments,
     Norm,
+    bound,
     cdiv,
     finite,
     layout,
@@ -100,7 +101,7 @@ def channel_moments_kernel(
     origin = load_channels(y_ptr + first * y_stride, c, mask_c)
     origin = tl.where(finite(origin), origin, 0.0)
     offs_m = first + tl.arange(0, BLOCK_M)
-    for i in range(steps):
+    for i in range(bound(steps)):
         mask_m = offs_m < M
         v = load_pixels(y_ptr, offs_m, y_stride, c, mask_m[:, None] & mask_c[None, :]) - origin[None, :]
         delta = tl.where(mask_m[:, None], v - mean, 0.0)
@@ -138,7 +139,7 @@ def merge_tiles(values_ptr, counts_ptr, T, C, rows, pixels, c, mask_c, BLOCK_T: 
     pivot = tl.where(finite(pivot), pivot, 0.0)
     weighted = tl.zeros((BLOCK_T, c.shape[0]), tl.float32)
     total = tl.zeros((BLOCK_T,), tl.float32)
-    for start in range(0, T, BLOCK_T):
+    for start in range(0, bound(T), BLOCK_T):
         t = start + tl.arange(0, BLOCK_T)
         counts = tile_counts(counts_ptr, t, T, rows, pixels)
         mask = (counts > 0)[:, None] & mask_c[None, :]
@@ -148,7 +149,7 @@ def merge_tiles(values_ptr, counts_ptr, T, C, rows, pixels, c, mask_c, BLOCK_T: 
     count = tl.sum(total, 0)
     mean_all = pivot + tl.sum(weighted, 0) / count
     spread = tl.zeros((BLOCK_T, c.shape[0]), tl.float32)
-    for start in range(0, T, BLOCK_T):
+    for start in range(0, bound(T), BLOCK_T):
         t = start + tl.arange(0, BLOCK_T)
         counts = tile_counts(counts_ptr, t, T, rows, pixels)
         mask = (counts > 0)[:, None] & mask_c[None, :]
@@ -332,7 +333,7 @@ def batch_norm_reduce_kernel(
     sum_gy = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     sum_gy2 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     offs_m = pid.to(OFFSET) * (steps * BLOCK_M) + tl.arange(0, BLOCK_M)
-    for _ in range(steps):
+    for _ in range(bound(steps)):
         mask = (offs_m < M)[:, None] & mask_c[None, :]
         g = load_pixels(dz_ptr, offs_m, dz_stride, c, mask)
         if z_ptr is not None:
@@ -359,7 +360,7 @@ def batch_norm_reduce_kernel(
 def add_tiles(ptr, T, C, c, mask_c, BLOCK_T: tl.constexpr):
     """The sum over all T tiles, in a fixed order."""
     acc = tl.zeros((BLOCK_T, c.shape[0]), tl.float32)
-    for start in range(0, T, BLOCK_T):
+    for start in range(0, bound(T), BLOCK_T):
         t = start + tl.arange(0, BLOCK_T)
         acc += tl.load(ptr + t[:, None] * C + c[None, :], mask=(t < T)[:, None] & mask_c[None, :], other=0.0)
     return tl.sum(acc, 0)

@@ -18,6 +18,8 @@ from .conv_forward import ConvProblem, Geometry, check_geometry
 from .launch import INTERPRETER, Cost, Recipe, TileConfig, Vector, target_arch
 from .tile import (
     Layout,
+    all_finite,
+    bound,
     cdiv,
     dot,
     layout,
@@ -44,6 +46,59 @@ def first_tap(parity, stride, dil, TAPS: tl.constexpr):
     for i in tl.static_range(TAPS):
         first = tl.where((parity - (TAPS - 1 - i) * dil) % stride == 0, TAPS - 1 - i, first)
     return first
+
+
+@triton.jit
+def product_by_group(
+    g_ptr,
+    y_ptr,
+    coefs_ptr,
+    w_ptr,
+    n,
+    h,
+    w,
+    mask_m,
+    ci,
+    P,
+    Q,
+    out_channels,
+    g_stride,
+    w_stride,
+    w_tap,
+    stride_h,
+    stride_w,
+    pad_h,
+    pad_w,
+    dil_h,
+    dil_w,
+    group_ci,
+    group_co,
+    R: tl.constexpr,
+    S: tl.constexpr,
+):
+    """The product of a tile, each column ``ci`` from the output channels of its own group alone: slow, but apart."""
+    acc = tl.zeros((h.shape[0], ci.shape[0]), tl.float32)
+    for k in range(0, bound(R * S * group_co)):
+        tap = k // group_co
+        up = h + pad_h - tap // S * dil_h
+        left = w + pad_w - tap % S * dil_w
+        p = up // stride_h
+        q = left // stride_w
+        reached = (up >= 0) & (left >= 0) & (up % stride_h == 0) & (left % stride_w == 0) & (p < P) & (q < Q)
+        inside = (mask_m & reached)[:, None]
+        co = ci // group_ci * group_co + k % group_co
+        at = (((n * P + p) * Q + q) * g_stride)[:, None] + co[None, :]
+        a = tl.load(g_ptr + at, mask=inside, other=0.0)
+        b = tl.load(w_ptr + co * w_stride + tap * w_tap + ci % group_ci)
+        if coefs_ptr is not None:
+            v = a.to(tl.float32) * tl.load(coefs_ptr + co)[None, :]
+            if y_ptr is not None:
+                y = tl.load(y_ptr + at, mask=inside, other=0.0)
+                scale, constant = tl.load(coefs_ptr + out_channels + co), tl.load(coefs_ptr + 2 * out_channels + co)
+                v += tl.fma(y.to(tl.float32), scale[None, :], constant[None, :])
+            a = tl.where(inside, v, 0.0).to(b.dtype)
+        acc += a.to(tl.float32) * b.to(tl.float32)[None, :]
+    return acc
 
 
 @triton.jit
@@ -229,7 +284,7 @@ def conv_dgrad_kernel(
     chunk = 0
     along = 0
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for _ in range(0, taps_h * taps_w * chunks):
+    for _ in range(0, bound(taps_h * taps_w * chunks)):
         channel = chunk * BLOCK_K + offs_k
         k_mask = channel < CO
         if POINTWISE:
@@ -279,6 +334,14 @@ def conv_dgrad_kernel(
                     g_step += (taps_w * hop_w - hop_h * Q) * pitch
                     w_step += (tap_h * S - taps_w * tap_w) * w_tap
                     tap = tap << (S - taps_w)
+    if MERGED:
+        # A zero of the filter times another group's infinity or NaN is NaN.
+        if not all_finite(acc):
+            acc = product_by_group(
+                g_ptr, y_ptr, coefs_ptr, w_ptr, n, first_h + i * stride_h, first_w + j * stride_w, mask_m,
+                group * CI + col, P, Q, out_channels, g_stride, w_stride, w_tap, stride_h, stride_w, pad_h, pad_w,
+                dil_h, dil_w, group_ci, group_co, R=R, S=S,
+            )  # fmt: skip
 
     tile = parity * tl.cdiv(tiles, stride_h * stride_w) + pid // tiles_n
     # Half a wide tile at a time: one whole would not leave room in the registers for the other tensors.

@@ -18,6 +18,8 @@ from .tile import (
     Layout,
     Moments,
     Norm,
+    all_finite,
+    bound,
     cdiv,
     channels_last,
     dot,
@@ -107,6 +109,53 @@ def store_output(
     if moments_ptr is not None:
         count = tl.minimum(M - tile * offs_m.shape[0], offs_m.shape[0]).to(tl.float32)
         store_moments(rounded, count, moments_ptr + tile * channels + c, tiles * channels, mask_n)
+
+
+@triton.jit
+def product_by_group(
+    x_ptr,
+    w_ptr,
+    scale_ptr,
+    shift_ptr,
+    row,
+    mask_m,
+    co,
+    x_stride,
+    w_stride,
+    H,
+    W,
+    P,
+    Q,
+    stride_h,
+    stride_w,
+    pad_h,
+    pad_w,
+    dil_h,
+    dil_w,
+    group_ci,
+    group_co,
+    R: tl.constexpr,
+    S: tl.constexpr,
+):
+    """The product of a tile, each column ``co`` from the input channels of its own group alone: slow, but apart."""
+    h0 = row // Q % P * stride_h - pad_h
+    w0 = row % Q * stride_w - pad_w
+    image = row // (P * Q) * H
+    acc = tl.zeros((row.shape[0], co.shape[0]), tl.float32)
+    for k in range(0, bound(R * S * group_ci)):
+        tap = k // group_ci
+        h = h0 + tap // S * dil_h
+        w = w0 + tap % S * dil_w
+        inside = (mask_m & (h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None]
+        ci = co // group_co * group_ci + k % group_ci
+        a = tl.load(x_ptr + (((image + h) * W + w) * x_stride)[:, None] + ci[None, :], mask=inside, other=0.0)
+        b = tl.load(w_ptr + co * w_stride + k)
+        if scale_ptr is not None:
+            scale, shift = tl.load(scale_ptr + ci), tl.load(shift_ptr + ci)
+            v = relu(tl.fma(a.to(tl.float32), scale[None, :], shift[None, :]))
+            a = tl.where(inside, v, 0.0).to(a.dtype)
+        acc += a.to(tl.float32) * b.to(tl.float32)[None, :]
+    return acc
 
 
 @triton.jit(do_not_specialize=_RUNTIME_SIZES)
@@ -224,7 +273,7 @@ def conv_forward_kernel(
     x_step = tl.full((), 0, OFFSET)
     w_step = 0
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for _ in range(0, trips):
+    for _ in range(0, bound(trips)):
         if FLAT:
             k_mask = offs_k < k_end - w_step
             x_at = x_offs + (r * dil_h * W * pitch + s * tap_step + c)[None, :]
@@ -282,6 +331,13 @@ def conv_forward_kernel(
                     if s == S:
                         s = 0
                         x_step += row_step - tap_step
+    if MERGED:
+        # A zero of the filter times another group's infinity or NaN is NaN.
+        if not all_finite(acc):
+            acc = product_by_group(
+                x_ptr, w_ptr, scale_ptr, shift_ptr, row, mask_m, group * CO + col, x_stride, w_stride, H, W, P, Q,
+                stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, group_ci, group_co, R=R, S=S,
+            )  # fmt: skip
 
     # Half a wide tile at a time: one whole would not leave room in the registers for the residual.
     HALF: tl.constexpr = BLOCK_N // 2 if BLOCK_N >= 128 else BLOCK_N
@@ -402,7 +458,8 @@ def default_config(problem: ConvProblem) -> TileConfig:
         block_m, block_n, block_k, stages = 64, min(block_n, 64), min(block_k, deep), 2 if problem.prologue else 3
     else:
         wide = 128 if not fp32 and not problem.prologue else 64
-        block_m = 64 if problem.arch == 100 or problem.flat else 128
+        # Merged groups may have to be told apart in the end, which takes registers too.
+        block_m = 64 if problem.arch == 100 or problem.flat or problem.merged > 1 else 128
         block_n = min(block_n, wide)
         block_k = min(block_k, 32 if fp32 or problem.flat or (block_n == 128 and not hopper) else 64)
         stages = 3 if block_k == 64 else 4

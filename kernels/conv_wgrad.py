@@ -15,7 +15,7 @@ from torch import Tensor
 from .conv_forward import ConvProblem, Geometry, check_geometry
 from .gpus import gpu_of
 from .launch import INTERPRETER, Cost, Recipe, TileConfig, Vector, target_arch
-from .tile import Layout, cdiv, dot, layout, load_channels, pixel_stride, relu, require_pixel_linear, span
+from .tile import Layout, bound, cdiv, dot, layout, load_channels, pixel_stride, relu, require_pixel_linear, span
 
 _RUNTIME_SIZES = [
     *("M", "H", "W", "P", "Q", "steps", "stride_h", "stride_w", "pad_h", "pad_w", "dil_h", "dil_w"),
@@ -130,7 +130,7 @@ def conv_wgrad_kernel(
         if FLAT:
             tap = (r * dil_h * W + s * dil_w) * x_pitch + c
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for _ in range(0, steps):
+    for _ in range(0, bound(steps)):
         mask_m = offs_k < left
         dy_mask = mask_m[:, None] & mask_co[None, :]
         dy = tl.load(g_tile + g_offs, mask=dy_mask, other=0.0)
@@ -206,7 +206,7 @@ def sum_splits_kernel(partial_ptr, dw_ptr, SIZE, splits, BLOCK_M: tl.constexpr):
     i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask = i < SIZE
     acc = tl.zeros((BLOCK_M,), tl.float32)
-    for split in range(0, splits):
+    for split in range(0, bound(splits)):
         acc += tl.load(partial_ptr + split * SIZE.to(tl.int64) + i, mask=mask, other=0.0)
     tl.store(dw_ptr + i, acc.to(dw_ptr.dtype.element_ty), mask=mask)
 
@@ -237,8 +237,8 @@ def default_config(problem: ConvProblem) -> WgradConfig:
         narrow = fp32 or problem.flat or problem.arch in (86, 89, 120) or (problem.prologue and ci * co < 2**15)
         block_m, block_n = min(block_m, 64), min(block_n, 64 if narrow else 128)
         # 32 pixels a step would spill in a narrow tile of 16 bits, and so would masks that wait in a third stage for a
-        # small one: the compiler gives registers to occupancy there.
-        deep = 32 if fp32 or (problem.prologue and block_n == 128) else 64
+        # small one: the compiler gives registers to occupancy there. 64 would where each column has masks of its own.
+        deep = 32 if fp32 or problem.flat or (problem.prologue and block_n == 128) else 64
         stages = 3 if block_m * block_n > 32 * 32 else 2
         small = block_m * block_n == 16 * 16 and problem.arch in (86, 89)
         tile = TileConfig(block_m, block_n, deep, num_stages=stages, max_registers=96 if small else None)

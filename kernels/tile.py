@@ -24,6 +24,19 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def bound(n):
+    """``n``, as the end of a ``range``.
+
+    In the interpreter, numbers are arrays of one element. That of Triton 3.6 leaves it to NumPy to make an integer of
+    one, which NumPy 2.4 refuses unless the array has no dimension.
+    """
+    if INTERPRETING:
+        return (tl.zeros((1,), tl.int32) + n).handle.data.item()
+    else:
+        return n
+
+
+@triton.jit
 def relu(v):
     """max(v, 0) that keeps NaN, as PyTorch's does (``tl.maximum`` would drop it)."""
     return tl.where(v <= 0, 0.0, v)
@@ -63,6 +76,12 @@ def tap_mask(h0, w0, mask_m, H, W, dil_h, dil_w, R: tl.constexpr, S: tl.constexp
 def finite(v):
     """Whether a value is neither infinite nor NaN."""
     return tl.abs(v) < float("inf")
+
+
+@triton.jit
+def all_finite(tile):
+    """Whether every value of a tile is."""
+    return tl.min(tl.min(finite(tile).to(tl.int32), 0, keep_dims=True), 1, keep_dims=True).item() > 0
 
 
 @triton.jit

@@ -19,6 +19,7 @@ MORE = {
     "stride and dilation with a common factor": dict(
         ci=16, co=16, size=(11, 9), filter=(3, 3), stride=(2, 2), padding=(2, 2), dilation=(2, 2)
     ),
+    "narrow, strided": dict(ci=32, co=16, size=(9, 7), filter=(3, 2), stride=(2, 3), padding=(1, 1), groups=8),
     "pixels past the last output": dict(ci=16, co=16, size=(8, 8), filter=(2, 2), stride=(3, 3)),
     "an image smaller than the stride": dict(ci=16, co=16, size=(1, 2), filter=(1, 1), stride=(3, 3)),
 }
@@ -218,6 +219,37 @@ def test_nan_passes_the_mask_and_the_product():
     g, _ = conv_dgrad(dy, w, size, **conv)
     assert not torch.isfinite(g[1, :, 2, 2]).any()
     assert torch.isfinite(g[0]).all()
+
+
+@pytest.mark.parametrize("prologue", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", ["narrow groups", "groups that do not merge evenly", "depthwise", "narrow, strided"])
+def test_what_is_not_finite_stays_in_its_group(name, value, prologue):
+    dy, w, size, conv = drawn(name, torch.float32)
+    dy[0, 5, 2, 2] = value
+    groups = conv.pop("groups")
+    y, coefs = random(*dy.shape), random_coefs(dy.shape[1])
+    more = dict(y=y, coefs=coefs) if prologue else {}
+    ours, _ = conv_dgrad(dy, w, size, groups=groups, **more, **conv)
+    # Each group apart: what a library's own grouped convolution does to NaN is its own business.
+    eager, exact = (
+        torch.cat([
+            reference.conv_dgrad(*parts, size, **conv)
+            for parts in zip(incoming(dy, more, t).chunk(groups, 1), w.to(t).chunk(groups), strict=True)
+        ], 1)
+        for t in (torch.float32, torch.float64)
+    )  # fmt: skip
+    assert torch.equal(ours.isnan(), eager.isnan())
+    assert torch.equal(ours.isinf(), eager.isinf())
+    touched = ~eager.isfinite()
+    assert touched.any()
+    assert_within_rule(*(t.masked_fill(touched, 0.0) for t in (ours, eager, exact)), sums=4)
+
+
+def incoming(g: Tensor, vectors: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+    if not vectors:
+        return g.to(dtype)
+    return reference.batch_norm_gradient(g.double(), vectors["y"].double(), vectors["coefs"].double()).to(dtype)
 
 
 @pytest.mark.parametrize("name", WHOLE)

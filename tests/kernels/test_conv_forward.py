@@ -201,6 +201,43 @@ def test_nan_and_inf_go_through_as_in_eager(value):
     assert ours.isnan().any() or ours.isinf().any()
 
 
+MERGED = ["narrow groups", "groups that do not merge evenly", "depthwise"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("prologue", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", MERGED)
+def test_what_is_not_finite_stays_in_its_group(name, value, prologue, dtype):
+    """Groups that share a tile share a block-diagonal filter: its zeros must not meet it."""
+    g = dict(GEOMETRIES[name])
+    ci, co, size, taps = (g.pop(key) for key in ("ci", "co", "size", "filter"))
+    x, w = random(2, ci, *size, dtype=dtype), random(co, ci // g["groups"], *taps, dtype=dtype)
+    x[0, 5, 2, 2] = value
+    w[-1, 0, 0, 0] = 0
+    vectors = (torch.rand(ci, device=DEVICE) + 0.5, random(ci)) if prologue else None
+    ours = conv_forward(x, w, prologue=vectors, **g)
+    # Each group apart: what a library's own grouped convolution does to NaN is its own business.
+    eager, exact = (
+        torch.cat([
+            specification(*parts, dtype=t, **(g | {"groups": 1}))
+            for parts in zip(activated(x, vectors, t).chunk(g["groups"], 1), w.chunk(g["groups"]), strict=True)
+        ], 1)
+        for t in (dtype, torch.float64)
+    )  # fmt: skip
+    assert torch.equal(ours.isnan(), eager.isnan())
+    assert torch.equal(ours.isinf(), eager.isinf())
+    assert eager.isfinite().all() == (prologue and value < 0)
+    touched = ~eager.isfinite()
+    assert_within_rule(*(t.masked_fill(touched, 0.0) for t in (ours, eager, exact)))
+
+
+def activated(x: Tensor, vectors: tuple[Tensor, Tensor] | None, dtype: torch.dtype) -> Tensor:
+    if vectors is None:
+        return x.to(dtype)
+    return reference.scale_shift_relu(x.double(), *(v.double() for v in vectors)).to(dtype)
+
+
 def test_relu_keeps_nan_of_the_residual():
     residual = random(1, 16, 3, 3)
     residual[0, 1, 1, 1] = float("nan")
