@@ -869,8 +869,9 @@ def _sizes(y: Layout) -> tuple[int, int]:
 
 
 def _wide(tile: TileConfig, *tensors: Layout | None) -> bool:
-    """Whether offsets may pass 2^31."""
-    return max(map(span, tensors)) + tile.block_m * tile.block_k * 4096 >= 2**31
+    """Whether offsets may pass 2^31, those of pixels past the last one of a tile too."""
+    past = tile.block_m * tile.block_k
+    return max(span(t) + past * (pixel_stride(t) or 0) for t in tensors if t is not None) >= 2**31
 
 
 def _pass_over(

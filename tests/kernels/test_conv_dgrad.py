@@ -11,7 +11,16 @@ from resnet_fused import reference
 from resnet_fused.kernels import conv_dgrad as module
 from resnet_fused.kernels.conv_dgrad import conv_dgrad
 from resnet_fused.kernels.launch import Cost, TileConfig, dry_run, observe
-from tests.kernels.test_conv_forward import DEVICE, DTYPES, GEOMETRIES, channels_last, embed, embed_flat, random
+from tests.kernels.test_conv_forward import (
+    BAD_GEOMETRIES,
+    DEVICE,
+    DTYPES,
+    GEOMETRIES,
+    channels_last,
+    embed,
+    embed_flat,
+    random,
+)
 from tests.rule import assert_within_rule
 
 MORE = {
@@ -344,13 +353,19 @@ def test_errors_name_the_argument():
         conv_dgrad(dy, w, (5, 5), y=random(2, 24, 3, 3)[:, :20], coefs=random_coefs(20))
     with pytest.raises(ValueError, match=r"mask\[0\] must have the shape of the result"):
         conv_dgrad(dy, w, (5, 5), mask=(random(2, 16, 5, 6), random_stats(16)))
-    with pytest.raises(ValueError, match=r"mask\[1\] must be contiguous, of shape \(5, 16\)"):
+    with pytest.raises(ValueError, match=r"mask\[1\] must be contiguous float32 \[5, 16\]; got .* \(5, 20\)"):
         conv_dgrad(dy, w, (5, 5), mask=(random(2, 16, 5, 5), random_stats(20)))
-    with pytest.raises(ValueError, match=r"coefs must be contiguous, of shape \(3, 20\)"):
+    with pytest.raises(ValueError, match=r"coefs must be contiguous float32 \[3, 20\]; got .* \(3, 16\)"):
         conv_dgrad(dy, w, (5, 5), coefs=random_coefs(16))
     for change in (dict(y=random(2, 20, 3, 3)), dict(dy=dy.half())):
         with pytest.raises(ValueError, match="without coefs, dy must have the dtype of w"):
             conv_dgrad(**{"dy": dy, "w": w, "size": (5, 5), **change})
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_GEOMETRIES)
+def test_a_convolution_without_meaning_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        conv_dgrad(random(1, 8, 1, 2), random(8, 16, 3, 3), (3, 4), **change)
 
 
 @pytest.mark.parametrize(
@@ -362,4 +377,11 @@ def test_a_shortcut_that_does_not_fit(shape, step, before):
         conv_dgrad(
             random(2, 20, 3, 3), random(20, 16, 3, 3), (5, 5),
             shortcut=random(*shape), shortcut_step=step, shortcut_before=before,
+        )  # fmt: skip
+
+
+def test_a_shortcut_without_a_step():
+    with pytest.raises(ValueError, match="shortcut_step must be at least 1; got 0"):
+        conv_dgrad(
+            random(2, 20, 3, 3), random(20, 16, 3, 3), (5, 5), shortcut=random(2, 16, 5, 5), shortcut_step=0
         )  # fmt: skip
