@@ -195,7 +195,7 @@ def batch_norm_stats_kernel(
     """stats [5, C] of BLOCK_N channels from the batch's moments, and the running statistics' update.
 
     Without moments, the running statistics are the ones that normalise. CUMULATIVE: they are the average over all
-    batches, of which ``batches_ptr`` counts this one already; else the first program counts it.
+    batches, of which ``batches_ptr`` counts those before; else the first program counts this one.
     """
     c = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_c = c < C
@@ -205,7 +205,7 @@ def batch_norm_stats_kernel(
         inv_count = tl.zeros_like(mean) + 1.0 / count
         if running_mean_ptr is not None:
             if CUMULATIVE:
-                factor = 1.0 / tl.load(batches_ptr).to(tl.float32)
+                factor = 1.0 / (tl.load(batches_ptr) + 1).to(tl.float32)
             else:
                 factor = momentum
             old_mean = load_channels(running_mean_ptr, c, mask_c)
@@ -548,21 +548,19 @@ def batch_norm_stats(
     values, rows, pixels, counts = moments or (None, 0, 0, None)
     sizes = (channels, 0 if values is None else values.shape[1], rows, pixels)
     cumulative = moments is not None and momentum is None and batches is not None
-    recipe = _stats_recipe(*sizes, eps, 0.0 if momentum is None else momentum, cumulative)
-    tensors = {
-        "values_ptr": values,
-        "counts_ptr": counts,
-        "gamma_ptr": gamma,
-        "beta_ptr": beta,
-        "running_mean_ptr": running_mean,
-        "running_var_ptr": running_var,
-        "batches_ptr": None if moments is None else batches,
-    }
-    if cumulative:
-        recipe.check(tensors)
-        batches += 1
     stats = torch.empty(5, channels, dtype=torch.float32, device=like.device)
-    recipe.run(stats_ptr=stats, **tensors)
+    _stats_recipe(*sizes, eps, 0.0 if momentum is None else momentum, cumulative).run(
+        values_ptr=values,
+        counts_ptr=counts,
+        gamma_ptr=gamma,
+        beta_ptr=beta,
+        running_mean_ptr=running_mean,
+        running_var_ptr=running_var,
+        batches_ptr=None if moments is None else batches,
+        stats_ptr=stats,
+    )
+    if cumulative:
+        batches += 1
     return stats
 
 

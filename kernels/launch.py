@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -149,27 +150,29 @@ class Recipe:
     _compiled: dict[Any, Callable[..., None]] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
-    def _pointers(self) -> tuple[str, ...]:
-        """The names of the kernel's tensors, its first parameters."""
+    def _pointers(self) -> Callable[[Mapping[str, Any]], tuple[Any, ...]]:
+        """Takes the kernel's tensors, its first parameters and two at the least, from all by name."""
         names = self.kernel.arg_names
         count = len(names) - len(self.scalars)
         assert set(names[count:]) == set(self.scalars), f"{self.kernel.__name__} takes its tensors first"
-        return tuple(names[:count])
+        return itemgetter(*names[:count])
 
     @cached_property
     def _values(self) -> tuple[Any, ...]:
-        return tuple(self.scalars[name] for name in self.kernel.arg_names[len(self._pointers) :])
+        return tuple(self.scalars[name] for name in self.kernel.arg_names[-len(self.scalars) :])
 
     def run(self, **tensors: Tensor | None) -> None:
         """Launch, unless there is nothing to compute, and tell the observers.
 
         Raises ValueError for a tensor that is not what the kernel takes for granted.
         """
-        self.check(tensors)
         if 0 in self.grid:
+            self.check(tensors)
             return
         if dry_target() is None:
             self._launch(tensors)
+        else:
+            self.check(tensors)
         for callback in _observers:
             cost = partial(self.cost, tensors)
             callback(Call(self.kernel, self.grid, {**tensors, **self.scalars}, self.config, cost))
@@ -183,20 +186,22 @@ class Recipe:
 
     def _launch(self, tensors: dict[str, Tensor | None]) -> None:
         if interpreting():
+            self.check(tensors)
             # The interpreter moves data by PyTorch's operators, which are none that a caller may count or transform.
             with _disable_current_modes():
                 self.kernel[self.grid](**tensors, **self.scalars, **self.config.options)
             return
-        pointers = [tensors[name] for name in self._pointers]
-        # All that the compiled code depends on beside the scalars.
+        pointers = self._pointers(tensors)
+        # What the compiled code depends on beside the scalars; and the size of vectors, which need no check again.
         key = (
-            *[t if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in pointers],
+            *[t if t is None else (t.dtype, t.data_ptr() % 16 == 0, t.is_contiguous() and t.numel()) for t in pointers],
             driver.active.get_current_device(),
         )
         launch = self._compiled.get(key)
         if launch is not None:
             launch(*pointers, *self._values)
             return
+        self.check(tensors)
         compiled = self.kernel[self.grid](*pointers, *self._values, **self.config.options)
         if isinstance(compiled, CompiledKernel):  # and not what a tool in the JIT's place returns
             self._compiled[key] = compiled[(*self.grid, 1, 1)[:3]]

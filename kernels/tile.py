@@ -134,7 +134,10 @@ def layout(tensor: Tensor) -> Layout: ...
 def layout(tensor: Tensor | None) -> Layout | None: ...
 def layout(tensor: Tensor | None) -> Layout | None:
     """That of ``tensor``; None for None."""
-    return None if tensor is None else Layout(tensor.shape, tensor.stride(), tensor.dtype)
+    if tensor is None:
+        return None
+    # As Layout(...) does, less a Python function: launchers ask for several layouts in every launch.
+    return tuple.__new__(Layout, (tensor.shape, tensor.stride(), tensor.dtype))
 
 
 def channels_last(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Layout:
