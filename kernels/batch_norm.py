@@ -107,7 +107,7 @@ def channel_moments_kernel(
         delta = tl.where(mask_m[:, None], v - mean, 0.0)
         count += mask_m.to(tl.float32)
         # Infinity less infinity would be NaN: what comes after it adds to it.
-        mean += tl.where(finite(mean), delta * (1.0 / (i + 1)), tl.where(mask_m[:, None], v, 0.0))
+        mean += tl.where(finite(mean), delta * (1.0 / (i + 1)), v)
         m2 += delta * tl.where(mask_m[:, None], v - mean, 0.0)
         offs_m += BLOCK_M
     total = tl.sum(count, 0)

@@ -86,6 +86,7 @@ SMALL = TileConfig(16, 32, 32)
 @pytest.mark.parametrize(
     "values", [["inf"], ["-inf"], ["nan"], ["inf", "-inf"], ["inf", "inf"], ["inf", "nan"]], ids=str
 )
+@pytest.mark.filterwarnings("ignore:invalid value encountered in reduce")
 @pytest.mark.parametrize("first", [0, 1, 20])
 @pytest.mark.parametrize("road", ROADS)
 def test_running_statistics_of_what_is_not_finite(road, first, values, config):

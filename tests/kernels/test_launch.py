@@ -267,6 +267,33 @@ def test_what_a_kernel_takes_for_granted_of_its_vectors_is_checked(launcher):
             assert all(torch.equal(vector, before[key]) for key, vector in vectors.items()), "nothing was updated"
 
 
+def test_vectors_are_checked_in_a_dry_run():
+    x = torch.empty(2, 24, 3, 3, device="meta", memory_format=torch.channels_last)
+    with dry_run(90), pytest.raises(ValueError, match="bias must be contiguous"):
+        conv_forward(x, torch.empty(24, 24, 1, 1, device="meta"), bias=torch.empty(23, device="meta"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU that is launched on is a fake one here")
+def test_vectors_are_checked_again_where_the_code_is_compiled_already():
+    code = """
+from resnet_fused.kernels.conv_forward import conv_forward
+
+x = torch.zeros(2, 64, 5, 5).to(memory_format=torch.channels_last)
+good = torch.zeros(64)
+bad = [torch.zeros(63), torch.zeros(65), torch.zeros(1).expand(64), torch.zeros(64, 2)[:, 0], good.double()]
+for bias in (bad[0], good, *bad, good):
+    launched.clear()
+    try:
+        conv_forward(x, torch.zeros(64, 64, 1, 1), bias=bias)
+    except ValueError as error:
+        print(len(launched), str(error).startswith("bias must be contiguous"))
+    else:
+        print(len(launched), "launched")
+"""
+    lines = compiler_on(STAND_IN + code, check=True).stdout.splitlines()
+    assert lines == ["0 True", "1 launched", *["0 True"] * 5, "1 launched"]
+
+
 def test_vectors_of_parameters_may_be_of_any_float_and_statistics_of_none_but_fp32():
     v = launches()["conv_forward"][1]
     for dtype in (torch.float16, torch.float32):
