@@ -308,17 +308,20 @@ for bias in (bad[0], good, *bad, good):
     assert lines == ["0 True", "1 launched", *["0 True"] * 5, "1 launched"]
 
 
-def test_vectors_of_parameters_may_be_of_any_float_and_statistics_of_none_but_fp32():
-    v = launches()["conv_forward"][1]
-    for dtype in (torch.float16, torch.float32):
-        bias = v["bias"].to(dtype)
-        assert conv_forward(random(1, 24, 2, 2), random(24, 24, 1, 1), bias=bias).isfinite().all()
-    prologue = (v["prologue[0]"].half(), v["prologue[1]"])
-    with pytest.raises(ValueError, match=r"prologue\[0\] must be contiguous float32 \[24\]; got torch.float16"):
-        conv_forward(random(1, 24, 2, 2), random(24, 24, 1, 1), prologue=prologue)
-    launch, vectors = launches()["batch_norm_stats"]
-    with pytest.raises(ValueError, match=r"batches must be contiguous int64 \[\]; got torch.int32"):
-        launch(vectors | {"batches": vectors["batches"].int()})
+PARAMETERS = re.compile(r"(norm\.|stats\.)?(mean|var|gamma|beta)|bias|running_(mean|var)")
+
+
+@pytest.mark.parametrize("launcher", LAUNCHES)
+def test_vectors_of_parameters_may_be_of_any_float_and_all_others_of_one_type(launcher):
+    launch, vectors = launches()[launcher]
+    for name, vector in vectors.items():
+        half = vectors | {name: vector.half()}
+        if PARAMETERS.fullmatch(name):
+            launch(half)
+            continue
+        one = "int64" if name == "batches" else "float32"
+        with pytest.raises(ValueError, match=re.escape(f"{name} must be contiguous {one} [")):
+            launch(half)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here the kernels can be executed")
