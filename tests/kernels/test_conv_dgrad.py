@@ -306,6 +306,25 @@ def test_offsets_beyond_32_bits(step):
         assert all(torch.equal(a, b) for a, b in zip(far, want, strict=True))
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_int64_is_chosen_by_where_the_walk_over_the_taps_starts(axis):
+    """With padding, two rows or columns past the image: 2^21 pixels of 1024 channels are 2^31 elements."""
+
+    def chosen(pixels: int, padding: int) -> bool:
+        calls = []
+        size, taps, pads = [1, 1], [1, 1], [0, 0]
+        size[axis], taps[axis], pads[axis] = pixels, 1 + 2 * padding, padding
+        shapes = (1, 1024, *size), (1024, 1024, *taps)
+        dy, w = (torch.empty(s, device="meta", memory_format=torch.channels_last) for s in shapes)
+        with dry_run(90), observe(calls.append):
+            conv_dgrad(dy, w, tuple(size), padding=tuple(pads))
+        return calls[0].arguments["INT64"]
+
+    assert not chosen(2**21 - 2, padding=0)
+    assert chosen(2**21 - 2, padding=1)
+    assert chosen(2**21, padding=0)
+
+
 def planned(dy: Tensor, w: Tensor, size: tuple[int, int], **arguments) -> Cost:
     seen = []
     with dry_run(90), observe(seen.append):
