@@ -15,16 +15,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import INTERPRETER, Cost, Recipe, TileConfig, target_arch
+from .launch import INTERPRETER, Cost, Recipe, TileConfig, Vector, target_arch
 from .tile import (
     Layout,
     Moments,
     Norm,
+    bound,
     cdiv,
+    finite,
     layout,
     load_channels,
     pixel_stride,
     relu,
+    require_fitting_residual,
     require_pixel_linear,
     rounded_product,
     span,
@@ -85,7 +88,7 @@ def channel_moments_kernel(
     """Mean and sum of squared deviations of steps*BLOCK_M pixels x BLOCK_N channels.
 
     Each row of the tile keeps a running mean (Welford), and the rows are merged at the end (Chan). All of them count
-    from the tile's first pixel, so that a mean far from zero rounds nothing away.
+    from the tile's first pixel, so that a mean far from zero rounds nothing away. A mean that is infinite stays so.
     """
     OFFSET: tl.constexpr = tl.int64 if INT64 else tl.int32
     pid = tl.program_id(0)
@@ -96,13 +99,15 @@ def channel_moments_kernel(
     count = tl.zeros((BLOCK_M,), tl.float32)
     first = pid.to(OFFSET) * (steps * BLOCK_M)
     origin = load_channels(y_ptr + first * y_stride, c, mask_c)
+    origin = tl.where(finite(origin), origin, 0.0)
     offs_m = first + tl.arange(0, BLOCK_M)
-    for i in range(steps):
+    for i in range(bound(steps)):
         mask_m = offs_m < M
         v = load_pixels(y_ptr, offs_m, y_stride, c, mask_m[:, None] & mask_c[None, :]) - origin[None, :]
         delta = tl.where(mask_m[:, None], v - mean, 0.0)
         count += mask_m.to(tl.float32)
-        mean += delta * (1.0 / (i + 1))
+        # Infinity less infinity would be NaN: what comes after it adds to it.
+        mean += tl.where(finite(mean), delta * (1.0 / (i + 1)), v)
         m2 += delta * tl.where(mask_m[:, None], v - mean, 0.0)
         offs_m += BLOCK_M
     total = tl.sum(count, 0)
@@ -126,24 +131,28 @@ def tile_counts(counts_ptr, t, T, rows, pixels):
 
 @triton.jit
 def merge_tiles(values_ptr, counts_ptr, T, C, rows, pixels, c, mask_c, BLOCK_T: tl.constexpr):
-    """Pixels, mean and sum of squared deviations over all tiles, for the channels ``c`` (Chan et al. 1979)."""
+    """Pixels, mean and sum of squared deviations over all tiles, for the channels ``c`` (Chan et al. 1979).
+
+    What a tile without pixels holds does not count. A mean that is infinite stays so.
+    """
     pivot = load_channels(values_ptr, c, mask_c)
+    pivot = tl.where(finite(pivot), pivot, 0.0)
     weighted = tl.zeros((BLOCK_T, c.shape[0]), tl.float32)
     total = tl.zeros((BLOCK_T,), tl.float32)
-    for start in range(0, T, BLOCK_T):
+    for start in range(0, bound(T), BLOCK_T):
         t = start + tl.arange(0, BLOCK_T)
         counts = tile_counts(counts_ptr, t, T, rows, pixels)
-        mask = (t < T)[:, None] & mask_c[None, :]
+        mask = (counts > 0)[:, None] & mask_c[None, :]
         mean = tl.load(values_ptr + t[:, None] * C + c[None, :], mask=mask, other=0.0)
         weighted += counts[:, None] * (mean - pivot[None, :])
         total += counts
     count = tl.sum(total, 0)
     mean_all = pivot + tl.sum(weighted, 0) / count
     spread = tl.zeros((BLOCK_T, c.shape[0]), tl.float32)
-    for start in range(0, T, BLOCK_T):
+    for start in range(0, bound(T), BLOCK_T):
         t = start + tl.arange(0, BLOCK_T)
         counts = tile_counts(counts_ptr, t, T, rows, pixels)
-        mask = (t < T)[:, None] & mask_c[None, :]
+        mask = (counts > 0)[:, None] & mask_c[None, :]
         mean = tl.load(values_ptr + t[:, None] * C + c[None, :], mask=mask, other=0.0)
         m2 = tl.load(values_ptr + (T + t)[:, None] * C + c[None, :], mask=mask, other=0.0)
         d = mean - mean_all[None, :]
@@ -186,7 +195,7 @@ def batch_norm_stats_kernel(
     """stats [5, C] of BLOCK_N channels from the batch's moments, and the running statistics' update.
 
     Without moments, the running statistics are the ones that normalise. CUMULATIVE: they are the average over all
-    batches, of which ``batches_ptr`` counts this one already; else the first program counts it.
+    batches, of which ``batches_ptr`` counts those before; else the first program counts this one.
     """
     c = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_c = c < C
@@ -196,7 +205,7 @@ def batch_norm_stats_kernel(
         inv_count = tl.zeros_like(mean) + 1.0 / count
         if running_mean_ptr is not None:
             if CUMULATIVE:
-                factor = 1.0 / tl.load(batches_ptr).to(tl.float32)
+                factor = 1.0 / (tl.load(batches_ptr) + 1).to(tl.float32)
             else:
                 factor = momentum
             old_mean = load_channels(running_mean_ptr, c, mask_c)
@@ -324,7 +333,7 @@ def batch_norm_reduce_kernel(
     sum_gy = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     sum_gy2 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     offs_m = pid.to(OFFSET) * (steps * BLOCK_M) + tl.arange(0, BLOCK_M)
-    for _ in range(steps):
+    for _ in range(bound(steps)):
         mask = (offs_m < M)[:, None] & mask_c[None, :]
         g = load_pixels(dz_ptr, offs_m, dz_stride, c, mask)
         if z_ptr is not None:
@@ -351,7 +360,7 @@ def batch_norm_reduce_kernel(
 def add_tiles(ptr, T, C, c, mask_c, BLOCK_T: tl.constexpr):
     """The sum over all T tiles, in a fixed order."""
     acc = tl.zeros((BLOCK_T, c.shape[0]), tl.float32)
-    for start in range(0, T, BLOCK_T):
+    for start in range(0, bound(T), BLOCK_T):
         t = start + tl.arange(0, BLOCK_T)
         acc += tl.load(ptr + t[:, None] * C + c[None, :], mask=(t < T)[:, None] & mask_c[None, :], other=0.0)
     return tl.sum(acc, 0)
@@ -390,11 +399,13 @@ def batch_norm_coefs_kernel(
     inv_count = load_channels(stats_ptr + 4 * C, c, mask_c)
     # Zero times infinity would spoil the constants of evaluation mode.
     used = inv_count > 0
-    b = tl.where(used, -scale * rstd * rstd * sum_gy * inv_count, 0.0)
-    constant = tl.where(used, -scale * dbeta * inv_count - b * mean, 0.0)
+    # In fp64, since the cube of rstd leaves the range of fp32 where the product does not.
+    step = -scale.to(tl.float64) * inv_count.to(tl.float64)
+    b = tl.where(used, step * rstd.to(tl.float64) * rstd.to(tl.float64) * sum_gy.to(tl.float64), 0.0)
+    constant = tl.where(used, step * dbeta.to(tl.float64) - b * mean.to(tl.float64), 0.0)
     tl.store(coefs_ptr + c, scale, mask=mask_c)
-    tl.store(coefs_ptr + C + c, b, mask=mask_c)
-    tl.store(coefs_ptr + 2 * C + c, constant, mask=mask_c)
+    tl.store(coefs_ptr + C + c, b.to(tl.float32), mask=mask_c)
+    tl.store(coefs_ptr + 2 * C + c, constant.to(tl.float32), mask=mask_c)
     tl.store(dgamma_ptr + c, (rstd * sum_gy).to(dgamma_ptr.dtype.element_ty), mask=mask_c)
     tl.store(dbeta_ptr + c, dbeta.to(dbeta_ptr.dtype.element_ty), mask=mask_c)
 
@@ -455,6 +466,7 @@ def default_config(pixels: int, channels: int, arch: int) -> TileConfig:
     return TileConfig(1024 // block_n, block_n, steps, num_stages=1)
 
 
+_FP32 = (torch.float32,)
 _VECTOR = torch.float32.itemsize
 """Bytes that a channel takes in one row of stats or coefs."""
 _MERGE = TileConfig(256, 8, 1, num_stages=1)
@@ -484,7 +496,7 @@ def _moments_recipe(y: Layout, arch: int, config: TileConfig | None) -> Recipe:
         "INT64": _wide(tile, y),
         "steps": tile.block_k,
     }
-    return _pass_over(channel_moments_kernel, tiles, scalars, tile, ["y_ptr"], ["values_ptr"])
+    return _pass_over(channel_moments_kernel, tiles, scalars, tile, ["y_ptr"], ["values_ptr"], {})
 
 
 def merge_moments(moments: Moments) -> Tensor:
@@ -499,7 +511,15 @@ def merge_moments(moments: Moments) -> Tensor:
 @lru_cache(maxsize=4096)
 def _merge_moments_recipe(channels: int, tiles: int, rows: int, pixels: int) -> Recipe:
     scalars = {"T": tiles, "C": channels, "rows": rows, "pixels": pixels}
-    return _merge(merge_moments_kernel, scalars, ["values_ptr", "counts_ptr"], ["merged_ptr"])
+    vectors = _moments_vectors(channels, tiles)
+    return _merge(merge_moments_kernel, scalars, ["values_ptr", "counts_ptr"], ["merged_ptr"], vectors)
+
+
+def _moments_vectors(channels: int, tiles: int) -> dict[str, Vector]:
+    return {
+        "values_ptr": Vector("moments.values", (2, tiles, channels), _FP32),
+        "counts_ptr": Vector("moments.counts", (tiles,), _FP32),
+    }
 
 
 def batch_norm_stats(
@@ -518,16 +538,17 @@ def batch_norm_stats(
     ``moments``: of the batch, whose biased variance normalises; the running statistics [C], if given, are updated in
     place with the unbiased one, by ``momentum`` or (None) to the average over all ``batches``, an int64 scalar that is
     incremented. Without ``moments`` the running statistics normalise, and nothing is updated.
+
+    Raises ValueError, before anything is updated, for vectors that are not contiguous or not of C channels.
     """
     like = running_mean if moments is None else moments.values
-    assert like is not None
+    if like is None or (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var must both be given, or neither and moments; got one or nothing")
     channels = like.shape[-1]
-    stats = torch.empty(5, channels, dtype=torch.float32, device=like.device)
-    cumulative = moments is not None and momentum is None and batches is not None
-    if cumulative:
-        batches += 1
     values, rows, pixels, counts = moments or (None, 0, 0, None)
     sizes = (channels, 0 if values is None else values.shape[1], rows, pixels)
+    cumulative = moments is not None and momentum is None and batches is not None
+    stats = torch.empty(5, channels, dtype=torch.float32, device=like.device)
     _stats_recipe(*sizes, eps, 0.0 if momentum is None else momentum, cumulative).run(
         values_ptr=values,
         counts_ptr=counts,
@@ -538,6 +559,8 @@ def batch_norm_stats(
         batches_ptr=None if moments is None else batches,
         stats_ptr=stats,
     )
+    if cumulative:
+        batches += 1
     return stats
 
 
@@ -558,7 +581,10 @@ def _stats_recipe(
     written = ["stats_ptr"]
     if tiles:
         written += ["running_mean_ptr", "running_var_ptr"] + ([] if cumulative else ["batches_ptr"])
-    return _merge(batch_norm_stats_kernel, scalars, read, written)
+    names = ("gamma", "beta", "running_mean", "running_var")
+    vectors = {f"{name}_ptr": Vector(name, (channels,)) for name in names}
+    vectors["batches_ptr"] = Vector("batches", (), (torch.int64,))
+    return _merge(batch_norm_stats_kernel, scalars, read, written, vectors | _moments_vectors(channels, tiles))
 
 
 def batch_norm_apply(
@@ -583,6 +609,8 @@ def batch_norm_apply(
     that are not pixel-linear or do not fit.
     """
     dtype = y.dtype if out_dtype is None else out_dtype
+    if residual_stats is not None and (residual is None or residual.shape != y.shape):
+        raise ValueError("residual_stats need a residual of the shape of y")
     fixed = stats if isinstance(stats, Norm) else None
     mean, var, gamma, beta, eps = fixed or (None, None, None, None, 0.0)
     rows = (0 if fixed else 2) + (0 if residual_stats is None else 2)
@@ -619,9 +647,8 @@ def _apply_recipe(
     require_pixel_linear(y=y, residual=residual)
     pixels, channels = _sizes(y)
     _, _, p, q = y.shape
-    padded = residual is not None and residual.shape != y.shape
-    if padded:
-        _check_padded(y, residual, step, before)
+    if residual is not None:
+        require_fitting_residual(residual, y.shape, step, before)
     tile = config or default_config(pixels, channels, arch)
     res_channels, res_h, res_w = (0, 0, 0) if residual is None else residual.shape[1:]
     scalars = {
@@ -637,7 +664,7 @@ def _apply_recipe(
         "res_step": step,
         "res_before": before,
         "eps": eps,
-        "RES_PADDED": padded,
+        "RES_PADDED": residual is not None and residual.shape != y.shape,
         "RELU": relu,
         "INT64": _wide(tile, y, residual),
     }
@@ -645,7 +672,13 @@ def _apply_recipe(
     more = 0 if residual is None else pixels * res_channels * residual.dtype.itemsize
     more += _VECTOR * channels * rows
     read = ["y_ptr", "mean_ptr", "var_ptr", "gamma_ptr", "beta_ptr"]
-    return _pass_over(batch_norm_apply_kernel, cdiv(pixels, tile.block_m), scalars, tile, read, ["z_ptr"], more)
+    vectors = {
+        "stats_ptr": Vector("stats", (5, channels), _FP32),
+        "res_stats_ptr": Vector("residual_stats", (5, channels), _FP32),
+        **{f"{name}_ptr": Vector(f"stats.{name}", (channels,)) for name in ("mean", "var", "gamma", "beta")},
+    }
+    tiles = cdiv(pixels, tile.block_m)
+    return _pass_over(batch_norm_apply_kernel, tiles, scalars, tile, read, ["z_ptr"], vectors, more)
 
 
 def batch_norm_reduce(
@@ -668,6 +701,8 @@ def batch_norm_reduce(
     Returns g and fp32 [2 or 3, T, C]: tile by tile ``sum g``, ``sum g*(y - mean)`` (0 without ``y``), and the second's.
     """
     y2, stats2 = second or (None, None)
+    if (y is None) != (stats is None) or (mask and (y is None or z is not None)):
+        raise ValueError("y and stats must be given together, and with mask, without z")
     masked = z is not None or mask
     inputs = map(layout, (dz, y, z, y2, out if masked else None))
     recipe = _reduce_recipe(*inputs, mask, target_arch(), config)
@@ -691,7 +726,7 @@ def _reduce_recipe(
     arch: int,
     config: TileConfig | None,
 ) -> Recipe:
-    require_pixel_linear(dz=dz, y=y, z=z, y2=y2, out=out)
+    _require_alike(dz=dz, y=y, z=z, y2=y2, out=out)
     pixels, channels = _sizes(dz)
     # In 16 bits, with one batch norm, 64 registers are enough: the compiler would spill to do with fewer.
     registers = 64 if y2 is None and dz.dtype.itemsize == 2 else None
@@ -715,7 +750,11 @@ def _reduce_recipe(
     }
     more = _VECTOR * channels * ((y is not None) * (3 if mask else 1) + (y2 is not None))
     read, written = ["dz_ptr", "z_ptr", "y_ptr", "y2_ptr"], ["sums_ptr", "g_ptr"]
-    return _pass_over(batch_norm_reduce_kernel, tiles, scalars, tile, read, written, more)
+    vectors = {
+        "stats_ptr": Vector("stats", (5, channels), _FP32),
+        "stats2_ptr": Vector("second[1]", (5, channels), _FP32),
+    }
+    return _pass_over(batch_norm_reduce_kernel, tiles, scalars, tile, read, written, vectors, more)
 
 
 def merge_sums(sums: Tensor) -> Tensor:
@@ -728,7 +767,8 @@ def merge_sums(sums: Tensor) -> Tensor:
 
 @lru_cache(maxsize=4096)
 def _merge_sums_recipe(rows: int, tiles: int, channels: int) -> Recipe:
-    return _merge(merge_sums_kernel, {"T": tiles, "C": channels}, ["sums_ptr"], ["merged_ptr"], rows=rows)
+    vectors = {"sums_ptr": Vector("sums", (rows, tiles, channels), _FP32)}
+    return _merge(merge_sums_kernel, {"T": tiles, "C": channels}, ["sums_ptr"], ["merged_ptr"], vectors, rows=rows)
 
 
 def batch_norm_coefs(
@@ -751,7 +791,9 @@ def batch_norm_coefs(
 def _coefs_recipe(tiles: int, channels: int) -> Recipe:
     more = _VECTOR * channels * 4  # The shift is the one row of stats that nothing depends on.
     read, written = ["sum_g_ptr", "sum_gy_ptr"], ["coefs_ptr", "dgamma_ptr", "dbeta_ptr"]
-    return _merge(batch_norm_coefs_kernel, {"T": tiles, "C": channels}, read, written, more)
+    sums = {f"{name}_ptr": Vector(name, (tiles, channels), _FP32) for name in ("sum_g", "sum_gy")}
+    vectors = sums | {"stats_ptr": Vector("stats", (5, channels), _FP32)}
+    return _merge(batch_norm_coefs_kernel, {"T": tiles, "C": channels}, read, written, vectors, more)
 
 
 def batch_norm_backward(
@@ -786,7 +828,7 @@ def _backward_recipe(
     arch: int,
     config: TileConfig | None,
 ) -> Recipe:
-    require_pixel_linear(g=g, y=y, y2=y2, out=out)
+    _require_alike(g=g, y=y, y2=y2, out=out)
     pixels, channels = _sizes(g)
     tile = config or default_config(pixels, channels, arch)
     scalars = {
@@ -801,7 +843,22 @@ def _backward_recipe(
     more = (1 if y is None else 3) + (0 if not twice else 1 if y2 is None else 3)
     read, written = ["g_ptr", "y_ptr", "y2_ptr"], ["dy_ptr", "dy2_ptr"]
     tiles = cdiv(pixels, tile.block_m)
-    return _pass_over(batch_norm_backward_kernel, tiles, scalars, tile, read, written, _VECTOR * channels * more)
+    vectors = {
+        "coefs_ptr": Vector("coefs", (3, channels), _FP32),
+        "coefs2_ptr": Vector("second[1]", (3, channels), _FP32),
+    }
+    more *= _VECTOR * channels
+    return _pass_over(batch_norm_backward_kernel, tiles, scalars, tile, read, written, vectors, more)
+
+
+def _require_alike(**layouts: Layout | None) -> None:
+    """Raise ValueError for the first tensor that is not pixel-linear, or not of the shape of the first of them all."""
+    require_pixel_linear(**layouts)
+    (first, like), *others = layouts.items()
+    assert like is not None
+    for name, x in others:
+        if x is not None and x.shape != like.shape:
+            raise ValueError(f"{name} must have the shape of {first}, {tuple(like.shape)}; got {tuple(x.shape)}")
 
 
 def _sizes(y: Layout) -> tuple[int, int]:
@@ -810,18 +867,9 @@ def _sizes(y: Layout) -> tuple[int, int]:
 
 
 def _wide(tile: TileConfig, *tensors: Layout | None) -> bool:
-    """Whether offsets may pass 2^31."""
-    return max(map(span, tensors)) + tile.block_m * tile.block_k * 4096 >= 2**31
-
-
-def _check_padded(y: Layout, residual: Layout, step: int, before: int) -> None:
-    n, channels, h, w = residual.shape
-    kept = (n, -(-h // step), -(-w // step))
-    if kept != (y.shape[0], *y.shape[2:]) or before < 0 or before + channels > y.shape[1]:
-        raise ValueError(
-            f"residual must have shape {tuple(y.shape)}, or fit it with every {step}-th pixel from channel {before} "
-            f"on; got {tuple(residual.shape)}"
-        )
+    """Whether offsets may pass 2^31, those of pixels past the last one of a tile too."""
+    past = tile.block_m * tile.block_k
+    return max(span(t) + past * (pixel_stride(t) or 0) for t in tensors if t is not None) >= 2**31
 
 
 def _pass_over(
@@ -831,21 +879,28 @@ def _pass_over(
     tile: TileConfig,
     read: list[str],
     written: list[str],
+    vectors: dict[str, Vector],
     more: int = 0,
 ) -> Recipe:
     """For a kernel over ``tiles`` of pixels and blocks of channels; read and written: see :func:`_cost`."""
     blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
     grid = (tiles, cdiv(scalars["C"], tile.block_n))
-    return Recipe(kernel, grid, scalars | blocks, tile, partial(_cost, read, written, more))
+    return Recipe(kernel, grid, scalars | blocks, tile, partial(_cost, read, written, more), vectors)
 
 
 def _merge(
-    kernel: Any, scalars: dict[str, Any], read: list[str], written: list[str], more: int = 0, rows: int = 1
+    kernel: Any,
+    scalars: dict[str, Any],
+    read: list[str],
+    written: list[str],
+    vectors: dict[str, Vector],
+    more: int = 0,
+    rows: int = 1,
 ) -> Recipe:
     """For a kernel that merges the tiles, by blocks of channels, of ``rows`` of sums."""
     blocks = {"BLOCK_M": _MERGE.block_m, "BLOCK_N": _MERGE.block_n}
     grid = (cdiv(scalars["C"], _MERGE.block_n), rows)
-    return Recipe(kernel, grid, scalars | blocks, _MERGE, partial(_cost, read, written, more))
+    return Recipe(kernel, grid, scalars | blocks, _MERGE, partial(_cost, read, written, more), vectors)
 
 
 def _cost(read: list[str], written: list[str], more: int, tensors: Mapping[str, Tensor | None]) -> Cost:

@@ -14,10 +14,12 @@ import triton.language as tl
 from torch import Tensor
 
 from . import conv_forward
-from .conv_forward import ConvProblem, Geometry
-from .launch import INTERPRETER, Cost, Recipe, TileConfig, target_arch
+from .conv_forward import ConvProblem, Geometry, check_geometry
+from .launch import INTERPRETER, Cost, Recipe, TileConfig, Vector, target_arch
 from .tile import (
     Layout,
+    all_finite,
+    bound,
     cdiv,
     dot,
     layout,
@@ -44,6 +46,59 @@ def first_tap(parity, stride, dil, TAPS: tl.constexpr):
     for i in tl.static_range(TAPS):
         first = tl.where((parity - (TAPS - 1 - i) * dil) % stride == 0, TAPS - 1 - i, first)
     return first
+
+
+@triton.jit
+def product_by_group(
+    g_ptr,
+    y_ptr,
+    coefs_ptr,
+    w_ptr,
+    n,
+    h,
+    w,
+    mask_m,
+    ci,
+    P,
+    Q,
+    out_channels,
+    g_stride,
+    w_stride,
+    w_tap,
+    stride_h,
+    stride_w,
+    pad_h,
+    pad_w,
+    dil_h,
+    dil_w,
+    group_ci,
+    group_co,
+    R: tl.constexpr,
+    S: tl.constexpr,
+):
+    """The product of a tile, each column ``ci`` from the output channels of its own group alone: slow, but apart."""
+    acc = tl.zeros((h.shape[0], ci.shape[0]), tl.float32)
+    for k in range(0, bound(R * S * group_co)):
+        tap = k // group_co
+        up = h + pad_h - tap // S * dil_h
+        left = w + pad_w - tap % S * dil_w
+        p = up // stride_h
+        q = left // stride_w
+        reached = (up >= 0) & (left >= 0) & (up % stride_h == 0) & (left % stride_w == 0) & (p < P) & (q < Q)
+        inside = (mask_m & reached)[:, None]
+        co = ci // group_ci * group_co + k % group_co
+        at = (((n * P + p) * Q + q) * g_stride)[:, None] + co[None, :]
+        a = tl.load(g_ptr + at, mask=inside, other=0.0)
+        b = tl.load(w_ptr + co * w_stride + tap * w_tap + ci % group_ci)
+        if coefs_ptr is not None:
+            v = a.to(tl.float32) * tl.load(coefs_ptr + co)[None, :]
+            if y_ptr is not None:
+                y = tl.load(y_ptr + at, mask=inside, other=0.0)
+                scale, constant = tl.load(coefs_ptr + out_channels + co), tl.load(coefs_ptr + 2 * out_channels + co)
+                v += tl.fma(y.to(tl.float32), scale[None, :], constant[None, :])
+            a = tl.where(inside, v, 0.0).to(b.dtype)
+        acc += a.to(tl.float32) * b.to(tl.float32)[None, :]
+    return acc
 
 
 @triton.jit
@@ -229,7 +284,7 @@ def conv_dgrad_kernel(
     chunk = 0
     along = 0
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for _ in range(0, taps_h * taps_w * chunks):
+    for _ in range(0, bound(taps_h * taps_w * chunks)):
         channel = chunk * BLOCK_K + offs_k
         k_mask = channel < CO
         if POINTWISE:
@@ -279,6 +334,14 @@ def conv_dgrad_kernel(
                     g_step += (taps_w * hop_w - hop_h * Q) * pitch
                     w_step += (tap_h * S - taps_w * tap_w) * w_tap
                     tap = tap << (S - taps_w)
+    if MERGED:
+        # A zero of the filter times another group's infinity or NaN is NaN.
+        if not all_finite(acc):
+            acc = product_by_group(
+                g_ptr, y_ptr, coefs_ptr, w_ptr, n, first_h + i * stride_h, first_w + j * stride_w, mask_m,
+                group * CI + col, P, Q, out_channels, g_stride, w_stride, w_tap, stride_h, stride_w, pad_h, pad_w,
+                dil_h, dil_w, group_ci, group_co, R=R, S=S,
+            )  # fmt: skip
 
     tile = parity * tl.cdiv(tiles, stride_h * stride_w) + pid // tiles_n
     # Half a wide tile at a time: one whole would not leave room in the registers for the other tensors.
@@ -334,10 +397,11 @@ def conv_dgrad(
     that do not fit, and for filters of more than 64 taps.
     """
     y_in, stats = mask or (None, None)
-    inputs = _Inputs(*map(layout, (dy, w, y, coefs, shortcut, y_in, stats)))
+    inputs = _Inputs(*map(layout, (dy, w, y, shortcut, y_in)))
     cut = (shortcut_step, shortcut_before)
     dtype = w.dtype if out_dtype is None else out_dtype
-    recipe = _recipe(inputs, size, (stride, padding, dilation, groups), cut, tf32, target_arch(), config)
+    geometry = (stride, padding, dilation, groups)
+    recipe = _recipe(inputs, coefs is not None, tuple(size), geometry, cut, tf32, target_arch(), config)
     channels, tiles = recipe.scalars["channels"], recipe.scalars["tiles"]
     shape = (dy.shape[0], channels, *size)
     dx = torch.empty(shape, dtype=dtype, device=dy.device, memory_format=torch.channels_last)
@@ -360,15 +424,14 @@ class _Inputs(NamedTuple):
     dy: Layout
     w: Layout
     y: Layout | None
-    coefs: Layout | None
     shortcut: Layout | None
     y_in: Layout | None
-    stats: Layout | None
 
 
 @lru_cache(maxsize=4096)
 def _recipe(
     inputs: _Inputs,
+    prologue: bool,
     size: tuple[int, int],
     geometry: Geometry,
     cut: tuple[int, int],
@@ -376,11 +439,14 @@ def _recipe(
     arch: int,
     config: TileConfig | None,
 ) -> Recipe:
-    dy, w, _, coefs, shortcut, y_in, _ = inputs
+    dy, w, _, shortcut, y_in = inputs
     stride, *_, groups = geometry
+    require_pixel_linear(dy=dy)
+    require_channels_last_filter(w)
     n, co, _, _ = dy.shape
     ci, (r, s) = w.shape[1] * groups, w.shape[2:]
-    problem = ConvProblem(n, *size, ci, co, r, s, *geometry, w.dtype, tf32, coefs is not None, arch)
+    problem = ConvProblem(n, *size, ci, co, r, s, *geometry, w.dtype, tf32, prologue, arch)
+    check_geometry(problem)
     _check(problem, inputs)
     _check_shortcut(problem, shortcut, *cut)
     tile = config or default_config(problem, epilogue=y_in is not None or shortcut is not None)
@@ -398,7 +464,11 @@ def _recipe(
     }
     width, parts = transposed.tile_channels[1], groups // transposed.merged
     grid = (tiles * cdiv(width, tile.block_n), parts, parities)
-    return Recipe(conv_dgrad_kernel, grid, scalars, tile, partial(_cost, problem))
+    vectors = {
+        "coefs_ptr": Vector("coefs", (3, co), (torch.float32,)),
+        "stats_ptr": Vector("mask[1]", (5, ci), (torch.float32,)),
+    }
+    return Recipe(conv_dgrad_kernel, grid, scalars, tile, partial(_cost, problem), vectors)
 
 
 def _transposed(problem: ConvProblem) -> ConvProblem:
@@ -491,30 +561,28 @@ def _shortcut(problem: ConvProblem, shortcut: Layout | None, step: int, before: 
 
 
 def _check(problem: ConvProblem, inputs: _Inputs) -> None:
-    dy, w, y, coefs, _, y_in, stats = inputs
-    require_pixel_linear(dy=dy, y=y, y_in=y_in)
-    require_channels_last_filter(w)
+    dy, w, y, _, y_in = inputs
+    require_pixel_linear(y=y, y_in=y_in)
     if w.shape[0] != problem.co or problem.co % problem.groups:
         raise ValueError(f"w of shape {tuple(w.shape)} does not fit {problem.co} channels in {problem.groups} groups")
     if problem.r * problem.s > 64:
         raise ValueError(f"w may have at most 64 taps, one per bit of a mask; got shape {tuple(w.shape)}")
     if tuple(dy.shape[2:]) != (problem.p, problem.q):
         raise ValueError(f"dy must have shape [N, CO, {problem.p}, {problem.q}]; got {tuple(dy.shape)}")
-    if coefs is None and (y is not None or dy.dtype != w.dtype):
+    if not problem.prologue and (y is not None or dy.dtype != w.dtype):
         raise ValueError(f"without coefs, dy must have the dtype of w, {w.dtype}, and y be None; got {dy.dtype}")
     if y is not None and (y.shape != dy.shape or pixel_stride(y) != pixel_stride(dy)):
         raise ValueError(f"y must lie in memory as dy does, {tuple(dy.shape)}; got {tuple(y.shape)}, {y.strides}")
     if y_in is not None and tuple(y_in.shape) != (problem.n, problem.ci, problem.h, problem.w):
         raise ValueError(f"mask[0] must have the shape of the result; got {tuple(y_in.shape)}")
-    for name, vectors, shape in (("coefs", coefs, (3, problem.co)), ("mask[1]", stats, (5, problem.ci))):
-        if vectors is not None and (tuple(vectors.shape) != shape or not vectors.is_packed(0, 1)):
-            raise ValueError(f"{name} must be contiguous, of shape {shape}; got {tuple(vectors.shape)}")
 
 
 def _check_shortcut(problem: ConvProblem, shortcut: Layout | None, step: int, before: int) -> None:
     require_pixel_linear(shortcut=shortcut)
     if shortcut is None:
         return
+    if step < 1:
+        raise ValueError(f"shortcut_step must be at least 1; got {step}")
     n, channels, h, w = shortcut.shape
     kept = (problem.n, -(-problem.h // step), -(-problem.w // step))
     if (n, h, w) != kept or before < 0 or before + problem.ci > channels:

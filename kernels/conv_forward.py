@@ -13,11 +13,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .gpus import gpu_of
-from .launch import INTERPRETER, Cost, Recipe, TileConfig, target_arch
+from .launch import INTERPRETER, Cost, Recipe, TileConfig, Vector, target_arch
 from .tile import (
     Layout,
     Moments,
     Norm,
+    all_finite,
+    bound,
     cdiv,
     channels_last,
     dot,
@@ -26,6 +28,7 @@ from .tile import (
     pixel_stride,
     relu,
     require_channels_last_filter,
+    require_fitting_residual,
     require_pixel_linear,
     span,
     store_moments,
@@ -105,8 +108,54 @@ def store_output(
     tl.store(y_ptr + (offs_m * y_stride)[:, None] + c[None, :], rounded, mask=mask)
     if moments_ptr is not None:
         count = tl.minimum(M - tile * offs_m.shape[0], offs_m.shape[0]).to(tl.float32)
-        mean_ptrs = moments_ptr + tile * channels + c
-        store_moments(rounded, (offs_m < M)[:, None], count, mean_ptrs, tiles * channels, mask_n)
+        store_moments(rounded, count, moments_ptr + tile * channels + c, tiles * channels, mask_n)
+
+
+@triton.jit
+def product_by_group(
+    x_ptr,
+    w_ptr,
+    scale_ptr,
+    shift_ptr,
+    row,
+    mask_m,
+    co,
+    x_stride,
+    w_stride,
+    H,
+    W,
+    P,
+    Q,
+    stride_h,
+    stride_w,
+    pad_h,
+    pad_w,
+    dil_h,
+    dil_w,
+    group_ci,
+    group_co,
+    R: tl.constexpr,
+    S: tl.constexpr,
+):
+    """The product of a tile, each column ``co`` from the input channels of its own group alone: slow, but apart."""
+    h0 = row // Q % P * stride_h - pad_h
+    w0 = row % Q * stride_w - pad_w
+    image = row // (P * Q) * H
+    acc = tl.zeros((row.shape[0], co.shape[0]), tl.float32)
+    for k in range(0, bound(R * S * group_ci)):
+        tap = k // group_ci
+        h = h0 + tap // S * dil_h
+        w = w0 + tap % S * dil_w
+        inside = (mask_m & (h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None]
+        ci = co // group_co * group_ci + k % group_ci
+        a = tl.load(x_ptr + (((image + h) * W + w) * x_stride)[:, None] + ci[None, :], mask=inside, other=0.0)
+        b = tl.load(w_ptr + co * w_stride + k)
+        if scale_ptr is not None:
+            scale, shift = tl.load(scale_ptr + ci), tl.load(shift_ptr + ci)
+            v = relu(tl.fma(a.to(tl.float32), scale[None, :], shift[None, :]))
+            a = tl.where(inside, v, 0.0).to(a.dtype)
+        acc += a.to(tl.float32) * b.to(tl.float32)[None, :]
+    return acc
 
 
 @triton.jit(do_not_specialize=_RUNTIME_SIZES)
@@ -224,7 +273,7 @@ def conv_forward_kernel(
     x_step = tl.full((), 0, OFFSET)
     w_step = 0
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for _ in range(0, trips):
+    for _ in range(0, bound(trips)):
         if FLAT:
             k_mask = offs_k < k_end - w_step
             x_at = x_offs + (r * dil_h * W * pitch + s * tap_step + c)[None, :]
@@ -282,6 +331,13 @@ def conv_forward_kernel(
                     if s == S:
                         s = 0
                         x_step += row_step - tap_step
+    if MERGED:
+        # A zero of the filter times another group's infinity or NaN is NaN.
+        if not all_finite(acc):
+            acc = product_by_group(
+                x_ptr, w_ptr, scale_ptr, shift_ptr, row, mask_m, group * CO + col, x_stride, w_stride, H, W, P, Q,
+                stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, group_ci, group_co, R=R, S=S,
+            )  # fmt: skip
 
     # Half a wide tile at a time: one whole would not leave room in the registers for the residual.
     HALF: tl.constexpr = BLOCK_N // 2 if BLOCK_N >= 128 else BLOCK_N
@@ -402,7 +458,8 @@ def default_config(problem: ConvProblem) -> TileConfig:
         block_m, block_n, block_k, stages = 64, min(block_n, 64), min(block_k, deep), 2 if problem.prologue else 3
     else:
         wide = 128 if not fp32 and not problem.prologue else 64
-        block_m = 64 if problem.arch == 100 or problem.flat else 128
+        # Merged groups may have to be told apart in the end, which takes registers too.
+        block_m = 64 if problem.arch == 100 or problem.flat or problem.merged > 1 else 128
         block_n = min(block_n, wide)
         block_k = min(block_k, 32 if fp32 or problem.flat or (block_n == 128 and not hopper) else 64)
         stages = 3 if block_k == 64 else 4
@@ -555,13 +612,16 @@ def _recipe(
     arch: int,
     config: TileConfig | None,
 ) -> Recipe:
+    require_pixel_linear(x=x)
+    require_channels_last_filter(w)
     n, ci, h, width = x.shape
     co, _, r, s = w.shape
     problem = ConvProblem(n, h, width, ci, co, r, s, *geometry, x.dtype, tf32, prologue, arch)
+    check_geometry(problem)
     out = epilogue.out
     if not isinstance(out, Layout):
         out = channels_last((n, co, problem.p, problem.q), out)
-    _check(problem, x, w, out, epilogue)
+    _check(problem, w, out, epilogue)
     tile = config or default_config(problem)
     tiles = cdiv(problem.m, tile.block_m)
     scalars = {
@@ -573,7 +633,15 @@ def _recipe(
         "INT64": max(map(span, (x, out, epilogue.residual))) + tile.block_m >= 2**31,
     }
     grid = (tiles * cdiv(problem.tile_channels[1], tile.block_n), problem.groups // problem.merged)
-    return Recipe(conv_forward_kernel, grid, scalars, tile, partial(_cost, problem))
+    return Recipe(conv_forward_kernel, grid, scalars, tile, partial(_cost, problem), _vectors(ci, co))
+
+
+def _vectors(ci: int, co: int) -> dict[str, Vector]:
+    vectors = {
+        f"{name}_ptr": Vector(f"prologue[{i}]", (ci,), (torch.float32,)) for i, name in enumerate(("scale", "shift"))
+    }
+    vectors["bias_ptr"] = Vector("bias", (co,))
+    return vectors | {f"{name}_ptr": Vector(f"norm.{name}", (co,)) for name in ("mean", "var", "gamma", "beta")}
 
 
 def _output(recipe: Recipe, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -640,23 +708,35 @@ def _epilogue(epilogue: _Epilogue, out: Layout) -> dict[str, Any]:
     }
 
 
-def _check(problem: ConvProblem, x: Layout, w: Layout, out: Layout, epilogue: _Epilogue) -> None:
+def check_geometry(problem: ConvProblem) -> None:
+    """Raise ValueError for arguments of a convolution that leave it without a meaning, or without an output."""
+    named = {"stride": (problem.stride, 1), "padding": (problem.padding, 0), "dilation": (problem.dilation, 1)}
+    for name, (pair, least) in named.items():
+        if not isinstance(pair, tuple) or len(pair) != 2 or min(pair) < least:
+            raise ValueError(f"{name} must be two integers of at least {least}; got {pair}")
+    if problem.groups < 1:
+        raise ValueError(f"groups must be at least 1; got {problem.groups}")
+    if problem.r < 1 or problem.s < 1 or problem.p < 1 or problem.q < 1:
+        raise ValueError(
+            f"a filter of {problem.r}x{problem.s} with dilation {problem.dilation} does not fit into an image of "
+            f"{problem.h}x{problem.w} with padding {problem.padding}"
+        )
+
+
+def _check(problem: ConvProblem, w: Layout, out: Layout, epilogue: _Epilogue) -> None:
     residual, step, before, *_ = epilogue
-    require_pixel_linear(x=x, out=out, residual=residual)
-    require_channels_last_filter(w)
+    require_pixel_linear(out=out, residual=residual)
+    if w.dtype != problem.dtype:
+        raise ValueError(f"w must have the dtype of x, {problem.dtype}; got {w.dtype}")
     if w.shape[1] * problem.groups != problem.ci or problem.co % problem.groups:
         raise ValueError(f"w of shape {tuple(w.shape)} does not fit {problem.ci} channels in {problem.groups} groups")
+    if problem.padding != (0, 0) and problem.r * problem.s > 64:
+        raise ValueError(f"with padding, w may have at most 64 taps, one per bit of a mask; got shape {tuple(w.shape)}")
     shape = (problem.n, problem.co, problem.p, problem.q)
     if tuple(out.shape) != shape:
         raise ValueError(f"out must have shape {shape}; got {tuple(out.shape)}")
     if residual is not None:
-        n, channels, h, width = residual.shape
-        kept = (n, -(-h // step), -(-width // step))
-        if kept != (problem.n, problem.p, problem.q) or before < 0 or before + channels > problem.co:
-            raise ValueError(
-                f"residual must have shape {shape}, or fit it with every {step}-th pixel from channel {before} on; "
-                f"got {tuple(residual.shape)}"
-            )
+        require_fitting_residual(residual, shape, step, before)
 
 
 def _cost(problem: ConvProblem, tensors: Mapping[str, Any]) -> Cost:

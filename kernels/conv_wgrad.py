@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .conv_forward import ConvProblem, Geometry
+from .conv_forward import ConvProblem, Geometry, check_geometry
 from .gpus import gpu_of
-from .launch import INTERPRETER, Cost, Recipe, TileConfig, target_arch
-from .tile import Layout, cdiv, dot, layout, load_channels, pixel_stride, relu, require_pixel_linear, span
+from .launch import INTERPRETER, Cost, Recipe, TileConfig, Vector, target_arch
+from .tile import Layout, bound, cdiv, dot, layout, load_channels, pixel_stride, relu, require_pixel_linear, span
 
 _RUNTIME_SIZES = [
     *("M", "H", "W", "P", "Q", "steps", "stride_h", "stride_w", "pad_h", "pad_w", "dil_h", "dil_w"),
@@ -130,7 +130,7 @@ def conv_wgrad_kernel(
         if FLAT:
             tap = (r * dil_h * W + s * dil_w) * x_pitch + c
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for _ in range(0, steps):
+    for _ in range(0, bound(steps)):
         mask_m = offs_k < left
         dy_mask = mask_m[:, None] & mask_co[None, :]
         dy = tl.load(g_tile + g_offs, mask=dy_mask, other=0.0)
@@ -206,7 +206,7 @@ def sum_splits_kernel(partial_ptr, dw_ptr, SIZE, splits, BLOCK_M: tl.constexpr):
     i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask = i < SIZE
     acc = tl.zeros((BLOCK_M,), tl.float32)
-    for split in range(0, splits):
+    for split in range(0, bound(splits)):
         acc += tl.load(partial_ptr + split * SIZE.to(tl.int64) + i, mask=mask, other=0.0)
     tl.store(dw_ptr + i, acc.to(dw_ptr.dtype.element_ty), mask=mask)
 
@@ -237,8 +237,8 @@ def default_config(problem: ConvProblem) -> WgradConfig:
         narrow = fp32 or problem.flat or problem.arch in (86, 89, 120) or (problem.prologue and ci * co < 2**15)
         block_m, block_n = min(block_m, 64), min(block_n, 64 if narrow else 128)
         # 32 pixels a step would spill in a narrow tile of 16 bits, and so would masks that wait in a third stage for a
-        # small one: the compiler gives registers to occupancy there.
-        deep = 32 if fp32 or (problem.prologue and block_n == 128) else 64
+        # small one: the compiler gives registers to occupancy there. 64 would where each column has masks of its own.
+        deep = 32 if fp32 or problem.flat or (problem.prologue and block_n == 128) else 64
         stages = 3 if block_m * block_n > 32 * 32 else 2
         small = block_m * block_n == 16 * 16 and problem.arch in (86, 89)
         tile = TileConfig(block_m, block_n, deep, num_stages=stages, max_registers=96 if small else None)
@@ -286,7 +286,7 @@ def conv_wgrad(
     Returns it channels_last, of ``out_dtype`` (that of ``x`` if not given). Raises ValueError for tensors that are not
     laid out so.
     """
-    inputs = _Inputs(*map(layout, (dy, x, y, coefs, x_stats, dy_out)))
+    inputs = _Inputs(*map(layout, (dy, x, y, dy_out)), coefs is not None, x_stats is not None)
     geometry = (stride, padding, dilation, groups)
     recipe = _recipe(inputs, tuple(filter_size), geometry, tf32, target_arch(), config)
     shape = (dy.shape[1], x.shape[1] // groups, *filter_size)
@@ -305,9 +305,9 @@ class _Inputs(NamedTuple):
     dy: Layout
     x: Layout
     y: Layout | None
-    coefs: Layout | None
-    x_stats: Layout | None
     dy_out: Layout | None
+    coefs: bool
+    x_stats: bool
 
 
 @lru_cache(maxsize=4096)
@@ -320,11 +320,13 @@ def _recipe(
     config: WgradConfig | None,
 ) -> Recipe:
     """For the sum over all pixels, or for ``grid[2]`` partial ones (0 where there are no pixels)."""
-    dy, x, _, coefs, x_stats, _ = inputs
+    dy, x, *_ = inputs
+    require_pixel_linear(dy=dy, x=x)
     n, ci, h, w = x.shape
     co, groups = dy.shape[1], geometry[3]
-    prologue = coefs is not None or x_stats is not None
+    prologue = inputs.coefs or inputs.x_stats
     problem = ConvProblem(n, h, w, ci, co, *filter_size, *geometry, x.dtype, tf32, prologue, arch)
+    check_geometry(problem)
     _check(problem, inputs)
     chosen = config or default_config(problem)
     steps = cdiv(cdiv(problem.m, chosen.tile.block_k), chosen.splits)
@@ -338,7 +340,11 @@ def _recipe(
     parts = groups // problem.merged
     splits = cdiv(problem.m, steps * chosen.tile.block_k) if problem.m else 0
     grid = (filter_tiles(problem, chosen.tile) // parts, parts, splits)
-    return Recipe(conv_wgrad_kernel, grid, scalars, chosen.tile, partial(_cost, problem))
+    vectors = {
+        "coefs_ptr": Vector("coefs", (3, co), (torch.float32,)),
+        "stats_ptr": Vector("x_stats", (5, ci), (torch.float32,)),
+    }
+    return Recipe(conv_wgrad_kernel, grid, scalars, chosen.tile, partial(_cost, problem), vectors)
 
 
 def _geometry(problem: ConvProblem, tile: TileConfig) -> dict[str, Any]:
@@ -388,27 +394,19 @@ def _sum_cost(tensors: Mapping[str, Any]) -> Cost:
 
 
 def _check(problem: ConvProblem, inputs: _Inputs) -> None:
-    dy, x, y, coefs, x_stats, dy_out = inputs
-    require_pixel_linear(dy=dy, x=x)
+    dy, x, y, dy_out, coefs, _ = inputs
+    require_pixel_linear(y=y, dy_out=dy_out)
     if tuple(dy.shape) != (problem.n, problem.co, problem.p, problem.q):
         raise ValueError(f"dy must have shape [{problem.n}, CO, {problem.p}, {problem.q}]; got {tuple(dy.shape)}")
-    if problem.ci % problem.groups or problem.co % problem.groups:
+    if not problem.ci or not problem.co or problem.ci % problem.groups or problem.co % problem.groups:
         raise ValueError(f"groups must divide {problem.ci} and {problem.co} channels; got {problem.groups}")
     for name, t in (("y", y), ("dy_out", dy_out)):
         if t is not None and (t.shape != dy.shape or pixel_stride(t) != pixel_stride(dy)):
             raise ValueError(f"{name} must lie in memory as dy, {tuple(dy.shape)}; got {tuple(t.shape)}, {t.strides}")
-        if t is not None and coefs is None:
+        if t is not None and not coefs:
             raise ValueError(f"{name} needs coefs: without them dy is given as it is")
-    if coefs is None and dy.dtype != x.dtype:
+    if not coefs and dy.dtype != x.dtype:
         raise ValueError(f"dy must have the dtype of x, {x.dtype}, unless coefs are given; got {dy.dtype}")
-    for name, vectors, shape in (("coefs", coefs, (3, problem.co)), ("x_stats", x_stats, (5, problem.ci))):
-        if vectors is None:
-            continue
-        if tuple(vectors.shape) != shape or vectors.dtype != torch.float32 or not vectors.is_packed(0, 1):
-            raise ValueError(
-                f"{name} must be contiguous fp32 {list(shape)}; got {vectors.dtype} {tuple(vectors.shape)} "
-                f"with strides {vectors.strides}"
-            )
 
 
 def _cost(problem: ConvProblem, tensors: Mapping[str, Any]) -> Cost:

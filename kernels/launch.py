@@ -7,19 +7,25 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
-from typing import Any
+from operator import itemgetter
+from typing import Any, NamedTuple
 
+import torch
 import triton
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, CompiledKernel
+from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime import driver
+from triton.runtime.jit import create_function_from_signature
+
+from .gpus import ARCHITECTURES
 
 INTERPRETER = 0
 """The architecture that stands for Triton's interpreter."""
 
-_POINTERS = {"float32": "*fp32", "int64": "*i64", "float16": "*fp16", "bfloat16": "*bf16"}
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+"""What the kernels compute with: they widen whatever they load to fp32."""
 
 
 @dataclass(frozen=True)
@@ -73,53 +79,56 @@ class Call:
 
     def specialization(self) -> tuple[Any, ...]:
         """What Triton's JIT compiles a kernel anew for: two calls that agree in it share their compiled code."""
-        return self.kernel.__name__, *self._signature(), *self.config.options.items()
+        _, _, kinds = self._bind(GPUTarget("cuda", ARCHITECTURES[0], 32))
+        return self.kernel.__name__, *kinds, *self.config.options.items()
 
     def compile(self, arch: int) -> Any:
         """The kernel compiled for ``arch`` (80 for sm_80 ...) as this call would specialise it; needs no GPU.
 
-        Returns Triton's compiled kernel: ``.asm["ptx"]``, ``.asm["cubin"]``, ``.metadata.shared``.
+        Triton's JIT finds it in Triton's cache, and this what the JIT has compiled. Returns Triton's compiled kernel:
+        ``.asm["ptx"]``, ``.asm["cubin"]``, ``.metadata.shared``.
         """
-        signature = self._signature()
-        # The JIT notes that it looked at an argument's divisibility and found none. So does this: then both find what
-        # either has compiled in Triton's cache.
-        looked_at = [
-            kind == "constexpr" or not (kind == "fp32" or parameter.do_not_specialize)
-            for (_, kind, _, _), parameter in zip(signature, self.kernel.params, strict=True)
-        ]
-        source = ASTSource(
-            self.kernel,
-            {name: kind for name, kind, _, _ in signature},
-            constexprs={name: value for name, kind, _, value in signature if kind == "constexpr"},
-            attrs={
-                (i,): [["tt.divisibility", 16]] if divisible else []
-                for i, (_, _, divisible, _) in enumerate(signature)
-                if divisible or looked_at[i]
-            },
+        target, options = GPUTarget("cuda", arch, 32), self.config.options
+        backend, bound, kinds = self._bind(target)
+        _, signature, constexprs, attrs = self.kernel._pack_args(backend, options, bound, kinds, options)
+        source = ASTSource(self.kernel, signature, constexprs, attrs)
+        return triton.compile(source, target=target, options=options)
+
+    def _bind(self, target: GPUTarget) -> tuple[Any, dict[str, Any], list[tuple[str, Any]]]:
+        """The compiler's backend; the arguments by name; per argument its type, and what counts of its value.
+
+        By the JIT's own functions: what it notes, and so the name under which it caches, differs by Triton's version.
+        """
+        backend, bind = _binder(self.kernel, target)
+        bound, kinds, _ = bind(**self.arguments, **self.config.options)
+        return backend, bound, kinds
+
+
+@cache
+def _binder(kernel: Any, target: GPUTarget) -> tuple[Any, Callable[..., Any]]:
+    backend = make_backend(target)
+    return backend, create_function_from_signature(kernel.signature, kernel.params, backend)
+
+
+class Vector(NamedTuple):
+    """What a kernel takes for granted of a tensor that it reads or writes element after element.
+
+    ``argument``: what the launcher's caller knows it as.
+    """
+
+    argument: str
+    shape: tuple[int, ...]
+    dtypes: tuple[torch.dtype, ...] = FLOATS
+
+    def require(self, tensor: Tensor) -> None:
+        """Raise ValueError for one that the kernel would read or write beside its elements."""
+        if tensor.shape == self.shape and tensor.is_contiguous() and tensor.dtype in self.dtypes:
+            return
+        dtypes = " or ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
+        raise ValueError(
+            f"{self.argument} must be contiguous {dtypes} {list(self.shape)}; got {tensor.dtype} "
+            f"{tuple(tensor.shape)} with strides {tensor.stride()}"
         )
-        return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=self.config.options)
-
-    def _signature(self) -> list[tuple[str, str, bool, Any]]:
-        """Per parameter: its name, type, whether it counts as divisible by 16, and its value if it is a constant."""
-        signature = []
-        for parameter in self.kernel.params:
-            value = self.arguments[parameter.name]
-            kind, divisible = _specialise(value, parameter)
-            signature.append((parameter.name, kind, divisible, value if kind == "constexpr" else None))
-        return signature
-
-
-def _specialise(value: Any, parameter: Any) -> tuple[str, bool]:
-    """The type that Triton's JIT gives an argument, and whether it counts as divisible by 16."""
-    if isinstance(value, Tensor):
-        return _POINTERS[str(value.dtype).removeprefix("torch.")], value.data_ptr() % 16 == 0
-    if parameter.is_constexpr or value is None:
-        return "constexpr", False
-    if isinstance(value, float):
-        return "fp32", False
-    if value == 1 and not parameter.do_not_specialize:
-        return "constexpr", False
-    return "i32" if -(2**31) <= value < 2**31 else "i64", value % 16 == 0 and not parameter.do_not_specialize
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +137,8 @@ class Recipe:
 
     Launchers make one per problem and keep it, since it keeps the compiled code: Triton's JIT, which looks at every
     argument of every launch to find that code, takes several times as long as the launch itself. ``cost``: from the
-    tensors by name.
+    tensors by name. ``vectors``: what is asked of tensors, by name, in every launch; of all others the layout, on which
+    a recipe depends, was looked at when it was made.
     """
 
     kernel: Any
@@ -136,46 +146,62 @@ class Recipe:
     scalars: Mapping[str, Any]
     config: TileConfig
     cost: Callable[[Mapping[str, Any]], Cost]
+    vectors: Mapping[str, Vector] = field(default_factory=dict)
     _compiled: dict[Any, Callable[..., None]] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
-    def _pointers(self) -> tuple[str, ...]:
-        """The names of the kernel's tensors, its first parameters."""
+    def _pointers(self) -> Callable[[Mapping[str, Any]], tuple[Any, ...]]:
+        """Takes the kernel's tensors, its first parameters and two at the least, from all by name."""
         names = self.kernel.arg_names
         count = len(names) - len(self.scalars)
         assert set(names[count:]) == set(self.scalars), f"{self.kernel.__name__} takes its tensors first"
-        return tuple(names[:count])
+        return itemgetter(*names[:count])
 
     @cached_property
     def _values(self) -> tuple[Any, ...]:
-        return tuple(self.scalars[name] for name in self.kernel.arg_names[len(self._pointers) :])
+        return tuple(self.scalars[name] for name in self.kernel.arg_names[-len(self.scalars) :])
 
     def run(self, **tensors: Tensor | None) -> None:
-        """Launch, unless there is nothing to compute, and tell the observers."""
+        """Launch, unless there is nothing to compute, and tell the observers.
+
+        Raises ValueError for a tensor that is not what the kernel takes for granted.
+        """
         if 0 in self.grid:
+            self.check(tensors)
             return
         if dry_target() is None:
             self._launch(tensors)
+        else:
+            self.check(tensors)
         for callback in _observers:
             cost = partial(self.cost, tensors)
             callback(Call(self.kernel, self.grid, {**tensors, **self.scalars}, self.config, cost))
 
+    def check(self, tensors: Mapping[str, Tensor | None]) -> None:
+        """Raise ValueError for one of the ``tensors``, by name, that is not what the kernel takes for granted."""
+        for name, vector in self.vectors.items():
+            tensor = tensors[name]
+            if tensor is not None:
+                vector.require(tensor)
+
     def _launch(self, tensors: dict[str, Tensor | None]) -> None:
         if interpreting():
+            self.check(tensors)
             # The interpreter moves data by PyTorch's operators, which are none that a caller may count or transform.
             with _disable_current_modes():
                 self.kernel[self.grid](**tensors, **self.scalars, **self.config.options)
             return
-        pointers = [tensors[name] for name in self._pointers]
-        # All that the compiled code depends on beside the scalars.
+        pointers = self._pointers(tensors)
+        # What the compiled code depends on beside the scalars; and the size of vectors, which need no check again.
         key = (
-            *[t if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in pointers],
+            *[t if t is None else (t.dtype, t.data_ptr() % 16 == 0, t.is_contiguous() and t.numel()) for t in pointers],
             driver.active.get_current_device(),
         )
         launch = self._compiled.get(key)
         if launch is not None:
             launch(*pointers, *self._values)
             return
+        self.check(tensors)
         compiled = self.kernel[self.grid](*pointers, *self._values, **self.config.options)
         if isinstance(compiled, CompiledKernel):  # and not what a tool in the JIT's place returns
             self._compiled[key] = compiled[(*self.grid, 1, 1)[:3]]
@@ -187,11 +213,12 @@ _observers: list[Callable[[Call], None]] = []
 @contextmanager
 def observe(callback: Callable[[Call], None]) -> Iterator[None]:
     """Pass each :class:`Call` that runs inside the ``with`` block to ``callback``."""
-    _observers.append(callback)
+    observer = partial(callback)  # equal to nothing but itself, as a callback need not be
+    _observers.append(observer)
     try:
         yield
     finally:
-        _observers.remove(callback)
+        _observers.remove(observer)
 
 
 _dry_target: ContextVar[tuple[int, str] | None] = ContextVar("dry_target", default=None)

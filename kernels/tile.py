@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import interpreting
+from .launch import FLOATS, interpreting
 
 INTERPRETING = tl.constexpr(interpreting())
 
@@ -21,6 +21,19 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def bound(n):
+    """``n``, as the end of a ``range``.
+
+    In the interpreter, numbers are arrays of one element. That of Triton 3.6 leaves it to NumPy to make an integer of
+    one, which NumPy 2.4 refuses unless the array has no dimension.
+    """
+    if INTERPRETING:
+        return (tl.zeros((1,), tl.int32) + n).handle.data.item()
+    else:
+        return n
 
 
 @triton.jit
@@ -60,12 +73,33 @@ def tap_mask(h0, w0, mask_m, H, W, dil_h, dil_w, R: tl.constexpr, S: tl.constexp
 
 
 @triton.jit
-def store_moments(v, mask, count, mean_ptrs, m2_step, mask_n):
-    """Per column, the mean of the ``count`` rows under ``mask``; ``m2_step`` further, their squared deviations."""
+def finite(v):
+    """Whether a value is neither infinite nor NaN."""
+    return tl.abs(v) < float("inf")
+
+
+@triton.jit
+def all_finite(tile):
+    """Whether every value of a tile is."""
+    return tl.min(tl.min(finite(tile).to(tl.int32), 0, keep_dims=True), 1, keep_dims=True).item() > 0
+
+
+@triton.jit
+def store_moments(v, count, mean_ptrs, m2_step, mask_n):
+    """Per column, the mean of the first ``count`` rows; ``m2_step`` further, their squared deviations from it.
+
+    Both count from the first row: 1/sqrt(eps) would amplify a rounding of the mean where all rows are the same. Unless
+    that one is infinite, which would make the mean NaN.
+    """
+    row = tl.arange(0, v.shape[0])[:, None]
+    mask = row < count
     v = v.to(tl.float32)
-    mean = tl.sum(tl.where(mask, v, 0.0), 0) / count
+    origin = tl.sum(tl.where(row == 0, v, 0.0), 0)
+    origin = tl.where(finite(origin), origin, 0.0)
+    v = tl.where(mask, v - origin[None, :], 0.0)
+    mean = tl.sum(v, 0) / count
     deviation = tl.where(mask, v - mean[None, :], 0.0)
-    tl.store(mean_ptrs, mean, mask=mask_n)
+    tl.store(mean_ptrs, origin + mean, mask=mask_n)
     tl.store(mean_ptrs + m2_step, tl.sum(rounded_product(deviation, deviation), 0), mask=mask_n)
 
 
@@ -100,7 +134,10 @@ def layout(tensor: Tensor) -> Layout: ...
 def layout(tensor: Tensor | None) -> Layout | None: ...
 def layout(tensor: Tensor | None) -> Layout | None:
     """That of ``tensor``; None for None."""
-    return None if tensor is None else Layout(tensor.shape, tensor.stride(), tensor.dtype)
+    if tensor is None:
+        return None
+    # As Layout(...) does, less a Python function: launchers ask for several layouts in every launch.
+    return tuple.__new__(Layout, (tensor.shape, tensor.stride(), tensor.dtype))
 
 
 def channels_last(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Layout:
@@ -120,13 +157,13 @@ def pixel_stride(x: Layout) -> int | None:
     for size, stride in ((w, x.strides[3]), (h, x.strides[2]), (n, x.strides[0])):
         if size > 1:
             if step is None:
-                step, rest = divmod(stride, pixels)
-                if rest or step < c:
-                    return None
-            elif stride != step * pixels:
+                step = stride
+            if stride != step * pixels:
                 return None
         pixels *= size
-    return c if step is None else step
+    if step is None:
+        return c
+    return step if step >= c else None  # closer pixels would overlap
 
 
 def span(x: Layout | None) -> int:
@@ -137,7 +174,13 @@ def span(x: Layout | None) -> int:
 def require_pixel_linear(**layouts: Layout | None) -> None:
     """Raise ValueError, by its name, for the first tensor that is not pixel-linear; None passes."""
     for name, x in layouts.items():
-        if x is not None and pixel_stride(x) is None:
+        if x is None:
+            continue
+        if len(x.shape) != 4 or x.dtype not in FLOATS:
+            raise ValueError(
+                f"{name} must be [N, C, H, W], in float32, float16 or bfloat16; got {x.dtype} {tuple(x.shape)}"
+            )
+        if pixel_stride(x) is None:
             raise ValueError(
                 f"{name} must be pixel-linear (channels_last, or a slice of its channels or images); "
                 f"got shape {tuple(x.shape)} with strides {x.strides}"
@@ -145,9 +188,26 @@ def require_pixel_linear(**layouts: Layout | None) -> None:
 
 
 def require_channels_last_filter(w: Layout) -> None:
-    """Raise ValueError for a filter [CO, CI/groups, R, S] that is not channels_last."""
+    """Raise ValueError for a filter [CO, CI/groups, R, S] that is not channels_last, or empty."""
+    if len(w.shape) != 4 or 0 in w.shape or w.dtype not in FLOATS:
+        raise ValueError(
+            f"w must be [CO, CI/groups, R, S], none of them 0, in float32, float16 or bfloat16; got {w.dtype} "
+            f"{tuple(w.shape)}"
+        )
     if not w.is_packed(0, 2, 3, 1):
         raise ValueError(f"w must be channels_last; got shape {tuple(w.shape)} with strides {w.strides}")
+
+
+def require_fitting_residual(residual: Layout, shape: tuple[int, ...], step: int, before: int) -> None:
+    """Raise ValueError for one whose every ``step``-th pixel does not fit ``shape`` from channel ``before`` on."""
+    if step < 1:
+        raise ValueError(f"residual_step must be at least 1; got {step}")
+    n, channels, h, w = residual.shape
+    if (n, cdiv(h, step), cdiv(w, step)) != (shape[0], *shape[2:]) or before < 0 or before + channels > shape[1]:
+        raise ValueError(
+            f"residual must have shape {tuple(shape)}, or fit it with every {step}-th pixel from channel {before} on; "
+            f"got {tuple(residual.shape)}"
+        )
 
 
 class Norm(NamedTuple):

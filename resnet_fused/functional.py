@@ -446,7 +446,7 @@ def _vectors(
         if v is not None:
             if type(v) not in ops.PLAIN and (reason := _why_subclass(v)) is not None:
                 return reason
-            if v.numel() != co or v.device != device:
+            if v.shape != (co,) or v.device != device:
                 return f"a vector of shape {tuple(v.shape)} on {v.device} does not fit {co} channels on {device}"
             if v is bias:
                 if v.dtype != w_dtype:

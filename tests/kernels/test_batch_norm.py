@@ -18,10 +18,10 @@ from resnet_fused.kernels.batch_norm import (
     merge_sums,
 )
 from resnet_fused.kernels.conv_forward import conv_forward, conv_forward_moments
-from resnet_fused.kernels.launch import TileConfig
+from resnet_fused.kernels.launch import TileConfig, dry_run, observe
 from resnet_fused.kernels.tile import Moments, Norm
 from tests.kernels.test_conv_dgrad import _poisoned, random_coefs, random_stats  # noqa: F401
-from tests.kernels.test_conv_forward import DEVICE, DTYPES, random
+from tests.kernels.test_conv_forward import DEVICE, DTYPES, channels_last, random
 from tests.rule import assert_within_rule
 
 TILES = [None, TileConfig(16, 16, 2), TileConfig(32, 64, 1)]
@@ -62,6 +62,91 @@ def test_moments_of_a_convolution_are_those_of_its_rounded_output(prologue, conf
     arguments["prologue"] = (torch.rand(16, device=DEVICE), random(16)) if prologue else None
     y, moments = conv_forward_moments(x, w, **arguments)
     assert torch.equal(y, conv_forward(x, w, **arguments))
+    torch.testing.assert_close(merge_moments(moments).double(), moments_of(y), rtol=1e-5, atol=1e-5)
+
+
+ROADS = ["convolution", "moments"]
+
+
+def moments_by(road: str, y: Tensor, config: TileConfig) -> Moments:
+    """The moments of ``y`` as the epilogue of a convolution leaves them, or as a pass of their own."""
+    if road == "moments":
+        return channel_moments(y, config=config)
+    channels = y.shape[1]
+    identity = torch.ones(channels, 1, 1, 1, dtype=y.dtype, device=DEVICE)
+    out, moments = conv_forward_moments(y, identity, groups=channels, config=config)
+    assert torch.equal(out, y) or not y.isfinite().all()
+    return moments
+
+
+SMALL = TileConfig(16, 32, 32)
+
+
+@pytest.mark.parametrize("config", [SMALL, TileConfig(128, 32, 32)], ids=["tiles", "one tile"])
+@pytest.mark.parametrize(
+    "values", [["inf"], ["-inf"], ["nan"], ["inf", "-inf"], ["inf", "inf"], ["inf", "nan"]], ids=str
+)
+@pytest.mark.filterwarnings("ignore:invalid value encountered in reduce")
+@pytest.mark.parametrize("first", [0, 1, 20])
+@pytest.mark.parametrize("road", ROADS)
+def test_running_statistics_of_what_is_not_finite(road, first, values, config):
+    """The mean is that of a sum, infinite or NaN, and the variance NaN; other channels do not hear of it."""
+    y, bn = random(2, 3, 9, 7), nn.BatchNorm2d(3).to(DEVICE)
+    for i, value in enumerate(values):
+        image, pixel = divmod(first + 37 * i, 63)
+        y[image, 1, pixel // 7, pixel % 7] = float(value)
+    mean, var = bn.running_mean.clone(), bn.running_var.clone()
+    stats = batch_norm_stats(
+        moments_by(road, y, config), None, None, bn.eps, running_mean=mean, running_var=var, momentum=bn.momentum
+    )
+    z = bn(y)
+    torch.testing.assert_close(mean, bn.running_mean, equal_nan=True)
+    torch.testing.assert_close(var, bn.running_var, equal_nan=True)
+    assert torch.equal(batch_norm_apply(y, stats, relu=False).isnan(), z.isnan())
+    assert not bn.running_mean[1].isfinite()
+    assert bn.running_var[1].isnan()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("config", [SMALL, TileConfig(128, 32, 32)], ids=["tiles", "one tile"])
+@pytest.mark.parametrize("road", ROADS)
+def test_constant_channels_have_their_value_for_mean_and_no_variance(road, config, dtype):
+    """1/sqrt(eps) would amplify whatever the mean is rounded by."""
+    values = random(24, dtype=dtype) * 100
+    y = channels_last(values[:, None, None].expand(3, 24, 9, 7))
+    moments = moments_by(road, y, config)
+    assert (moments.values[0] == values.float()).all()
+    assert (moments.values[1] == 0).all()
+    mean, m2 = merge_moments(moments)
+    assert torch.equal(mean, values.float())
+    assert (m2 == 0).all()
+
+
+@pytest.mark.parametrize("pixels", [1, 31, 32, 33, 64])
+def test_a_tile_for_every_pixel_and_none_more(pixels):
+    moments = channel_moments(random(1, 20, pixels, 1), config=TILES[1])
+    assert moments.rows == 32
+    assert moments.values.shape == (2, -(-pixels // 32), 20)
+    assert moments.values.isfinite().all()
+
+
+def test_tiles_without_pixels_do_not_count():
+    """A process may have no images; what it sends for their mean is not a number."""
+    y = random(3, 20, 3, 4)
+    own = merge_moments(channel_moments(y))
+    for at in (0, 1):
+        values = own[:, None].repeat(1, 2, 1)
+        values[:, at] = float("nan")
+        counts = torch.full((2,), 36.0, device=DEVICE)
+        counts[at] = 0
+        merged = merge_moments(Moments(values, rows=0, pixels=0, counts=counts))
+        assert torch.equal(merged, own)
+
+
+def test_more_tiles_than_are_merged_at_a_time():
+    y = random(1, 3, 300, 19) + 10
+    moments = channel_moments(y, config=TileConfig(16, 16, 1))
+    assert moments.values.shape[1] == 357
     torch.testing.assert_close(merge_moments(moments).double(), moments_of(y), rtol=1e-5, atol=1e-5)
 
 
@@ -205,6 +290,67 @@ def test_coefs(tiles, gamma_dtype):
     assert (coefs[1:] == 0).all(), "constants do not depend on the batch"
 
 
+@pytest.mark.parametrize(
+    ("rstd", "gamma", "sum_g", "sum_gy", "inv_count"),
+    [
+        (1e-15, 1.0, 3.0, 1e16, 1e-3),  # the variance is 1e30: the cube of rstd is 0 in fp32
+        (1e15, 1.0, 3.0, 1e-13, 1e-3),  # 1e-30
+        (1e15, 1e-9, 1e20, 1e-13, 1e-6),
+        (1e-15, 1e9, 1e-20, 1e30, 1e-6),
+        (3e19, 1e-20, 1.0, 1e-19, 1.0),
+        (1.0, 1e-30, 1e30, 1e35, 1e-8),
+    ],
+)
+def test_coefs_that_fp32_can_hold_are_held(rstd, gamma, sum_g, sum_gy, inv_count):
+    """No product on the way leaves the range of fp32."""
+    stats = torch.tensor([0.5, rstd, gamma * rstd, 0.0, inv_count], device=DEVICE)[:, None].expand(5, 20).contiguous()
+    sums = torch.tensor([sum_g, sum_gy], device=DEVICE)[:, None].expand(2, 20).contiguous()
+    coefs, dgamma, _ = batch_norm_coefs(sums[:1], sums[1:], stats)
+    exact = reference.batch_norm_coefs(sums.double(), stats.double())
+    assert (exact[1].abs() > 1e-38).all()
+    torch.testing.assert_close(coefs.double(), exact, rtol=1e-6, atol=0)
+    torch.testing.assert_close(dgamma.double(), stats[1].double() * sums[1].double(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_constants_of_fixed_statistics_hear_nothing_of_the_gradient(value):
+    """Zero, the 1/count of theirs, times infinity would be NaN, and spoil the gradient of the whole channel."""
+    stats, sums = random_stats(20), torch.full((1, 20), value, device=DEVICE)
+    stats[4] = 0
+    coefs, dgamma, dbeta = batch_norm_coefs(sums, sums, stats)
+    assert torch.equal(coefs[0], stats[2])
+    assert (coefs[1:] == 0).all()
+    assert not dgamma.isfinite().any()
+    assert not dbeta.isfinite().any()
+
+
+def test_int64_is_chosen_by_extent():
+    """By the largest tensor of each launch."""
+
+    def chosen(n: int) -> set[bool]:
+        calls = []
+        with dry_run(90), observe(calls.append):
+            large, small = (
+                torch.empty(n, c, 64, 64, device="meta", memory_format=torch.channels_last) for c in (64, 16)
+            )
+            cut = large[:, :16]
+            stats, coefs = torch.empty(5, 16, device="meta"), torch.empty(3, 16, device="meta")
+            channel_moments(cut)
+            batch_norm_apply(cut, stats)
+            batch_norm_apply(small, stats, residual=cut)
+            for tensors in (dict(dz=cut), dict(y=cut), dict(z=cut), dict(second=(cut, stats)), dict(out=cut)):
+                batch_norm_reduce(**(dict(dz=small, y=small, stats=stats, z=small) | tensors))
+            batch_norm_backward(cut, small, coefs)
+            batch_norm_backward(small, cut, coefs)
+            batch_norm_backward(small, small, coefs, second=(cut, coefs))
+            batch_norm_backward(small, small, coefs, out=cut)
+        assert len(calls) == 12
+        return {call.arguments["INT64"] for call in calls}
+
+    assert chosen(2**31 // 64**3 - 1) == {False}
+    assert chosen(2**31 // 64**3) == {True}
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("channels", CHANNELS)
 @pytest.mark.parametrize("config", TILES)
@@ -234,3 +380,30 @@ def test_errors_name_the_argument():
         channel_moments(y.contiguous())
     with pytest.raises(ValueError, match=r"residual must have shape \(2, 20, 5, 3\), or fit it"):
         batch_norm_apply(y, stats, residual=random(2, 10, 9, 6), residual_step=2, residual_before=11)
+    with pytest.raises(ValueError, match="residual_step must be at least 1; got 0"):
+        batch_norm_apply(y, stats, residual=y, residual_step=0)
+    for residual in (None, random(2, 10, 5, 3)):
+        with pytest.raises(ValueError, match="residual_stats need a residual of the shape of y"):
+            batch_norm_apply(y, stats, residual=residual, residual_stats=stats)
+    other = random(2, 20, 5, 4)
+    for name in ("y", "z", "out"):
+        arguments = dict(dz=y, y=y, stats=stats, z=y) | {name: other}
+        with pytest.raises(
+            ValueError, match=rf"{name} must have the shape of dz, \(2, 20, 5, 3\); got \(2, 20, 5, 4\)"
+        ):
+            batch_norm_reduce(**arguments)
+    for arguments in (dict(y=y, stats=None), dict(y=None, stats=stats), dict(y=y, stats=stats, z=y, mask=True)):
+        with pytest.raises(ValueError, match="y and stats must be given together, and with mask, without z"):
+            batch_norm_reduce(y, **arguments)
+    for arguments in (dict(y=other), dict(y=y, out=other), dict(y=y, second=(other, random_coefs(20)))):
+        with pytest.raises(ValueError, match="must have the shape of g"):
+            batch_norm_backward(y, coefs=random_coefs(20), **arguments)
+    with pytest.raises(ValueError, match="out must be pixel-linear"):
+        batch_norm_backward(y, y, random_coefs(20), out=torch.zeros(1, 20, 1, 1, device=DEVICE).expand(2, 20, 5, 3))
+    with pytest.raises(ValueError, match=r"y must be .* got torch.float64"):
+        channel_moments(y.double())
+    for one in (dict(running_mean=stats[0]), dict(running_var=stats[0])):
+        with pytest.raises(ValueError, match="running_mean and running_var must both be given"):
+            batch_norm_stats(channel_moments(y), None, None, 1e-5, **one)
+    with pytest.raises(ValueError, match="running_mean and running_var must both be given"):
+        batch_norm_stats(None, None, None, 1e-5)

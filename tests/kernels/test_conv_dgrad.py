@@ -11,7 +11,16 @@ from resnet_fused import reference
 from resnet_fused.kernels import conv_dgrad as module
 from resnet_fused.kernels.conv_dgrad import conv_dgrad
 from resnet_fused.kernels.launch import Cost, TileConfig, dry_run, observe
-from tests.kernels.test_conv_forward import DEVICE, DTYPES, GEOMETRIES, channels_last, embed, embed_flat, random
+from tests.kernels.test_conv_forward import (
+    BAD_GEOMETRIES,
+    DEVICE,
+    DTYPES,
+    GEOMETRIES,
+    channels_last,
+    embed,
+    embed_flat,
+    random,
+)
 from tests.rule import assert_within_rule
 
 MORE = {
@@ -19,6 +28,7 @@ MORE = {
     "stride and dilation with a common factor": dict(
         ci=16, co=16, size=(11, 9), filter=(3, 3), stride=(2, 2), padding=(2, 2), dilation=(2, 2)
     ),
+    "narrow, strided": dict(ci=32, co=16, size=(9, 7), filter=(3, 2), stride=(2, 3), padding=(1, 1), groups=8),
     "pixels past the last output": dict(ci=16, co=16, size=(8, 8), filter=(2, 2), stride=(3, 3)),
     "an image smaller than the stride": dict(ci=16, co=16, size=(1, 2), filter=(1, 1), stride=(3, 3)),
 }
@@ -220,6 +230,37 @@ def test_nan_passes_the_mask_and_the_product():
     assert torch.isfinite(g[0]).all()
 
 
+@pytest.mark.parametrize("prologue", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", ["narrow groups", "groups that do not merge evenly", "depthwise", "narrow, strided"])
+def test_what_is_not_finite_stays_in_its_group(name, value, prologue):
+    dy, w, size, conv = drawn(name, torch.float32)
+    dy[0, 5, 2, 2] = value
+    groups = conv.pop("groups")
+    y, coefs = random(*dy.shape), random_coefs(dy.shape[1])
+    more = dict(y=y, coefs=coefs) if prologue else {}
+    ours, _ = conv_dgrad(dy, w, size, groups=groups, **more, **conv)
+    # Each group apart: what a library's own grouped convolution does to NaN is its own business.
+    eager, exact = (
+        torch.cat([
+            reference.conv_dgrad(*parts, size, **conv)
+            for parts in zip(incoming(dy, more, t).chunk(groups, 1), w.to(t).chunk(groups), strict=True)
+        ], 1)
+        for t in (torch.float32, torch.float64)
+    )  # fmt: skip
+    assert torch.equal(ours.isnan(), eager.isnan())
+    assert torch.equal(ours.isinf(), eager.isinf())
+    touched = ~eager.isfinite()
+    assert touched.any()
+    assert_within_rule(*(t.masked_fill(touched, 0.0) for t in (ours, eager, exact)), sums=4)
+
+
+def incoming(g: Tensor, vectors: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+    if not vectors:
+        return g.to(dtype)
+    return reference.batch_norm_gradient(g.double(), vectors["y"].double(), vectors["coefs"].double()).to(dtype)
+
+
 @pytest.mark.parametrize("name", WHOLE)
 def test_two_runs_are_equal_to_the_bit(name):
     g, w, size, arguments = drawn_whole(name, torch.float32)
@@ -263,6 +304,25 @@ def test_offsets_beyond_32_bits(step):
         near = [channels_last(t.contiguous()) for t in (dy, shortcut, y_in)]
         want = conv_dgrad(near[0], w, (1, 3), padding=padding, shortcut=near[1], mask=(near[2], stats))
         assert all(torch.equal(a, b) for a, b in zip(far, want, strict=True))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_int64_is_chosen_by_where_the_walk_over_the_taps_starts(axis):
+    """With padding, two rows or columns past the image: 2^21 pixels of 1024 channels are 2^31 elements."""
+
+    def chosen(pixels: int, padding: int) -> bool:
+        calls = []
+        size, taps, pads = [1, 1], [1, 1], [0, 0]
+        size[axis], taps[axis], pads[axis] = pixels, 1 + 2 * padding, padding
+        shapes = (1, 1024, *size), (1024, 1024, *taps)
+        dy, w = (torch.empty(s, device="meta", memory_format=torch.channels_last) for s in shapes)
+        with dry_run(90), observe(calls.append):
+            conv_dgrad(dy, w, tuple(size), padding=tuple(pads))
+        return calls[0].arguments["INT64"]
+
+    assert not chosen(2**21 - 2, padding=0)
+    assert chosen(2**21 - 2, padding=1)
+    assert chosen(2**21, padding=0)
 
 
 def planned(dy: Tensor, w: Tensor, size: tuple[int, int], **arguments) -> Cost:
@@ -312,13 +372,19 @@ def test_errors_name_the_argument():
         conv_dgrad(dy, w, (5, 5), y=random(2, 24, 3, 3)[:, :20], coefs=random_coefs(20))
     with pytest.raises(ValueError, match=r"mask\[0\] must have the shape of the result"):
         conv_dgrad(dy, w, (5, 5), mask=(random(2, 16, 5, 6), random_stats(16)))
-    with pytest.raises(ValueError, match=r"mask\[1\] must be contiguous, of shape \(5, 16\)"):
+    with pytest.raises(ValueError, match=r"mask\[1\] must be contiguous float32 \[5, 16\]; got .* \(5, 20\)"):
         conv_dgrad(dy, w, (5, 5), mask=(random(2, 16, 5, 5), random_stats(20)))
-    with pytest.raises(ValueError, match=r"coefs must be contiguous, of shape \(3, 20\)"):
+    with pytest.raises(ValueError, match=r"coefs must be contiguous float32 \[3, 20\]; got .* \(3, 16\)"):
         conv_dgrad(dy, w, (5, 5), coefs=random_coefs(16))
     for change in (dict(y=random(2, 20, 3, 3)), dict(dy=dy.half())):
         with pytest.raises(ValueError, match="without coefs, dy must have the dtype of w"):
             conv_dgrad(**{"dy": dy, "w": w, "size": (5, 5), **change})
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_GEOMETRIES)
+def test_a_convolution_without_meaning_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        conv_dgrad(random(1, 8, 1, 2), random(8, 16, 3, 3), (3, 4), **change)
 
 
 @pytest.mark.parametrize(
@@ -330,4 +396,11 @@ def test_a_shortcut_that_does_not_fit(shape, step, before):
         conv_dgrad(
             random(2, 20, 3, 3), random(20, 16, 3, 3), (5, 5),
             shortcut=random(*shape), shortcut_step=step, shortcut_before=before,
+        )  # fmt: skip
+
+
+def test_a_shortcut_without_a_step():
+    with pytest.raises(ValueError, match="shortcut_step must be at least 1; got 0"):
+        conv_dgrad(
+            random(2, 20, 3, 3), random(20, 16, 3, 3), (5, 5), shortcut=random(2, 16, 5, 5), shortcut_step=0
         )  # fmt: skip

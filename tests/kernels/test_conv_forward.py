@@ -77,6 +77,8 @@ GEOMETRIES = {
     "1x1": dict(ci=40, co=150, size=(5, 7), filter=(1, 1)),
     "1x1 with three channels": dict(ci=3, co=5, size=(5, 7), filter=(1, 1)),
     "1x1 stride 2": dict(ci=20, co=24, size=(9, 7), filter=(1, 1), stride=(2, 2)),
+    "1x1 strided along rows": dict(ci=20, co=24, size=(5, 7), filter=(1, 1), stride=(1, 2)),
+    "1x1 strided along columns": dict(ci=20, co=24, size=(5, 7), filter=(1, 1), stride=(2, 1)),
     "1x1 padded": dict(ci=16, co=16, size=(4, 4), filter=(1, 1), padding=(1, 1)),
     "two groups": dict(ci=80, co=48, size=(5, 6), filter=(3, 3), padding=(1, 1), groups=2),
     "narrow groups": dict(ci=32, co=32, size=(5, 6), filter=(3, 3), padding=(1, 1), groups=8),
@@ -201,6 +203,43 @@ def test_nan_and_inf_go_through_as_in_eager(value):
     assert ours.isnan().any() or ours.isinf().any()
 
 
+MERGED = ["narrow groups", "groups that do not merge evenly", "depthwise"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("prologue", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", MERGED)
+def test_what_is_not_finite_stays_in_its_group(name, value, prologue, dtype):
+    """Groups that share a tile share a block-diagonal filter: its zeros must not meet it."""
+    g = dict(GEOMETRIES[name])
+    ci, co, size, taps = (g.pop(key) for key in ("ci", "co", "size", "filter"))
+    x, w = random(2, ci, *size, dtype=dtype), random(co, ci // g["groups"], *taps, dtype=dtype)
+    x[0, 5, 2, 2] = value
+    w[-1, 0, 0, 0] = 0
+    vectors = (torch.rand(ci, device=DEVICE) + 0.5, random(ci)) if prologue else None
+    ours = conv_forward(x, w, prologue=vectors, **g)
+    # Each group apart: what a library's own grouped convolution does to NaN is its own business.
+    eager, exact = (
+        torch.cat([
+            specification(*parts, dtype=t, **(g | {"groups": 1}))
+            for parts in zip(activated(x, vectors, t).chunk(g["groups"], 1), w.chunk(g["groups"]), strict=True)
+        ], 1)
+        for t in (dtype, torch.float64)
+    )  # fmt: skip
+    assert torch.equal(ours.isnan(), eager.isnan())
+    assert torch.equal(ours.isinf(), eager.isinf())
+    assert eager.isfinite().all() == (prologue and value < 0)
+    touched = ~eager.isfinite()
+    assert_within_rule(*(t.masked_fill(touched, 0.0) for t in (ours, eager, exact)))
+
+
+def activated(x: Tensor, vectors: tuple[Tensor, Tensor] | None, dtype: torch.dtype) -> Tensor:
+    if vectors is None:
+        return x.to(dtype)
+    return reference.scale_shift_relu(x.double(), *(v.double() for v in vectors)).to(dtype)
+
+
 def test_relu_keeps_nan_of_the_residual():
     residual = random(1, 16, 3, 3)
     residual[0, 1, 1, 1] = float("nan")
@@ -310,6 +349,15 @@ def test_output_dtype():
             r"residual must have shape \(1, 8, 4, 4\).*got \(1, 8, 3, 4\)",
         ),
         (dict(residual=channels_last(torch.zeros(1, 9, 4, 4))), r"residual must have shape \(1, 8, 4, 4\)"),
+        (dict(residual=channels_last(torch.zeros(1, 8, 4, 4)), residual_step=0), "residual_step must be at least 1"),
+        (dict(x=channels_last(torch.zeros(1, 16, 4, 4)).double()), r"x must be \[N, C, H, W\], .* got torch.float64"),
+        (dict(x=torch.zeros(16, 4, 4)), r"x must be \[N, C, H, W\], .* got torch.float32 \(16, 4, 4\)"),
+        (dict(w=torch.zeros(8, 16, 3)), r"w must be \[CO, CI/groups, R, S\].* got torch.float32 \(8, 16, 3\)"),
+        (dict(w=channels_last(torch.zeros(8, 16, 3, 3)).half()), "w must have the dtype of x, torch.float32; got .*16"),
+        (dict(w=channels_last(torch.zeros(8, 16, 9, 9)), padding=(4, 4)), "w may have at most 64 taps"),
+        (dict(out_dtype=torch.int32), r"out must be \[N, C, H, W\], .* got torch.int32"),
+        (dict(out=torch.zeros(1, 8, 1, 1).expand(1, 8, 4, 4)), "out must be pixel-linear"),
+        (dict(out=torch.zeros(999).as_strided((1, 8, 4, 4), (64, 1, 16, 4))), "out must be pixel-linear"),
     ],
 )
 def test_bad_arguments_are_named(change, message):
@@ -320,6 +368,27 @@ def test_bad_arguments_are_named(change, message):
     }
     with pytest.raises(ValueError, match=message):
         conv_forward(**{**arguments, **change})
+
+
+BAD_GEOMETRIES = [
+    (dict(stride=(0, 1)), r"stride must be two integers of at least 1; got \(0, 1\)"),
+    (dict(stride=(1, -2)), r"stride must be two integers of at least 1; got \(1, -2\)"),
+    (dict(stride=2), "stride must be two integers of at least 1; got 2"),
+    (dict(padding=(0, -1)), r"padding must be two integers of at least 0; got \(0, -1\)"),
+    (dict(padding=(1,)), r"padding must be two integers of at least 0; got \(1,\)"),
+    (dict(dilation=(1, 0)), r"dilation must be two integers of at least 1; got \(1, 0\)"),
+    (dict(groups=0), "groups must be at least 1; got 0"),
+    (dict(groups=-1), "groups must be at least 1; got -1"),
+    (dict(dilation=(1, 2)), r"a filter of 3x3 with dilation \(1, 2\) does not fit into an image of 3x4 with padding"),
+    (dict(dilation=(2, 1)), "a filter of 3x3 .* does not fit into an image of 3x4"),
+]
+
+
+@pytest.mark.parametrize("launcher", [conv_forward, conv_forward_moments])
+@pytest.mark.parametrize(("change", "message"), BAD_GEOMETRIES)
+def test_a_convolution_without_meaning_is_refused(change, message, launcher):
+    with pytest.raises(ValueError, match=message):
+        launcher(random(1, 16, 3, 4), random(8, 16, 3, 3), **change)
 
 
 def test_merged_groups_need_a_chunk_that_holds_them():
@@ -350,6 +419,11 @@ def test_pixel_stride():
     assert pixel_stride(layout(torch.zeros(2, 16, 4, 5))) is None
     assert pixel_stride(layout(torch.zeros(2, 16, 1, 1))) == 16
     assert pixel_stride(layout(torch.zeros(1, 16, 4, 5).expand(2, 16, 4, 5))) is None
+    assert pixel_stride(layout(channels_last(torch.zeros(1, 16, 4, 5)).expand(2, 16, 4, 5))) is None
+    assert pixel_stride(layout(torch.zeros(1, 1, 1, 1).expand(2, 1, 4, 5))) is None, "all pixels in one place"
+    for step in (15, 16, 20):
+        rows = torch.zeros(200).as_strided((2, 16, 1, 3), (3 * step, 1, 3 * step, step))
+        assert pixel_stride(layout(rows)) == (step if step >= 16 else None), "pixels that overlap are not linear"
 
 
 def test_cost_counts_each_byte_once():

@@ -16,7 +16,7 @@ from resnet_fused.kernels.conv_wgrad import WgradConfig, conv_wgrad, default_con
 from resnet_fused.kernels.gpus import gpu_of
 from resnet_fused.kernels.launch import INTERPRETER, TileConfig, dry_run, observe
 from tests.kernels.test_conv_dgrad import ALL, _poisoned, random_coefs, random_stats  # noqa: F401
-from tests.kernels.test_conv_forward import DEVICE, DTYPES, channels_last, embed, random
+from tests.kernels.test_conv_forward import BAD_GEOMETRIES, DEVICE, DTYPES, channels_last, embed, random
 from tests.rule import assert_within_rule
 
 SPLIT = WgradConfig(TileConfig(32, 64, 32), 3)
@@ -238,12 +238,6 @@ def planned(
     return calls
 
 
-def test_int64_is_chosen_by_extent():
-    pixels = 2**31 // 64**3
-    assert not planned(pixels // 2, 64, 64, 64)[0].arguments["INT64"]
-    assert planned(pixels, 64, 64, 64)[0].arguments["INT64"]
-
-
 def test_cost_counts_each_byte_once():
     (one,) = planned(1, 32, 64, 9, 3)
     cost = one.cost()
@@ -324,13 +318,18 @@ CHANGES = [
     (dict(groups=3), r"groups must divide 16 and 8 channels; got 3"),
     (dict(dy=channels_last(torch.zeros(1, 8, 4, 4)).half()), r"dy must have the dtype of x, torch.float32"),
     (dict(y=channels_last(torch.zeros(1, 8, 4, 4))), r"y needs coefs"),
+    (dict(dy_out=channels_last(torch.zeros(1, 8, 4, 4))), r"dy_out needs coefs"),
+    (
+        dict(dy_out=torch.zeros(1, 8, 1, 1).expand(1, 8, 4, 4), coefs=torch.zeros(3, 8)),
+        r"dy_out must be pixel-linear",
+    ),
     (
         dict(y=channels_last(torch.zeros(1, 8, 4, 5)), coefs=torch.zeros(3, 8)),
         r"y must lie in memory as dy, \(1, 8, 4, 4\); got \(1, 8, 4, 5\)",
     ),
-    (dict(coefs=torch.zeros(3, 9)), r"coefs must be contiguous fp32 \[3, 8\]; got .*\(3, 9\)"),
-    (dict(coefs=torch.zeros(3, 8).half()), r"coefs must be contiguous fp32 \[3, 8\]; got torch.float16"),
-    (dict(x_stats=torch.zeros(2, 16)), r"x_stats must be contiguous fp32 \[5, 16\]; got .*\(2, 16\)"),
+    (dict(coefs=torch.zeros(3, 9)), r"coefs must be contiguous float32 \[3, 8\]; got .*\(3, 9\)"),
+    (dict(coefs=torch.zeros(3, 8).half()), r"coefs must be contiguous float32 \[3, 8\]; got torch.float16"),
+    (dict(x_stats=torch.zeros(2, 16)), r"x_stats must be contiguous float32 \[5, 16\]; got .*\(2, 16\)"),
 ]
 
 
@@ -344,6 +343,24 @@ def test_bad_arguments_are_named(change, message):
     }
     with pytest.raises(ValueError, match=message):
         conv_wgrad(**{**arguments, **change})
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_GEOMETRIES)
+def test_a_convolution_without_meaning_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        conv_wgrad(random(1, 8, 1, 2), random(1, 16, 3, 4), (3, 3), **change)
+
+
+def test_int64_is_chosen_by_extent():
+    def chosen(n: int) -> bool:
+        calls = []
+        with dry_run(90), observe(calls.append):
+            dy, x = (channels_last(torch.empty(n, 64, 64, 64, device="meta")) for _ in range(2))
+            conv_wgrad(dy, x, (1, 1), config=WgradConfig(TileConfig(64, 64, 64), splits=10_000))
+        return calls[0].arguments["INT64"]
+
+    assert not chosen(2**31 // 64**3 - 1)
+    assert chosen(2**31 // 64**3)
 
 
 def test_no_images_give_zero():

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
-from resnet_fused.kernels.conv_forward import conv_forward
+from resnet_fused.kernels.batch_norm import (
+    batch_norm_apply,
+    batch_norm_backward,
+    batch_norm_coefs,
+    batch_norm_reduce,
+    batch_norm_stats,
+    merge_moments,
+    merge_sums,
+)
+from resnet_fused.kernels.conv_dgrad import conv_dgrad
+from resnet_fused.kernels.conv_forward import conv_forward, conv_forward_moments
+from resnet_fused.kernels.conv_wgrad import conv_wgrad
 from resnet_fused.kernels.launch import INTERPRETER, dry_run, dry_target, interpreting, observe, target_arch
+from resnet_fused.kernels.tile import Moments, Norm
+from tests.kernels.test_conv_forward import DEVICE, random
 
 ROOT = Path(__file__).parents[2]
 
@@ -108,6 +125,19 @@ stand_in.install(90, lambda *arguments: launched.append(arguments))
 """
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda path: path.stem)
+def test_the_loops_of_kernels_end_at_a_bound(path):
+    """In the interpreter of Triton 3.6 with NumPy 2.4 nothing else will do: no other environment would show it."""
+    functions = [
+        node
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and any("triton.jit" in ast.unparse(d) for d in node.decorator_list)
+    ]
+    loops = [node for function in functions for node in ast.walk(function) if isinstance(node, ast.For)]
+    ends = [ast.unparse(loop.iter) for loop in loops if not ast.unparse(loop.iter).startswith("tl.static_range(")]
+    assert all(re.fullmatch(r"range\((0, )?bound\(.*\)(, BLOCK_T)?\)", end) for end in ends), ends
+
+
 def test_a_dry_run_is_that_of_its_thread():
     with dry_run(90, "NVIDIA H200"), ThreadPoolExecutor() as pool:
         assert dry_target() == (90, "NVIDIA H200")
@@ -120,6 +150,178 @@ def test_observers_are_forgotten():
         pass
     planned()
     assert calls == []
+
+
+def test_an_observer_is_forgotten_and_not_its_equal():
+    class Observer(list):
+        """Equal to every list that holds the same."""
+
+        __call__ = list.append
+
+    first, second = Observer(), Observer()
+    with observe(first):
+        with observe(second):
+            assert first == second
+        planned()
+        with observe(first):
+            planned()
+    assert (len(first), len(second)) == (3, 0)
+
+
+def launches() -> dict[str, tuple[Callable, dict[str, Tensor]]]:
+    """Per launcher: a call of it, and its vectors by name."""
+    c = 24
+    x, w = (random(*shape) for shape in ((2, c, 3, 3), (c, c, 1, 1)))
+    vectors = {name: torch.rand(c, device=DEVICE) for name in ("mean", "var", "gamma", "beta")}
+    stats = {name: torch.rand(5, c, device=DEVICE) for name in ("stats", "stats2")}
+    coefs = {name: torch.rand(3, c, device=DEVICE) for name in ("coefs", "coefs2")}
+    moments = {"values": torch.rand(2, 4, c, device=DEVICE), "counts": torch.full((4,), 3.0, device=DEVICE)}
+    running = {name: torch.rand(c, device=DEVICE) for name in ("gamma", "beta", "running_mean", "running_var")}
+    sums = {name: torch.rand(4, c, device=DEVICE) for name in ("sum_g", "sum_gy")}
+    fixed = {f"stats.{name}": vector for name, vector in vectors.items()}
+    normalised = {f"norm.{name}": vector for name, vector in vectors.items()}
+    prologue = {f"prologue[{i}]": torch.rand(c, device=DEVICE) for i in (0, 1)}
+    batches = {"batches": torch.tensor(1, device=DEVICE)}
+    tile_values = lambda v: Moments(v["moments.values"], 0, 0, v["moments.counts"])  # noqa: E731
+    moments = {f"moments.{name}": vector for name, vector in moments.items()}
+
+    def updated(v: dict[str, Tensor], **more) -> Tensor:
+        names = ("running_mean", "running_var", "batches")
+        state = {name: v[name] for name in names}
+        return batch_norm_stats(tile_values(v), v["gamma"], v["beta"], 1e-5, **state, **more)
+
+    return {
+        "conv_forward": (
+            lambda v: conv_forward(
+                x, w, bias=v["bias"], prologue=(v["prologue[0]"], v["prologue[1]"]),
+                norm=Norm(*(v[name] for name in normalised), 1e-5),
+            ),
+            {"bias": torch.rand(c, device=DEVICE), **prologue, **normalised},
+        ),
+        "conv_forward_moments": (
+            lambda v: conv_forward_moments(x, w, bias=v["bias"], prologue=(v["prologue[0]"], v["prologue[1]"])),
+            {"bias": torch.rand(c, device=DEVICE), **prologue},
+        ),
+        "conv_dgrad": (
+            lambda v: conv_dgrad(x, w, (3, 3), y=x, coefs=v["coefs"], mask=(x, v["mask[1]"])),
+            {"coefs": coefs["coefs"], "mask[1]": stats["stats"]},
+        ),
+        "conv_wgrad": (
+            lambda v: conv_wgrad(x, x, (1, 1), y=x, coefs=v["coefs"], x_stats=v["x_stats"]),
+            {"coefs": coefs["coefs"], "x_stats": stats["stats"]},
+        ),
+        "merge_moments": (lambda v: merge_moments(tile_values(v)), moments),
+        "batch_norm_stats": (updated, moments | running | batches),
+        "batch_norm_stats, cumulative": (lambda v: updated(v, momentum=None), moments | running | batches),
+        "batch_norm_stats of fixed ones": (
+            lambda v: batch_norm_stats(
+                None, v["gamma"], v["beta"], 1e-5, running_mean=v["running_mean"], running_var=v["running_var"]
+            ),
+            running,
+        ),
+        "batch_norm_apply": (
+            lambda v: batch_norm_apply(x, v["stats"], residual=x, residual_stats=v["residual_stats"]),
+            {"stats": stats["stats"], "residual_stats": stats["stats2"]},
+        ),
+        "batch_norm_apply of fixed ones": (
+            lambda v: batch_norm_apply(x, Norm(*(v[name] for name in fixed), 1e-5)), fixed
+        ),
+        "batch_norm_reduce": (
+            lambda v: batch_norm_reduce(x, x, v["stats"], z=x, second=(x, v["second[1]"])),
+            {"stats": stats["stats"], "second[1]": stats["stats2"]},
+        ),
+        "merge_sums": (lambda v: merge_sums(v["sums"]), {"sums": torch.rand(3, 4, c, device=DEVICE)}),
+        "batch_norm_coefs": (
+            lambda v: batch_norm_coefs(v["sum_g"], v["sum_gy"], v["stats"]), sums | {"stats": stats["stats"]}
+        ),
+        "batch_norm_backward": (
+            lambda v: batch_norm_backward(x, x, v["coefs"], second=(x, v["second[1]"])),
+            {"coefs": coefs["coefs"], "second[1]": coefs["coefs2"]},
+        ),
+    }  # fmt: skip
+
+
+# The number of channels is taken from these: if it is another, any vector may be the first at odds with it.
+MEASURES = {"moments.values", "sums", "sum_g", "running_mean of fixed ones"}
+LAUNCHES = {
+    "conv_forward": 7, "conv_forward_moments": 3, "conv_dgrad": 2, "conv_wgrad": 2, "merge_moments": 2,
+    "batch_norm_stats": 7, "batch_norm_stats, cumulative": 7, "batch_norm_stats of fixed ones": 4,
+    "batch_norm_apply": 2, "batch_norm_apply of fixed ones": 4, "batch_norm_reduce": 2, "merge_sums": 1,
+    "batch_norm_coefs": 3, "batch_norm_backward": 2,
+}  # fmt: skip
+CHANGES = {
+    "cut": lambda t: t[..., :-1].contiguous(),
+    "longer": lambda t: torch.cat([t, t[..., :1]], -1),
+    "expanded": lambda t: t[..., :1].expand(t.shape),
+    "a column": lambda t: torch.stack([t, t], -1)[..., 0],
+    "fp64": lambda t: t.double(),
+    "integers": lambda t: t.int(),
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHES)
+def test_what_a_kernel_takes_for_granted_of_its_vectors_is_checked(launcher):
+    """Kernels read and write vectors element after element, whatever their length and strides: past them, once."""
+    launch, vectors = launches()[launcher]
+    assert len(vectors) == LAUNCHES[launcher]
+    launch(vectors)
+    before = {name: vector.clone() for name, vector in vectors.items()}
+    for name, vector in vectors.items():
+        for change, changed in CHANGES.items():
+            bad = vector.expand(2) if vector.dim() == 0 and change != "fp64" else changed(vector)
+            suffix = " of fixed ones" if launcher == "batch_norm_stats of fixed ones" else ""
+            at_odds = change in ("cut", "longer") and f"{name}{suffix}" in MEASURES
+            if at_odds and launcher in ("merge_moments", "merge_sums"):
+                continue  # alone, it may have any number of them
+            calls = []
+            expected = "must be contiguous" if at_odds else re.escape(f"{name} must be contiguous")
+            with observe(calls.append), pytest.raises(ValueError, match=expected):
+                launch(vectors | {name: bad})
+            assert calls == []
+            assert all(torch.equal(vector, before[key]) for key, vector in vectors.items()), "nothing was updated"
+
+
+def test_vectors_are_checked_in_a_dry_run():
+    x = torch.empty(2, 24, 3, 3, device="meta", memory_format=torch.channels_last)
+    with dry_run(90), pytest.raises(ValueError, match="bias must be contiguous"):
+        conv_forward(x, torch.empty(24, 24, 1, 1, device="meta"), bias=torch.empty(23, device="meta"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU that is launched on is a fake one here")
+def test_vectors_are_checked_again_where_the_code_is_compiled_already():
+    code = """
+from resnet_fused.kernels.conv_forward import conv_forward
+
+x = torch.zeros(2, 64, 5, 5).to(memory_format=torch.channels_last)
+good = torch.zeros(64)
+bad = [torch.zeros(63), torch.zeros(65), torch.zeros(1).expand(64), torch.zeros(64, 2)[:, 0], good.double()]
+for bias in (bad[0], good, *bad, good):
+    launched.clear()
+    try:
+        conv_forward(x, torch.zeros(64, 64, 1, 1), bias=bias)
+    except ValueError as error:
+        print(len(launched), str(error).startswith("bias must be contiguous"))
+    else:
+        print(len(launched), "launched")
+"""
+    lines = compiler_on(STAND_IN + code, check=True).stdout.splitlines()
+    assert lines == ["0 True", "1 launched", *["0 True"] * 5, "1 launched"]
+
+
+PARAMETERS = re.compile(r"(norm\.|stats\.)?(mean|var|gamma|beta)|bias|running_(mean|var)")
+
+
+@pytest.mark.parametrize("launcher", LAUNCHES)
+def test_vectors_of_parameters_may_be_of_any_float_and_all_others_of_one_type(launcher):
+    launch, vectors = launches()[launcher]
+    for name, vector in vectors.items():
+        half = vectors | {name: vector.half()}
+        if PARAMETERS.fullmatch(name):
+            launch(half)
+            continue
+        one = "int64" if name == "batches" else "float32"
+        with pytest.raises(ValueError, match=re.escape(f"{name} must be contiguous {one} [")):
+            launch(half)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here the kernels can be executed")
