@@ -62,7 +62,7 @@ class ConvertedSequential(Converted):
         at = 0
         while at < len(children):
             run = _run_length(children[at : at + 3])
-            chain = self._resolve_run(x, children[at : at + run]) if run else None
+            chain = functional.chain_of(x, [_layer(children[at : at + run])]) if run else None
             if isinstance(chain, functional.Chain):
                 x = functional.run(chain, recompute=self.memory == "recompute")
                 at += run
@@ -73,14 +73,10 @@ class ConvertedSequential(Converted):
             at += 1
         return x
 
-    def _resolve_run(self, x: Tensor, run: list[nn.Module]) -> functional.Chain | str:
-        """A run of modules on ``x``, or why it runs eager."""
-        conv, norm = cast(nn.Conv2d, run[0]), cast(nn.BatchNorm2d, run[1])
-        layer = functional.Layer(conv, norm, relu=len(run) == 3)
-        request = plan.requested(conv)
-        if (reason := functional.why_eager(x, [layer], request)) is not None:
-            return reason
-        return functional.resolve(x, [layer], request=request)
+
+def _layer(run: list[nn.Module]) -> functional.Layer:
+    """That of the modules of one unit."""
+    return functional.Layer(cast(nn.Conv2d, run[0]), cast(nn.BatchNorm2d, run[1]), relu=len(run) == 3)
 
 
 _classes: dict[tuple[type, type], type] = {}

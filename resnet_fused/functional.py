@@ -62,14 +62,10 @@ def conv_bn_act(
     Raises TypeError or ValueError for arguments that do not fit each other, and what ``conv`` and ``bn`` raise.
     """
     _check(x, conv, bn, residual)
-    request = plan.requested(conv)
-    reason = why_eager(x, [(conv, bn)], request)
-    if reason is None:
-        chain = resolve(x, [Layer(conv, bn, relu)], residual, request=request)
-        if isinstance(chain, Chain):
-            return run(chain)
-        reason = chain
-    plan.report_once(reason)
+    chain = chain_of(x, [Layer(conv, bn, relu)], residual)
+    if isinstance(chain, Chain):
+        return run(chain)
+    plan.report_once(chain)
     return reference.conv_bn_act(x, conv, bn, residual, relu)
 
 
@@ -85,15 +81,10 @@ def residual_block(
     Layers that cannot be fused as they stand run their own modules, and the reason is logged once; what those refuse is
     refused.
     """
-    units = [layer[:2] for layer in layers] + ([shortcut[1:]] if isinstance(shortcut, Projection) else [])
-    request = plan.requested(layers[0].conv)
-    reason = why_eager(x, units, request)
-    if reason is None:
-        chain = resolve(x, layers, shortcut, request=request)
-        if isinstance(chain, Chain):
-            return run(chain, recompute=recompute)
-        reason = chain
-    plan.report_once(reason)
+    chain = chain_of(x, layers, shortcut)
+    if isinstance(chain, Chain):
+        return run(chain, recompute=recompute)
+    plan.report_once(chain)
     *inner, last = layers
     for layer in inner:
         x = reference.conv_bn_act(x, *layer[:2], relu=layer.relu)
@@ -144,6 +135,13 @@ class Chain(NamedTuple):
     def all_units(self) -> list[Unit]:
         """The units of the branch, and the projection if there is one."""
         return self.units if self.projection is None else [*self.units, self.projection]
+
+
+def chain_of(x: Tensor, layers: Sequence[Layer], shortcut: Shortcut | None = None) -> Chain | str:
+    """Layers and shortcut as :func:`run` takes them, or why they run eager on ``x``, whatever that is."""
+    units = [layer[:2] for layer in layers] + ([shortcut[1:]] if isinstance(shortcut, Projection) else [])
+    request = plan.requested(layers[0].conv)
+    return why_eager(x, units, request) or resolve(x, layers, shortcut, request=request)
 
 
 def resolve(
