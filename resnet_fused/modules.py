@@ -99,7 +99,10 @@ class FusedBlock(nn.Module):
         if (reason := plan.why_eager(x, request) or self.why_unfusable()) is not None:
             return reason
         layout = self.layout
-        layers = [self._layer(unit) for unit in layout.all_units()]
+        try:
+            layers = [self._layer(unit) for unit in layout.all_units()]
+        except KeyError as name:
+            return f"it has no submodule {name} any more"
         if (reason := functional.why_unsupported(x, layers)) is not None:
             return reason
         x = functional.channels_last(x)  # once, for the branch and the shortcut

@@ -523,6 +523,15 @@ def test_surgery_after_fusing(name, again):
     assert type(module) is BasicBlock
 
 
+@pytest.mark.parametrize("name", ["conv1", "bn2"])
+def test_a_block_of_ours_without_one_of_its_parts_raises_as_its_modules_do(name):
+    module = resnet_fused.BasicBlock(8, 8)
+    delattr(module, name)
+    for road in ("eager", "triton"):
+        with implementation(road), pytest.raises(AttributeError, match=name):
+            module(torch.randn(1, 8, 3, 3))
+
+
 def test_surgery_on_a_sequence():
     stem = fuse(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)))
     stem[0] = Wrapper(stem[0])
