@@ -104,8 +104,8 @@ class ResidualFunction(torch.autograd.Function):
         watched += [unit[2] for unit in units]
         watched += [t for unit, norm in zip(units, spec.units, strict=True) if not norm.batch_stats for t in unit[4:6]]
         ctx.save_for_backward(x, shortcut, z if spec.relu else None, *weights, *biases, *kept, *stats, *watched)
-        gamma = tensors[2]
-        ctx.spec, ctx.dtypes = spec, (filters[0].dtype, x.dtype if gamma is None else gamma.dtype)
+        norms = [t.dtype for unit in units for t in unit[2:4] if t is not None]  # all the same, as are the filters'
+        ctx.spec, ctx.dtypes = spec, (filters[0].dtype, norms[0] if norms else x.dtype)
         ctx.weight_strides = [step for w in filters for step in _gradient_stride(w)]
         return z
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,9 +18,9 @@ from resnet_fused.recognise import recognise
 
 Filter = Callable[[str, nn.Module], bool]
 
-_STATE = ("layout", "kinds", "memory")
+_STATE = ("layout", "kinds", "plain", "memory")
 MEMORY = ("default", "recompute")
-_CLAIMED = (*_STATE, "original", "why_eager", "why_unfusable", "eager_forward", "_resolve")
+_CLAIMED = (*_STATE, "original", "why_eager", "why_unfusable", "eager_forward", "_resolve", "_layer", "_shortcut")
 
 
 class Converted(FusedBlock):
@@ -35,30 +37,42 @@ class Converted(FusedBlock):
 
 
 class ConvertedBlock(Converted):
-    """A converted block. ``kinds``: names and types of its submodules when it was recognised.
+    """A converted block. ``kinds``: names and types of its submodules when it was recognised, and its plain attributes.
 
-    One that was never recognised, made by calling its class, has none of both.
+    One that was never recognised, made by calling its class, has none of them.
     """
 
     layout: Layout | None = None  # type: ignore[assignment]
     kinds: tuple[Any, ...] = ()
+    plain: tuple[tuple[str, Any], ...] = ()
 
     def why_unfusable(self) -> str | None:
+        return self._why_stale() or super().why_unfusable()
+
+    def is_stale(self) -> bool:
+        """Whether it is not what was recognised."""
+        return self._why_stale() is not None
+
+    def _why_stale(self) -> str | None:
         if _kinds(self) != self.kinds:
             return "its submodules are not those that were recognised"
-        return super().why_unfusable()
+        own = vars(self)
+        for name, value in self.plain:
+            if name not in own or (own[name] is not value and own[name] != value):
+                return f"its attribute {name!r} is not what it was when it was recognised"
+        return None
 
 
 class ConvertedSequential(Converted):
     """A converted ``nn.Sequential``: each run of convolution, batch norm and ReLU in it is fused."""
 
     def why_eager(self, x: Tensor) -> str | None:
-        children = list(self.children())
+        children = list(self._modules.values())
         runs = [children[i : i + 2] for i in range(len(children)) if _run_length(children[i : i + 3])]
         return functional.why_eager(x, runs) if runs else "it has no convolution with batch norm any more"
 
-    def forward(self, x: Tensor) -> Tensor:
-        children = list(self.children())
+    def forward(self, input: Tensor) -> Tensor:
+        x, children = input, list(self._modules.values())  # a module may stand there twice
         at = 0
         while at < len(children):
             run = _run_length(children[at : at + 3])
@@ -69,14 +83,14 @@ class ConvertedSequential(Converted):
                 continue
             if chain is not None:
                 plan.report_once(chain)
-            x = children[at](x)
+            x = cast(nn.Module, children[at])(x)
             at += 1
         return x
 
 
-def _layer(run: list[nn.Module]) -> functional.Layer:
+def _layer(run: Sequence[Any]) -> functional.Layer:
     """That of the modules of one unit."""
-    return functional.Layer(cast(nn.Conv2d, run[0]), cast(nn.BatchNorm2d, run[1]), relu=len(run) == 3)
+    return functional.Layer(run[0], run[1], relu=len(run) == 3)
 
 
 _classes: dict[tuple[type, type], type] = {}
@@ -106,7 +120,19 @@ def _kinds(module: nn.Module) -> tuple[Any, ...]:
     return tuple(found)
 
 
-def _run_length(modules: list[nn.Module]) -> int:
+def _plain(module: nn.Module) -> tuple[tuple[str, Any], ...]:
+    """What a forward may branch on: attributes that are numbers, text, flags or functions, or hold some of these."""
+    names = [name for name in vars(module) if name[0] != "_" and name != "training" and name not in _STATE]
+    return tuple((name, copy.copy(vars(module)[name])) for name in names if _is_plain(vars(module)[name]))
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str) or inspect.isroutine(value)
+
+
+def _run_length(modules: Sequence[Any]) -> int:
     """How many of the first modules make one unit: convolution, batch norm and perhaps a ReLU; 0 if none do."""
     if len(modules) < 2 or functional.why_unfusable(*modules[:2]) is not None or functional.hooked(*modules[:2]):
         return 0
@@ -194,14 +220,14 @@ def _examine(module: nn.Module) -> Layout | bool | str | None:
     """The verdict on ``module``, or None if there is nothing to fuse in it."""
     if isinstance(module, ConvertedSequential):
         return True
-    if isinstance(module, FusedBlock) and not (isinstance(module, ConvertedBlock) and _kinds(module) != module.kinds):
+    if isinstance(module, FusedBlock) and not (isinstance(module, ConvertedBlock) and module.is_stale()):
         return module.layout
     if isinstance(module, nn.Conv2d) or not any(isinstance(part, nn.Conv2d) for part in module.modules()):
         return None
     if not isinstance(module, Converted) and (taken := [name for name in _CLAIMED if hasattr(module, name)]):
         return f"it has an attribute {taken[0]!r} of its own"
     if type(module).forward is nn.Sequential.forward:
-        children = list(module.children())
+        children = list(module._modules.values())
         return any(_run_length(children[i : i + 3]) for i in range(len(children))) or None
     return recognise(module)
 
@@ -243,7 +269,7 @@ def _swap(found: Found, memory: str) -> None:
         kind = ConvertedBlock
         for part in descendants(module):  # the block runs them itself
             _revert(part)
-        state |= {"layout": verdict, "kinds": _kinds(module)}
+        state |= {"layout": verdict, "kinds": _kinds(module), "plain": _plain(module)}
     vars(module).update(state)
     if not isinstance(module, FusedBlock):
         module.__class__ = _converted(kind, type(module))

@@ -113,6 +113,12 @@ class Unit(NamedTuple):
     geometry: Geometry
     out: Out
 
+    @property
+    def norm_dtype(self) -> torch.dtype | None:
+        """That of batch norm's parameters; None if it has none."""
+        v = self.beta if self.gamma is None else self.gamma
+        return None if v is None else v.dtype
+
 
 class Chain(NamedTuple):
     """Layers and a shortcut that fit the input ``x``, which is channels_last, and one another.
@@ -157,12 +163,12 @@ def resolve(
     What PyTorch would refuse is no chain either: it is the modules' own to say so. ``in_place``: the addition writes
     to the branch, whose dtype it keeps. ``request``: see :func:`resnet_fused.plan.requested`.
     """
-    dtype = _compute_dtype(x)
+    dtype = x.dtype if (autocast := _autocast_dtype(x)) is None else autocast
     x = _plain(channels_last(x))
     units: list[Unit] = []
     shape = tuple(x.shape)
     for layer in layers:
-        unit = _unit(x, shape, dtype, layer)
+        unit = _unit(x, shape, autocast, layer)
         if isinstance(unit, str):
             return unit
         shape = unit.out
@@ -172,7 +178,7 @@ def resolve(
     if isinstance(source, Projection):
         if (reason := _why_foreign(source.x, x)) is not None:
             return reason
-        found = _unit(source.x, tuple(source.x.shape), dtype, Layer(source.conv, source.bn, relu=False))
+        found = _unit(source.x, tuple(source.x.shape), autocast, Layer(source.conv, source.bn, relu=False))
         if isinstance(found, str):
             return found
         projection, source = found, source.x
@@ -182,6 +188,11 @@ def resolve(
         padded = isinstance(shortcut, PaddedIdentity)
         if (reason := _why_foreign(source, x) or _why_unfit(shape, source, step, before, padded)) is not None:
             return reason
+    every = units if projection is None else [*units, projection]
+    if len({unit.w.dtype for unit in every}) > 1 or len({unit.norm_dtype for unit in every} - {None}) > 1:
+        return "the units have parameters of several dtypes"
+    if torch._C._get_tracing_state() is not None and any(unit.batch_stats for unit in every):
+        return "torch.jit traces it in training"
     out_dtype = dtype if in_place or source is None or projection else torch.promote_types(dtype, source.dtype)
     if source is not None:
         source = _plain(channels_last(source))
@@ -347,7 +358,7 @@ def _spec(planned: _Planned) -> UnitSpec:
     return UnitSpec(planned.code, unit.eps, unit.momentum, unit.batch_stats, _group(unit.layer.bn))
 
 
-def _unit(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, layer: Layer) -> Unit | str:
+def _unit(x: Tensor, shape: tuple[int, ...], autocast: torch.dtype | None, layer: Layer) -> Unit | str:
     """``layer`` on an input of ``shape`` [N, CI, H, W] that lies where ``x`` does, or why it runs eager."""
     conv, bn, _ = layer
     w, bias = _held(conv, conv._parameters, "weight", "bias")
@@ -356,12 +367,13 @@ def _unit(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, layer: Layer) -
     assert w is not None  # see why_unfusable
     if (reason := _why_foreign(w, x)) is not None:
         return reason
-    if dtype != w.dtype and (x.dtype == dtype or w.dtype not in plan.DTYPES):
+    if w.dtype not in plan.DTYPES if autocast is not None else w.dtype != x.dtype:
         return f"the input is {x.dtype} and the filter {w.dtype}"
     place = _placed(conv, shape, w.shape)
     if isinstance(place, str):
         return place
     numbers, out = place
+    dtype = x.dtype if autocast is None else autocast
     vectors = _vectors(x.device, out[1], w.dtype, dtype, bias, gamma, beta, mean, var)
     if isinstance(vectors, str):
         return vectors
@@ -375,11 +387,16 @@ def _unit(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, layer: Layer) -
     if batch_stats:
         if mean is not vectors[3] or var is not vectors[4]:
             return "the running statistics are views with gaps"
-        if (reason := _why_statistics(out, bn, batches)) is not None:
+        if (reason := _why_statistics(out, bn, batches, x.device)) is not None:
             return reason
-    momentum = (None if batches is not None else 0.0) if bn.momentum is None else float(bn.momentum)
+        if any(v is not None and v.requires_grad for v in (mean, var)):
+            return "the running statistics require a gradient"
+    eps, momentum = _number(bn.eps), _number(bn.momentum)
+    if eps is None or not eps > 0 or (momentum is None and bn.momentum is not None):
+        return f"batch norm has eps={bn.eps} and momentum={bn.momentum}"
+    if momentum is None and batches is None:
+        momentum = 0.0
     bias, gamma, beta, mean, var = vectors
-    eps = float(bn.eps)
     return Unit(layer, _plain(w), bias, gamma, beta, mean, var, batches, momentum, eps, batch_stats, numbers, out)
 
 
@@ -408,7 +425,7 @@ def _placed(conv: nn.Conv2d, shape: tuple[int, ...], w_shape: torch.Size) -> tup
 def _place(shape: tuple[int, ...], w_shape: torch.Size, groups: int, *numbers: int) -> tuple[Geometry, Out] | str:
     n, ci, h, w = shape
     co, width, r, s = w_shape
-    if not all(isinstance(number, int) for number in (groups, *numbers)):
+    if any(type(number) is not int for number in (groups, *numbers)):
         return f"the convolution's numbers should be integers: {groups, *numbers}"
     stride_h, stride_w, pad_h, pad_w, dil_h, dil_w = numbers
     if min(stride_h, stride_w, dil_h, dil_w, groups, co) < 1 or min(pad_h, pad_w) < 0:
@@ -461,17 +478,22 @@ def _vectors(
     return found
 
 
-def _why_statistics(out: Out, bn: nn.Module, batches: Tensor | None) -> str | None:
+def _number(value: Any) -> float | None:
+    """``value`` as PyTorch's operators take it for a number, or None."""
+    return float(value) if isinstance(value, int | float | Tensor) else None
+
+
+def _why_statistics(out: Out, bn: nn.Module, batches: Tensor | None, device: torch.device) -> str | None:
     """Why batch norm cannot take its statistics from a batch of shape ``out``, or None."""
     n, _, p, q = out
     if n == 0:
         return "the batch is empty"
     if n * p * q == 1 and not _group(bn):
         return "there is one value per channel to normalise"
-    if batches is not None and not (
-        isinstance(batches, Tensor) and batches.dtype == torch.int64 and batches.dim() == 0
-    ):
-        return f"num_batches_tracked is {batches}, not an integer in a tensor"
+    if batches is None:
+        return None
+    if not isinstance(batches, Tensor) or batches.dtype != torch.int64 or batches.dim() or batches.device != device:
+        return f"num_batches_tracked is no int64 scalar on {device}"
     return None
 
 
@@ -605,16 +627,19 @@ def hooked(*modules: nn.Module) -> bool:
             or module._backward_hooks
             or module._backward_pre_hooks
             or "forward" in module.__dict__
+            or "_conv_forward" in module.__dict__
         ):
             return True
     return False
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype in which autocast has an ``x`` convolved; None where it is off."""
     device = x.device.type
-    if device in ("cuda", "cpu") and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return x.dtype
+    return torch.get_autocast_dtype(device) if device in _AUTOCAST and torch.is_autocast_enabled(device) else None
+
+
+_AUTOCAST = ("cuda", "cpu")
 
 
 def _named(module: nn.Module) -> str:

@@ -23,7 +23,7 @@ from resnet_fused.convert import unfuse
 from resnet_fused.functional import conv_bn_act
 from resnet_fused.kernels.conv_forward import Geometry
 from resnet_fused.kernels.tile import Norm
-from resnet_fused.modules import FusedBlock
+from resnet_fused.modules import traced_forward
 
 PACKED_SHAPES = 4
 """Input shapes for which a convolution keeps its weights packed."""
@@ -545,7 +545,8 @@ def _traced(module: nn.Module) -> fx.GraphModule | None:
     if functional.hooked(module):
         return None
     tracer = _Tracer()
-    tracer.traced_func_name = "eager_forward" if isinstance(module, FusedBlock) else "forward"
+    own = traced_forward(module, None) is None
+    tracer.traced_func_name = "forward" if own else "eager_forward"
     try:
         with _without_effects(module):
             graph = tracer.trace(module)
@@ -621,7 +622,7 @@ class _Tracer(fx.Tracer):
         return leaf or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return super().call_module(m, m.eager_forward if isinstance(m, FusedBlock) else forward, args, kwargs)
+        return super().call_module(m, traced_forward(m, forward), args, kwargs)
 
 
 def _fused(graph: fx.GraphModule, dtype: torch.dtype | None) -> fx.GraphModule:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -128,6 +128,12 @@ class FusedBlock(nn.Module):
         if layout.pool is not None:
             x = self.get_submodule(layout.pool)(x)
         return x if layout.shortcut is None else functional.Projection(x, *projection[:2])
+
+
+def traced_forward(module: nn.Module, forward: Any) -> Any:
+    """What a tracer sees of ``module``, whose ``forward`` this is: a fused block's own function, eager."""
+    fused = isinstance(module, FusedBlock) and type(module).forward is FusedBlock.forward
+    return cast(FusedBlock, module).eager_forward if fused else forward
 
 
 def _submodule(module: nn.Module, name: str) -> nn.Module:

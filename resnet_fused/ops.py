@@ -153,8 +153,8 @@ def _residual_backward(
     norm_dtype: torch.dtype,
 ) -> list[Tensor]:
     # What was saved may come back in another layout, from hooks that keep it elsewhere.
-    dz, x, weights = channels_last(dz), channels_last(x), [channels_last(w) for w in weights]
-    z, shortcut, ys = channels_last(z), channels_last(shortcut), [channels_last(y) for y in ys]
+    dz, x, weights = _restored(dz), _restored(x), [_restored(w) for w in weights]
+    z, shortcut, ys = _restored(z), _restored(shortcut), [_restored(y) for y in ys]
     units = []
     for i, w in enumerate(weights):
         projection = kind == "projection" and i == len(weights) - 1
@@ -163,7 +163,11 @@ def _residual_backward(
         code = convolutions[chain.CODE_LENGTH * i : chain.CODE_LENGTH * (i + 1)]
         conv = chain.decided(code, source, w, "training", prologue=not projection and i > 0)
         stride, need = tuple(weight_strides[4 * i : 4 * i + 4]), chain.Needs(*needs[2 + 4 * i : 6 + 4 * i])
-        units.append(chain.Unit(conv, w, stride, biases[i], ys[i], stats[i].contiguous(), frozen[i], groups[i], need))
+        units.append(
+            chain.Unit(
+                conv, w, stride, biases[i], ys[i], stats[i].resolve_neg().contiguous(), frozen[i], groups[i], need
+            )
+        )
     branch, last = (units[:-1], units[-1]) if kind == "projection" else (units, None)
     wanted = chain.Wanted(needs[0], needs[1], weight_dtype, norm_dtype)
     with torch.cuda.device_of(x):
@@ -180,6 +184,11 @@ T = TypeVar("T", Tensor, Tensor | None)
 def channels_last(x: T) -> T:
     """``x`` itself if it is channels_last or None, else a copy that is."""
     return None if x is None else x.contiguous(memory_format=torch.channels_last)
+
+
+def _restored(x: T) -> T:
+    """``x`` as it was saved: channels_last, and without a pending negation."""
+    return None if x is None else channels_last(x.resolve_neg())
 
 
 def _residual_backward_fake(dz: Tensor, z: Tensor | None, x: Tensor, shortcut: Tensor | None, *arguments: Any) -> Any:

@@ -135,7 +135,7 @@ def _remember(module: nn.Module, request: _Request) -> None:
     if (frame := _checkpoint_frame()) is not None:
         found.checkpointed[frame] = request.name
     elif request is _DEFAULT and not found.checkpointed:
-        del _forwards[module]
+        _forwards.pop(module, None)  # another thread may have been faster
 
 
 def _recall(module: nn.Module) -> str:

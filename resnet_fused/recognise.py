@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import operator
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from inspect import Parameter, signature
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from resnet_fused import functional
-from resnet_fused.modules import FusedBlock, Layout, Unit
+from resnet_fused.modules import Layout, Unit, traced_forward
 
 _PARTS = {"conv": nn.Conv2d, "norm": _BatchNorm, "relu": nn.ReLU, "identity": nn.Identity, "pool": nn.AvgPool2d}
 _EXACT = (nn.ReLU, nn.Identity, nn.AvgPool2d)
@@ -39,13 +43,11 @@ def recognise(module: nn.Module) -> Layout | str:
     """
     try:
         _check_parts(module)
-        layout = _match(module, _trace(module, training=False))
-        try:
-            trained = _match(module, _trace(module, training=True))
-        except _NoBlock as reason:
-            return f"in training, {reason}"
-        if trained != layout:
-            return "its forward in training is not that in evaluation"
+        with torch.no_grad():
+            layout = _match(module, _trace(module, _State(training=False)))
+        with torch.enable_grad():
+            for state in _STATES:
+                _compare(module, layout, state)
         _check_units(module, layout)
     except _NoBlock as reason:
         return str(reason)
@@ -76,6 +78,10 @@ class _Proxy(fx.Proxy):
 
 
 class _Tracer(fx.Tracer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.modes = _modes()
+
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
 
@@ -83,35 +89,112 @@ class _Tracer(fx.Tracer):
         return isinstance(m, tuple(_PARTS.values()))
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return super().call_module(m, m.eager_forward if isinstance(m, FusedBlock) else forward, args, kwargs)
+        return super().call_module(m, traced_forward(m, forward), args, kwargs)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _modes() != self.modes:
+            raise _NoBlock("its forward switches gradients, autocast or saved-tensor hooks")
+        return super().create_node(*args, **kwargs)
 
 
-def _trace(module: nn.Module, training: bool) -> fx.Graph:
+def _modes() -> tuple[Any, ...]:
+    """What a forward may switch for a part of itself."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.is_autocast_enabled("cuda"),
+        torch._C._autograd._top_saved_tensors_default_hooks(True),
+    )
+
+
+class _State(NamedTuple):
+    """In which the forward is traced; ``frozen``: batch norms are in evaluation all the same."""
+
+    training: bool
+    frozen: bool = False
+
+    def __str__(self) -> str:
+        if self.frozen:
+            return "in training with batch norm in evaluation"
+        return "in training" if self.training else "with gradients"
+
+
+_STATES = (_State(training=True), _State(training=True, frozen=True), _State(training=False))
+
+
+def _compare(module: nn.Module, layout: Layout, state: _State) -> None:
+    try:
+        other = _match(module, _trace(module, state))
+    except _NoBlock as reason:
+        raise _NoBlock(f"{state}, {reason}") from reason
+    if other != layout:
+        raise _NoBlock(f"its forward {state} is not that in evaluation")
+
+
+def _trace(module: nn.Module, state: _State) -> fx.Graph:
     if "forward" in vars(module):
         raise _NoBlock("its forward is replaced on the instance")
     parameters = list(signature(_own_class(module).forward).parameters.values())[1:]
     if len(parameters) != 1 or parameters[0].kind in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD):
         raise _NoBlock("its forward takes more than one input")
     twins: dict[nn.Module, nn.Module] = {}
-    twin = _twin(module, training, twins)
-    before = [_attributes(part) for part in twins.values()]
-    try:
-        graph = _Tracer().trace(twin)
-    except Exception as error:  # whatever the forward of a stranger may raise
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise _NoBlock(f"its forward cannot be traced: {reason}") from error
+    with _same_random_numbers():
+        try:
+            twin = _twin(module, state, twins)
+            before = [_attributes(part) for part in twins.values()]
+            graph = _Tracer().trace(twin)
+        except Exception as error:  # whatever the forward of a stranger may raise
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise (
+                error if isinstance(error, _NoBlock) else _NoBlock(f"its forward cannot be traced: {reason}")
+            ) from error
     for part, attributes in zip(twins.values(), before, strict=True):
         now = _attributes(part)
-        if now.keys() != attributes.keys() or any(now[k] is not v for k, v in attributes.items()):
+        if now.keys() != attributes.keys() or any(not _is_same(now[k], v) for k, v in attributes.items()):
             raise _NoBlock("its forward writes to the module")
     return graph
 
 
+@contextmanager
+def _same_random_numbers() -> Iterator[None]:
+    """Random states stay as they are; raises _NoBlock if the ``with`` block draws from them."""
+    python, states = random.getstate(), torch.get_rng_state()
+    try:
+        yield
+        if random.getstate() != python or not torch.equal(torch.get_rng_state(), states):
+            raise _NoBlock("its forward draws random numbers")
+    finally:
+        random.setstate(python)
+        torch.set_rng_state(states)
+
+
 def _attributes(module: nn.Module) -> dict[tuple[str, str], Any]:
-    """All that a forward might write to."""
+    """All that a forward might write to: values, containers with what they hold, tensors with their version."""
     own = {("", name): value for name, value in vars(module).items()}
     kept = ("_parameters", "_buffers", "_modules")
-    return own | {(kind, name): value for kind in kept for name, value in vars(module)[kind].items()}
+    own |= {(kind, name): value for kind in kept for name, value in vars(module)[kind].items()}
+    return {key: (value, _content(value)) for key, value in own.items()}
+
+
+def _content(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value._version
+    return copy.copy(value) if type(value) in (list, dict, set) else None
+
+
+def _is_same(now: tuple[Any, Any], before: tuple[Any, Any]) -> bool:
+    """Whether a value and its content are: what a container holds is told apart by identity."""
+    if now[0] is not before[0] or type(now[1]) is not type(before[1]):
+        return False
+    if isinstance(now[1], list | dict | set):
+        held, held_before = (list(c.items() if isinstance(c, dict) else c) for c in (now[1], before[1]))
+        return len(held) == len(held_before) and all(map(_is_identical, held, held_before))
+    return bool(now[1] == before[1])
+
+
+def _is_identical(a: Any, b: Any) -> bool:
+    return a is b or (isinstance(a, tuple) and len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True)))
 
 
 def _own_class(module: nn.Module) -> type[nn.Module]:
@@ -119,24 +202,43 @@ def _own_class(module: nn.Module) -> type[nn.Module]:
     return cast(type[nn.Module], getattr(module, "original", type(module)))
 
 
-def _twin(module: nn.Module, training: bool, twins: dict[nn.Module, nn.Module]) -> nn.Module:
-    """A copy to be traced: the same class and tensors, attributes of its own, so that the original stays untouched.
+def _twin(module: nn.Module, state: _State, twins: dict[nn.Module, nn.Module]) -> nn.Module:
+    """A copy to be traced: attributes, containers and tensors of its own, so that the original stays untouched.
 
-    ``twins``: of every module so far, by the original.
+    ``twins``: of every module so far, by the original. Parts that are not traced into keep their tensors.
     """
     if module not in twins:
         twin = object.__new__(_own_class(module))
         twins[module] = twin
-        vars(twin).update(vars(module), training=training)
+        frozen = state.frozen and isinstance(module, _BatchNorm)
+        vars(twin).update(vars(module), training=state.training and not frozen)
+        leaf = not module._modules
         for name in ("_parameters", "_buffers"):
-            vars(twin)[name] = dict(vars(module)[name])
+            vars(twin)[name] = {k: t if leaf else _copied(t) for k, t in vars(module)[name].items()}
         vars(twin)["_modules"] = {
-            name: None if part is None else _twin(part, training, twins) for name, part in module._modules.items()
+            name: None if part is None else _twin(part, state, twins) for name, part in module._modules.items()
         }
-        for name, value in vars(module).items():  # a list of submodules beside their names
-            if isinstance(value, list | tuple) and value and all(isinstance(v, nn.Module) for v in value):
-                vars(twin)[name] = type(value)(twins.get(v, v) for v in value)
+        for name, value in vars(module).items():
+            if name not in ("_parameters", "_buffers", "_modules"):
+                vars(twin)[name] = _own(value, twins) if name != "training" else vars(twin)["training"]
     return twins[module]
+
+
+def _own(value: Any, twins: dict[nn.Module, nn.Module]) -> Any:
+    """``value``; a container, which the forward may write to, as a copy that holds twins instead of modules."""
+    if type(value) in (list, tuple, set):
+        return type(value)(_own(v, twins) for v in value)
+    if type(value) is dict:
+        return {k: _own(v, twins) for k, v in value.items()}
+    return twins.get(value, value) if isinstance(value, nn.Module) else value
+
+
+def _copied(t: Tensor | None) -> Tensor | None:
+    """The same values in memory of their own."""
+    if t is None:
+        return None
+    with torch.no_grad():
+        return nn.Parameter(t.clone(), t.requires_grad) if isinstance(t, nn.Parameter) else t.clone()
 
 
 def _match(module: nn.Module, graph: fx.Graph) -> Layout:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import random
 import sys
 import threading
 from collections.abc import Callable
@@ -188,17 +189,214 @@ class Swapped(BasicBlock):
         return self.relu(second(self.conv2(self.relu(first(self.conv1(x))))) + x)
 
 
+class Lucky(BasicBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(x) if self.training and torch.rand(()).item() < 1e-6 else super().forward(x)
+
+
+class Luckier(BasicBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(x) if self.training and random.random() < 1e-6 else super().forward(x)
+
+
+class WithoutGradients(BasicBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            out = self.relu(self.bn1(self.conv1(x)))
+        return self.relu(self.bn2(self.conv2(out)) + x)
+
+
+class Uncast(BasicBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(x)
+
+
+class Gradual(BasicBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if torch.is_grad_enabled() else x
+
+
+class FrozenToo(BasicBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.bn1.training != self.training else super().forward(x)
+
+
+class Checkpointed(BasicBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(checkpoint(self.branch, x, use_reentrant=False) + x)
+
+    def branch(self, x: Tensor) -> Tensor:
+        return self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+
+
+class Collecting(BasicBlock):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.seen: list[Any] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(x)
+        return super().forward(x)
+
+
+class CountingInABuffer(BasicBlock):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps += 1
+        return super().forward(x)
+
+
 @pytest.mark.parametrize(
     ("kind", "reason"),
-    [(Noisy, "in training, its forward"), (Deep, "in training, "), (Swapped, "its forward in training is not that")],
+    [
+        (Noisy, "in training, its forward"),
+        (Deep, "in training, "),
+        (Swapped, "its forward in training is not that"),
+        (Lucky, "draws random numbers"),
+        (Luckier, "draws random numbers"),
+        (WithoutGradients, "switches gradients"),
+        (Uncast, "switches gradients, autocast"),
+        (Gradual, "with gradients|uses a value twice|it has no convolution"),
+        (FrozenToo, "with batch norm in evaluation"),
+        (Checkpointed, "cannot be traced|switches"),
+        (Collecting, "writes to the module"),
+        (CountingInABuffer, "writes to the module"),
+    ],
 )
 @pytest.mark.parametrize("training", [True, False])
-def test_a_forward_that_branches_on_training_is_refused(kind, reason, training):
+def test_a_forward_that_branches_or_writes_is_refused(kind, reason, training):
     module = kind(8, 8).train(training)
+    before, states = copy.deepcopy(module.state_dict()), (torch.get_rng_state(), random.getstate())
     with pytest.warns(UserWarning, match=reason):
         fuse(module)
     assert type(module) is kind
     assert module.training is training
+    assert getattr(module, "seen", []) == []
+    assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+
+
+class Switchable(BasicBlock):
+    drop, act = 0.0, None
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.drop, self.scales = 0.0, [1.0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if not self.drop and self.scales == [1.0] else x
+
+
+def test_a_plain_attribute_that_changes_after_fusing_is_honoured():
+    module, x = fuse(Switchable(8, 8), strict=True), torch.randn(2, 8, 3, 3)
+    with implementation("triton"):
+        assert "conv_forward" in launched(lambda: module(x))
+        module.drop = 0.5
+        assert module(x) is x
+        module.drop = 0.0
+        module.scales.append(2.0)
+        assert module(x) is x
+        module.scales.pop()
+        assert "conv_forward" in launched(lambda: module(x))
+
+
+def test_a_subclass_of_a_block_of_ours_keeps_its_own_forward():
+    class Halved(resnet_fused.BasicBlock):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * 0.5
+
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Halved(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x)
+
+    torch.manual_seed(0)
+    module, x = Wrapped().eval(), torch.randn(2, 8, 3, 3)
+    with torch.no_grad():
+        with implementation("eager"):
+            want = module(x)
+        frozen = resnet_fused.optimize_for_inference(module)
+        fuse(module)
+        with implementation("triton"):
+            torch.testing.assert_close(module(x), want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(frozen(x), want, rtol=1e-4, atol=1e-5)
+
+
+def test_blocks_behind_the_first_are_fused_under_autocast():
+    model, x = nn.Sequential(BasicBlock(8, 8), BasicBlock(8, 8)), torch.randn(2, 8, 3, 3)
+    fuse(model)
+    for training in (True, False):
+        model.train(training)
+        for start in (x, x.half()):
+            with implementation("triton"), torch.autocast(x.device.type, torch.float16):
+                assert launched(lambda start=start: model(start)).count("conv_forward") == 4
+
+
+def test_modules_that_stand_in_a_sequence_twice_run_twice():
+    conv, norm, relu = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()
+    for modules in ((conv, norm, relu, nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), relu), (conv, norm, relu) * 2):
+        plain = nn.Sequential(*modules)
+        fused, x = fuse(copy.deepcopy(plain)), torch.randn(2, 4, 3, 3)
+        want = plain(x)
+        for road in ("auto", "triton"):
+            twin = copy.deepcopy(fused)
+            with implementation(road):
+                torch.testing.assert_close(twin(input=x), want, rtol=1e-4, atol=1e-5)
+            assert all(map(torch.equal, (b for n, b in twin.named_buffers() if "num" in n), (
+                b for n, b in plain.named_buffers() if "num" in n
+            )))  # fmt: skip
+
+
+def test_gradients_and_saved_tensors_with_the_negative_bit():
+    module, x = block(), torch.randn(2, 16, 3, 3, requires_grad=True)
+    dz = torch.randn(2, 16, 3, 3).contiguous(memory_format=torch.channels_last)
+    inputs = [x, *module.parameters()]
+    with implementation("triton"):
+        want = torch.autograd.grad(module(x), inputs, -dz)
+        got = torch.autograd.grad(module(x), inputs, torch._neg_view(dz))
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: -t, torch._neg_view):
+            z = module(x)
+        back = torch.autograd.grad(z, inputs, -dz)
+    assert all(map(torch.equal, got, want))
+    assert all(map(torch.equal, back, want))
+
+
+def test_units_of_several_dtypes_keep_their_gradients_dtypes():
+    module, x = block(), torch.randn(2, 16, 3, 3)
+    module.bn1.half()
+    with torch.autocast(x.device.type, torch.float16):
+        for road in ("eager", "triton"):
+            with implementation(road):
+                module(x).sum().backward()
+            assert [p.grad.dtype for p in module.parameters()] == [p.dtype for p in module.parameters()]
+
+
+def test_a_convolution_whose_inner_method_is_replaced_runs_it():
+    module, x = block().eval(), torch.randn(2, 16, 3, 3)
+    conv = module.conv2
+    conv._conv_forward = lambda x, w, b: nn.functional.conv2d(x, w, b, padding=1) * 2
+    with torch.no_grad(), implementation("eager"):
+        want = module(x)
+    with torch.no_grad(), implementation("triton"):
+        torch.testing.assert_close(module(x), want)
+
+
+def test_a_counter_of_floats_is_told_once(caplog):
+    module, x = block(), torch.randn(2, 16, 3, 3)
+    module.bn1.num_batches_tracked = torch.tensor(0.0)
+    plan._reported.clear()
+    with implementation("triton"):
+        for _ in range(3):
+            module(x)
+    assert sum("num_batches_tracked" in record.getMessage() for record in caplog.records) == 1
 
 
 def test_a_filter_that_is_no_parameter_keeps_its_gradient():
