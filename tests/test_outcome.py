@@ -170,6 +170,9 @@ CHANGES: dict[str, Callable[[nn.Module], Any]] = {
     "running statistics removed": lambda m: [setattr(norms(m)[0], n, None) for n in ("running_mean", "running_var")],
     "running mean removed": lambda m: setattr(norms(m)[0], "running_mean", None),
     "no counter": lambda m: setattr(norms(m)[0], "num_batches_tracked", None),
+    "a cumulative average without a counter": lambda m: [
+        setattr(norms(m)[0], name, None) for name in ("momentum", "num_batches_tracked")
+    ],
     "a counter of floats": lambda m: norms(m)[0].register_buffer("num_batches_tracked", torch.tensor(1.0)),
     "no affine": lambda m: [norms(m)[0].register_parameter(n, None) for n in ("weight", "bias")],
     "a norm in evaluation": lambda m: norms(m)[0].eval(),
