@@ -379,7 +379,7 @@ def _unit(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, layer: Layer) -
             return "the running statistics are views with gaps"
         if (reason := _why_statistics(out, bn, batches)) is not None:
             return reason
-    momentum = (None if batches is not None else 0.0) if bn.momentum is None else float(bn.momentum)
+    momentum = None if bn.momentum is None else float(bn.momentum)
     bias, gamma, beta, mean, var = vectors
     eps = float(bn.eps)
     return Unit(layer, _plain(w), bias, gamma, beta, mean, var, batches, momentum, eps, batch_stats, numbers, out)

@@ -401,6 +401,12 @@ def test_a_sequence_that_was_fused_alone_is_part_of_a_block_that_is_fused_later(
     assert type(shortcut) is nn.Sequential
 
 
+def test_synchronised_norms_are_those_of_the_block_that_was_recognised():
+    block = nn.SyncBatchNorm.convert_sync_batchnorm(fuse(BasicBlock(8, 8)))
+    assert isinstance(block.bn1, nn.SyncBatchNorm)
+    assert block.why_unfusable() is None
+
+
 def test_filter():
     model = fuse(small(), filter_fn=lambda name, module: name.startswith("layer2"))
     assert [n for n, m in model.named_modules() if isinstance(m, ConvertedBlock)] == ["layer2.0"]
