@@ -196,6 +196,20 @@ def test_frozen_batch_norm(name, frozen, road):
 
 
 @pytest.mark.parametrize("road", ROADS)
+def test_what_is_infinite_in_front_of_a_frozen_norm_stays_out_of_the_gradient(road):
+    conv, bn = nn.Conv2d(8, 12, 3, padding=1), nn.BatchNorm2d(12).eval()
+    x, dz, found = torch.randn(2, 8, 4, 3), torch.randn(2, 12, 4, 3), []
+    x[0, 0, 1, 1] = float("inf")
+    for each in (road, "eager"):
+        leaf = x.clone().requires_grad_()
+        with implementation(each):
+            functional.conv_bn_act(leaf, conv, bn).backward(dz)
+        found.append(leaf.grad)
+    assert torch.isfinite(found[1]).all()
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("road", ROADS)
 def test_what_needs_no_gradient_gets_none(road):
     block, x, dz = draw(lambda: Bottleneck(16, 4), (2, 16, 3, 5), torch.float32)
     everything = step(block, x, dz, road)

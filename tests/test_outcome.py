@@ -146,6 +146,10 @@ CHANGES: dict[str, Callable[[nn.Module], Any]] = {
     "a norm of fp64": lambda m: norms(m)[0].double(),
     "a norm of fp16": lambda m: norms(m)[0].half(),
     "gamma alone of fp64": lambda m: setattr(norms(m)[0], "weight", nn.Parameter(norms(m)[0].weight.double())),
+    "beta alone of fp64": lambda m: setattr(norms(m)[0], "bias", nn.Parameter(norms(m)[0].bias.double())),
+    "a running variance of fp64": lambda m: norms(m)[0].register_buffer(
+        "running_var", norms(m)[0].running_var.double()
+    ),
     "stride as a number": lambda m: setattr(convolutions(m)[-1], "stride", 1),
     "stride 2 as a number": lambda m: setattr(convolutions(m)[0], "stride", 2),
     "stride of one element": lambda m: setattr(convolutions(m)[0], "stride", (1,)),
@@ -227,5 +231,5 @@ def test_a_filter_larger_than_the_padded_image():
         return nn.Sequential(nn.Conv2d(8, 12, 5), nn.BatchNorm2d(12), nn.ReLU())
 
     for training in (True, False):
-        for size in ((3, 9), (9, 3), (5, 5)):
+        for size in ((3, 9), (9, 3), (4, 9), (9, 4), (5, 5)):
             compare(build, lambda m: None, image(2, 8, *size), training)
