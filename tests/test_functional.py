@@ -186,6 +186,13 @@ def test_an_empty_batch_in_training_runs_eager():
         assert functional.resolve(x, [layer]) == "the batch is empty"
 
 
+def test_two_values_per_channel_are_enough():
+    layer = functional.Layer(*unit())
+    layer.bn.train()
+    for shape in ((1, 16, 1, 2), (2, 16, 1, 1)):
+        assert isinstance(functional.resolve(torch.randn(shape), [layer]), functional.Chain)
+
+
 def test_one_value_per_channel_is_refused_as_in_eager():
     conv, bn = unit()
     bn.train()

@@ -120,6 +120,9 @@ CHANGES: dict[str, Callable[[nn.Module], Any]] = {
     "gamma expanded": lambda m: replace(norms(m)[0], "weight", torch.full((), 0.7).expand(norms(m)[0].num_features)),
     "beta with gaps": lambda m: replace(norms(m)[0], "bias", gap(torch.randn(norms(m)[0].num_features))),
     "beta with the negative bit": lambda m: replace(norms(m)[0], "bias", negative(norms(m)[0].bias.detach())),
+    "gamma with nothing but the negative bit": lambda m: replace(
+        norms(m)[0], "weight", torch._neg_view(-norms(m)[0].weight.detach())
+    ),
     "a bias with gaps": lambda m: replace(
         convolutions(m)[0], "bias", gap(torch.randn(convolutions(m)[0].out_channels))
     ),
