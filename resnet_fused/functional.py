@@ -358,8 +358,9 @@ def _unit(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, layer: Layer) -
     assert w is not None  # see why_unfusable
     if (reason := _why_foreign(w, x)) is not None:
         return reason
-    if dtype != w.dtype and (x.dtype == dtype or w.dtype not in plan.DTYPES):
-        return f"the input is {x.dtype} and the filter {w.dtype}"
+    fits = x.dtype == w.dtype == dtype or (_autocasts(x) and x.dtype in plan.DTYPES and w.dtype in plan.DTYPES)
+    if not fits:
+        return f"the input is {x.dtype} and the filter {w.dtype}, where {dtype} is convolved"
     place = _placed(conv, shape, w.shape)
     if isinstance(place, str):
         return place
@@ -613,10 +614,11 @@ def hooked(*modules: nn.Module) -> bool:
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
-    device = x.device.type
-    if device in ("cuda", "cpu") and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return x.dtype
+    return torch.get_autocast_dtype(x.device.type) if _autocasts(x) else x.dtype
+
+
+def _autocasts(x: Tensor) -> bool:
+    return x.device.type in ("cuda", "cpu") and torch.is_autocast_enabled(x.device.type)
 
 
 def _named(module: nn.Module) -> str:
