@@ -524,7 +524,13 @@ MUTATIONS = [
         "resnet_fused/functional.py",
         "return Unit(layer, _plain(w), bias",
         "return Unit(layer, w, bias",
-        "tests/test_outcome.py -k 'basic and filter and negative'",
+        "tests/test_outcome.py -k 'basic and nothing and negative'",
+    ),
+    Mutation(
+        "resnet_fused/functional.py",
+        "x = _plain(channels_last(x))",
+        "x = channels_last(x)",
+        "tests/test_outcome.py -k 'basic and nothing and negative'",
     ),
     Mutation(
         "resnet_fused/plan.py",

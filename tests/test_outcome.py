@@ -109,6 +109,11 @@ def negative(t: Tensor) -> Tensor:
     return torch.complex(torch.zeros_like(t), -t).conj().imag
 
 
+def only_negative(t: Tensor) -> Tensor:
+    """The same, laid out as the kernels take it: nobody copies it for another reason."""
+    return torch._neg_view(-(t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t))
+
+
 def replace(module: nn.Module, name: str, tensor: Tensor | None) -> None:
     """Set what was a parameter or a buffer to a plain attribute."""
     delattr(module, name)
@@ -128,7 +133,7 @@ CHANGES: dict[str, Callable[[nn.Module], Any]] = {
     "beta with gaps": lambda m: replace(norms(m)[0], "bias", gap(torch.randn(norms(m)[0].num_features))),
     "beta with the negative bit": lambda m: replace(norms(m)[0], "bias", negative(norms(m)[0].bias.detach())),
     "gamma with nothing but the negative bit": lambda m: replace(
-        norms(m)[0], "weight", torch._neg_view(-norms(m)[0].weight.detach())
+        norms(m)[0], "weight", only_negative(norms(m)[0].weight.detach())
     ),
     "a bias with gaps": lambda m: replace(
         convolutions(m)[0], "bias", gap(torch.randn(convolutions(m)[0].out_channels))
@@ -141,6 +146,9 @@ CHANGES: dict[str, Callable[[nn.Module], Any]] = {
     ),
     "a filter with the negative bit": lambda m: replace(
         convolutions(m)[0], "weight", negative(convolutions(m)[0].weight.detach())
+    ),
+    "a filter with nothing but the negative bit": lambda m: replace(
+        convolutions(m)[0], "weight", only_negative(convolutions(m)[0].weight.detach())
     ),
     "a filter that is a buffer": lambda m: (
         delattr(convolutions(m)[0], "weight"),
@@ -212,6 +220,7 @@ INPUTS: dict[str, Callable[[], Tensor]] = {
     "a slice of channels": lambda: image(2, 20, 5, 6).contiguous(memory_format=torch.channels_last)[:, 3:11],
     "expanded": lambda: image(1, 8, 5, 6).expand(2, 8, 5, 6),
     "the negative bit": lambda: negative(image()),
+    "nothing but the negative bit": lambda: only_negative(image()),
     "fp16": lambda: image().half(),
     "fp64": lambda: image().double(),
     "integers": lambda: torch.ones(2, 8, 5, 6, dtype=torch.int64),
