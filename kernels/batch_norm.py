@@ -537,7 +537,7 @@ def batch_norm_stats(
 
     ``moments``: of the batch, whose biased variance normalises; the running statistics [C], if given, are updated in
     place with the unbiased one, by ``momentum`` or (None) to the average over all ``batches``, an int64 scalar that is
-    incremented. Without ``moments`` the running statistics normalise, and nothing is updated.
+    incremented; without either they stay. Without ``moments`` the running statistics normalise, and nothing is updated.
 
     Raises ValueError, before anything is updated, for vectors that are not contiguous or not of C channels.
     """

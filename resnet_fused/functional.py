@@ -178,6 +178,8 @@ def resolve(
     if isinstance(source, Projection):
         if (reason := _why_foreign(source.x, x)) is not None:
             return reason
+        if source.x.dtype not in plan.DTYPES if autocast is not None else source.x.dtype != x.dtype:
+            return f"the branch reads {x.dtype} and the shortcut {source.x.dtype}"
         found = _unit(source.x, tuple(source.x.shape), autocast, Layer(source.conv, source.bn, relu=False))
         if isinstance(found, str):
             return found

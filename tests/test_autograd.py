@@ -75,6 +75,13 @@ def run_of_layers() -> nn.Module:
     return fuse(nn.Sequential(conv[0], nn.BatchNorm2d(8), nn.ReLU(), conv[1], nn.BatchNorm2d(16)), strict=True)
 
 
+def padded_projection() -> nn.Module:
+    """A projection that reads pixels beyond the image too."""
+    block = ResidualBlock(12, [nn.Conv2d(12, 16, 3, 2, 2)], "projection")
+    block.downsample[0] = nn.Conv2d(12, 16, 1, 2, 1, bias=False)
+    return block
+
+
 BLOCKS = {
     "basic": (lambda: BasicBlock(12, 12), (2, 12, 5, 3)),
     "basic, projection": (lambda: BasicBlock(12, 20, 2, projection(12, 20, 2)), (2, 12, 5, 7)),
@@ -87,6 +94,11 @@ BLOCKS = {
     "four units": (lambda: ResidualBlock(12, [(8, 1), (8, 3), (8, 3), (12, 1)]), (2, 12, 3, 4)),
     "padded identity": (lambda: ResidualBlock(12, [(20, 3), (20, 3)], "pad", stride=2), (2, 12, 5, 7)),
     "pooled projection": (lambda: fuse(Pooled(), strict=True), (2, 12, 6, 4)),
+    "projection of two strides": (
+        lambda: ResidualBlock(12, [nn.Conv2d(12, 16, 3, (2, 1), 1)], "projection"),
+        (2, 12, 5, 3),
+    ),
+    "padded projection": (padded_projection, (2, 12, 5, 3)),
     "run of layers": (run_of_layers, (2, 12, 3, 5)),
     "without the last ReLU": (lambda: fuse(Linear(), strict=True), (2, 12, 3, 5)),
     "without the last ReLU, projection": (lambda: fuse(LinearProjection(), strict=True), (2, 12, 3, 5)),
@@ -184,6 +196,20 @@ def test_frozen_batch_norm(name, frozen, road):
 
 
 @pytest.mark.parametrize("road", ROADS)
+def test_what_is_infinite_in_front_of_a_frozen_norm_stays_out_of_the_gradient(road):
+    conv, bn = nn.Conv2d(8, 12, 3, padding=1), nn.BatchNorm2d(12).eval()
+    x, dz, found = torch.randn(2, 8, 4, 3), torch.randn(2, 12, 4, 3), []
+    x[0, 0, 1, 1] = float("inf")
+    for each in (road, "eager"):
+        leaf = x.clone().requires_grad_()
+        with implementation(each):
+            functional.conv_bn_act(leaf, conv, bn).backward(dz)
+        found.append(leaf.grad)
+    assert torch.isfinite(found[1]).all()
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("road", ROADS)
 def test_what_needs_no_gradient_gets_none(road):
     block, x, dz = draw(lambda: Bottleneck(16, 4), (2, 16, 3, 5), torch.float32)
     everything = step(block, x, dz, road)
@@ -192,6 +218,25 @@ def test_what_needs_no_gradient_gets_none(road):
     some = step(block, x, dz, road)
     assert everything.keys() - some.keys() == {"conv1.weight.grad", "conv2.weight.grad", "bn3.bias.grad"}
     assert all(torch.equal(value, everything[name]) for name, value in some.items())
+
+
+@pytest.mark.parametrize("road", ROADS)
+def test_what_alone_needs_a_gradient_gets_it(road):
+    """Of all that a block in evaluation reads."""
+    layer = functional.Layer(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8).eval())
+    shortcut = functional.Projection(torch.randn(2, 8, 4, 3), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8).eval())
+    x = torch.randn(2, 8, 4, 3)
+    leaves = [x, shortcut.x, *(p for module in (*layer[:2], *shortcut[1:]) for p in module.parameters())]
+    for leaf in leaves:
+        leaf.requires_grad_(False)
+    for leaf in leaves:
+        leaf.requires_grad_()
+        found = []
+        for each in (road, "eager"):
+            with implementation(each):
+                found.append(torch.autograd.grad(functional.residual_block(x, [layer], shortcut).square().sum(), leaf))
+        torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
+        leaf.requires_grad_(False)
 
 
 def test_nothing_is_computed_for_what_needs_no_gradient():
@@ -305,6 +350,17 @@ def test_autocast(dtype, first):
     assert left[1]["conv1.weight.grad"].dtype == torch.float32
 
 
+@pytest.mark.parametrize("road", ROADS)
+def test_under_autocast_what_eager_leaves_in_fp32_is_not_rounded(road):
+    x = torch.randn(2, 12, 4, 3)
+    block = ResidualBlock(12, [(12, 3)], zero_init=True)
+    with implementation(road), torch.autocast(DEVICE, torch.float16):
+        assert torch.equal(block(x), torch.relu(x)), "the shortcut"
+        z = functional.conv_bn_act(x.half(), block.conv1, block.bn1, relu=False)
+    z.backward(torch.full_like(z, 3e4))
+    assert torch.equal(block.bn1.bias.grad, torch.full((12,), 3e4 * 2 * 4 * 3)), "a sum beyond the range of fp16"
+
+
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_what_is_not_finite_reaches_every_gradient_scaler(value):
     block, x, dz = draw(*BLOCKS["basic"], torch.float32)
@@ -359,7 +415,7 @@ def test_operators_pass_opcheck():
         [y],
         [stats],
         convolution,
-        w.stride(),
+        w.contiguous().stride(),  # the filter was laid out on the way
         [False],
         [""],
         "identity",
@@ -367,7 +423,7 @@ def test_operators_pass_opcheck():
         0,
         needs,
         torch.float32,
-        torch.float32,
+        torch.float16,
     )
     arguments = (torch.randn_like(z), z, x, residual, *rest)
     torch.library.opcheck(operators.residual_backward.default, arguments, test_utils=tests)

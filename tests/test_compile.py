@@ -84,8 +84,9 @@ def test_the_road_is_that_of_the_call_not_of_the_compilation():
         for road, z in seen.items():
             with implementation(road):
                 assert torch.equal(z, model(x)), road
-        with implementation("eager"), torch.autocast(x.device.type, torch.float16):
-            assert compiled(x).dtype == model(x).dtype
+        for road in ("eager", "triton"):
+            with implementation(road), torch.autocast(x.device.type, torch.float16):
+                assert compiled(x).dtype == model(x).dtype, road
 
 
 def test_a_filter_that_is_laid_out_does_not_recompile():

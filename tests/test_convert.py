@@ -114,6 +114,42 @@ class Counting(BasicBlock):
         return super().forward(x)
 
 
+class CountingOnItself(BasicBlock):
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x)
+
+
+class Weighted(BasicBlock):
+    def forward(self, x):
+        return self.relu(torch.add(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))), x, alpha=2))
+
+
+class AddedToItself(BasicBlock):
+    def forward(self, x):
+        out = self.bn1(self.conv1(x))
+        return self.relu(out + out)
+
+
+class ActivatedShortcut(BasicBlock):
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.conv3, self.bn3 = nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16)
+
+    def forward(self, x):
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        return self.relu(out + self.relu(self.bn3(self.conv3(x))))
+
+
+class Broadcast(BasicBlock):
+    def __init__(self, channels, _):
+        super().__init__(1, channels)
+
+
 class PreActivated(BasicBlock):
     def forward(self, x):
         out = self.conv2(self.relu(self.bn2(self.conv1(self.relu(self.bn1(x))))))
@@ -148,6 +184,11 @@ class TwoReLUs(BasicBlock):
         (Tired, "cannot be traced: not today"),
         (Choosy, "cannot be traced"),
         (Counting, "writes to the module"),
+        (CountingOnItself, "writes to the module"),
+        (Weighted, "adds something else than a branch and a shortcut"),
+        (AddedToItself, "adds something else than a branch and a shortcut"),
+        (ActivatedShortcut, "neither the identity nor one convolution with batch norm"),
+        (Broadcast, "its branch has 16 channels and its shortcut 1"),
         (PreActivated, "bn1 is not part of a convolution, batch norm and ReLU in this order"),
         (Leaking, "uses a value twice, drops one, or returns more than one tensor"),
         (InPlace, "adds to its input in place"),
@@ -181,12 +222,42 @@ class OwnNames(nn.Module):
         return nn.functional.relu(self.shortcut(x) + self.branch(x))
 
 
+class ByList(BasicBlock):
+    """Walks through a list of its submodules, which PyTorch does not know."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.branch = [self.conv1, self.bn1, self.relu, self.conv2, self.bn2]
+
+    def forward(self, x):
+        out = x
+        for module in self.branch:
+            out = module(out)
+        return self.relu(out + x)
+
+
+class PooledShortcut(nn.Module):
+    """A shortcut that is longer than the branch."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels)
+        self.pool = nn.AvgPool2d(3, 1, 1)
+        self.conv2, self.bn2 = nn.Conv2d(channels, channels, 1), nn.BatchNorm2d(channels)
+
+    def forward(self, x):
+        return nn.functional.relu(self.bn(self.conv(x)) + self.bn2(self.conv2(self.pool(x))))
+
+
 class Inherited(BasicBlock):
     def forward(self, x):
         return super().forward(x)
 
 
-@pytest.mark.parametrize("build", [lambda: OwnNames(16), lambda: Inherited(16, 16)])
+@pytest.mark.parametrize(
+    "build",
+    [lambda: OwnNames(16), lambda: Inherited(16, 16), lambda: ByList(16, 16), lambda: PooledShortcut(16)],
+)
 def test_a_block_of_ones_own_is_fused_and_stays_what_it_is(build):
     block = build().eval()
     zoo.randomise_norms(block)
@@ -321,6 +392,21 @@ def test_distributed_data_parallel(when, tmp_path):
         torch.distributed.destroy_process_group()
 
 
+def test_a_sequence_that_was_fused_alone_is_part_of_a_block_that_is_fused_later():
+    shortcut = nn.Sequential(nn.Conv2d(8, 12, 1, 2), nn.BatchNorm2d(12))
+    model = nn.Sequential(BasicBlock(8, 12, 2, shortcut))
+    assert isinstance(fuse(shortcut), ConvertedSequential)
+    fuse(model)
+    assert isinstance(model[0], ConvertedBlock)
+    assert type(shortcut) is nn.Sequential
+
+
+def test_synchronised_norms_are_those_of_the_block_that_was_recognised():
+    block = nn.SyncBatchNorm.convert_sync_batchnorm(fuse(BasicBlock(8, 8)))
+    assert isinstance(block.bn1, nn.SyncBatchNorm)
+    assert block.why_unfusable() is None
+
+
 def test_filter():
     model = fuse(small(), filter_fn=lambda name, module: name.startswith("layer2"))
     assert [n for n, m in model.named_modules() if isinstance(m, ConvertedBlock)] == ["layer2.0"]
@@ -352,6 +438,15 @@ def parametrise(block):
 
 def pruned(block):
     prune.custom_from_mask(block.conv1, "weight", torch.rand_like(block.conv1.weight) < 0.5)
+
+
+def test_a_hook_on_the_relu_of_a_sequence_runs():
+    model, seen = fuse(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())), []
+    model[2].register_forward_hook(lambda *a: seen.append(a))
+    with implementation("triton"), resnet_fused.trace() as trace:
+        model(torch.randn(2, 3, 5, 5))
+    assert len(seen) == 1
+    assert "conv_forward" in [launch.name for launch in trace.launches]
 
 
 @pytest.mark.parametrize("change", [hook, parametrise, pruned])

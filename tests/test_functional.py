@@ -99,6 +99,33 @@ def test_autocast_gives_the_dtype_that_eager_gives():
             torch.testing.assert_close(ours, eager, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_autocast_fuses_every_unit_whatever_dtype_its_input_has(training):
+    units = [functional.Layer(*unit(16, 16)), functional.Layer(*unit(16, 16))]
+    for layer in units:
+        layer.bn.train(training)
+    for x in (torch.randn(2, 16, 4, 3), torch.randn(2, 16, 4, 3).half()):
+        with implementation("triton"), torch.autocast(DEVICE, torch.float16), trace() as t:
+            functional.residual_block(x, units, functional.Projection(x, *unit(16, 16, 1)))
+        assert [launch.name for launch in t.launches].count("conv_forward") == 3
+
+
+@pytest.mark.parametrize("source", [torch.float16, torch.float32])
+@pytest.mark.parametrize("filter_", [torch.float16, torch.float32])
+def test_a_shortcut_of_another_dtype_is_what_it_is_in_eager(filter_, source):
+    layer = functional.Layer(*(m.half() for m in unit(8, 12)))
+    conv, bn = unit(8, 12, 1)
+    shortcut = functional.Projection(torch.randn(2, 8, 4, 3, dtype=source), conv.to(filter_), bn)
+    found = []
+    for road in ("triton", "mixed", "eager"):
+        with implementation(road), torch.no_grad():
+            try:
+                found.append(functional.residual_block(torch.randn(2, 8, 4, 3).half(), [layer], shortcut).dtype)
+            except RuntimeError:
+                found.append("refused")
+    assert found[0] == found[1] == found[2]
+
+
 def test_empty_batch():
     with torch.inference_mode(), implementation("triton"):
         assert conv_bn_act(torch.randn(0, 16, 5, 5), *unit()).shape == (0, 24, 5, 5)
@@ -184,6 +211,13 @@ def test_an_empty_batch_in_training_runs_eager():
         assert isinstance(functional.resolve(x, [layer]), functional.Chain)
         layer.bn.train()
         assert functional.resolve(x, [layer]) == "the batch is empty"
+
+
+def test_two_values_per_channel_are_enough():
+    layer = functional.Layer(*unit())
+    layer.bn.train()
+    for shape in ((1, 16, 1, 2), (2, 16, 1, 1)):
+        assert isinstance(functional.resolve(torch.randn(shape), [layer]), functional.Chain)
 
 
 def test_one_value_per_channel_is_refused_as_in_eager():

@@ -16,7 +16,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from resnet_fused import plan, reference, roofline
+from resnet_fused import chain, plan, reference, roofline
 from resnet_fused.kernels import conv_dgrad, conv_forward, conv_wgrad
 from resnet_fused.kernels.gpus import ARCHITECTURES, gpu_of
 from resnet_fused.kernels.launch import TileConfig, interpreting, target_arch
@@ -209,6 +209,20 @@ def test_where_the_host_takes_longer_than_the_gpu_the_fewest_launches_win():
         (large, "inference", "mixed"),
     ):
         assert plan.decide(replace(problem, direction=direction)).implementation == expected, (problem.n, direction)
+
+
+@pytest.mark.parametrize("road", plan.IMPLEMENTATIONS)
+@pytest.mark.parametrize("direction", ["training", "inference"])
+def test_what_a_compiler_leaves_undecided_is_decided_as_without_one(direction, road):
+    geometry = (2, 1), (1, 1), (1, 1), 1
+    x, w = random(2, 12, 5, 4, dtype=torch.float16), random(16, 12, 3, 3, dtype=torch.float16)
+    options = {"prologue": True} if direction == "training" else {"residual": True}
+    with plan.record() as problems:
+        _, code = chain.choose(x.shape, w.shape, geometry, x.dtype, direction, x.device, road, **options)
+        assert chain.decided(code, x, w, direction, **options) == chain.Convolution.decode(code)
+        found = chain.decided(chain.undecided(geometry, road), x, w, direction, **options)
+    assert found == chain.Convolution.decode(code)
+    assert problems[0] == problems[1]
 
 
 def test_a_recorder_that_ends_first_leaves_the_other_one():

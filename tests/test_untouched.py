@@ -22,7 +22,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 import resnet_fused
-from resnet_fused import fuse, implementation, plan, unfuse
+from resnet_fused import functional, fuse, implementation, plan, unfuse
 from resnet_fused.convert import Converted
 from resnet_fused.trace import trace
 from tests.training import randomise
@@ -141,6 +141,10 @@ def test_gradients_come_in_the_parameters_layout(form, road):
     with implementation(road):
         (gradient,) = torch.autograd.grad(module(x).sum(), [module.conv2.weight])
     assert gradient.stride() == module.conv2.weight.stride()
+    module.conv2.weight = nn.Parameter(torch.randn(4, 4, 3, 6)[..., ::2])
+    with implementation(road):
+        (gradient,) = torch.autograd.grad(module(x).sum(), [module.conv2.weight])
+    assert gradient.is_contiguous(), "without the parameter's gaps"
 
 
 def test_a_filter_is_laid_out_on_the_way_and_the_remedy_is_named_once(caplog):
@@ -572,6 +576,14 @@ def test_recomputation_in_another_thread_and_a_road_of_its_own():
     assert names.count("aten.convolution") == 3
 
 
+def test_a_forward_in_between_leaves_the_recomputation_its_road():
+    module, x = block(), torch.randn(2, 16, 3, 3, requires_grad=True)
+    with implementation("triton"):
+        z = checkpoint(module, x, use_reentrant=False)
+    module(x)
+    assert road_of(launched(lambda: z.sum().backward())) == "triton"
+
+
 def test_what_was_told_is_forgotten_with_the_module():
     module, x = block(), torch.randn(2, 16, 3, 3, requires_grad=True)
     with implementation("triton"):
@@ -595,10 +607,29 @@ def test_tensors_saved_elsewhere_may_come_back_in_another_layout():
             assert all(map(torch.equal, torch.autograd.grad(z.square().sum(), [x, *module.parameters()]), want))
 
 
+@pytest.mark.parametrize("road", ["triton", "mixed"])
+def test_what_is_saved_of_a_shortcut_may_come_back_in_another_layout_too(road):
+    layer = functional.Layer(nn.Conv2d(8, 12, 3, padding=1), nn.BatchNorm2d(12))
+    shortcut = functional.Projection(torch.randn(2, 6, 4, 3), nn.Conv2d(6, 12, 1), nn.BatchNorm2d(12))
+    leaves = [torch.randn(2, 8, 4, 3, requires_grad=True), *layer.conv.parameters(), *shortcut.conv.parameters()]
+
+    def transposed(t: Tensor) -> Tensor:
+        """The values of ``t`` with the last dimension the outermost in memory."""
+        return t.movedim(-1, 0).contiguous().movedim(0, -1)
+
+    with implementation(road):
+        z = functional.residual_block(leaves[0], [layer], shortcut)
+        want = torch.autograd.grad(z.square().sum(), leaves)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, transposed):
+            z = functional.residual_block(leaves[0], [layer], shortcut)
+        assert all(map(torch.equal, torch.autograd.grad(z.square().sum(), leaves), want))
+
+
 @pytest.mark.parametrize(
     ("name", "training"),
     [
         *[(name, training) for name in ("x", "z", "conv1.weight", "conv2.weight", "bn2.weight") for training in (0, 1)],
+        ("bn2.running_mean", False),
         ("bn2.running_var", False),
     ],
 )
@@ -619,6 +650,16 @@ def test_what_changes_in_place_before_the_backward_raises_as_in_eager(name, trai
             except RuntimeError as error:
                 raised[road] = "modified by an inplace operation" in str(error)
         assert raised["triton"] == raised["mixed"] == raised["eager"], raised
+
+
+def test_a_filter_that_is_cast_may_change_before_the_backward_as_in_eager():
+    for road in ("eager", "triton", "mixed"):
+        module, x = block(), torch.randn(2, 16, 3, 3)
+        with implementation(road), torch.autocast(x.device.type, torch.float16):
+            z = module(x)
+        with torch.no_grad():
+            module.conv2.weight.mul_(2)
+        z.sum().backward()
 
 
 def test_an_addition_in_place_keeps_the_branchs_dtype():
