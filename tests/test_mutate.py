@@ -32,14 +32,13 @@ def double(a):
     return add(a, a)
 """
 TESTS = """
-import subprocess, sys, time
+import subprocess, sys
 from pathlib import Path
 from resnet_fused.kernels import sums
 
 def test_add(): assert sums.add(2, 2) == 4
 def test_double(): assert sums.double(3) == 6
 def test_that_fails_anyway(): assert False
-def test_that_hangs(): time.sleep(600)
 def test_that_this_is_the_copy_in_child_processes_too():
     here = Path(__file__).parents[1] / "resnet_fused" / "kernels" / "sums.py"
     command = [sys.executable, "-c", "from resnet_fused.kernels import sums; print(sums.__file__)"]
@@ -64,7 +63,7 @@ def tree(tmp_path) -> Path:
 
 def test_what_is_reported(tree, monkeypatch):
     monkeypatch.setenv("PYTEST_ADDOPTS", "tests/test_of_another_tree.py")
-    everything, add = "tests/test_sums.py -k 'not anyway and not hangs'", "tests/test_sums.py::test_add"
+    everything, add = "tests/test_sums.py -k 'not anyway'", "tests/test_sums.py::test_add"
     expected = {
         Mutation("kernels/sums.py", "a + b", "a - b", everything): "killed",
         Mutation("kernels/sums.py", "a + b", "a * b", add): "survived",
@@ -80,8 +79,9 @@ def test_what_is_reported(tree, monkeypatch):
 
 
 def test_what_hangs_is_ended(tree, monkeypatch):
-    monkeypatch.setattr(mutate, "LIMIT", 1)
-    assert mutate._pytest(tree, "tests/test_sums.py -k hangs") is None
+    monkeypatch.setattr(mutate, "LIMIT", 5)
+    (tree / "tests" / "test_slow.py").write_text("import time\n\ndef test_that_hangs(): time.sleep(600)\n")
+    assert mutate._pytest(tree, "tests/test_slow.py") is None
 
 
 def test_the_command_fails_unless_all_are_killed(monkeypatch, capsys):
