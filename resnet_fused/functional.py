@@ -113,12 +113,6 @@ class Unit(NamedTuple):
     geometry: Geometry
     out: Out
 
-    @property
-    def norm_dtype(self) -> torch.dtype | None:
-        """That of batch norm's parameters; None if it has none."""
-        v = self.beta if self.gamma is None else self.gamma
-        return None if v is None else v.dtype
-
 
 class Chain(NamedTuple):
     """Layers and a shortcut that fit the input ``x``, which is channels_last, and one another.
@@ -141,6 +135,20 @@ class Chain(NamedTuple):
     def all_units(self) -> list[Unit]:
         """The units of the branch, and the projection if there is one."""
         return self.units if self.projection is None else [*self.units, self.projection]
+
+
+def _why_unlike(units: Sequence[Unit]) -> str | None:
+    """Why units cannot be one node of the autograd graph, or None."""
+    kind, norm_kind = units[0].w.dtype, None
+    for unit in units:
+        v = unit.beta if unit.gamma is None else unit.gamma
+        if norm_kind is None and v is not None:
+            norm_kind = v.dtype
+        if unit.w.dtype != kind or (v is not None and v.dtype != norm_kind):
+            return "the units have parameters of several dtypes"
+    if torch._C._get_tracing_state() is not None and any(unit.batch_stats for unit in units):
+        return "torch.jit traces it in training"
+    return None
 
 
 def chain_of(x: Tensor, layers: Sequence[Layer], shortcut: Shortcut | None = None) -> Chain | str:
@@ -190,11 +198,8 @@ def resolve(
         padded = isinstance(shortcut, PaddedIdentity)
         if (reason := _why_foreign(source, x) or _why_unfit(shape, source, step, before, padded)) is not None:
             return reason
-    every = units if projection is None else [*units, projection]
-    if len({unit.w.dtype for unit in every}) > 1 or len({unit.norm_dtype for unit in every} - {None}) > 1:
-        return "the units have parameters of several dtypes"
-    if torch._C._get_tracing_state() is not None and any(unit.batch_stats for unit in every):
-        return "torch.jit traces it in training"
+    if (reason := _why_unlike(units if projection is None else [*units, projection])) is not None:
+        return reason
     out_dtype = dtype if in_place or source is None or projection else torch.promote_types(dtype, source.dtype)
     if source is not None:
         source = _plain(channels_last(source))
@@ -364,9 +369,10 @@ def _unit(x: Tensor, shape: tuple[int, ...], autocast: torch.dtype | None, layer
     """``layer`` on an input of ``shape`` [N, CI, H, W] that lies where ``x`` does, or why it runs eager."""
     conv, bn, _ = layer
     w, bias = _held(conv, conv._parameters, "weight", "bias")
+    if not isinstance(w, Tensor):
+        return "the convolution has no filter"
     gamma, beta = _held(bn, bn._parameters, "weight", "bias")
     mean, var, batches = _held(bn, bn._buffers, "running_mean", "running_var", "num_batches_tracked")
-    assert w is not None  # see why_unfusable
     if (reason := _why_foreign(w, x)) is not None:
         return reason
     if w.dtype not in plan.DTYPES if autocast is not None else w.dtype != x.dtype:
@@ -417,7 +423,7 @@ def _placed(conv: nn.Conv2d, shape: tuple[int, ...], w_shape: torch.Size) -> tup
         try:
             stride, padding, dilation, _ = geometry(conv)
         except (TypeError, ValueError) as error:
-            return f"the convolution's numbers are unusual: {error}"
+            return str(error)
     place: Any = _place.__wrapped__ if torch.compiler.is_compiling() else _place
     found: tuple[Geometry, Out] | str = place(shape, w_shape, conv.groups, *stride, *padding, *dilation)
     return found
@@ -432,6 +438,8 @@ def _place(shape: tuple[int, ...], w_shape: torch.Size, groups: int, *numbers: i
     stride_h, stride_w, pad_h, pad_w, dil_h, dil_w = numbers
     if min(stride_h, stride_w, dil_h, dil_w, groups, co) < 1 or min(pad_h, pad_w) < 0:
         return f"the convolution's numbers are unusual: {groups, *numbers}"
+    if (reason := _why_large(r, s)) is not None:
+        return reason
     if width * groups != ci or co % groups:
         return f"the filter {tuple(w_shape)} in {groups} groups does not fit an input of {ci} channels"
     p = ops.output_size(h, r, stride_h, pad_h, dil_h)
@@ -458,12 +466,12 @@ def _vectors(
     device: torch.device, co: int, w_dtype: torch.dtype, dtype: torch.dtype, bias: Tensor | None, *norm: Tensor | None
 ) -> list[Tensor | None] | str:
     """The convolution's bias and batch norm's vectors as kernels read them, or why they do not fit ``co`` channels."""
-    kind, found, compiling = None, [], torch.compiler.is_dynamo_compiling()
+    kind, found, compiling, size = None, [], torch.compiler.is_dynamo_compiling(), (co,)
     for v in (bias, *norm):
         if v is not None:
             if type(v) not in ops.PLAIN and (reason := _why_subclass(v)) is not None:
                 return reason
-            if v.shape != (co,) or v.device != device:
+            if v.shape != size or v.device != device:
                 return f"a vector of shape {tuple(v.shape)} on {v.device} does not fit {co} channels on {device}"
             if v is bias:
                 if v.dtype != w_dtype:
@@ -482,7 +490,9 @@ def _vectors(
 
 def _number(value: Any) -> float | None:
     """``value`` as PyTorch's operators take it for a number, or None."""
-    return float(value) if isinstance(value, int | float | Tensor) else None
+    if type(value) is float:
+        return value
+    return float(value) if isinstance(value, (int, float, Tensor)) else None
 
 
 def _why_statistics(out: Out, bn: nn.Module, batches: Tensor | None, device: torch.device) -> str | None:
@@ -518,13 +528,17 @@ def _why_unfit(shape: tuple[int, ...], residual: Tensor, step: int, before: int,
 
 
 def geometry(conv: nn.Conv2d) -> Geometry:
-    """Stride, padding, dilation and groups, as numbers. Raises TypeError or ValueError for what is none."""
+    """Stride, padding, dilation and groups, as numbers. Raises TypeError or ValueError for what the kernels lack."""
     stride, dilation = _pair(conv.stride), _pair(conv.dilation)
     if conv.padding == "valid":
         padding = 0, 0
     elif conv.padding == "same":
-        r, s = conv.weight.shape[2:]
-        padding = dilation[0] * (r - 1) // 2, dilation[1] * (s - 1) // 2
+        both = [d * (k - 1) for d, k in zip(dilation, conv.weight.shape[2:], strict=True)]
+        if stride != (1, 1):
+            raise ValueError("padding='same' goes with no stride")
+        if both[0] % 2 or both[1] % 2:
+            raise ValueError("padding='same' pads one side more than the other")
+        padding = both[0] // 2, both[1] // 2
     else:
         padding = _pair(cast(Any, conv.padding))
     return stride, padding, dilation, conv.groups
@@ -578,39 +592,37 @@ def why_unsupported(x: Tensor, units: Iterable[Sequence[Any]]) -> str | None:
     if type(x) not in ops.PLAIN and (reason := _why_subclass(x)) is not None:
         return reason
     for conv, bn, *_ in units:
-        if (reason := why_unfusable(conv, bn)) is not None:
+        if (reason := _why_kind(conv, bn)) is not None:
             return reason
     return None
 
 
 def why_unfusable(conv: nn.Module, bn: nn.Module) -> str | None:
     """Why the modules of a unit rule the kernels out whatever their input (types, padding ...), or None."""
+    if (reason := _why_kind(conv, bn)) is not None:
+        return reason
+    weight = getattr(conv, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 4:
+        return "the convolution has no filter of four dimensions"
+    try:
+        geometry(cast(nn.Conv2d, conv))
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return _why_large(*weight.shape[2:])
+
+
+def _why_kind(conv: nn.Module, bn: nn.Module) -> str | None:
     if type(conv) is not nn.Conv2d:
         return f"the convolution is {_named(conv)}, not torch.nn.Conv2d itself"
-    if type(bn) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
+    if type(bn) is not nn.BatchNorm2d and type(bn) is not nn.SyncBatchNorm:
         return f"the normalisation is {_named(bn)}, not torch.nn.BatchNorm2d or SyncBatchNorm itself"
     if conv.padding_mode != "zeros":
         return f"the convolution has padding_mode={conv.padding_mode!r}"
-    weight = conv._parameters["weight"] if "weight" in conv._parameters else getattr(conv, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() != 4:
-        return "the convolution has no filter of four dimensions"
-    r, s = weight.shape[2:]
-    if max(r, s) > plan.MAX_FILTER:
-        return f"the filter is {r}x{s}: the kernels go up to 7x7"
-    return None if conv.padding != "same" else _why_uneven(conv, (r, s))
-
-
-def _why_uneven(conv: nn.Conv2d, taps: tuple[int, int]) -> str | None:
-    """Why ``padding="same"`` is no padding of the same width on both sides, or None."""
-    try:
-        stride, _, dilation, _ = geometry(conv)
-    except (TypeError, ValueError) as error:
-        return f"the convolution's numbers are unusual: {error}"
-    if stride != (1, 1):
-        return "padding='same' goes with no stride"
-    if any(d * (k - 1) % 2 for d, k in zip(dilation, taps, strict=True)):
-        return "padding='same' pads one side more than the other"
     return None
+
+
+def _why_large(r: int, s: int) -> str | None:
+    return f"the filter is {r}x{s}: the kernels go up to 7x7" if max(r, s) > plan.MAX_FILTER else None
 
 
 def hooked(*modules: nn.Module) -> bool:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -115,8 +117,7 @@ class FusedBlock(nn.Module):
         )
 
     def _layer(self, unit: Unit) -> functional.Layer:
-        conv, bn = _submodule(self, unit.conv), _submodule(self, unit.norm)
-        return functional.Layer(cast(nn.Conv2d, conv), cast(nn.BatchNorm2d, bn), unit.relu)
+        return functional.Layer(_submodule(self, unit.conv), _submodule(self, unit.norm), unit.relu)
 
     def _shortcut(self, x: Tensor, projection: functional.Layer) -> functional.Shortcut | None:
         """That of ``x``; ``projection``: the layer that it is, if it is one."""
@@ -136,11 +137,14 @@ def traced_forward(module: nn.Module, forward: Any) -> Any:
     return cast(FusedBlock, module).eager_forward if fused else forward
 
 
-def _submodule(module: nn.Module, name: str) -> nn.Module:
+def _submodule(module: nn.Module, name: str) -> Any:
     """What ``module.get_submodule`` finds, in a fraction of the time: it is asked for at every call of a block."""
+    if name in module._modules:
+        return module._modules[name]
+    found: Any = module
     for part in name.split("."):
-        module = cast(nn.Module, module._modules[part])
-    return module
+        found = found._modules[part]
+    return found
 
 
 def descendants(module: nn.Module) -> list[nn.Module]:
@@ -163,12 +167,9 @@ class _NumberedBlock(FusedBlock):
 
     @property
     def layout(self) -> Layout:  # type: ignore[override]
-        units = tuple([Unit(f"conv{i}", f"bn{i}") for i in range(1, self.depth + 1)])
-        if self.downsample is None:
-            return Layout(units)
-        if isinstance(self.downsample, PaddedShortcut):
-            return Layout(units, "downsample")
-        return Layout(units, Unit("downsample.0", "downsample.1", relu=False))
+        downsample = self._modules.get("downsample")
+        made = _numbered.__wrapped__ if torch.compiler.is_compiling() else _numbered
+        return made(self.depth, downsample is not None, isinstance(downsample, PaddedShortcut))
 
     def why_unfusable(self) -> str | None:
         downsample = self.downsample
@@ -180,6 +181,14 @@ class _NumberedBlock(FusedBlock):
         if type(self.relu) is not nn.ReLU:
             return f"the activation is {type(self.relu).__qualname__}"
         return super().why_unfusable()
+
+
+@lru_cache(maxsize=64)
+def _numbered(depth: int, downsampled: bool, padded: bool) -> Layout:
+    units = tuple([Unit(f"conv{i}", f"bn{i}") for i in range(1, depth + 1)])
+    if not downsampled:
+        return Layout(units)
+    return Layout(units, "downsample" if padded else Unit("downsample.0", "downsample.1", relu=False))
 
 
 class BasicBlock(_NumberedBlock):

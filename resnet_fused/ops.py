@@ -188,7 +188,7 @@ def channels_last(x: T) -> T:
 
 def _restored(x: T) -> T:
     """``x`` as it was saved: channels_last, and without a pending negation."""
-    return None if x is None else channels_last(x.resolve_neg())
+    return None if x is None else x.resolve_neg().contiguous(memory_format=torch.channels_last)
 
 
 def _residual_backward_fake(dz: Tensor, z: Tensor | None, x: Tensor, shortcut: Tensor | None, *arguments: Any) -> Any:
@@ -249,13 +249,17 @@ def _is_watched(arguments: tuple[Any, ...]) -> bool:
 
     Input and filter are among the first three arguments.
     """
-    return (
+    if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
         or arguments[0].is_meta
-        or any(type(value) not in PLAIN and isinstance(value, Tensor) for value in arguments[:3])
-    )
+    ):
+        return True
+    for value in arguments[:3]:  # noqa: SIM110 (a generator takes as long as all of this)
+        if type(value) not in PLAIN and isinstance(value, Tensor):
+            return True
+    return False
 
 
 conv_bn_act = _register("conv_bn_act", _conv_bn_act, _conv_bn_act_fake)

@@ -663,7 +663,7 @@ MUTATIONS = [
     ),
     Mutation(
         "resnet_fused/functional.py",
-        "if v.shape != (co,) or",
+        "if v.shape != size or",
         "if v.numel() < co or",
         "tests/test_outcome.py -k 'sequence and longer'",
     ),
