@@ -714,8 +714,8 @@ MUTATIONS = [
     ),
     Mutation(
         "resnet_fused/ops.py",
-        "return None if x is None else channels_last(x.resolve_neg())",
-        "return None if x is None else channels_last(x)",
+        "return None if x is None else x.resolve_neg().contiguous(memory_format=torch.channels_last)",
+        "return None if x is None else x.contiguous(memory_format=torch.channels_last)",
         "tests/test_untouched.py -k negative",
     ),
     Mutation(
