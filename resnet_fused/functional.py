@@ -397,8 +397,8 @@ def _unit(x: Tensor, shape: tuple[int, ...], autocast: torch.dtype | None, layer
             return "the running statistics are views with gaps"
         if (reason := _why_statistics(out, bn, batches, x.device)) is not None:
             return reason
-        if any(v is not None and v.requires_grad for v in (mean, var)):
-            return "the running statistics require a gradient"
+    if mean is not None and var is not None and (mean.requires_grad or var.requires_grad):
+        return "the running statistics require a gradient"
     eps, momentum = _number(bn.eps), _number(bn.momentum)
     if eps is None or not eps > 0 or (momentum is None and bn.momentum is not None):
         return f"batch norm has eps={bn.eps} and momentum={bn.momentum}"

@@ -179,7 +179,7 @@ def _attributes(module: nn.Module) -> dict[tuple[str, str], Any]:
 
 def _content(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return value._version
+        return None if value.is_inference() else value._version
     return copy.copy(value) if type(value) in (list, dict, set) else None
 
 

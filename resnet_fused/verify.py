@@ -92,12 +92,21 @@ def deterministic() -> Iterator[None]:
 @contextmanager
 def products(tf32: bool) -> Iterator[None]:
     """Let convolutions in fp32 use TF32, or not."""
-    conv = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    before, conv.fp32_precision = conv.fp32_precision, "tf32" if tf32 else "ieee"
+    cudnn = torch.backends.cudnn
+    conv = cudnn.conv  # type: ignore[attr-defined]
+    before = conv.fp32_precision
+    try:
+        allowed = cudnn.allow_tf32
+    except RuntimeError:  # which cannot be read once the newer setting was used
+        allowed = None
+    conv.fp32_precision = "tf32" if tf32 else "ieee"
     try:
         yield
     finally:
-        conv.fp32_precision = before
+        if allowed is None:
+            conv.fp32_precision = before
+        else:
+            cudnn.allow_tf32 = allowed
 
 
 class _Tf32Factors(TorchDispatchMode):

@@ -501,3 +501,15 @@ def test_fuse_says_nothing_where_there_is_nothing_to_check(case, fake_gpu, caplo
     elif case == "no GPU":
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert reminders(caplog, "cpu" if case == "on the CPU" else "cuda:0") == []
+
+
+def test_the_setting_of_tf32_can_be_read_afterwards():
+    cudnn = torch.backends.cudnn
+    before = cudnn.conv.fp32_precision
+    for allowed in (True, False):
+        cudnn.allow_tf32 = allowed
+        for inside in (True, False):
+            with verify.products(inside):
+                assert (cudnn.conv.fp32_precision == "tf32") is inside
+            assert cudnn.allow_tf32 is allowed
+    cudnn.allow_tf32 = before == "tf32"

@@ -25,7 +25,7 @@ STEPS = {"triton": ENOUGH if DEVICE == "cuda" else 4, "mixed": ENOUGH}
 
 @pytest.fixture(autouse=True)
 def _without_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
 
 
 @pytest.fixture(scope="module")

@@ -375,6 +375,11 @@ def test_in_inference_mode_the_parameters_stay_trainable():
     model.train()(torch.randn(2, 3, 32, 32)).sum().backward()
 
 
+def test_a_model_of_inference_tensors_is_fused():
+    with torch.inference_mode():
+        assert converted(fuse(copy.deepcopy(small()), strict=True)) == 4
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_distributed_data_parallel(when, tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)

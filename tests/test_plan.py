@@ -28,9 +28,8 @@ from tests.rule import assert_within_rule
 
 @pytest.fixture
 def cudnn():
-    allowed = torch.backends.cudnn.allow_tf32
     yield torch.backends.cudnn
-    torch.backends.cudnn.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = not torch.cuda.is_available()  # as in tests/conftest.py, or PyTorch's default
 
 
 def test_tf32_follows_both_of_torchs_settings(cudnn):
