@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import isroutine, signature
+from types import FunctionType
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -100,9 +101,19 @@ def _converted(kind: type[Converted], original: type[nn.Module]) -> type[Convert
     """The class that ``original`` is swapped for, made once."""
     key = kind, original
     if key not in _classes:
-        attributes = {"original": original, "__module__": __name__, "__doc__": kind.__doc__}
+        attributes: dict[str, Any] = {"original": original, "__module__": __name__, "__doc__": kind.__doc__}
+        _, parameter = signature(original.forward).parameters
+        if parameter != "x" and kind is ConvertedBlock:
+            attributes["forward"] = _taking(parameter)
         _classes[key] = type(f"Fused{original.__name__}", key, attributes)
     return _classes[key]
+
+
+def _taking(parameter: str) -> FunctionType:
+    """FusedBlock's forward for callers who name its ``parameter`` as the original does."""
+    forward = FusedBlock.forward
+    own, _, *rest = forward.__code__.co_varnames
+    return FunctionType(forward.__code__.replace(co_varnames=(own, parameter, *rest)), forward.__globals__, "forward")
 
 
 def _blank(kind: type[Converted], original: type[nn.Module]) -> Converted:
@@ -129,7 +140,7 @@ def _plain(module: nn.Module) -> tuple[tuple[str, Any], ...]:
 def _is_plain(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return all(map(_is_plain, value))
-    return value is None or isinstance(value, bool | int | float | str) or inspect.isroutine(value)
+    return value is None or isinstance(value, bool | int | float | str) or isroutine(value)
 
 
 def _run_length(modules: Sequence[Any]) -> int:

@@ -375,6 +375,22 @@ def test_in_inference_mode_the_parameters_stay_trainable():
     model.train()(torch.randn(2, 3, 32, 32)).sum().backward()
 
 
+def test_a_block_takes_its_input_by_the_name_that_it_has():
+    layer, x = zoo.hugging_face().resnet.encoder.stages[0].layers[0].eval(), torch.randn(1, 16, 4, 4)
+    want = layer(hidden_state=x)
+    fuse(layer, strict=True)
+    for road in ("auto", "triton"):
+        with implementation(road):
+            torch.testing.assert_close(layer(hidden_state=x), want, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(layer(x), want, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(copy.deepcopy(layer)(hidden_state=x), want, rtol=1e-4, atol=1e-4)
+    assert next(n.name for n in torch.fx.symbolic_trace(layer).graph.nodes) == "hidden_state"
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        layer(x=x)
+    block = fuse(BasicBlock(8, 8))
+    assert torch.equal(block(x=torch.ones(2, 8, 3, 3)), block(torch.ones(2, 8, 3, 3)))
+
+
 def test_a_model_of_inference_tensors_is_fused():
     with torch.inference_mode():
         assert converted(fuse(copy.deepcopy(small()), strict=True)) == 4
