@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
 from functools import lru_cache
 
 import pytest
@@ -14,6 +15,7 @@ import resnet_fused
 from examples import train_digits
 from examples.train_digits import Digits, Run
 from resnet_fused.trace import Trace
+from resnet_fused.verify import products
 from tests.rule import assert_within_rule
 from tests.training import DEVICE
 
@@ -24,8 +26,9 @@ STEPS = {"triton": ENOUGH if DEVICE == "cuda" else 4, "mixed": ENOUGH}
 
 
 @pytest.fixture(autouse=True)
-def _without_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
+def _without_tf32() -> Iterator[None]:
+    with products(tf32=False):
+        yield
 
 
 @pytest.fixture(scope="module")
