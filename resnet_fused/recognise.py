@@ -139,16 +139,18 @@ def _trace(module: nn.Module, state: _State) -> fx.Graph:
     if len(parameters) != 1 or parameters[0].kind in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD):
         raise _NoBlock("its forward takes more than one input")
     twins: dict[nn.Module, nn.Module] = {}
+    failure = ""
     with _same_random_numbers():
         try:
             twin = _twin(module, state, twins)
             before = [_attributes(part) for part in twins.values()]
             graph = _Tracer().trace(twin)
+        except _NoBlock as reason:
+            failure = str(reason)
         except Exception as error:  # whatever the forward of a stranger may raise
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise (
-                error if isinstance(error, _NoBlock) else _NoBlock(f"its forward cannot be traced: {reason}")
-            ) from error
+            failure = f"its forward cannot be traced: {(str(error) or type(error).__name__).splitlines()[0]}"
+    if failure:  # raised here, where the error is gone, and with it what the forward had open
+        raise _NoBlock(failure)
     for part, attributes in zip(twins.values(), before, strict=True):
         now = _attributes(part)
         if now.keys() != attributes.keys() or any(not _is_same(now[k], v) for k, v in attributes.items()):
