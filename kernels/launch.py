@@ -193,13 +193,16 @@ class Recipe:
             return
         pointers = self._pointers(tensors)
         # What the compiled code depends on beside the scalars; and the size of vectors, which need no check again.
+        active = driver.active
+        device = active.get_current_device()
         key = (
-            *[t if t is None else (t.dtype, t.data_ptr() % 16 == 0, t.is_contiguous() and t.numel()) for t in pointers],
-            driver.active.get_current_device(),
+            device,
+            *[t if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in pointers],
+            *[t if t is None else t.is_contiguous() and t.numel() for t in map(tensors.get, self.vectors)],
         )
         launch = self._compiled.get(key)
         if launch is not None:
-            launch(*pointers, *self._values)
+            launch(*pointers, *self._values, stream=active.get_current_stream(device))
             return
         self.check(tensors)
         compiled = self.kernel[self.grid](*pointers, *self._values, **self.config.options)
@@ -255,7 +258,7 @@ def target_arch() -> int:
 
     Inside :func:`dry_run`, the architecture named there. Raises RuntimeError where nothing can execute a Triton kernel.
     """
-    if (named := dry_target()) is not None:
+    if (named := _dry_target.get()) is not None:
         return named[0]
     if interpreting():
         return INTERPRETER
