@@ -4,4 +4,6 @@ from setuptools import setup
 
 INSIDE = {"resnet_fused.kernels": "kernels", "resnet_fused.benchmarks": "benchmarks"}
 
-setup(packages=["resnet_fused", *INSIDE], package_dir={"resnet_fused": "resnet_fused", **INSIDE})
+ROOMS = ["resnet_fused", "resnet_fused.engine", "resnet_fused.plan", "resnet_fused.commands"]
+
+setup(packages=[*ROOMS, *INSIDE], package_dir={"resnet_fused": "resnet_fused", **INSIDE})

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from resnet_fused.verify import stack
+from resnet_fused.plan.checked import stack
 
 PACKAGES = ("torchvision", "onnxruntime", "openvino", "torch_tensorrt", "nvidia-cudnn-frontend", "matplotlib")
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resnet_fused import implementation
-from resnet_fused.plan import tf32
+from resnet_fused.plan.decide import tf32
 
 from .peers import Peer
 from .shapes import Case, Layer

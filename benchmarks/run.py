@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
-from resnet_fused import check, tuned, verify
-from resnet_fused.commands import UserError, images, pick_device, pixels, require_writable, rounds
+from resnet_fused.commands import check
+from resnet_fused.commands.shared import UserError, images, pick_device, pixels, require_writable, rounds
+from resnet_fused.plan import cache, checked
 
 from .compare import Row, compare, failed, table
 from .count import counted_gpu
@@ -81,7 +82,7 @@ def main(options: argparse.Namespace) -> int:
             rows += found
             results["rows"] = [asdict(row) for row in rows]
             write(options.out, results)
-        tuned.write_whole(options.out / "report.html", report.page(results))
+        cache.write_whole(options.out / "report.html", report.page(results))
     except OSError as error:
         raise UserError(f"--out {options.out}: {error.strerror}") from None
     print(table([row for row in rows if row.level == "network"]))
@@ -95,8 +96,8 @@ def write(folder: Path, results: dict[str, Any]) -> None:
     writer = csv.DictWriter(lines, [column.name for column in fields(Row)])
     writer.writeheader()
     writer.writerows(results["rows"])
-    tuned.write_whole(folder / "results.json", json.dumps(results, indent=1) + "\n")
-    tuned.write_whole(folder / "results.csv", lines.getvalue())
+    cache.write_whole(folder / "results.json", json.dumps(results, indent=1) + "\n")
+    cache.write_whole(folder / "results.csv", lines.getvalue())
 
 
 def measure(options: argparse.Namespace, device: torch.device) -> Iterator[list[Row]]:
@@ -114,13 +115,13 @@ def measure(options: argparse.Namespace, device: torch.device) -> Iterator[list[
 
 def require_check(device: torch.device) -> None:
     """Raise UserError unless the self-test passes on ``device``, or did so before with the same software."""
-    if verify.verified(device):
+    if checked.verified(device):
         return
     print("checking that the kernels are right ...", file=sys.stderr, flush=True)
     if (result := check.run(device)).failed:
         failures = sum(row.status == "failed" for row in result.rows)
         raise UserError(
-            f"nothing is timed while the self-test fails ({failures} of {len(result.rows)} cases): {verify.COMMAND}"
+            f"nothing is timed while the self-test fails ({failures} of {len(result.rows)} cases): {checked.COMMAND}"
         )
 
 

@@ -1,7 +1,9 @@
 """Residual blocks whose batch norm, ReLU and residual addition run inside their convolutions, forward and backward."""
 
-from resnet_fused import functional
+from resnet_fused.commands.tune import tune
 from resnet_fused.convert import fuse, unfuse
+from resnet_fused.engine.request import implementation
+from resnet_fused.engine.trace import trace
 from resnet_fused.explain import explain
 from resnet_fused.inference import optimize_for_inference
 from resnet_fused.models import (
@@ -21,9 +23,6 @@ from resnet_fused.models import (
     wide_resnet101_2,
 )
 from resnet_fused.modules import BasicBlock, Bottleneck, ResidualBlock
-from resnet_fused.plan import implementation
-from resnet_fused.trace import trace
-from resnet_fused.tune import tune
 from resnet_fused.version import __version__
 
 __all__ = [

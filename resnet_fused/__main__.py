@@ -10,15 +10,15 @@ from collections.abc import Sequence
 import torch
 
 from resnet_fused import __version__
-from resnet_fused.commands import NeedsInterpreter, Parser, UserError, python
+from resnet_fused.commands.shared import NeedsInterpreter, Parser, UserError, python
 
 COMMANDS = {
-    "demo": ("demo", "classify photographs with a ResNet, eager and fused"),
-    "check": ("check", "compare every kernel with eager PyTorch on this machine"),
-    "tune": ("tune", "measure which way each unit of a ResNet is fastest on this GPU, and keep it"),
+    "demo": ("commands.demo", "classify photographs with a ResNet, eager and fused"),
+    "check": ("commands.check", "compare every kernel with eager PyTorch on this machine"),
+    "tune": ("commands.tune", "measure which way each unit of a ResNet is fastest on this GPU, and keep it"),
     "bench": ("benchmarks.run", "time ResNets and their layers against every other way to run them"),
-    "explain": ("explain", "show how each unit of a ResNet would run on a GPU, and why"),
-    "cost": ("cost", "compile the planned kernels for any GPU and show what they cost"),
+    "explain": ("commands.explain", "show how each unit of a ResNet would run on a GPU, and why"),
+    "cost": ("commands.cost", "compile the planned kernels for any GPU and show what they cost"),
 }
 """Each names a module, with ``add_arguments(parser)`` and ``main(options) -> exit code``, and says what it does."""
 

@@ -13,8 +13,10 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from resnet_fused import functional, plan, verify
+from resnet_fused import functional
+from resnet_fused.engine import eligible
 from resnet_fused.modules import FusedBlock, Layout, descendants
+from resnet_fused.plan import checked
 from resnet_fused.recognise import recognise
 
 Filter = Callable[[str, nn.Module], bool]
@@ -70,7 +72,7 @@ class ConvertedSequential(Converted):
     def why_eager(self, x: Tensor) -> str | None:
         children = list(self._modules.values())
         runs = [children[i : i + 2] for i in range(len(children)) if _run_length(children[i : i + 3])]
-        return functional.why_eager(x, runs) if runs else "it has no convolution with batch norm any more"
+        return eligible.why_eager(x, runs) if runs else "it has no convolution with batch norm any more"
 
     def forward(self, input: Tensor) -> Tensor:
         x, children = input, list(self._modules.values())  # a module may stand there twice
@@ -83,15 +85,15 @@ class ConvertedSequential(Converted):
                 at += run
                 continue
             if chain is not None:
-                plan.report_once(chain)
+                eligible.report_once(chain)
             x = cast(nn.Module, children[at])(x)
             at += 1
         return x
 
 
-def _layer(run: Sequence[Any]) -> functional.Layer:
+def _layer(run: Sequence[Any]) -> eligible.Layer:
     """That of the modules of one unit."""
-    return functional.Layer(run[0], run[1], relu=len(run) == 3)
+    return eligible.Layer(run[0], run[1], relu=len(run) == 3)
 
 
 _classes: dict[tuple[type, type], type] = {}
@@ -145,9 +147,9 @@ def _is_plain(value: Any) -> bool:
 
 def _run_length(modules: Sequence[Any]) -> int:
     """How many of the first modules make one unit: convolution, batch norm and perhaps a ReLU; 0 if none do."""
-    if len(modules) < 2 or functional.why_unfusable(*modules[:2]) is not None or functional.hooked(*modules[:2]):
+    if len(modules) < 2 or eligible.why_unfusable(*modules[:2]) is not None or eligible.hooked(*modules[:2]):
         return 0
-    return 3 if len(modules) > 2 and type(modules[2]) is nn.ReLU and not functional.hooked(modules[2]) else 2
+    return 3 if len(modules) > 2 and type(modules[2]) is nn.ReLU and not eligible.hooked(modules[2]) else 2
 
 
 def fuse(
@@ -187,7 +189,7 @@ def fuse(
         reasons = "; ".join(sorted({str(f.verdict) for f in refused})) or "no residual block was recognised"
         warnings.warn(f"nothing was fused: {reasons}", UserWarning, stacklevel=2)
     else:
-        verify.remind_once(model)
+        checked.remind_once(model)
     return model
 
 

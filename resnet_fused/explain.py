@@ -1,10 +1,8 @@
-"""What each block of a model runs, and why: as a function, and as the command ``explain``."""
+"""What each block of a model runs, and why."""
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,17 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resnet_fused import models, roofline, tuned
-from resnet_fused.commands import add_network_arguments, chosen_input, pick_arch
 from resnet_fused.convert import Found, find
+from resnet_fused.engine.request import requested
+from resnet_fused.engine.trace import Launch, trace
 from resnet_fused.kernels.launch import dry_run
 from resnet_fused.modules import FusedBlock
-from resnet_fused.plan import IMPLEMENTATIONS, Plan, decide, implementation, present_gpu, record, requested
-from resnet_fused.problem import Problem
+from resnet_fused.plan import roofline, tuned
+from resnet_fused.plan.decide import Plan, decide, present_gpu, record
+from resnet_fused.plan.problem import Problem
 from resnet_fused.table import render
-from resnet_fused.trace import Launch, trace
-
-WAYS = roofline.IMPLEMENTATIONS
 
 
 @dataclass
@@ -97,12 +93,12 @@ class Explanation:
 
 def units_table(problems: list[Problem]) -> str:
     """How each unit runs, with what the model predicts for every way, as text."""
-    columns = ["unit", "runs", *(f"{way}, predicted us" for way in WAYS), "because"]
+    columns = ["unit", "runs", *(f"{way}, predicted us" for way in roofline.PREDICTED), "because"]
     rows = []
     for problem in problems:
         plan = _plan(problem)
         predicted = dict(plan.alternatives)
-        times = [round(predicted[way] * 1e6, 1) if way in predicted else None for way in WAYS]
+        times = [round(predicted[way] * 1e6, 1) if way in predicted else None for way in roofline.PREDICTED]
         rows.append((problem.layer, plan.implementation, *times, plan.reason))
     kinds = dict.fromkeys(f"{problem.number_format} {problem.direction}" for problem in problems)
     return render(f"Units, each once: {', '.join(kinds)}", columns, rows)
@@ -115,9 +111,9 @@ def explain(
 
     With an input ``x`` for the model, runs it once in eval mode without gradients and reports what was launched: tiles,
     number of launches, bytes, the reason for each block that ran eager; and of each unit the plan, with the times that
-    the model of :mod:`resnet_fused.roofline` predicts for it and its alternatives. With ``arch`` (90 for sm_90 ...)
-    nothing runs: it is planned for a GPU of that architecture, for the one here if it is of it. ``training``, which
-    needs an ``arch``: the forward of a training step. Without ``x``, the structure alone is judged.
+    the model of :mod:`resnet_fused.plan.roofline` predicts for it and its alternatives. With ``arch`` (90 for sm_90
+    ...) nothing runs: it is planned for a GPU of that architecture, for the one here if it is of it. ``training``,
+    which needs an ``arch``: the forward of a training step. Without ``x``, the structure alone is judged.
 
     Raises ValueError for ``training`` without ``arch``.
     """
@@ -167,24 +163,3 @@ def _observe(model: nn.Module, x: Tensor, rows: dict[nn.Module, Row], training: 
             handle.remove()
         for module, mode in modes:
             module.training = mode
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``python -m resnet_fused explain``."""
-    add_network_arguments(parser)
-    add = parser.add_argument
-    add("--arch", metavar="ARCH", help="sm_80, sm_90 ... (default: that of the GPU here)")
-    add("--implementation", choices=IMPLEMENTATIONS, default="auto", help="default: auto")
-    add("--json", action="store_true", help="print JSON")
-
-
-def main(options: argparse.Namespace) -> int:
-    """Print the plan of a model; returns 0."""
-    dtype = getattr(torch, options.dtype)
-    with torch.device("meta"), implementation(options.implementation):
-        model = getattr(models, options.model)().to(dtype, memory_format=torch.channels_last)
-        x = torch.empty(options.batch, 3, options.size, options.size, dtype=dtype)
-        with chosen_input():
-            explanation = explain(model, x, arch=pick_arch(options.arch), training=options.train)
-        print(json.dumps(explanation.to_dict(), indent=1) if options.json else explanation)
-    return 0

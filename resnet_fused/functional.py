@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
-from typing import Any, NamedTuple, cast
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.modules import module as nn_module
 
-from resnet_fused import ops, plan, reference
-from resnet_fused.autograd import ChainSpec, ResidualFunction, UnitSpec, laid_out
-from resnet_fused.chain import Way, choose, undecided
-from resnet_fused.kernels.conv_forward import Geometry
-from resnet_fused.ops import channels_last
-from resnet_fused.reference import PaddedIdentity
+from resnet_fused.engine import eligible, ops, reference
+from resnet_fused.engine.autograd import ChainSpec, ResidualFunction, UnitSpec, laid_out
+from resnet_fused.engine.eligible import Layer, Unit, plain, process_group_name, why_foreign, why_unfit
+from resnet_fused.engine.forward import Choice, choose, undecided
+from resnet_fused.engine.ops import channels_last
+from resnet_fused.engine.reference import PaddedIdentity
+from resnet_fused.engine.request import requested
+from resnet_fused.kernels.conv_forward import output_size
+from resnet_fused.kernels.launch import FLOATS
 
 __all__ = ["Layer", "PaddedIdentity", "Projection", "conv_bn_act", "residual_block"]
-
-
-class Layer(NamedTuple):
-    """A convolution, the batch norm behind it, and whether a ReLU follows."""
-
-    conv: nn.Conv2d
-    bn: nn.BatchNorm2d
-    relu: bool = True
 
 
 class Projection(NamedTuple):
@@ -39,8 +30,6 @@ class Projection(NamedTuple):
 
 
 Shortcut = Tensor | PaddedIdentity | Projection
-Out = tuple[int, int, int, int]
-"""The shape [N, CO, P, Q] of an output."""
 
 
 def conv_bn_act(
@@ -65,7 +54,7 @@ def conv_bn_act(
     chain = chain_of(x, [Layer(conv, bn, relu)], residual)
     if isinstance(chain, Chain):
         return run(chain)
-    plan.report_once(chain)
+    eligible.report_once(chain)
     return reference.conv_bn_act(x, conv, bn, residual, relu)
 
 
@@ -75,8 +64,8 @@ def residual_block(
     """``relu(layers(x) + shortcut)``; returns channels_last.
 
     The last layer's ReLU stands behind the addition. Without gradients and with fixed statistics every layer is one
-    launch. Otherwise layers are run as :class:`resnet_fused.autograd.ResidualFunction`. ``recompute``: its backward
-    computes the last convolution again instead of keeping its output.
+    launch. Otherwise layers are run as :class:`resnet_fused.engine.autograd.ResidualFunction`. ``recompute``: its
+    backward computes the last convolution again instead of keeping its output.
 
     Layers that cannot be fused as they stand run their own modules, and the reason is logged once; what those refuse is
     refused.
@@ -84,34 +73,11 @@ def residual_block(
     chain = chain_of(x, layers, shortcut)
     if isinstance(chain, Chain):
         return run(chain, recompute=recompute)
-    plan.report_once(chain)
+    eligible.report_once(chain)
     *inner, last = layers
     for layer in inner:
         x = reference.conv_bn_act(x, *layer[:2], relu=layer.relu)
     return _run_eager(x, last, shortcut)
-
-
-class Unit(NamedTuple):
-    """A layer with all that it comes to on its input: the tensors that are used, and shapes that fit each other.
-
-    ``batches``: what counts the batches, where they are counted. ``momentum`` None: the average over all batches.
-    ``batch_stats``: batch norm takes the statistics of the batch, and updates ``mean`` and ``var`` if there are any.
-    ``out``: the shape [N, CO, P, Q] of the result.
-    """
-
-    layer: Layer
-    w: Tensor
-    bias: Tensor | None
-    gamma: Tensor | None
-    beta: Tensor | None
-    mean: Tensor | None
-    var: Tensor | None
-    batches: Tensor | None
-    momentum: float | None
-    eps: float
-    batch_stats: bool
-    geometry: Geometry
-    out: Out
 
 
 class Chain(NamedTuple):
@@ -154,8 +120,8 @@ def _why_unlike(units: Sequence[Unit]) -> str | None:
 def chain_of(x: Tensor, layers: Sequence[Layer], shortcut: Shortcut | None = None) -> Chain | str:
     """Layers and shortcut as :func:`run` takes them, or why they run eager on ``x``, whatever that is."""
     units = [layer[:2] for layer in layers] + ([shortcut[1:]] if isinstance(shortcut, Projection) else [])
-    request = plan.requested(layers[0].conv)
-    return why_eager(x, units, request) or resolve(x, layers, shortcut, request=request)
+    request = requested(layers[0].conv)
+    return eligible.why_eager(x, units, request) or resolve(x, layers, shortcut, request=request)
 
 
 def resolve(
@@ -169,14 +135,14 @@ def resolve(
     """Layers and shortcut as :func:`run` takes them, or why they run eager. ``x`` is one that ``why_eager`` cleared.
 
     What PyTorch would refuse is no chain either: it is the modules' own to say so. ``in_place``: the addition writes
-    to the branch, whose dtype it keeps. ``request``: see :func:`resnet_fused.plan.requested`.
+    to the branch, whose dtype it keeps. ``request``: see :func:`resnet_fused.requested`.
     """
     dtype = x.dtype if (autocast := _autocast_dtype(x)) is None else autocast
-    x = _plain(channels_last(x))
+    x = plain(channels_last(x))
     units: list[Unit] = []
     shape = tuple(x.shape)
     for layer in layers:
-        unit = _unit(x, shape, autocast, layer)
+        unit = eligible.unit(x, shape, autocast, layer)
         if isinstance(unit, str):
             return unit
         shape = unit.out
@@ -184,11 +150,11 @@ def resolve(
     projection: Unit | None = None
     source, step, before = shortcut if isinstance(shortcut, PaddedIdentity) else (shortcut, 1, 0)
     if isinstance(source, Projection):
-        if (reason := _why_foreign(source.x, x)) is not None:
+        if (reason := why_foreign(source.x, x)) is not None:
             return reason
-        if source.x.dtype not in plan.DTYPES if autocast is not None else source.x.dtype != x.dtype:
+        if source.x.dtype not in FLOATS if autocast is not None else source.x.dtype != x.dtype:
             return f"the branch reads {x.dtype} and the shortcut {source.x.dtype}"
-        found = _unit(source.x, tuple(source.x.shape), autocast, Layer(source.conv, source.bn, relu=False))
+        found = eligible.unit(source.x, tuple(source.x.shape), autocast, Layer(source.conv, source.bn, relu=False))
         if isinstance(found, str):
             return found
         projection, source = found, source.x
@@ -196,14 +162,14 @@ def resolve(
             return f"the shortcut has shape {projection.out}, not the branch's {shape}"
     elif source is not None:
         padded = isinstance(shortcut, PaddedIdentity)
-        if (reason := _why_foreign(source, x) or _why_unfit(shape, source, step, before, padded)) is not None:
+        if (reason := why_foreign(source, x) or why_unfit(shape, source, step, before, padded)) is not None:
             return reason
     if (reason := _why_unlike(units if projection is None else [*units, projection])) is not None:
         return reason
     out_dtype = dtype if in_place or source is None or projection else torch.promote_types(dtype, source.dtype)
     if source is not None:
-        source = _plain(channels_last(source))
-    request = plan.requested() if request is None else request
+        source = plain(channels_last(source))
+    request = requested() if request is None else request
     return Chain(x, units, projection, source, step, before, dtype, out_dtype, request)
 
 
@@ -288,7 +254,7 @@ def _infer_unit(
 
 
 class _Planned(NamedTuple):
-    """A unit and how it runs in training; see :func:`resnet_fused.chain.choose`."""
+    """A unit and how it runs in training; see :func:`resnet_fused.engine.forward.choose`."""
 
     unit: Unit
     implementation: str
@@ -314,8 +280,10 @@ def _is_eager(*units: _Planned) -> bool:
     return any(unit.implementation == "eager" for unit in units)
 
 
-def _plan(shape: tuple[int, ...], unit: Unit, dtype: torch.dtype, request: str, direction: str, **options: bool) -> Way:
-    """For ``unit`` on an input of ``shape``; ``options``: see :func:`resnet_fused.chain.choose`."""
+def _plan(
+    shape: tuple[int, ...], unit: Unit, dtype: torch.dtype, request: str, direction: str, **options: bool
+) -> Choice:
+    """For ``unit`` on an input of ``shape``; ``options``: see :func:`resnet_fused.engine.forward.choose`."""
     if torch.compiler.is_compiling():
         return "undecided", undecided(unit.geometry, request)
     return choose(shape, unit.w.shape, unit.geometry, dtype, direction, unit.w.device, request, **options)
@@ -362,289 +330,7 @@ def _is_cheap(projection: Unit | None, branch: Sequence[_Planned]) -> bool:
 
 def _spec(planned: _Planned) -> UnitSpec:
     unit = planned.unit
-    return UnitSpec(planned.code, unit.eps, unit.momentum, unit.batch_stats, _group(unit.layer.bn))
-
-
-def _unit(x: Tensor, shape: tuple[int, ...], autocast: torch.dtype | None, layer: Layer) -> Unit | str:
-    """``layer`` on an input of ``shape`` [N, CI, H, W] that lies where ``x`` does, or why it runs eager."""
-    conv, bn, _ = layer
-    w, bias = _held(conv, conv._parameters, "weight", "bias")
-    if not isinstance(w, Tensor):
-        return "the convolution has no filter"
-    gamma, beta = _held(bn, bn._parameters, "weight", "bias")
-    mean, var, batches = _held(bn, bn._buffers, "running_mean", "running_var", "num_batches_tracked")
-    if (reason := _why_foreign(w, x)) is not None:
-        return reason
-    if w.dtype not in plan.DTYPES if autocast is not None else w.dtype != x.dtype:
-        return f"the input is {x.dtype} and the filter {w.dtype}"
-    place = _placed(conv, shape, w.shape)
-    if isinstance(place, str):
-        return place
-    numbers, out = place
-    dtype = x.dtype if autocast is None else autocast
-    vectors = _vectors(x.device, out[1], w.dtype, dtype, bias, gamma, beta, mean, var)
-    if isinstance(vectors, str):
-        return vectors
-    if (mean is None) != (var is None):
-        return "one of the running statistics is missing"
-    batch_stats = bn.training or mean is None
-    if not (bn.training and bn.track_running_stats):
-        batches = None
-        if bn.training:
-            vectors[3:] = mean, var = None, None
-    if batch_stats:
-        if mean is not vectors[3] or var is not vectors[4]:
-            return "the running statistics are views with gaps"
-        if (reason := _why_statistics(out, bn, batches, x.device)) is not None:
-            return reason
-    if mean is not None and var is not None and (mean.requires_grad or var.requires_grad):
-        return "the running statistics require a gradient"
-    eps, momentum = _number(bn.eps), _number(bn.momentum)
-    if eps is None or not eps > 0 or (momentum is None and bn.momentum is not None):
-        return f"batch norm has eps={bn.eps} and momentum={bn.momentum}"
-    if momentum is None and batches is None:
-        momentum = 0.0
-    bias, gamma, beta, mean, var = vectors
-    return Unit(layer, _plain(w), bias, gamma, beta, mean, var, batches, momentum, eps, batch_stats, numbers, out)
-
-
-def _held(module: nn.Module, among: dict[str, Any], *names: str) -> list[Any]:
-    """The attributes of these names, in a fraction of the time where they are ``among`` parameters or buffers."""
-    return [among[name] if name in among else getattr(module, name) for name in names]
-
-
-def _placed(conv: nn.Conv2d, shape: tuple[int, ...], w_shape: torch.Size) -> tuple[Geometry, Out] | str:
-    """The numbers of ``conv`` on an input of ``shape``, and the output's shape; or why they are not the kernels'."""
-    stride, padding, dilation = conv.stride, conv.padding, conv.dilation
-    try:
-        if not (len(stride) == len(padding) == len(dilation) == 2):
-            raise TypeError
-    except TypeError:
-        try:
-            stride, padding, dilation, _ = geometry(conv)
-        except (TypeError, ValueError) as error:
-            return str(error)
-    place: Any = _place.__wrapped__ if torch.compiler.is_compiling() else _place
-    found: tuple[Geometry, Out] | str = place(shape, w_shape, conv.groups, *stride, *padding, *dilation)
-    return found
-
-
-@lru_cache(maxsize=4096, typed=True)
-def _place(shape: tuple[int, ...], w_shape: torch.Size, groups: int, *numbers: int) -> tuple[Geometry, Out] | str:
-    n, ci, h, w = shape
-    co, width, r, s = w_shape
-    if any(type(number) is not int for number in (groups, *numbers)):
-        return f"the convolution's numbers should be integers: {groups, *numbers}"
-    stride_h, stride_w, pad_h, pad_w, dil_h, dil_w = numbers
-    if min(stride_h, stride_w, dil_h, dil_w, groups, co) < 1 or min(pad_h, pad_w) < 0:
-        return f"the convolution's numbers are unusual: {groups, *numbers}"
-    if (reason := _why_large(r, s)) is not None:
-        return reason
-    if width * groups != ci or co % groups:
-        return f"the filter {tuple(w_shape)} in {groups} groups does not fit an input of {ci} channels"
-    p = ops.output_size(h, r, stride_h, pad_h, dil_h)
-    q = ops.output_size(w, s, stride_w, pad_w, dil_w)
-    if p < 1 or q < 1:
-        return "the filter is larger than the padded image"
-    return ((stride_h, stride_w), (pad_h, pad_w), (dil_h, dil_w), groups), (n, co, p, q)
-
-
-def _why_foreign(t: Tensor, x: Tensor) -> str | None:
-    """Why a tensor of four dimensions cannot go into one launch with ``x``, or None."""
-    if t.dim() != 4 or t.layout != torch.strided or t.device != x.device:
-        return f"a tensor is {t.dim()}-dimensional, {t.layout} on {t.device}: it must be 4-dimensional on {x.device}"
-    return None if type(t) in ops.PLAIN else _why_subclass(t)
-
-
-def _why_subclass(t: Any) -> str | None:
-    if isinstance(t, FakeTensor) or torch.compiler.is_compiling():
-        return None
-    return f"a tensor is {type(t).__qualname__}, which may have operators of its own"
-
-
-def _vectors(
-    device: torch.device, co: int, w_dtype: torch.dtype, dtype: torch.dtype, bias: Tensor | None, *norm: Tensor | None
-) -> list[Tensor | None] | str:
-    """The convolution's bias and batch norm's vectors as kernels read them, or why they do not fit ``co`` channels."""
-    kind, found, compiling, size = None, [], torch.compiler.is_dynamo_compiling(), (co,)
-    for v in (bias, *norm):
-        if v is not None:
-            if type(v) not in ops.PLAIN and (reason := _why_subclass(v)) is not None:
-                return reason
-            if v.shape != size or v.device != device:
-                return f"a vector of shape {tuple(v.shape)} on {v.device} does not fit {co} channels on {device}"
-            if v is bias:
-                if v.dtype != w_dtype:
-                    return f"the filter is {w_dtype} and the bias {v.dtype}"
-            elif kind is None:
-                kind = v.dtype
-                if kind != dtype and kind != torch.float32:
-                    return f"batch norm has {kind} for an input of {dtype}"
-            elif v.dtype != kind:
-                return f"batch norm has {kind} and {v.dtype}"
-            if not v.is_contiguous() or (not compiling and v.is_neg()):
-                v = _plain(v).contiguous()
-        found.append(v)
-    return found
-
-
-def _number(value: Any) -> float | None:
-    """``value`` as PyTorch's operators take it for a number, or None."""
-    if type(value) is float:
-        return value
-    return float(value) if isinstance(value, (int, float, Tensor)) else None
-
-
-def _why_statistics(out: Out, bn: nn.Module, batches: Tensor | None, device: torch.device) -> str | None:
-    """Why batch norm cannot take its statistics from a batch of shape ``out``, or None."""
-    n, _, p, q = out
-    if n == 0:
-        return "the batch is empty"
-    if n * p * q == 1 and not _group(bn):
-        return "there is one value per channel to normalise"
-    if batches is None:
-        return None
-    if not isinstance(batches, Tensor) or batches.dtype != torch.int64 or batches.dim() or batches.device != device:
-        return f"num_batches_tracked is no int64 scalar on {device}"
-    return None
-
-
-def _why_unfit(shape: tuple[int, ...], residual: Tensor, step: int, before: int, padded: bool) -> str | None:
-    """Why ``residual`` cannot be added to an output of ``shape``, as it is or as a PaddedIdentity, or None."""
-    got = tuple(residual.shape)
-    if residual.dtype not in plan.DTYPES:
-        return f"residual must be float32, float16 or bfloat16; got {residual.dtype}"
-    if not padded:
-        return None if got == shape else f"residual must have the output's shape {shape}; got {got}"
-    n, channels, h, w = got
-    if step < 1 or (n, -(-h // step), -(-w // step)) != (shape[0], *shape[2:]):
-        return (
-            f"residual must give {shape[2]}x{shape[3]} pixels of {shape[0]} images with stride {step}; "
-            f"its x has shape {got}"
-        )
-    if before < 0 or before + channels > shape[1]:
-        return f"residual must fit {shape[1]} channels; it has {before} zero channels before {channels}"
-    return None
-
-
-def geometry(conv: nn.Conv2d) -> Geometry:
-    """Stride, padding, dilation and groups, as numbers. Raises TypeError or ValueError for what the kernels lack."""
-    stride, dilation = _pair(conv.stride), _pair(conv.dilation)
-    if conv.padding == "valid":
-        padding = 0, 0
-    elif conv.padding == "same":
-        both = [d * (k - 1) for d, k in zip(dilation, conv.weight.shape[2:], strict=True)]
-        if stride != (1, 1):
-            raise ValueError("padding='same' goes with no stride")
-        if both[0] % 2 or both[1] % 2:
-            raise ValueError("padding='same' pads one side more than the other")
-        padding = both[0] // 2, both[1] // 2
-    else:
-        padding = _pair(cast(Any, conv.padding))
-    return stride, padding, dilation, conv.groups
-
-
-def _pair(sizes: Any) -> tuple[int, int]:
-    """One number, alone or in a tuple, stands for both directions."""
-    if isinstance(sizes, int):
-        return sizes, sizes
-    first, second = sizes if len(sizes) == 2 else (*sizes, *sizes)
-    if not isinstance(first, int) or not isinstance(second, int):
-        raise TypeError(f"{sizes} should be integers")
-    return first, second
-
-
-def _plain(t: Tensor) -> Tensor:
-    """``t`` without a pending negation, which a kernel that reads its memory would not see.
-
-    What a compiler calls is called by way of PyTorch's dispatcher, which resolves it.
-    """
-    return t if torch.compiler.is_dynamo_compiling() or not t.is_neg() else t.resolve_neg()
-
-
-def _group(bn: nn.Module) -> str:
-    """The name of the process group that shares the statistics of a batch, or "" if they are this process's own."""
-    if not isinstance(bn, nn.SyncBatchNorm) or not bn.training or not dist.is_available() or not dist.is_initialized():
-        return ""
-    group = cast(dist.ProcessGroup, bn.process_group or dist.group.WORLD)
-    return group.group_name if dist.get_world_size(group) > 1 else ""
-
-
-def why_eager(x: Tensor, units: Iterable[Sequence[Any]], request: str | None = None) -> str | None:
-    """Why a chain of ``units`` (convolution, batch norm, ...) on input ``x`` runs eager as things stand, or None.
-
-    Whether their tensors fit one another is for :func:`resolve` to say. ``request``: see there.
-    """
-    if (reason := plan.why_eager(x, request)) is not None:
-        return reason
-    units = list(units)
-    if hooked(*(module for conv, bn, *_ in units for module in (conv, bn))):
-        return "hooks, or a forward of its own, are set on the convolution or the batch norm"
-    return why_unsupported(x, units)
-
-
-def why_unsupported(x: Tensor, units: Iterable[Sequence[Any]]) -> str | None:
-    """:func:`why_eager`, apart from what is asked for, where the tensor ``x`` lies, and hooks."""
-    if x.dtype not in plan.DTYPES:
-        return f"the input is {x.dtype}: the kernels take float32, float16 and bfloat16"
-    if x.dim() != 4 or x.layout != torch.strided:
-        return f"the input is {x.dim()}-dimensional, {x.layout}: the kernels take 4-dimensional, strided tensors"
-    if type(x) not in ops.PLAIN and (reason := _why_subclass(x)) is not None:
-        return reason
-    for conv, bn, *_ in units:
-        if (reason := _why_kind(conv, bn)) is not None:
-            return reason
-    return None
-
-
-def why_unfusable(conv: nn.Module, bn: nn.Module) -> str | None:
-    """Why the modules of a unit rule the kernels out whatever their input (types, padding ...), or None."""
-    if (reason := _why_kind(conv, bn)) is not None:
-        return reason
-    weight = getattr(conv, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() != 4:
-        return "the convolution has no filter of four dimensions"
-    try:
-        geometry(cast(nn.Conv2d, conv))
-    except (TypeError, ValueError) as error:
-        return str(error)
-    return _why_large(*weight.shape[2:])
-
-
-def _why_kind(conv: nn.Module, bn: nn.Module) -> str | None:
-    if type(conv) is not nn.Conv2d:
-        return f"the convolution is {_named(conv)}, not torch.nn.Conv2d itself"
-    if type(bn) is not nn.BatchNorm2d and type(bn) is not nn.SyncBatchNorm:
-        return f"the normalisation is {_named(bn)}, not torch.nn.BatchNorm2d or SyncBatchNorm itself"
-    if conv.padding_mode != "zeros":
-        return f"the convolution has padding_mode={conv.padding_mode!r}"
-    return None
-
-
-def _why_large(r: int, s: int) -> str | None:
-    return f"the filter is {r}x{s}: the kernels go up to 7x7" if max(r, s) > plan.MAX_FILTER else None
-
-
-def hooked(*modules: nn.Module) -> bool:
-    """Whether calling ``modules`` would run hooks or a forward set on an instance, which fusing would bypass."""
-    if (
-        nn_module._global_forward_hooks
-        or nn_module._global_forward_pre_hooks
-        or nn_module._global_backward_hooks
-        or nn_module._global_backward_pre_hooks
-    ):
-        return True
-    for module in modules:
-        if (
-            module._forward_hooks
-            or module._forward_pre_hooks
-            or module._backward_hooks
-            or module._backward_pre_hooks
-            or "forward" in module.__dict__
-            or "_conv_forward" in module.__dict__
-        ):
-            return True
-    return False
+    return UnitSpec(planned.code, unit.eps, unit.momentum, unit.batch_stats, process_group_name(unit.layer.bn))
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -654,10 +340,6 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 _AUTOCAST = ("cuda", "cpu")
-
-
-def _named(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def _check(x: Tensor, conv: nn.Conv2d, bn: nn.Module, residual: Tensor | PaddedIdentity | None) -> None:
@@ -680,10 +362,10 @@ def _check(x: Tensor, conv: nn.Conv2d, bn: nn.Module, residual: Tensor | PaddedI
         raise TypeError(f"residual must be a Tensor, a PaddedIdentity or None; got {type(residual).__qualname__}")
     p, q = x.shape[2:]
     if conv.padding != "same":
-        p, q = (ops.output_size(*size) for size in zip((p, q), w.shape[2:], *geometry(conv)[:3], strict=True))
+        p, q = (output_size(*size) for size in zip((p, q), w.shape[2:], *eligible.geometry(conv)[:3], strict=True))
     padded = isinstance(residual, PaddedIdentity)
     source, step, before = residual if isinstance(residual, PaddedIdentity) else (residual, 1, 0)
-    if source.dim() != 4 or source.dtype not in plan.DTYPES:
+    if source.dim() != 4 or source.dtype not in FLOATS:
         return  # for PyTorch to broadcast, promote or refuse
-    if (reason := _why_unfit((x.shape[0], w.shape[0], p, q), source, step, before, padded)) is not None:
+    if (reason := why_unfit((x.shape[0], w.shape[0], p, q), source, step, before, padded)) is not None:
         raise ValueError(reason)

@@ -18,10 +18,14 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves, tree_map
 
-from resnet_fused import chain, functional, ops, plan, reference
+from resnet_fused import functional
 from resnet_fused.convert import unfuse
+from resnet_fused.engine import eligible, forward, ops, reference
+from resnet_fused.engine.ops import channels_last
+from resnet_fused.engine.request import requested
 from resnet_fused.functional import conv_bn_act
-from resnet_fused.kernels.conv_forward import Geometry
+from resnet_fused.kernels.conv_forward import Geometry, output_size
+from resnet_fused.kernels.launch import FLOATS
 from resnet_fused.kernels.tile import Norm
 from resnet_fused.modules import traced_forward
 
@@ -63,8 +67,8 @@ def optimize_for_inference(
         raise TypeError("model must be a module that runs in Python; got TorchScript: freeze it before it is traced")
     if example is not None and not isinstance(example, Tensor):
         raise TypeError(f"example must be a Tensor; got {type(example).__qualname__}")
-    if dtype is not None and dtype not in plan.DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(map(str, plan.DTYPES))}; got {dtype}")
+    if dtype is not None and dtype not in FLOATS:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, FLOATS))}; got {dtype}")
     with torch.inference_mode(False), torch.no_grad():  # what is made here can be loaded into later
         frozen = FrozenModel(unfuse(_copy(model)).eval().requires_grad_(False), dtype)
     if example is not None:
@@ -90,7 +94,7 @@ class FrozenModel(nn.Module):
         super().__init__()
         self.network = _freeze(network, dtype)
         if not any(isinstance(module, _UNITS) for module in self.network.modules()):
-            plan.logger.warning("optimize_for_inference found no convolution that it can fuse")
+            eligible.logger.warning("optimize_for_inference found no convolution that it can fuse")
         inner = set() if dtype is not None else set(_fed_from_inside(self.network))
         for module in self.network.modules():
             if isinstance(module, _UNITS):
@@ -133,14 +137,14 @@ class FrozenModel(nn.Module):
         if not example.is_cuda:
             return
         if not all(isinstance(leaf, Tensor) for leaf in leaves):
-            plan.logger.warning("no CUDA graph: the model returns more than tensors")
+            eligible.logger.warning("no CUDA graph: the model returns more than tensors")
         elif any(_runs_hooks(module) for module in self.network.modules()):
-            plan.logger.warning("no CUDA graph: it would run no hooks")
+            eligible.logger.warning("no CUDA graph: it would run no hooks")
         else:
             try:
                 self._graph = _CudaGraph(self.network, example)
             except Exception as error:  # whatever a stranger's forward does that cannot be captured
-                plan.logger.warning("no CUDA graph: the capture failed: %s", error)
+                eligible.logger.warning("no CUDA graph: the capture failed: %s", error)
 
     def _apply(self, fn: Any, recurse: bool = True) -> FrozenModel:
         self._graph = None
@@ -187,7 +191,7 @@ def _settle(module: nn.Module, dtype: torch.dtype | None, casts: bool) -> None:
 def _runs_hooks(module: nn.Module) -> bool:
     """Whether a call of ``module`` runs hooks, but for our own."""
     before = [hook for hook in module._forward_pre_hooks.values() if hook is not _cast_input]
-    return bool(before or module._forward_hooks or functional.hooked())
+    return bool(before or module._forward_hooks or eligible.hooked())
 
 
 def _cast_input(module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -242,14 +246,14 @@ class FoldedConv(nn.Module):
         if found is None:
             return self._aten(x, residual)
         packed, shape = found
-        x = functional.channels_last(x)
+        x = channels_last(x)
         mkldnn = torch.ops.mkldnn
         if residual is None:
             relu = "relu" if self.relu else "none"
             return mkldnn._convolution_pointwise.default(x, packed, self.bias, *self.geometry, relu, [], "")
         if not _is_like(residual, x) or residual.shape != shape:
             return self._aten(x, residual)
-        residual = functional.channels_last(residual)
+        residual = channels_last(residual)
         after: tuple[Any, ...] = "add", 1.0, "relu" if self.relu else None, [], ""
         if self.in_place:
             return mkldnn._convolution_pointwise_.binary(residual, x, packed, self.bias, *self.geometry, *after)
@@ -332,10 +336,10 @@ class TritonConv(nn.Module):
         x = _cast(x, self.weight) if self.casts else x
         if isinstance(x, fx.Proxy) or not self._launches(x, residual):
             return self._aten(x, residual)
-        x = functional.channels_last(x.resolve_neg())
+        x = channels_last(x.resolve_neg())
         if residual is not None:
-            residual = functional.channels_last(residual.resolve_neg())
-        target = x.dtype, "frozen" if self.relu else "inference", x.device, plan.requested()
+            residual = channels_last(residual.resolve_neg())
+        target = x.dtype, "frozen" if self.relu else "inference", x.device, requested()
         implementation, code = functional.choose(
             tuple(x.shape), tuple(self.weight.shape), self.geometry, *target, residual=residual is not None
         )
@@ -346,19 +350,19 @@ class TritonConv(nn.Module):
             if self._folded is None or self._folded[0].device != x.device:  # a replica's is that of the original
                 self._folded = self._fold()
             folded, shift = self._folded
-            return chain.cudnn_conv_relu(x, folded, shift, residual, *self.geometry)
+            return forward.cudnn_conv_relu(x, folded, shift, residual, *self.geometry)
         keeps = residual is None or self.accumulates
         out_dtype = x.dtype if keeps else torch.promote_types(x.dtype, residual.dtype)
         return ops.conv_bn_act(x, self.weight, self.conv_bias, *norm, residual, 1, 0, code, self.relu, out_dtype)
 
     def _launches(self, x: Tensor, residual: Any) -> bool:
         """Whether a launch takes ``x`` and ``residual``; what it does not take, PyTorch is to judge."""
-        if not _is_like(x, self.weight) or x.dtype not in plan.DTYPES or plan.why_eager(x) is not None:
+        if not _is_like(x, self.weight) or x.dtype not in FLOATS or eligible.why_not_here(x) is not None:
             return False
         shape = _output_shape(x.shape, self.weight, self.geometry)
         if residual is None or shape is None or x.shape[0] == 0:
             return residual is None and shape is not None and x.shape[0] > 0
-        return _is_like(residual, x, plan.DTYPES) and tuple(residual.shape) == shape
+        return _is_like(residual, x, FLOATS) and tuple(residual.shape) == shape
 
     def _apply(self, fn: Any, recurse: bool = True) -> TritonConv:
         self._folded = None
@@ -378,7 +382,7 @@ class TritonConv(nn.Module):
 
     def _fold(self) -> tuple[Tensor, Tensor]:
         norm = Norm(self.mean, self.var, self.gamma, self.beta, self.eps)
-        return chain.fold(self.weight, self.conv_bias, norm)
+        return forward.fold(self.weight, self.conv_bias, norm)
 
     def _aten(self, x: Tensor, residual: Any) -> Tensor:
         bias = None if self.conv_bias is None else self.conv_bias.to(self.weight.dtype)
@@ -432,7 +436,7 @@ def _output_shape(shape: torch.Size, weight: Tensor, geometry: Geometry) -> tupl
     stride, padding, dilation, groups = geometry
     if len(shape) != 4 or shape[1] != weight.shape[1] * groups:
         return None
-    p, q = (ops.output_size(shape[2 + i], weight.shape[2 + i], stride[i], padding[i], dilation[i]) for i in (0, 1))
+    p, q = (output_size(shape[2 + i], weight.shape[2 + i], stride[i], padding[i], dilation[i]) for i in (0, 1))
     return (shape[0], weight.shape[0], p, q) if p > 0 and q > 0 else None
 
 
@@ -475,7 +479,7 @@ class _CudaGraph:
     def takes(self, args: tuple[Any, ...]) -> bool:
         if len(args) != 1 or _is_traced(x := args[0]) or not _is_like(x, self.x) or x.shape != self.x.shape:
             return False
-        return not (functional.hooked() or torch.cuda.is_current_stream_capturing())
+        return not (eligible.hooked() or torch.cuda.is_current_stream_capturing())
 
     def __call__(self, x: Tensor) -> Any:
         with self.lock, torch.cuda.device(self.x.device):
@@ -542,7 +546,7 @@ def _traced(module: nn.Module) -> fx.GraphModule | None:
     parameters = inspect.signature(module.forward).parameters.values()
     if any(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
         return None
-    if functional.hooked(module):
+    if eligible.hooked(module):
         return None
     tracer = _Tracer()
     own = traced_forward(module, None) is None
@@ -551,7 +555,7 @@ def _traced(module: nn.Module) -> fx.GraphModule | None:
         with _without_effects(module):
             graph = tracer.trace(module)
     except Exception as error:
-        plan.logger.info("%s is not frozen as a whole: %s", type(module).__qualname__, error)
+        eligible.logger.info("%s is not frozen as a whole: %s", type(module).__qualname__, error)
         return None
     for node in graph.nodes:
         node.meta.pop("is_wrapped", None)  # what stands for conv_bn_act here is not a wrapped function
@@ -618,7 +622,7 @@ class _Tracer(fx.Tracer):
         return super().create_proxy(kind, target, args, kwargs, *rest, **named)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        leaf = isinstance(m, _UNITS) or functional.hooked(m)
+        leaf = isinstance(m, _UNITS) or eligible.hooked(m)
         return leaf or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -657,9 +661,9 @@ def _fuse_unit(graph: fx.GraphModule, node: fx.Node, dtype: torch.dtype | None) 
         bn = graph.get_submodule(str(norm.target))
         bn = bn if _folds(bn, conv.weight) else None
     unit: FoldedConv | TritonConv
-    if plan.why_eager(conv.weight) is not None:
+    if eligible.why_not_here(conv.weight) is not None:
         unit = FoldedConv(conv, bn, geometry, dtype)
-    elif bn is not None and max(conv.weight.shape[2:]) <= plan.MAX_FILTER:
+    elif bn is not None and max(conv.weight.shape[2:]) <= eligible.MAX_FILTER:
         unit = TritonConv(conv, bn, geometry, dtype)
     else:
         return None
@@ -724,7 +728,7 @@ def _calls(graph: fx.GraphModule, node: fx.Node, *kinds: type[nn.Module]) -> boo
         return False
     module = graph.get_submodule(str(node.target))
     replaced = any(callable(getattr(type(module), name, None)) for name in vars(module))
-    return type(module) in kinds and not replaced and not functional.hooked(module)
+    return type(module) in kinds and not replaced and not eligible.hooked(module)
 
 
 def _is_relu(graph: fx.GraphModule, node: fx.Node) -> bool:
@@ -779,7 +783,7 @@ def _folds(bn: Any, weight: Tensor) -> bool:
 
 
 _MISSING: Any = object()
-_FLOATS = (*plan.DTYPES, torch.float64)
+_FLOATS = (*FLOATS, torch.float64)
 
 
 def _is_dense(t: Any) -> bool:

@@ -10,8 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resnet_fused import functional, plan
-from resnet_fused.reference import PaddedIdentity
+from resnet_fused import functional
+from resnet_fused.engine import eligible
+from resnet_fused.engine.ops import channels_last
+from resnet_fused.engine.reference import PaddedIdentity
+from resnet_fused.engine.request import requested
 
 
 class Unit(NamedTuple):
@@ -86,28 +89,28 @@ class FusedBlock(nn.Module):
 
     def why_unfusable(self) -> str | None:
         """Why the block, as its submodules are now, is not the one that its layout describes, or None."""
-        return "hooks are registered on a submodule" if functional.hooked(*descendants(self)) else None
+        return "hooks are registered on a submodule" if eligible.hooked(*descendants(self)) else None
 
     def forward(self, x: Tensor) -> Tensor:
         found = self._resolve(x)
         if isinstance(found, str):
-            plan.report_once(found)
+            eligible.report_once(found)
             return self.eager_forward(x)
         return functional.run(found, recompute=self.memory == "recompute")
 
     def _resolve(self, x: Tensor) -> functional.Chain | str:
         """The block on ``x`` with all that it reads, or why it runs eager."""
-        request = plan.requested(self)
-        if (reason := plan.why_eager(x, request) or self.why_unfusable()) is not None:
+        request = requested(self)
+        if (reason := eligible.why_not_here(x, request) or self.why_unfusable()) is not None:
             return reason
         layout = self.layout
         try:
             layers = [self._layer(unit) for unit in layout.all_units()]
         except KeyError as name:
             return f"it has no submodule {name} any more"
-        if (reason := functional.why_unsupported(x, layers)) is not None:
+        if (reason := eligible.why_unsupported(x, layers)) is not None:
             return reason
-        x = functional.channels_last(x)  # once, for the branch and the shortcut
+        x = channels_last(x)  # once, for the branch and the shortcut
         shortcut = self._shortcut(x, layers[-1])
         return functional.resolve(x, layers[: len(layout.units)], shortcut, in_place=layout.in_place, request=request)
 
@@ -116,10 +119,10 @@ class FusedBlock(nn.Module):
             f"{type(self).__qualname__} cannot be scripted: script the model as it was, resnet_fused.unfuse(model)"
         )
 
-    def _layer(self, unit: Unit) -> functional.Layer:
-        return functional.Layer(_submodule(self, unit.conv), _submodule(self, unit.norm), unit.relu)
+    def _layer(self, unit: Unit) -> eligible.Layer:
+        return eligible.Layer(_submodule(self, unit.conv), _submodule(self, unit.norm), unit.relu)
 
-    def _shortcut(self, x: Tensor, projection: functional.Layer) -> functional.Shortcut | None:
+    def _shortcut(self, x: Tensor, projection: eligible.Layer) -> functional.Shortcut | None:
         """That of ``x``; ``projection``: the layer that it is, if it is one."""
         layout = self.layout
         if not layout.residual:

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
-from resnet_fused import functional
+from resnet_fused.engine import eligible
 from resnet_fused.modules import Layout, Unit, traced_forward
 
 _PARTS = {"conv": nn.Conv2d, "norm": _BatchNorm, "relu": nn.ReLU, "identity": nn.Identity, "pool": nn.AvgPool2d}
@@ -59,7 +59,7 @@ def _check_parts(module: nn.Module, prefix: str = "") -> None:
         name = prefix + name
         if "forward" in vars(part):
             raise _NoBlock(f"the forward of {name} is replaced on the instance")
-        if functional.hooked(part):
+        if eligible.hooked(part):
             raise _NoBlock(f"hooks are registered on {name}")
         if parametrize.is_parametrized(part):
             raise _NoBlock(f"{name} is parametrised")
@@ -330,7 +330,7 @@ def _check_units(module: nn.Module, layout: Layout) -> None:
     channels = []
     for unit in layout.all_units():
         conv, norm = module.get_submodule(unit.conv), module.get_submodule(unit.norm)
-        if (reason := functional.why_unfusable(conv, norm)) is not None:
+        if (reason := eligible.why_unfusable(conv, norm)) is not None:
             raise _NoBlock(f"{unit.conv}: {reason}")
         channels.append((conv.in_channels, conv.out_channels))
     width = channels[len(layout.units) - 1][1]

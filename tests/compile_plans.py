@@ -8,8 +8,7 @@ import torch
 
 from resnet_fused import functional, implementation
 from resnet_fused.kernels.gpus import ARCHITECTURES, gpu_of
-from resnet_fused.kernels.launch import Call, dry_run, observe
-from resnet_fused.plan import DTYPES
+from resnet_fused.kernels.launch import FLOATS, Call, dry_run, observe
 
 SAMPLE = 8
 
@@ -17,7 +16,7 @@ SAMPLE = 8
 def unit(draw: random.Random) -> tuple[torch.nn.Conv2d, torch.nn.BatchNorm2d, torch.Tensor]:
     groups = draw.choice([1, 1, 2, 32])
     ci, co = (groups * draw.randint(1, 256 // groups) for _ in range(2))
-    size, dtype = draw.choice([1, 3, 5]), draw.choice(DTYPES)
+    size, dtype = draw.choice([1, 3, 5]), draw.choice(FLOATS)
     with torch.device("meta"):
         conv = torch.nn.Conv2d(ci, co, size, draw.randint(1, 2), draw.randint(0, size), groups=groups, dtype=dtype)
         bn = torch.nn.BatchNorm2d(co)

@@ -51,7 +51,7 @@ def _nobodys_cache(tmp_path_factory):
 @pytest.fixture
 def own_cache(tmp_path, monkeypatch):
     """What the library keeps on disk lies in the test's own folder."""
-    from resnet_fused import tuned  # imported here: the kernels must not be before the interpreter is chosen
+    from resnet_fused.plan import tuned
 
     monkeypatch.setenv("RESNET_FUSED_CACHE", str(tmp_path))
     tuned.load.cache_clear()

@@ -16,10 +16,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from resnet_fused import tune_worker
-from resnet_fused.problem import Problem
-from resnet_fused.trial import Candidate, Trial
-from resnet_fused.tune_worker import Work, serve
+from resnet_fused.commands import tune_worker
+from resnet_fused.commands.tune_trial import Candidate, Trial
+from resnet_fused.commands.tune_worker import Work, serve
+from resnet_fused.plan.problem import Problem
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FAULTS = json.loads(sys.argv[1])

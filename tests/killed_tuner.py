@@ -7,9 +7,9 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from resnet_fused import tuned
-from resnet_fused.trial import Candidate
-from resnet_fused.tune import tune_problems
+from resnet_fused.commands.tune import tune_problems
+from resnet_fused.commands.tune_trial import Candidate
+from resnet_fused.plan import cache, tuned
 from tests.test_tune import GPU, FakeRunner, problem
 
 STAGES = ("open", "verify", "time", "write", "fsync", "replace", "replaced")
@@ -53,8 +53,8 @@ def strikes_second(function, before: str, after: str = ""):
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background is born deaf to it
     tuned.render = strikes_second(tuned.render, "write")
-    tuned.os.fsync = strikes_second(os.fsync, "fsync")
-    tuned.os.replace = strikes_second(os.replace, "replace", "replaced")
+    cache.os.fsync = strikes_second(os.fsync, "fsync")
+    cache.os.replace = strikes_second(os.replace, "replace", "replaced")
     problems = [problem(n=n) for n in (1, 2, 3)]
     report = tune_problems(problems, GPU, Killed(), compiled=lambda problem, ways: {})
     print(len(report.tuned), len(report.known))

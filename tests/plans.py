@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.shapes import MODELS, layers
-from resnet_fused.plan import decide
-from resnet_fused.problem import Problem
+from resnet_fused.plan.decide import decide
+from resnet_fused.plan.problem import Problem
 
 ARCHITECTURES = (80, 89, 90, 100, 120)
 BATCHES = {"inference": (1, 32), "training": (128,)}

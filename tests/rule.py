@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from resnet_fused.verify import error_ratio
+from resnet_fused.engine.tolerance import error_ratio
 
 
 def assert_within_rule(ours: Tensor, eager: Tensor, exact: Tensor, sums: int = 0) -> None:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from resnet_fused import BasicBlock, Bottleneck, ResidualBlock, functional, fuse, implementation, ops, reference
-from resnet_fused.chain import Convolution
-from resnet_fused.problem import Tiles
-from resnet_fused.trace import trace
+from resnet_fused import BasicBlock, Bottleneck, ResidualBlock, functional, fuse, implementation
+from resnet_fused.engine import eligible, ops, reference
+from resnet_fused.engine.forward import Convolution
+from resnet_fused.engine.trace import trace
+from resnet_fused.plan.problem import Tiles
 from tests.training import DEVICE, WatchedReLU, check, draw, step
 
 pytestmark = pytest.mark.usefixtures("on_device")
@@ -223,7 +224,7 @@ def test_what_needs_no_gradient_gets_none(road):
 @pytest.mark.parametrize("road", ROADS)
 def test_what_alone_needs_a_gradient_gets_it(road):
     """Of all that a block in evaluation reads."""
-    layer = functional.Layer(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8).eval())
+    layer = eligible.Layer(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8).eval())
     shortcut = functional.Projection(torch.randn(2, 8, 4, 3), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8).eval())
     x = torch.randn(2, 8, 4, 3)
     leaves = [x, shortcut.x, *(p for module in (*layer[:2], *shortcut[1:]) for p in module.parameters())]

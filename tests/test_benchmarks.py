@@ -23,10 +23,12 @@ from benchmarks.count import KINDS, count, kind, least_work, roof
 from benchmarks.measure import BACKWARD, FORWARD, STEP, Setting, Stopwatch, Timing, interleave
 from benchmarks.peers import BASELINE, OURS, PEERS, Peer
 from benchmarks.shapes import Block, Layer, Network
-from resnet_fused import __version__, check, implementation, trace, verify
-from resnet_fused.commands import Parser, UserError
+from resnet_fused import __version__, implementation, trace
+from resnet_fused.commands import check
+from resnet_fused.commands.shared import Parser, UserError
 from resnet_fused.kernels.gpus import gpu_of
 from resnet_fused.kernels.launch import dry_run
+from resnet_fused.plan import checked
 from tests.kernels.test_launch import compiler_on
 
 ROOT = Path(__file__).parent.parent
@@ -172,7 +174,7 @@ def out(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("bench")
     small = ["--models", "resnet20", "--batch", "1", "--rounds", "2", "--train", "--skip", *SKIPPED]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verify, "verified", lambda device: True)
+        patch.setattr(checked, "verified", lambda device: True)
         patch.setattr(run, "pick_device", lambda name: CPU)
         assert run.main(options(*small, "--out", str(folder))) == 0
     return folder
@@ -209,16 +211,16 @@ class TestCommand:
 
     def test_refuses_while_the_check_fails(self, monkeypatch, tmp_path):
         failed = check.Row("conv_forward", "3x3", "float32", 7.0, "failed", "")
-        report = check.Report(CPU, verify.stack(CPU), (failed,))
-        monkeypatch.setattr(verify, "verified", lambda device: False)
+        report = check.Report(CPU, checked.stack(CPU), (failed,))
+        monkeypatch.setattr(checked, "verified", lambda device: False)
         monkeypatch.setattr(check, "run", lambda device: report)
         with pytest.raises(UserError, match=r"self-test fails \(1 of 1 cases\): python -m resnet_fused check"):
             run.main(options("--out", str(tmp_path / "bench")))
         assert not (tmp_path / "bench").exists()
 
     def test_runs_once_the_check_passes(self, monkeypatch):
-        report = check.Report(CPU, verify.stack(CPU), ())
-        monkeypatch.setattr(verify, "verified", lambda device: False)
+        report = check.Report(CPU, checked.stack(CPU), ())
+        monkeypatch.setattr(checked, "verified", lambda device: False)
         monkeypatch.setattr(check, "run", lambda device: report)
         run.require_check(CPU)
 
@@ -247,7 +249,7 @@ class TestCommand:
     def test_results_are_written_as_they_come_and_failures_are_rows(self, monkeypatch, tmp_path):
         """Of three settings the second fails, and while the third is measured the process is stopped."""
         pytest.importorskip("matplotlib", reason="matplotlib, which draws the page, is not installed")
-        monkeypatch.setattr(verify, "verified", lambda device: True)
+        monkeypatch.setattr(checked, "verified", lambda device: True)
         todo = [setting(batch=batch) for batch in (1, 2, 3)]
         monkeypatch.setattr(run, "settings", lambda options, device: todo)
 
@@ -275,7 +277,7 @@ class TestCommand:
 
     def test_a_page_of_nothing_but_failures(self, monkeypatch, tmp_path, capsys):
         pytest.importorskip("matplotlib", reason="matplotlib, which draws the page, is not installed")
-        monkeypatch.setattr(verify, "verified", lambda device: True)
+        monkeypatch.setattr(checked, "verified", lambda device: True)
 
         def fails(*arguments):
             raise RuntimeError("no kernel image")
@@ -287,7 +289,7 @@ class TestCommand:
 
     def test_a_disk_that_fills_up_is_one_line(self, monkeypatch, tmp_path):
         pytest.importorskip("matplotlib", reason="matplotlib, which draws the page, is not installed")
-        monkeypatch.setattr(verify, "verified", lambda device: True)
+        monkeypatch.setattr(checked, "verified", lambda device: True)
         monkeypatch.setattr(run, "settings", lambda options, device: [setting()])
         monkeypatch.setattr(run, "compare", lambda *arguments: compare(arguments[0], [BASELINE], range(1)))
 
@@ -309,7 +311,7 @@ class TestCommand:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU is here to time the kernels on")
 def test_times_the_kernels_on_a_gpu(monkeypatch, tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib, which draws the page, is not installed")
-    monkeypatch.setattr(verify, "verified", lambda device: True)
+    monkeypatch.setattr(checked, "verified", lambda device: True)
     small = ["--models", "resnet20", "--batch", "2", "--rounds", "2", "--train", "--skip", *SKIPPED]
     assert run.main(options(*small, "--out", str(tmp_path))) == 0
     results = json.loads((tmp_path / "results.json").read_text())

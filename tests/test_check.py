@@ -18,11 +18,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import resnet_fused
-from resnet_fused import BasicBlock, check, check_cases, fuse, plan, verify
+from resnet_fused import BasicBlock, fuse
 from resnet_fused.__main__ import main
+from resnet_fused.commands import check, check_cases
+from resnet_fused.engine import eligible, tolerance
+from resnet_fused.engine.tolerance import error_ratio
 from resnet_fused.kernels import batch_norm, conv_dgrad, conv_forward, conv_wgrad
 from resnet_fused.kernels.launch import Call, dry_run, observe
-from resnet_fused.verify import error_ratio
+from resnet_fused.plan import checked
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
@@ -157,7 +160,7 @@ def test_runs_that_differ_fail(few, monkeypatch):
 def test_a_block_that_runs_eager_proves_nothing(monkeypatch):
     (case,) = [c for c in check.cases(DEVICE.type) if (c.kernel, c.name) == ("block (triton)", "basic; inference")][:1]
     monkeypatch.setattr(check, "cases", lambda _: [case])
-    monkeypatch.setattr(plan, "why_eager", lambda x, request: "of a mistake")
+    monkeypatch.setattr(eligible, "why_not_here", lambda x, request: "of a mistake")
     (row,) = [row for row in check.run(DEVICE).rows if row.status != "skipped"]
     assert (row.status, row.detail) == ("failed", "no kernel was launched")
 
@@ -181,7 +184,7 @@ def launched(arch: int) -> dict:
     calls: dict = {}
     with dry_run(arch), observe(lambda call: calls.setdefault(compiled_code(call), call)):
         for case in check.cases("cuda"):
-            with verify.products(case.number_format == "tf32"):
+            with tolerance.products(case.number_format == "tf32"):
                 case.trial(torch.device("meta")).ours()
     return calls
 
@@ -204,7 +207,7 @@ def test_a_gpu_meets_the_tiles_of_real_networks(arch):
             network = model().to(check_cases.FORMATS[number_format], memory_format=torch.channels_last)
             x = torch.empty(64, 3, 224, 224, dtype=check_cases.FORMATS[number_format])
         see = observe(lambda call: theirs.add(compiled_code(call)))
-        with verify.products(number_format == "tf32"), resnet_fused.implementation("triton"), dry_run(arch), see:
+        with tolerance.products(number_format == "tf32"), resnet_fused.implementation("triton"), dry_run(arch), see:
             network(x).sum().backward()
             with torch.no_grad():
                 network.eval()(x)
@@ -239,7 +242,7 @@ def test_no_block_has_an_input_of_a_relu_within_rounding_of_zero(device_type, ma
 def test_eager_in_tf32_is_convolution_of_cut_factors():
     x, w = torch.randn(2, 8, 5, 4), torch.randn(8, 8, 3, 3)
     cut = (torch.tensor([1 + 2**-10, 1 + 2**-11, -1 - 2**-11, 3.0]), torch.tensor([1 + 2**-10, 1.0, -1.0, 3.0]))
-    assert torch.equal(verify.cut(cut[0]), cut[1])
+    assert torch.equal(tolerance.cut(cut[0]), cut[1])
 
     def gradients(x: Tensor, w: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
         x, w = x.clone().requires_grad_(), w.clone().requires_grad_()
@@ -247,9 +250,9 @@ def test_eager_in_tf32_is_convolution_of_cut_factors():
         return y.detach(), *torch.autograd.grad(y, (x, w), dy)
 
     dy = torch.randn(2, 8, 5, 4)
-    with verify._Tf32Factors():
+    with tolerance._Tf32Factors():
         ours = gradients(x, w, dy)
-    theirs = gradients(verify.cut(x), verify.cut(w), verify.cut(dy))
+    theirs = gradients(tolerance.cut(x), tolerance.cut(w), tolerance.cut(dy))
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     plain = gradients(x, w, dy)
     assert all(1e-5 < (a - b).abs().max() / b.abs().max() < 1e-2 for a, b in zip(ours, plain, strict=True))
@@ -355,24 +358,24 @@ def test_error_ratio_refuses_what_does_not_compare(change, message):
 @pytest.fixture
 def fake_gpu(monkeypatch):
     """A GPU that can be named, and no more."""
-    monkeypatch.setattr(verify, "stack", lambda device: {**STACK})
-    monkeypatch.setattr(verify, "_reminded", False)
+    monkeypatch.setattr(checked, "stack", lambda device: {**STACK})
+    monkeypatch.setattr(checked, "_reminded", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: STACK["gpu"])
 
 
 def test_a_stack_is_verified_once_it_was_noted(fake_gpu, cache, monkeypatch):
-    assert not verify.verified(H100)
-    assert verify.note(H100) == cache / "checked.json"
-    assert verify.verified(H100)
-    monkeypatch.setattr(verify, "stack", lambda device: {**STACK, "driver": "1000.0"})
-    assert not verify.verified(H100), "another driver"
-    verify.note(H100)
-    verify.note(H100)
+    assert not checked.verified(H100)
+    assert checked.note(H100) == cache / "checked.json"
+    assert checked.verified(H100)
+    monkeypatch.setattr(checked, "stack", lambda device: {**STACK, "driver": "1000.0"})
+    assert not checked.verified(H100), "another driver"
+    checked.note(H100)
+    checked.note(H100)
     assert len(json.loads((cache / "checked.json").read_text())) == 2
-    monkeypatch.setattr(verify, "stack", lambda device: {**STACK})
-    assert verify.verified(H100)
+    monkeypatch.setattr(checked, "stack", lambda device: {**STACK})
+    assert checked.verified(H100)
     assert {path.name for path in cache.iterdir()} == {"checked.json", ".lock"}
 
 
@@ -380,29 +383,29 @@ def test_a_stack_is_verified_once_it_was_noted(fake_gpu, cache, monkeypatch):
 def test_a_corrupt_note_counts_as_none_and_is_replaced(fake_gpu, cache, content):
     cache.mkdir()
     (cache / "checked.json").write_bytes(content)
-    assert not verify.verified(H100)
-    verify.note(H100)
-    assert verify.verified(H100)
+    assert not checked.verified(H100)
+    checked.note(H100)
+    assert checked.verified(H100)
 
 
 def test_a_note_that_fails_leaves_the_old_one(fake_gpu, cache, monkeypatch):
-    verify.note(H100)
+    checked.note(H100)
     before = (cache / "checked.json").read_text()
 
     def full(*arguments):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(verify, "stack", lambda device: {**STACK, "driver": "1000.0"})
+    monkeypatch.setattr(checked, "stack", lambda device: {**STACK, "driver": "1000.0"})
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="no space left"):
-        verify.note(H100)
+        checked.note(H100)
     assert {path.name for path in cache.iterdir()} == {"checked.json", ".lock"}
     assert (cache / "checked.json").read_text() == before
 
 
 @pytest.mark.skipif(ON_GPU, reason="with a GPU the names are those of that GPU")
 def test_the_stack_of_the_cpu_names_no_gpu():
-    assert verify.stack(torch.device("cpu")) == {
+    assert checked.stack(torch.device("cpu")) == {
         "gpu": "",
         "driver": "",
         "torch": torch.__version__,
@@ -432,8 +435,8 @@ def test_the_driver_is_what_nvml_says(status, version, monkeypatch):
             raise OSError(f"{name}: cannot open shared object file")
         return Nvml(status)
 
-    monkeypatch.setattr(verify.ctypes, "CDLL", load)
-    assert verify._driver.__wrapped__() == version
+    monkeypatch.setattr(checked.ctypes, "CDLL", load)
+    assert checked._driver.__wrapped__() == version
 
 
 def on_a_gpu(monkeypatch, status: str) -> None:
@@ -446,10 +449,10 @@ def on_a_gpu(monkeypatch, status: str) -> None:
 def test_a_passed_check_of_a_gpu_is_noted(fake_gpu, cache, capsys, monkeypatch):
     on_a_gpu(monkeypatch, "failed")
     assert main(["check"]) == 1
-    assert not verify.verified(H100)
+    assert not checked.verified(H100)
     on_a_gpu(monkeypatch, "passed")
     assert main(["check"]) == 0
-    assert verify.verified(H100)
+    assert checked.verified(H100)
     assert "1 passed, 0 failed, 0 skipped on Fake H100" in capsys.readouterr().out
 
 
@@ -495,7 +498,7 @@ def test_fuse_names_the_command_once_per_process(fake_gpu, caplog):
 @pytest.mark.parametrize("case", ["on the CPU", "checked before", "too old a GPU", "no GPU"])
 def test_fuse_says_nothing_where_there_is_nothing_to_check(case, fake_gpu, caplog, monkeypatch):
     if case == "checked before":
-        verify.note(H100)
+        checked.note(H100)
     elif case == "too old a GPU":
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
     elif case == "no GPU":
@@ -509,7 +512,7 @@ def test_the_setting_of_tf32_can_be_read_afterwards():
     for allowed in (True, False):
         cudnn.allow_tf32 = allowed
         for inside in (True, False):
-            with verify.products(inside):
+            with tolerance.products(inside):
                 assert (cudnn.conv.fp32_precision == "tf32") is inside
             assert cudnn.allow_tf32 is allowed
     cudnn.allow_tf32 = before == "tf32"

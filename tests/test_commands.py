@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import resnet_fused
-from resnet_fused import demo
 from resnet_fused.__main__ import main
-from resnet_fused.commands import UserError, python, require_writable
-from resnet_fused.tune import ChildRunner, Compilers
+from resnet_fused.commands import demo
+from resnet_fused.commands.shared import UserError, python, require_writable
+from resnet_fused.commands.tune import ChildRunner, Compilers
 from tests.test_tune import problem
 
 BAD_NUMBERS = ["0", "-3", "1.5", "many", "", "1e3", "9" * 30, "9" * 9999]
@@ -118,7 +118,7 @@ def test_a_folder_on_a_full_disk_is_told(tmp_path, monkeypatch):
 @pytest.fixture
 def a_gpu(monkeypatch):
     """A GPU that can be named, and no more."""
-    monkeypatch.setattr(sys.modules["resnet_fused.tune"], "interpreting", lambda: False)
+    monkeypatch.setattr(sys.modules["resnet_fused.commands.tune"], "interpreting", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -130,7 +130,7 @@ def a_gpu(monkeypatch):
     "command", [["explain", "--train"], ["cost", "--train"], ["tune", "--direction", "training"]], ids=" ".join
 )
 def test_an_input_that_the_network_does_not_take_is_one_line(a_gpu, command, monkeypatch, capsys):
-    monkeypatch.setattr("resnet_fused.cost.interpreting", lambda: False)
+    monkeypatch.setattr("resnet_fused.commands.cost.interpreting", lambda: False)
     arch = [] if command[0] == "tune" else ["--arch", "sm_90"]
     assert main([*command, *arch, "--model", "resnet18", "--batch", "1", "--size", "32"]) == 2
     err = capsys.readouterr().err
@@ -139,7 +139,7 @@ def test_an_input_that_the_network_does_not_take_is_one_line(a_gpu, command, mon
 
 
 def test_tune_names_a_gpu_that_is_not_there_or_too_old(a_gpu, monkeypatch, capsys):
-    monkeypatch.setattr(sys.modules["resnet_fused.tune"], "find_problems", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(sys.modules["resnet_fused.commands.tune"], "find_problems", lambda *_: pytest.fail("too late"))
     assert main(["tune", "--device", "cuda:1"]) == 2
     assert "there is no cuda:1: PyTorch sees 1 CUDA GPUs here" in capsys.readouterr().err
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
@@ -189,14 +189,14 @@ def test_workers_import_nothing_from_the_current_directory(trap, monkeypatch):
 
 
 def test_the_measuring_process_is_started_so_too(a_gpu, trap, monkeypatch):
-    tune = sys.modules["resnet_fused.tune"]  # the package's attribute of that name is the function
+    tune = sys.modules["resnet_fused.commands.tune"]  # the package's attribute of that name is the function
     commands = []
     monkeypatch.setattr(tune, "tune_problems", lambda problems, gpu, runner, compiled: commands.append(runner.command))
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     with torch.device("meta"):
         model = resnet_fused.resnet18()
     resnet_fused.tune(model, (1, 3, 64, 64))
-    assert commands == [python("resnet_fused.tune_worker", "cuda:0", "--cudnn-benchmark")]
+    assert commands == [python("resnet_fused.commands.tune_worker", "cuda:0", "--cudnn-benchmark")]
 
 
 def test_the_restart_imports_nothing_from_the_current_directory(trap):

@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from resnet_fused import ResidualBlock, fuse, implementation
-from resnet_fused.trace import trace
+from resnet_fused.engine.trace import trace
 from tests.training import randomise
 
 pytestmark = pytest.mark.usefixtures("on_device")

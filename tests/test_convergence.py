@@ -14,8 +14,8 @@ from torch import nn
 import resnet_fused
 from examples import train_digits
 from examples.train_digits import Digits, Run
-from resnet_fused.trace import Trace
-from resnet_fused.verify import products
+from resnet_fused.engine.tolerance import products
+from resnet_fused.engine.trace import Trace
 from tests.rule import assert_within_rule
 from tests.training import DEVICE
 

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from resnet_fused import inductor_template, roofline
 from resnet_fused.__main__ import main
-from resnet_fused.inductor_template import Unavailable, fill_in
-from resnet_fused.problem import Problem, Tiles
-from resnet_fused.trial import Candidate, rehearse
+from resnet_fused.commands import cost_inductor
+from resnet_fused.commands.cost_inductor import Unavailable, fill_in
+from resnet_fused.commands.tune_trial import Candidate, rehearse
+from resnet_fused.plan import roofline
+from resnet_fused.plan.problem import Problem, Tiles
 
 ROOT = Path(__file__).parents[1]
 LAYER = Problem(
@@ -85,13 +86,13 @@ def test_the_text_names_what_is_a_model():
 
 
 def test_without_the_interpreter(monkeypatch, capsys):
-    monkeypatch.setattr("resnet_fused.cost.interpreting", lambda: True)
+    monkeypatch.setattr("resnet_fused.commands.cost.interpreting", lambda: True)
     assert main(["cost"]) == 2
     assert "TRITON_INTERPRET is set: unset it" in capsys.readouterr().err
 
 
 def test_an_unknown_architecture(monkeypatch, capsys):
-    monkeypatch.setattr("resnet_fused.cost.interpreting", lambda: False)
+    monkeypatch.setattr("resnet_fused.commands.cost.interpreting", lambda: False)
     assert main(["cost", "--arch", "sm_70"]) == 2
     assert "--arch sm_70: must be one of sm_80" in capsys.readouterr().err
 
@@ -118,7 +119,7 @@ def test_a_rehearsal_runs_nothing_and_moves_at_least_what_it_must(way, direction
 class TestTemplate:
     def test_has_inductors_tiles_nearest_to_ours(self):
         templates = fill_in(LAYER, 64, 64)
-        assert 1 <= len(templates) <= inductor_template.CONFIGURATIONS
+        assert 1 <= len(templates) <= cost_inductor.CONFIGURATIONS
         assert templates[0].tile[0] * templates[0].tile[1] == 64 * 64
         for template in templates:
             m, _, k = template.tile
@@ -134,7 +135,7 @@ class TestTemplate:
         def fails(*arguments, **options):
             raise RuntimeError("PassManager::run failed")
 
-        monkeypatch.setattr(inductor_template.triton, "compile", fails)
+        monkeypatch.setattr(cost_inductor.triton, "compile", fails)
         with pytest.raises(Unavailable, match=r"does not compile: RuntimeError: PassManager"):
             fill_in(LAYER, 64, 64)[0].compile(90)
 

@@ -14,8 +14,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from torchvision.models import get_model
 
-from resnet_fused import __version__, demo
+from resnet_fused import __version__
 from resnet_fused.__main__ import main
+from resnet_fused.commands import demo
 
 SMALL = ["demo", "--model", "resnet18", "--size", "32"]
 ON_GPU = torch.cuda.is_available()

@@ -8,11 +8,12 @@ import pytest
 import torch
 import torchvision
 
-from resnet_fused import explain, fuse, implementation, plan, tuned
+from resnet_fused import explain, fuse, implementation
 from resnet_fused.__main__ import main
-from resnet_fused.plan import HOST_SECONDS, Plan, decide
-from resnet_fused.problem import Problem, Tiles
-from resnet_fused.trace import trace
+from resnet_fused.engine.trace import trace
+from resnet_fused.plan import tuned
+from resnet_fused.plan.decide import HOST_SECONDS, Plan, decide
+from resnet_fused.plan.problem import Problem, Tiles
 
 
 def model() -> torch.nn.Module:
@@ -80,7 +81,7 @@ def test_the_gpu_here_is_planned_by_its_measurements(monkeypatch):
     monkeypatch.setattr(tuned, "load", asked.append)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(plan, "_gpu", lambda device: (90, "NVIDIA H200"))
+    monkeypatch.setattr("resnet_fused.plan.decide._gpu", lambda device: (90, "NVIDIA H200"))
     for arch, gpu in ((90, "NVIDIA H200"), (80, "")):
         asked.clear()
         explain(model(), x(), arch=arch)

@@ -10,11 +10,12 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from resnet_fused import functional, plan, reference
+from resnet_fused import functional
+from resnet_fused.engine import eligible, reference
+from resnet_fused.engine.reference import PaddedIdentity
+from resnet_fused.engine.request import implementation, requested
+from resnet_fused.engine.trace import trace
 from resnet_fused.functional import conv_bn_act
-from resnet_fused.plan import implementation
-from resnet_fused.reference import PaddedIdentity
-from resnet_fused.trace import trace
 from tests.rule import assert_within_rule
 from tests.training import DEVICE
 
@@ -101,7 +102,7 @@ def test_autocast_gives_the_dtype_that_eager_gives():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_autocast_fuses_every_unit_whatever_dtype_its_input_has(training):
-    units = [functional.Layer(*unit(16, 16)), functional.Layer(*unit(16, 16))]
+    units = [eligible.Layer(*unit(16, 16)), eligible.Layer(*unit(16, 16))]
     for layer in units:
         layer.bn.train(training)
     for x in (torch.randn(2, 16, 4, 3), torch.randn(2, 16, 4, 3).half()):
@@ -113,7 +114,7 @@ def test_autocast_fuses_every_unit_whatever_dtype_its_input_has(training):
 @pytest.mark.parametrize("source", [torch.float16, torch.float32])
 @pytest.mark.parametrize("filter_", [torch.float16, torch.float32])
 def test_a_shortcut_of_another_dtype_is_what_it_is_in_eager(filter_, source):
-    layer = functional.Layer(*(m.half() for m in unit(8, 12)))
+    layer = eligible.Layer(*(m.half() for m in unit(8, 12)))
     conv, bn = unit(8, 12, 1)
     shortcut = functional.Projection(torch.randn(2, 8, 4, 3, dtype=source), conv.to(filter_), bn)
     found = []
@@ -170,7 +171,7 @@ def test_what_cannot_be_fused_runs_eager_and_says_why(name, caplog):
     change, message = REASONS[name]
     conv, bn = unit()
     change(conv, bn)
-    plan._reported.clear()
+    eligible._reported.clear()
     with torch.no_grad(), implementation("triton"), caplog.at_level(logging.WARNING, "resnet_fused"):
         for _ in range(2):
             conv_bn_act(torch.randn(2, 16, 5, 5), conv, bn)
@@ -179,12 +180,12 @@ def test_what_cannot_be_fused_runs_eager_and_says_why(name, caplog):
 
 def test_reasons_by_type_and_size():
     conv, bn = unit()
-    assert functional.why_unfusable(conv, bn) is None
-    assert functional.why_unfusable(conv, nn.SyncBatchNorm(24)) is None
-    assert "InstanceNorm2d" in functional.why_unfusable(conv, nn.InstanceNorm2d(24))
-    assert "ConvTranspose2d" in functional.why_unfusable(nn.ConvTranspose2d(16, 24, 3), bn)
-    assert "9x9" in functional.why_unfusable(nn.Conv2d(16, 24, 9), bn)
-    assert "padding='same'" in functional.why_unfusable(nn.Conv2d(16, 24, 2, padding="same"), bn)
+    assert eligible.why_unfusable(conv, bn) is None
+    assert eligible.why_unfusable(conv, nn.SyncBatchNorm(24)) is None
+    assert "InstanceNorm2d" in eligible.why_unfusable(conv, nn.InstanceNorm2d(24))
+    assert "ConvTranspose2d" in eligible.why_unfusable(nn.ConvTranspose2d(16, 24, 3), bn)
+    assert "9x9" in eligible.why_unfusable(nn.Conv2d(16, 24, 9), bn)
+    assert "padding='same'" in eligible.why_unfusable(nn.Conv2d(16, 24, 2, padding="same"), bn)
 
 
 def test_a_unit_in_training_leaves_what_eager_leaves():
@@ -206,7 +207,7 @@ def test_a_unit_in_training_leaves_what_eager_leaves():
 
 
 def test_an_empty_batch_in_training_runs_eager():
-    layer, x = functional.Layer(*unit()), torch.empty(0, 16, 5, 5)
+    layer, x = eligible.Layer(*unit()), torch.empty(0, 16, 5, 5)
     with implementation("triton"):
         assert isinstance(functional.resolve(x, [layer]), functional.Chain)
         layer.bn.train()
@@ -214,7 +215,7 @@ def test_an_empty_batch_in_training_runs_eager():
 
 
 def test_two_values_per_channel_are_enough():
-    layer = functional.Layer(*unit())
+    layer = eligible.Layer(*unit())
     layer.bn.train()
     for shape in ((1, 16, 1, 2), (2, 16, 1, 1)):
         assert isinstance(functional.resolve(torch.randn(shape), [layer]), functional.Chain)
@@ -231,7 +232,7 @@ def test_one_value_per_channel_is_refused_as_in_eager():
 def test_unsupported_dtype_runs_eager():
     conv, bn = (m.double() for m in unit())
     with implementation("triton"), torch.no_grad():
-        assert "float64" in functional.why_eager(torch.randn(1, 16, 5, 5).double(), [(conv, bn)])
+        assert "float64" in eligible.why_eager(torch.randn(1, 16, 5, 5).double(), [(conv, bn)])
 
 
 @pytest.mark.parametrize(
@@ -256,12 +257,12 @@ def test_errors_name_the_argument(change, error, message):
 
 
 def test_implementation_is_checked_and_restored():
-    before = plan.requested()
+    before = requested()
     with (
         pytest.raises(ValueError, match="implementation must be one of 'auto', 'triton', 'mixed', 'eager'; got 'cuda'"),
         implementation("cuda"),
     ):
         pass
     with implementation("eager"):
-        assert plan.requested() == "eager"
-    assert plan.requested() == before
+        assert requested() == "eager"
+    assert requested() == before

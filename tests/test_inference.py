@@ -20,7 +20,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import prune
 
 import resnet_fused
-from resnet_fused import chain, functional, implementation, inference, optimize_for_inference
+from resnet_fused import functional, implementation, inference, optimize_for_inference
+from resnet_fused.engine import eligible, forward
 from resnet_fused.inference import FoldedConv, TritonConv
 from tests.rule import assert_within_rule
 from tests.test_tune import conv_relu
@@ -297,12 +298,12 @@ def test_a_unit_that_was_measured_faster_by_cudnn(residual, monkeypatch):
         return "cudnn" if arguments[4] == "frozen" else "eager", ()
 
     directions: list[str] = []
-    monkeypatch.setattr(chain, "cudnn_conv_relu", cudnn)
+    monkeypatch.setattr(forward, "cudnn_conv_relu", cudnn)
     monkeypatch.setattr(functional, "choose", choose)
     torch.manual_seed(0)
     layer = _randomised(nn.Sequential(nn.Conv2d(12, 16, 3, 2, 1, groups=2), nn.BatchNorm2d(16)))
     x, other = torch.randn(2, 12, 7, 6), torch.randn(2, 16, 4, 3) if residual else None
-    unit = TritonConv(layer[0], layer[1], functional.geometry(layer[0]))
+    unit = TritonConv(layer[0], layer[1], eligible.geometry(layer[0]))
     unit.relu = True
 
     def expected(dtype):
@@ -315,7 +316,7 @@ def test_a_unit_that_was_measured_faster_by_cudnn(residual, monkeypatch):
         assert calls[0] is calls[1]
         assert pickle.loads(pickle.dumps(unit))._folded is None
     nn.init.normal_(layer[0].weight)
-    unit.load_state_dict(TritonConv(layer[0], layer[1], functional.geometry(layer[0])).state_dict())
+    unit.load_state_dict(TritonConv(layer[0], layer[1], eligible.geometry(layer[0])).state_dict())
     with torch.inference_mode(), implementation("triton"):
         assert_within_rule(unit(x, other), expected(torch.float32), expected(torch.float64), sums=2)
         unit.relu = False

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from resnet_fused.machine_code import Instruction, described_macs, issue_slots, occupancy, parse, tensor_macs
+from resnet_fused.commands.cost_machine_code import (
+    Instruction,
+    described_macs,
+    issue_slots,
+    occupancy,
+    parse,
+    tensor_macs,
+)
 
 LISTING = """
 .L_x_0:

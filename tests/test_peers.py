@@ -14,7 +14,7 @@ from benchmarks.measure import BACKWARD, FORWARD, STEP, Runner, Setting
 from benchmarks.peers import BASELINE, OURS, PEERS, CudnnFrontend, Peer
 from benchmarks.shapes import Block, Layer
 from resnet_fused import implementation
-from resnet_fused.verify import error_ratio
+from resnet_fused.engine.tolerance import error_ratio
 from tests.zoo import randomise_norms
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -16,11 +16,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from resnet_fused import chain, plan, reference, roofline
+from resnet_fused.engine import forward, reference
 from resnet_fused.kernels import conv_dgrad, conv_forward, conv_wgrad
 from resnet_fused.kernels.gpus import ARCHITECTURES, gpu_of
-from resnet_fused.kernels.launch import TileConfig, interpreting, target_arch
-from resnet_fused.problem import Problem, Tiles
+from resnet_fused.kernels.launch import FLOATS, TileConfig, interpreting, target_arch
+from resnet_fused.plan import decide, roofline
+from resnet_fused.plan.problem import REQUESTS, Problem, Tiles
+from resnet_fused.plan.roofline import WAYS
 from tests import plans
 from tests.kernels.test_conv_forward import random
 from tests.rule import assert_within_rule
@@ -35,12 +37,12 @@ def cudnn():
 def test_tf32_follows_both_of_torchs_settings(cudnn):
     for allowed in (False, True):
         cudnn.allow_tf32 = allowed
-        assert plan.tf32(torch.float32) is allowed
+        assert decide.tf32(torch.float32) is allowed
     cudnn.conv.fp32_precision = "ieee"
-    assert not plan.tf32(torch.float32)
+    assert not decide.tf32(torch.float32)
     cudnn.conv.fp32_precision = "tf32"
-    assert plan.tf32(torch.float32)
-    assert not plan.tf32(torch.bfloat16)
+    assert decide.tf32(torch.float32)
+    assert not decide.tf32(torch.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +50,7 @@ def test_tf32_follows_both_of_torchs_settings(cudnn):
     [("eager", 0, "eager"), ("", 0, "auto"), ("cuda", 1, "RESNET_FUSED must be one of 'auto', 'triton'")],
 )
 def test_environment_variable(value, code, text):
-    command = [sys.executable, "-c", "from resnet_fused import plan; print(plan.requested())"]
+    command = [sys.executable, "-c", "from resnet_fused import plan; print(requested())"]
     environment = {**os.environ, "RESNET_FUSED": value}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == code
@@ -63,7 +65,7 @@ def problems(draw: st.DrawFn, largest: int = 64, widest: int = 512) -> Problem:
     r, s = (draw(st.sampled_from([1, 1, 3, 5, 7])) for _ in range(2))
     stride, dilation = ((draw(st.integers(1, 3)), draw(st.integers(1, 2))) for _ in range(2))
     padding = draw(st.integers(0, r)), draw(st.integers(0, s))
-    dtype = draw(st.sampled_from(plan.DTYPES))
+    dtype = draw(st.sampled_from(FLOATS))
     direction = draw(st.sampled_from(["inference", "training"]))
     found = Problem(
         *(n, h, w, ci, co, r, s, stride, padding, dilation, groups, dtype),
@@ -85,17 +87,17 @@ class _NoTensors(TorchDispatchMode):
 @settings(max_examples=2000, deadline=None, derandomize=True)
 @given(problems())
 def test_every_plan_is_pure_and_legal(problem):
-    plan.decide.cache_clear()
+    decide.decide.cache_clear()
     with _NoTensors():
-        first = plan.decide(problem)
-        plan.decide.cache_clear()
-        assert plan.decide(problem) == first
+        first = decide.decide(problem)
+        decide.decide.cache_clear()
+        assert decide.decide(problem) == first
     assert first.source == "model"
     predicted = dict(first.alternatives)
     assert first.seconds == predicted[first.implementation]
     assert list(predicted.values()) == sorted(predicted.values())
     assert min(predicted.values()) > 0
-    waits = {way: plan.waited(problem, way, seconds) for way, seconds in predicted.items()}
+    waits = {way: decide.waited(problem, way, seconds) for way, seconds in predicted.items()}
     assert waits[first.implementation] == min(waits.values())
     assert first.implementation == first.alternatives[0][0] or "keep the host longer" in first.reason
     assert {way for way, _ in first.alternatives} == {"fused", "mixed", "eager"}
@@ -188,13 +190,13 @@ class Measured:
 
 def test_force_comes_before_measurement_before_model():
     tiles = Tiles(forward=TileConfig(32, 32, 32))
-    assert plan.decide(LAYER).source == "model"
-    measured = plan.decide(LAYER, table=Measured("fused", tiles))
+    assert decide.decide(LAYER).source == "model"
+    measured = decide.decide(LAYER, table=Measured("fused", tiles))
     assert (measured.implementation, measured.tiles, measured.source) == ("fused", tiles, "tuned")
     assert (measured.seconds, measured.reason) == (1e-3, "measured so")
-    assert plan.decide(LAYER, table=Measured("eager", tiles)).tiles == Tiles()
+    assert decide.decide(LAYER, table=Measured("eager", tiles)).tiles == Tiles()
     for request, way in (("triton", "fused"), ("mixed", "mixed"), ("eager", "eager")):
-        forced = plan.decide(LAYER, request, Measured("fused", tiles))
+        forced = decide.decide(LAYER, request, Measured("fused", tiles))
         assert (forced.implementation, forced.source, forced.seconds) == (way, "forced", None)
         assert repr(request) in forced.reason
 
@@ -207,39 +209,39 @@ def test_where_the_host_takes_longer_than_the_gpu_the_fewest_launches_win():
         (large, "frozen", "mixed"),
         (large, "inference", "mixed"),
     ):
-        assert plan.decide(replace(problem, direction=direction)).implementation == expected, (problem.n, direction)
+        assert decide.decide(replace(problem, direction=direction)).implementation == expected, (problem.n, direction)
 
 
-@pytest.mark.parametrize("road", plan.IMPLEMENTATIONS)
+@pytest.mark.parametrize("road", REQUESTS)
 @pytest.mark.parametrize("direction", ["training", "inference"])
 def test_what_a_compiler_leaves_undecided_is_decided_as_without_one(direction, road):
     geometry = (2, 1), (1, 1), (1, 1), 1
     x, w = random(2, 12, 5, 4, dtype=torch.float16), random(16, 12, 3, 3, dtype=torch.float16)
     options = {"prologue": True} if direction == "training" else {"residual": True}
-    with plan.record() as problems:
-        _, code = chain.choose(x.shape, w.shape, geometry, x.dtype, direction, x.device, road, **options)
-        assert chain.decided(code, x, w, direction, **options) == chain.Convolution.decode(code)
-        found = chain.decided(chain.undecided(geometry, road), x, w, direction, **options)
-    assert found == chain.Convolution.decode(code)
+    with decide.record() as problems:
+        _, code = forward.choose(x.shape, w.shape, geometry, x.dtype, direction, x.device, road, **options)
+        assert forward.decided(code, x, w, direction, **options) == forward.Convolution.decode(code)
+        found = forward.decided(forward.undecided(geometry, road), x, w, direction, **options)
+    assert found == forward.Convolution.decode(code)
     assert problems[0] == problems[1]
 
 
 def test_a_recorder_that_ends_first_leaves_the_other_one():
     """Though both lists are equal."""
-    outer, inner = plan.record(), plan.record()
+    outer, inner = decide.record(), decide.record()
     first, second = outer.__enter__(), inner.__enter__()
     inner.__exit__(None, None, None)
-    plan.note("a problem")
+    decide.note("a problem")
     outer.__exit__(None, None, None)
-    plan.note("another")
+    decide.note("another")
     assert (first, second) == (["a problem"], [])
 
 
 def test_problems_are_recorded_as_they_are_planned():
-    with plan.record() as outer, plan.record() as inner:
-        plan.note(LAYER)
-        plan.note(LAYER)
-    plan.note(LAYER)
+    with decide.record() as outer, decide.record() as inner:
+        decide.note(LAYER)
+        decide.note(LAYER)
+    decide.note(LAYER)
     assert outer == inner == [LAYER, LAYER]
 
 
@@ -252,7 +254,7 @@ def test_tiles_survive_the_operators_schema():
 def test_more_bandwidth_and_less_work_take_less_time():
     h100, h200 = (replace(LAYER, gpu=f"NVIDIA {name}") for name in ("H100 80GB HBM3", "H200"))
     wide = replace(LAYER, r=1, s=1, padding=(0, 0), ci=64, co=256)
-    for way in roofline.IMPLEMENTATIONS:
+    for way in WAYS:
         assert seconds(replace(wide, gpu=h200.gpu), way) < seconds(replace(wide, gpu=h100.gpu), way)
         assert seconds(replace(LAYER, n=16), way) < seconds(LAYER, way)
     inference = replace(wide, direction="inference", prologue=False)

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from resnet_fused import implementation, table
+from resnet_fused.engine.trace import trace
 from resnet_fused.functional import conv_bn_act
-from resnet_fused.trace import trace
 
 pytestmark = pytest.mark.usefixtures("on_device")
 

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 import resnet_fused
-from resnet_fused import Bottleneck, fuse, implementation, tuned
+from resnet_fused import Bottleneck, fuse, implementation
+from resnet_fused.engine.trace import Launch, trace
 from resnet_fused.kernels.launch import dry_run
-from resnet_fused.plan import Plan, decide
-from resnet_fused.problem import Problem
-from resnet_fused.trace import Launch, trace
+from resnet_fused.plan import tuned
+from resnet_fused.plan.decide import Plan, decide
+from resnet_fused.plan.problem import Problem
 
 BATCH = 256
 H100 = 90

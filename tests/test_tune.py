@@ -18,13 +18,8 @@ import torch
 import torch.nn.functional as F
 
 import resnet_fused
-from resnet_fused import chain, plan, tuned, verify
 from resnet_fused.__main__ import main
-from resnet_fused.kernels import conv_wgrad
-from resnet_fused.kernels.launch import TileConfig
-from resnet_fused.problem import Problem, Tiles
-from resnet_fused.trial import Candidate, Trial, candidates
-from resnet_fused.tune import (
+from resnet_fused.commands.tune import (
     ChildRunner,
     Compilers,
     Failure,
@@ -34,7 +29,13 @@ from resnet_fused.tune import (
     tune_problem,
     tune_problems,
 )
-from resnet_fused.tune_worker import serve
+from resnet_fused.commands.tune_trial import Candidate, Trial, candidates
+from resnet_fused.commands.tune_worker import serve
+from resnet_fused.engine import backward, forward, tolerance
+from resnet_fused.kernels import conv_wgrad
+from resnet_fused.kernels.launch import TileConfig
+from resnet_fused.plan import cache, decide, tuned
+from resnet_fused.plan.problem import Problem, Tiles
 
 pytestmark = pytest.mark.usefixtures("on_device", "own_cache")
 
@@ -86,7 +87,7 @@ def nothing(problem: Problem, ways: Sequence[Candidate]) -> dict[Candidate, str]
 
 
 def default_of(p: Problem) -> str:
-    return plan.decide(p).implementation
+    return decide.decide(p).implementation
 
 
 def test_the_fastest_wins_if_it_wins_by_more_than_the_spread():
@@ -186,7 +187,7 @@ def test_what_is_known_is_not_measured_again():
     table = tuned.load(GPU)
     assert table is not None
     assert {entry.problem for entry in table.entries} == set(problems)
-    assert plan.decide(problems[0], table=table).source == "tuned"
+    assert decide.decide(problems[0], table=table).source == "tuned"
 
 
 @pytest.mark.parametrize("place", ["a file", "no home"])
@@ -197,7 +198,7 @@ def test_a_table_that_cannot_be_written_is_found_before_anything_is_measured(pla
     else:
         for name in ("RESNET_FUSED_CACHE", "XDG_CACHE_HOME"):
             monkeypatch.delenv(name, raising=False)
-        monkeypatch.setattr(tuned.Path, "home", homeless)
+        monkeypatch.setattr(cache.Path, "home", homeless)
     runner = FakeRunner()
     with pytest.raises(OSError, match="RESNET_FUSED_CACHE must name" if place == "no home" else "file"):
         tune_problems([problem()], GPU, runner, compiled=nothing)
@@ -220,7 +221,7 @@ def test_a_full_disk_leaves_the_old_table(function, monkeypatch, tmp_path):
     if function == "write":
         monkeypatch.setattr(tuned, "open", full, raising=False)
     else:
-        monkeypatch.setattr(tuned.os, function, full)
+        monkeypatch.setattr(cache.os, function, full)
     runner = FakeRunner()
     with pytest.raises(OSError, match="No space left"):
         tune_problems([problem(n=2)], GPU, runner, compiled=nothing)
@@ -331,8 +332,8 @@ def test_the_protocol_answers_every_line():
 def test_what_runs_is_verified_in_the_problems_format(monkeypatch):
     trial, seen = Trial(problem(tf32=True), DEVICE), []
     work = trial.work(Candidate("fused"))
-    monkeypatch.setattr(trial, "work", lambda way: lambda: (seen.append(plan.tf32(torch.float32)), work())[1])
-    with verify.products(tf32=False):
+    monkeypatch.setattr(trial, "work", lambda way: lambda: (seen.append(decide.tf32(torch.float32)), work())[1])
+    with tolerance.products(tf32=False):
         assert trial.ratio(Candidate("fused")) <= 1
     assert seen == [True]
 
@@ -340,8 +341,8 @@ def test_what_runs_is_verified_in_the_problems_format(monkeypatch):
 def test_the_worker_multiplies_in_the_problems_format():
     requests = [{"problem": asdict(problem(tf32=tf32)) | {"dtype": "float32"}} for tf32 in (True, False, True)]
     seen = []
-    with verify.products(tf32=False):  # and back to what was before
-        serve(map(json.dumps, requests), io.StringIO(), lambda p: seen.append(plan.tf32(p.dtype)), clock=None)
+    with tolerance.products(tf32=False):  # and back to what was before
+        serve(map(json.dumps, requests), io.StringIO(), lambda p: seen.append(decide.tf32(p.dtype)), clock=None)
     assert seen == [True, False, True]
 
 
@@ -355,29 +356,31 @@ def test_verification_passes_what_is_right(way, direction, change):
     assert Trial(p, DEVICE).ratio(Candidate(way)) <= 1
 
 
-@pytest.mark.parametrize("launcher", ["conv_forward_moments", "conv_dgrad", "conv_wgrad"])
-def test_verification_finds_a_wrong_kernel(launcher, monkeypatch):
-    right = getattr(chain, launcher)
+@pytest.mark.parametrize(
+    ("module", "launcher"), [(forward, "conv_forward_moments"), (backward, "conv_dgrad"), (backward, "conv_wgrad")]
+)
+def test_verification_finds_a_wrong_kernel(module, launcher, monkeypatch):
+    right = getattr(module, launcher)
 
     def wrong(*args, **kwargs):
         result = right(*args, **kwargs)
         (result[0] if isinstance(result, tuple) else result)[0, 0, 0, 0] += 0.01
         return result
 
-    monkeypatch.setattr(chain, launcher, wrong)
+    monkeypatch.setattr(module, launcher, wrong)
     assert Trial(problem(), DEVICE).ratio(Candidate("fused")) > 1
 
 
 def cut(launcher):
     """``launcher`` with its factors cut to ten bits."""
-    return lambda x, w, **options: launcher(verify.cut(x), verify.cut(w), **options)
+    return lambda x, w, **options: launcher(tolerance.cut(x), tolerance.cut(w), **options)
 
 
 @pytest.mark.parametrize("tf32", [False, True])
 def test_tf32_is_judged_by_what_it_may_cost(tf32, monkeypatch):
     """Whatever PyTorch itself makes of the flag: for many a shape, and on a CPU, it multiplies in fp32."""
     p = problem(direction="inference", prologue=False, tf32=tf32)
-    monkeypatch.setattr(chain, "conv_forward", cut(chain.conv_forward))
+    monkeypatch.setattr(forward, "conv_forward", cut(forward.conv_forward))
     assert (Trial(p, DEVICE).ratio(Candidate("fused")) <= 1) is tf32
 
 
@@ -416,9 +419,9 @@ def test_a_frozen_unit_may_be_cudnns(residual, dtype, monkeypatch):
     assert candidate not in candidates(replace(p, direction="inference"))
     with pytest.raises(NotImplementedError, match="cudnn_convolution"):
         trial.ratio(candidate)
-    monkeypatch.setattr(chain, "cudnn_conv_relu", conv_relu)
+    monkeypatch.setattr(forward, "cudnn_conv_relu", conv_relu)
     assert trial.ratio(candidate) <= 1
-    monkeypatch.setattr(chain, "cudnn_conv_relu", lambda x, w, bias, *rest: conv_relu(x, w, 0 * bias, *rest))
+    monkeypatch.setattr(forward, "cudnn_conv_relu", lambda x, w, bias, *rest: conv_relu(x, w, 0 * bias, *rest))
     assert trial.ratio(candidate) > 1
 
 

@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from resnet_fused import BasicBlock, fuse, implementation, plan, trace, tuned, verify
+from resnet_fused import BasicBlock, fuse, implementation, trace
 from resnet_fused.kernels.conv_wgrad import WgradConfig
 from resnet_fused.kernels.launch import TileConfig
-from resnet_fused.problem import Problem, Tiles
-from resnet_fused.tuned import Entry, Table
+from resnet_fused.plan import cache, checked, decide, tuned
+from resnet_fused.plan.problem import Problem, Tiles
+from resnet_fused.plan.tuned import Entry, Table
 
 GPU = "NVIDIA H100 80GB HBM3"
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -78,7 +79,7 @@ def test_the_cache_directory(own, xdg, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", xdg and str(tmp_path / xdg))
     monkeypatch.setenv("HOME", str(tmp_path))
     expected = own or (f"{xdg}/resnet_fused" if xdg else ".cache/resnet_fused")
-    assert tuned.cache_dir() == tmp_path / expected
+    assert cache.cache_dir() == tmp_path / expected
 
 
 def document(change) -> str:
@@ -187,7 +188,7 @@ def test_a_bad_table_is_refused_with_one_message_and_ignored(case, caplog):
     (record,) = caplog.records
     assert str(tuned.path(GPU)) in record.getMessage()
     with pytest.raises(ValueError, match=message):
-        tuned.parse(tuned.read(tuned.path(GPU)), GPU)
+        tuned.parse(cache.read(tuned.path(GPU)), GPU)
 
 
 def test_limits_are_legal():
@@ -244,7 +245,7 @@ def test_a_table_that_cannot_be_read_is_ignored(kind, message, caplog):
     assert tuned.load(GPU) is None
     assert message in caplog.text
     assert len(caplog.records) == bool(message)
-    assert not verify.verified(torch.device("cpu"))
+    assert not checked.verified(torch.device("cpu"))
 
 
 @pytest.fixture
@@ -256,20 +257,20 @@ def _homeless(own_cache, monkeypatch):
     def home():
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.setattr(tuned.Path, "home", home)
+    monkeypatch.setattr(cache.Path, "home", home)
 
 
 @pytest.mark.usefixtures("_homeless")
 def test_without_a_home_directory_everything_runs_and_nothing_is_kept(monkeypatch, caplog):
     assert tuned.load(GPU) is None
-    assert not verify.verified(torch.device("cpu"))
+    assert not checked.verified(torch.device("cpu"))
     block, x = fuse(torch.nn.Sequential(BasicBlock(16, 16))).eval(), torch.randn(1, 16, 4, 4)
-    monkeypatch.setattr(plan, "target", lambda device: (0, GPU))
+    monkeypatch.setattr(decide, "target", lambda device: (0, GPU))
     with implementation("triton"), torch.no_grad(), trace() as seen:
         block(x)
     assert sum(launch.config is not None for launch in seen.launches) == 2
     assert len(caplog.records) <= 1
-    for write in (lambda: tuned.add(GPU, ENTRY), lambda: verify.note(torch.device("cpu"))):
+    for write in (lambda: tuned.add(GPU, ENTRY), lambda: checked.note(torch.device("cpu"))):
         with pytest.raises(FileNotFoundError, match="no home directory: RESNET_FUSED_CACHE must name"):
             write()
 
@@ -277,14 +278,14 @@ def test_without_a_home_directory_everything_runs_and_nothing_is_kept(monkeypatc
 @pytest.mark.usefixtures("_homeless")
 def test_a_cache_needs_no_home(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert tuned.cache_dir() == tmp_path / "resnet_fused"
+    assert cache.cache_dir() == tmp_path / "resnet_fused"
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o002, 0o077])
 def test_files_have_the_permissions_that_the_umask_leaves(mask):
     before = os.umask(mask)
     try:
-        files = tuned.save(Table(GPU, (ENTRY,))), verify.note(torch.device("cpu"))
+        files = tuned.save(Table(GPU, (ENTRY,))), checked.note(torch.device("cpu"))
     finally:
         os.umask(before)
     assert [file.stat().st_mode & 0o777 for file in files] == [0o666 & ~mask] * 2
@@ -304,7 +305,7 @@ def test_tuners_side_by_side_lose_no_entry(locks, monkeypatch):
         def flock(*_):
             raise OSError("No locks available")
 
-        monkeypatch.setattr(tuned.fcntl, "flock", flock)
+        monkeypatch.setattr(cache.fcntl, "flock", flock)
         tuned.add(GPU, ENTRY)
         assert tuned.load(GPU).entries == (ENTRY,)
         return
@@ -318,26 +319,26 @@ def test_what_another_process_saved_since_the_table_was_loaded_stays():
     tuned.save(Table(GPU, (ENTRY,)))
     assert tuned.load(GPU).entries == (ENTRY,)
     other, own = (replace(ENTRY, problem=replace(PROBLEM, n=n)) for n in (2, 3))
-    tuned.write_whole(tuned.path(GPU), tuned.render(Table(GPU, (ENTRY, other))))
+    cache.write_whole(tuned.path(GPU), tuned.render(Table(GPU, (ENTRY, other))))
     assert tuned.add(GPU, own).entries == (ENTRY, other, own)
 
 
 def test_notes_side_by_side_are_all_kept(monkeypatch):
     here = threading.local()
-    monkeypatch.setattr(verify, "stack", lambda device: {"gpu": here.gpu})
+    monkeypatch.setattr(checked, "stack", lambda device: {"gpu": here.gpu})
 
     def note(i):
         here.gpu = str(i)
-        verify.note(torch.device("cpu"))
+        checked.note(torch.device("cpu"))
 
     crowd(note)
-    noted = json.loads((tuned.cache_dir() / "checked.json").read_text())
+    noted = json.loads((cache.cache_dir() / "checked.json").read_text())
     assert sorted(stack["gpu"] for stack in noted) == [str(i) for i in range(8)]
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, "{}", "[[1]]", "null", "\0"])
 def test_a_note_that_is_none_costs_another_self_test(content):
-    tuned.write_whole(tuned.cache_dir() / "checked.json", content)
-    assert not verify.verified(torch.device("cpu"))
-    verify.note(torch.device("cpu"))
-    assert verify.verified(torch.device("cpu"))
+    cache.write_whole(cache.cache_dir() / "checked.json", content)
+    assert not checked.verified(torch.device("cpu"))
+    checked.note(torch.device("cpu"))
+    assert checked.verified(torch.device("cpu"))

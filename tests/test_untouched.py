@@ -22,9 +22,10 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 import resnet_fused
-from resnet_fused import functional, fuse, implementation, plan, unfuse
+from resnet_fused import functional, fuse, implementation, unfuse
 from resnet_fused.convert import Converted
-from resnet_fused.trace import trace
+from resnet_fused.engine import eligible, request
+from resnet_fused.engine.trace import trace
 from tests.training import randomise
 
 pytestmark = pytest.mark.usefixtures("on_device")
@@ -149,7 +150,7 @@ def test_gradients_come_in_the_parameters_layout(form, road):
 
 def test_a_filter_is_laid_out_on_the_way_and_the_remedy_is_named_once(caplog):
     module, x = block().eval(), torch.randn(2, 16, 4, 4).contiguous(memory_format=torch.channels_last)
-    plan._reported.clear()
+    eligible._reported.clear()
     with torch.no_grad(), implementation("triton"):
         names = launched(lambda: module(x))
         assert (names.count("conv_forward"), len(names)) == (3, 4), "one launch more, for the 3x3 filter"
@@ -396,7 +397,7 @@ def test_a_convolution_whose_inner_method_is_replaced_runs_it():
 def test_a_counter_of_floats_is_told_once(caplog):
     module, x = block(), torch.randn(2, 16, 3, 3)
     module.bn1.num_batches_tracked = torch.tensor(0.0)
-    plan._reported.clear()
+    eligible._reported.clear()
     with implementation("triton"):
         for _ in range(3):
             module(x)
@@ -588,9 +589,9 @@ def test_what_was_told_is_forgotten_with_the_module():
     module, x = block(), torch.randn(2, 16, 3, 3, requires_grad=True)
     with implementation("triton"):
         module(x)
-    assert module in plan._forwards
+    assert module in request._forwards
     module(x)
-    assert module not in plan._forwards, "the default needs no note"
+    assert module not in request._forwards, "the default needs no note"
 
 
 def test_tensors_saved_elsewhere_may_come_back_in_another_layout():
@@ -609,7 +610,7 @@ def test_tensors_saved_elsewhere_may_come_back_in_another_layout():
 
 @pytest.mark.parametrize("road", ["triton", "mixed"])
 def test_what_is_saved_of_a_shortcut_may_come_back_in_another_layout_too(road):
-    layer = functional.Layer(nn.Conv2d(8, 12, 3, padding=1), nn.BatchNorm2d(12))
+    layer = eligible.Layer(nn.Conv2d(8, 12, 3, padding=1), nn.BatchNorm2d(12))
     shortcut = functional.Projection(torch.randn(2, 6, 4, 3), nn.Conv2d(6, 12, 1), nn.BatchNorm2d(12))
     leaves = [torch.randn(2, 8, 4, 3, requires_grad=True), *layer.conv.parameters(), *shortcut.conv.parameters()]
 

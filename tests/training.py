@@ -132,7 +132,7 @@ def check(
 ) -> None:
     """Ours against fp64 by the rule of twice eager's error, for the output, every gradient and every buffer.
 
-    ``sums``: see :func:`resnet_fused.verify.error_ratio`.
+    ``sums``: see :func:`resnet_fused.engine.tolerance.error_ratio`.
     """
     exact = step(copy.deepcopy(block).double(), x.double(), dz.double(), "eager", through)
     eager, ours = step(block, x, dz, "eager", through), step(block, x, dz, road, through)

@@ -11,10 +11,10 @@ import torch
 
 import resnet_fused
 from benchmarks import shapes
+from resnet_fused.commands.cost_machine_code import resources
+from resnet_fused.commands.tune_trial import Candidate, rehearse
 from resnet_fused.kernels.launch import Call, dry_run, observe
-from resnet_fused.machine_code import resources
-from resnet_fused.problem import Problem
-from resnet_fused.trial import Candidate, rehearse
+from resnet_fused.plan.problem import Problem
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "tf32": torch.float32, "float32": torch.float32}
 TRAINED = ["resnet20", "resnet18", "resnet50", "resnext50_32x4d"]

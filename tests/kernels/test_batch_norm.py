@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from resnet_fused import reference
+from resnet_fused.engine import reference
 from resnet_fused.kernels.batch_norm import (
     batch_norm_apply,
     batch_norm_backward,

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_fused import reference
+from resnet_fused.engine import reference
 from resnet_fused.kernels import conv_dgrad as module
 from resnet_fused.kernels.conv_dgrad import conv_dgrad
 from resnet_fused.kernels.launch import Cost, TileConfig, dry_run, observe

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_fused import reference
+from resnet_fused.engine import reference
 from resnet_fused.kernels import conv_forward as module
 from resnet_fused.kernels.conv_forward import ConvProblem, conv_forward, conv_forward_moments, default_config
 from resnet_fused.kernels.launch import INTERPRETER, TileConfig, dry_run, observe

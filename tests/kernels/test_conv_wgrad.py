@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_fused import reference
+from resnet_fused.engine import reference
 from resnet_fused.kernels import conv_wgrad as module
 from resnet_fused.kernels.conv_forward import ConvProblem, output_size
 from resnet_fused.kernels.conv_wgrad import WgradConfig, conv_wgrad, default_config

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resnet_fused import plan, reference
+from resnet_fused.engine import reference
+from resnet_fused.engine.request import implementation
 from resnet_fused.kernels.batch_norm import (
     batch_norm_apply,
     batch_norm_backward,
@@ -487,11 +488,11 @@ def _check_block(kind: str, road: str, training: bool, size: tuple[Any, ...], dr
     block.to(draw.dtype).to(memory_format=torch.channels_last)
     shape = (n, factor * width, *image)
     x = (draw.signs(*shape) * (4 + 0.1 * draw.normal(*shape))).to(draw.dtype)
-    with torch.no_grad(), plan.implementation("eager"):
+    with torch.no_grad(), implementation("eager"):
         dz = draw.images(copy.deepcopy(block).to("meta")(x.to("meta")).shape)
 
     def step(t: torch.dtype, road: str) -> Results:
-        with plan.implementation(road):
+        with implementation(road):
             if not training:
                 with torch.no_grad():
                     return {"z": copy.deepcopy(block).to(t)(x.to(t))}

@@ -75,7 +75,7 @@ def python(module: str, *arguments: str) -> list[str]:
     Not from its current directory, which ``python -m`` and ``python -c`` put first: what lies there may be anybody's.
     """
     # Last comes where this package is, in case the directory was all that led there.
-    path = [*filter(None, sys.path), str(Path(__file__).parents[1])]
+    path = [*filter(None, sys.path), str(Path(__file__).parents[2])]
     code = f"import sys; sys.path = {path}; import runpy; runpy.run_module({module!r}, None, '__main__', True)"
     return [sys.executable, "-c", code, *arguments]
 

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from resnet_fused import ops, plan
+from resnet_fused.engine import eligible, ops
 
 
 class UnitSpec(NamedTuple):
-    """What is constant about a unit. ``convolution``: see :meth:`resnet_fused.chain.Convolution.encode`.
+    """What is constant about a unit. ``convolution``: see :meth:`resnet_fused.engine.forward.Convolution.encode`.
 
     ``batch_stats``: batch norm uses the batch's own statistics, shared by the process group ``group`` unless it is "".
     """
@@ -153,7 +153,7 @@ def laid_out(w: Tensor, dtype: torch.dtype) -> Tensor:
     if w.dtype != dtype:
         return w.to(dtype, memory_format=torch.channels_last)
     if not w.is_contiguous(memory_format=torch.channels_last):
-        plan.warn_once(
+        eligible.warn_once(
             "filters are laid out anew in every forward: model.to(memory_format=torch.channels_last) saves the launches"
         )
     return w.contiguous(memory_format=torch.channels_last)

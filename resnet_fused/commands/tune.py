@@ -24,15 +24,17 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from resnet_fused import models, plan, tuned
-from resnet_fused.commands import DTYPES, MODELS, UserError, chosen_input, images, pixels, python, tracked
+from resnet_fused import models
+from resnet_fused.commands.shared import DTYPES, MODELS, UserError, chosen_input, images, pixels, python, tracked
+from resnet_fused.commands.tune_trial import Candidate, candidates
 from resnet_fused.convert import fuse
+from resnet_fused.engine.request import implementation
 from resnet_fused.inference import optimize_for_inference
 from resnet_fused.kernels.launch import dry_run, interpreting
-from resnet_fused.problem import Problem, Tiles
+from resnet_fused.plan import decide, tuned
+from resnet_fused.plan.problem import Problem, Tiles
+from resnet_fused.plan.tuned import DIRECTIONS, Entry, Table
 from resnet_fused.table import render
-from resnet_fused.trial import Candidate, candidates
-from resnet_fused.tuned import DIRECTIONS, Entry, Table
 
 TIMEOUT = 120.0
 """Seconds after which a candidate that does not answer is given up."""
@@ -156,7 +158,7 @@ class Compilers:
     """Child processes that compile candidates side by side, and need no GPU; a crash of the compiler is one's own."""
 
     def __init__(self, command: Sequence[str] = ()) -> None:
-        command = command or python("resnet_fused.tune_worker", "meta")
+        command = command or python("resnet_fused.commands.tune_worker", "meta")
         self.runners = [ChildRunner(command) for _ in range(min(os.cpu_count() or 1, 8))]
         self.closed = False
 
@@ -275,13 +277,13 @@ def tune(
     if device.index >= torch.cuda.device_count():
         raise RuntimeError(f"there is no {device}: PyTorch sees {torch.cuda.device_count()} CUDA GPUs here")
     major, minor = torch.cuda.get_device_capability(device)
-    if (major, minor) < plan.MIN_CAPABILITY:
+    if (major, minor) < decide.MIN_CAPABILITY:
         raise RuntimeError(f"{device} has compute capability {major}.{minor}: the kernels need 8.0 or newer")
     arch, gpu = 10 * major + minor, torch.cuda.get_device_name(device)
     dtype = dtype or next(model.parameters()).dtype
     problems = [replace(p, gpu=gpu) for p in find_problems(model, shapes, dtype, direction, arch)]
     options = ["--cudnn-benchmark"] if torch.backends.cudnn.benchmark else []
-    runner = ChildRunner(python("resnet_fused.tune_worker", str(device), *options))
+    runner = ChildRunner(python("resnet_fused.commands.tune_worker", str(device), *options))
     compilers = Compilers()
     try:
         return tune_problems(problems, gpu, runner, compiled=compilers)
@@ -294,7 +296,7 @@ def find_problems(
 ) -> list[Problem]:
     """The distinct units that ``model`` plans on inputs of these shapes, in order. Nothing runs."""
     training, network = direction == "training", copy.deepcopy(model).to("meta")
-    with plan.implementation("auto"), dry_run(arch), plan.record() as found, torch.set_grad_enabled(training):
+    with implementation("auto"), dry_run(arch), decide.record() as found, torch.set_grad_enabled(training):
         network = optimize_for_inference(network) if direction == "frozen" else fuse(network).train(training)
         for shape in shapes:
             network(torch.empty(*shape, dtype=dtype, device="meta"))
@@ -341,7 +343,7 @@ def tune_problem(problem: Problem, runner: Runner, compiled: Compiled) -> Entry:
         # Each kernel's best tile was found on its own: together they are a candidate like any other.
         rivals = [way for way in trial.timings if way.tiles == Tiles()]
         trial.play([Candidate("fused", best), *rivals])
-    default = Candidate(plan.decide(problem).implementation)
+    default = Candidate(decide.decide(problem).implementation)
     return trial.entry(problem, default)
 
 
@@ -399,7 +401,7 @@ class _Tournament:
             reasons = "; ".join(f"{way}: {reason}" for way, reason in self.quarantined.items())
             raise Failure(f"no candidate came through: {reasons}")
         waits = {
-            way: Timing(plan.waited(problem, way.implementation, timing.median), timing.spread)
+            way: Timing(decide.waited(problem, way.implementation, timing.median), timing.spread)
             for way, timing in self.timings.items()
         }
         best = min(waits, key=lambda way: (waits[way].median, self.timings[way].median))

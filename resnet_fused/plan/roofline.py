@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from resnet_fused.kernels import conv_dgrad, conv_forward, conv_wgrad
 from resnet_fused.kernels.gpus import gpu_of
 from resnet_fused.kernels.launch import TileConfig
-from resnet_fused.problem import Problem, Tiles
+from resnet_fused.plan.problem import Problem, Tiles, Way
 
 CUDNN_OF_PEAK = 0.70
 """Of the tensor cores' dense peak, what cuDNN's convolutions reach where arithmetic bounds them."""
@@ -38,7 +38,7 @@ ISSUE_SLOTS = {
 for _slots in ISSUE_SLOTS.values():
     _slots[89] = _slots[86]
 
-IMPLEMENTATIONS = ("fused", "mixed", "eager")
+PREDICTED: tuple[Way, ...] = ("fused", "mixed", "eager")
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def predict(problem: Problem, implementation: str, tiles: Tiles) -> tuple[Launch
 
 def compare(problem: Problem, tiles: Tiles) -> tuple[tuple[str, float], ...]:
     """Every implementation with its predicted seconds, fastest first; ``tiles`` are those of the fused one."""
-    seconds = {way: sum(launch.seconds for launch in predict(problem, way, tiles)) for way in IMPLEMENTATIONS}
+    seconds = {way: sum(launch.seconds for launch in predict(problem, way, tiles)) for way in PREDICTED}
     return tuple(sorted(seconds.items(), key=lambda item: item[1]))
 
 

@@ -11,20 +11,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_fused import chain, reference
-from resnet_fused.chain import Convolution, Needs, Running, Unit, Wanted
+from resnet_fused.engine import backward, forward, reference
+from resnet_fused.engine.backward import Needs, Unit, Wanted
+from resnet_fused.engine.forward import Convolution, Running
+from resnet_fused.engine.tolerance import deterministic, error_ratio, products, references
+from resnet_fused.engine.trace import Launch, trace
 from resnet_fused.kernels import conv_dgrad, conv_forward, conv_wgrad
 from resnet_fused.kernels.batch_norm import batch_norm_apply, batch_norm_reduce
 from resnet_fused.kernels.launch import Call, TileConfig, dry_run, observe
 from resnet_fused.kernels.tile import Norm
-from resnet_fused.problem import Problem, Tiles
-from resnet_fused.trace import Launch, trace
-from resnet_fused.tuned import legal
-from resnet_fused.verify import deterministic, error_ratio, products, references
+from resnet_fused.plan.problem import Problem, Tiles
+from resnet_fused.plan.tuned import legal
 
 EPS = 1e-5
 SUMS = 8
-"""Sums in a row behind the results; see :func:`resnet_fused.verify.error_ratio`."""
+"""Sums in a row behind the results; see :func:`resnet_fused.engine.tolerance.error_ratio`."""
 
 
 @dataclass(frozen=True)
@@ -171,19 +172,19 @@ class Trial:
             return lambda: self._training(conv)
         norm = Norm(self.mean, self.var, self.gamma, self.beta, EPS)
         if candidate.implementation == "cudnn":
-            w, bias = chain.fold(self.w, None, norm)
-            return lambda: {"z": chain.cudnn_conv_relu(self.x, w, bias, self.residual, *geometry)}
-        return lambda: {"z": chain.inference(self.x, self.w, None, norm, self.residual, 1, 0, conv, True, p.dtype)}
+            w, bias = forward.fold(self.w, None, norm)
+            return lambda: {"z": forward.cudnn_conv_relu(self.x, w, bias, self.residual, *geometry)}
+        return lambda: {"z": forward.inference(self.x, self.w, None, norm, self.residual, 1, 0, conv, True, p.dtype)}
 
     def _training(self, conv: Convolution) -> dict[str, Tensor]:
         running = Running(None, None, None, 0.1)
-        y, stats = chain.unit_forward(
+        y, stats = forward.unit_forward(
             self.x, self.x_stats, self.w, None, self.gamma, self.beta, running, EPS, True, conv, ""
         )
         needs = Needs(w=True, bias=False, gamma=True, beta=True)
         unit = Unit(conv, self.w, self.w.stride(), None, self.y, self.stats, frozen=False, group="", needs=needs)
         wanted = Wanted(x=True, shortcut=False, weight_dtype=self.w.dtype, norm_dtype=torch.float32)
-        dx, _ = chain.unit_backward(unit, self.g, self.sums[:, None], self.x, self.x_stats, wanted)
+        dx, _ = backward.unit_backward(unit, self.g, self.sums[:, None], self.x, self.x_stats, wanted)
         assert dx is not None and unit.gradients.w is not None
         return {"y": y, "scale": stats[2], "shift": stats[3], "dx": dx, "dw": unit.gradients.w}
 

@@ -1,26 +1,15 @@
-"""Whether results are right, and the note of the GPUs and versions on which the self-test found them so."""
+"""Whether results are right: what they are compared with, and how far off they may be."""
 
 from __future__ import annotations
 
-import ctypes
-import json
-import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import cache
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from resnet_fused import plan, tuned
-
-logger = logging.getLogger("resnet_fused")
-
-COMMAND = "python -m resnet_fused check"
 
 
 def error_ratio(ours: Tensor, eager: Tensor, exact: Tensor, sums: int = 0) -> float:
@@ -122,69 +111,3 @@ class _Tf32Factors(TorchDispatchMode):
 def cut(t: Tensor) -> Tensor:
     """``t`` in fp32 without the bits that TF32 has not."""
     return (t.view(torch.int32) & ~0x1FFF).view(torch.float32)
-
-
-def stack(device: torch.device) -> dict[str, str]:
-    """What compiled code on ``device`` depends on: its GPU and driver ("" for the CPU) and the software's versions."""
-    on_gpu = device.type == "cuda"
-    gpu = {"gpu": torch.cuda.get_device_name(device) if on_gpu else "", "driver": _driver() if on_gpu else ""}
-    return gpu | tuned.versions()
-
-
-@cache
-def _driver() -> str:
-    """The version of NVIDIA's driver, which compiles nothing but loads everything; "unknown" where NVML is missing."""
-    text = ctypes.create_string_buffer(80)
-    try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
-        return "unknown"
-    if nvml.nvmlInit_v2() != 0 or nvml.nvmlSystemGetDriverVersion(text, len(text)) != 0:
-        return "unknown"
-    return text.value.decode()
-
-
-def verified(device: torch.device) -> bool:
-    """Whether the self-test passed on the :func:`stack` of ``device`` before, as :func:`note` wrote it down."""
-    return stack(device) in _noted()
-
-
-def note(device: torch.device) -> Path:
-    """Write down that the self-test passed on the :func:`stack` of ``device``; returns the file.
-
-    Raises OSError where it cannot be written.
-    """
-    path = _note_path()
-    with tuned.locked(path):
-        stacks = [known for known in _noted() if known != stack(device)] + [stack(device)]
-        tuned.write_whole(path, json.dumps(stacks, indent=1))
-    return path
-
-
-def _note_path() -> Path:
-    return tuned.cache_dir() / "checked.json"
-
-
-def _noted() -> list[object]:
-    """The stacks in the file; none if it is missing or corrupt, which costs no more than another self-test."""
-    try:
-        stacks = json.loads(tuned.read(_note_path()))
-    except (OSError, ValueError, RecursionError):
-        return []
-    return stacks if isinstance(stacks, list) else []
-
-
-_reminded = False
-
-
-def remind_once(model: nn.Module) -> None:
-    """Log, the first time that ``model`` lies on a GPU on which the self-test has not passed yet, how to run it."""
-    global _reminded
-    if _reminded or not torch.cuda.is_available():
-        return
-    device = next((p.device for p in model.parameters() if p.device.type == "cuda"), None)
-    if device is None or torch.cuda.get_device_capability(device) < plan.MIN_CAPABILITY or verified(device):
-        return
-    _reminded = True
-    name = torch.cuda.get_device_name(device)
-    logger.warning("the kernels were not checked yet on this %s with these versions: run `%s`", name, COMMAND)

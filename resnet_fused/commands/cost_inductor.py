@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from resnet_fused.problem import Problem
+from resnet_fused.plan.problem import Problem
 
 CONFIGURATIONS = 3
 """So many of Inductor's are looked at: those with tiles nearest in size to a given one."""

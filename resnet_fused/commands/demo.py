@@ -17,14 +17,14 @@ import triton
 from torch import Tensor, nn
 
 from resnet_fused import models
-from resnet_fused.commands import DTYPES, MODELS, UserError, pick_device, pixels, tracked
+from resnet_fused.commands.shared import DTYPES, MODELS, UserError, pick_device, pixels, tracked
 from resnet_fused.convert import fuse
+from resnet_fused.engine.request import implementation
+from resnet_fused.engine.trace import trace
 from resnet_fused.explain import explain
 from resnet_fused.inference import optimize_for_inference
 from resnet_fused.kernels.launch import dry_run
-from resnet_fused.plan import implementation
 from resnet_fused.table import render
-from resnet_fused.trace import trace
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
 CALIBRATION_BATCHES, CALIBRATION_VIEWS = 6, 8

@@ -19,12 +19,13 @@ import torch
 import triton
 from torch import Tensor
 
-from resnet_fused import plan
-from resnet_fused.check_cases import FORMATS, Case, cases
-from resnet_fused.commands import UserError, pick_device, tracked
+from resnet_fused.commands.check_cases import FORMATS, Case, cases
+from resnet_fused.commands.shared import UserError, pick_device, tracked
+from resnet_fused.engine.tolerance import deterministic, error_ratio, products, references
 from resnet_fused.kernels.launch import Call, dry_run, observe, target_arch
+from resnet_fused.plan import decide
+from resnet_fused.plan.checked import note, stack
 from resnet_fused.table import render
-from resnet_fused.verify import deterministic, error_ratio, note, products, references, stack
 
 NOT_INTERPRETED = {
     "tf32": "the interpreter multiplies in fp32",
@@ -155,7 +156,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     """Run the self-test; returns 0 if everything passed, else 1."""
     device = pick_device(options.device)
-    if device.type == "cuda" and (found := torch.cuda.get_device_capability(device)) < plan.MIN_CAPABILITY:
+    if device.type == "cuda" and (found := torch.cuda.get_device_capability(device)) < decide.MIN_CAPABILITY:
         raise UserError(f"the GPU has compute capability {found[0]}.{found[1]}: the kernels need 8.0 or newer")
     report = run(device, tracked)
     print(json.dumps(report.to_dict(), indent=1) if options.json else report)

@@ -1,137 +1,27 @@
-"""A chain of units, forward unit by unit and backward at once: which launches compute it, in which order.
-
-A *fused* unit runs its convolution in Triton, with batch norm's share in the prologue and the epilogue. A *mixed* one
-calls PyTorch's convolution (cuDNN on a GPU) and does batch norm's share in kernels of its own before and after it.
-"""
+"""The backward of a chain of units at once: which launches compute it, in which order."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
-from torch.distributed import distributed_c10d as c10d
 
-from resnet_fused import plan, reference, tuned
+from resnet_fused.engine.forward import Convolution, convolve, process_group
 from resnet_fused.kernels.batch_norm import (
     batch_norm_apply,
     batch_norm_backward,
     batch_norm_coefs,
     batch_norm_reduce,
-    batch_norm_stats,
-    channel_moments,
-    merge_moments,
     merge_sums,
 )
 from resnet_fused.kernels.conv_dgrad import conv_dgrad
-from resnet_fused.kernels.conv_forward import Geometry, conv_forward, conv_forward_moments
 from resnet_fused.kernels.conv_wgrad import conv_wgrad
-from resnet_fused.kernels.tile import Layout, Moments, Norm
-from resnet_fused.problem import Problem, Tiles
-
-
-class Convolution(NamedTuple):
-    """The arguments of a convolution, whether it runs in Triton or in PyTorch, and Triton's tiles."""
-
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int
-    fused: bool
-    tiles: Tiles
-
-    def encode(self) -> tuple[int, ...]:
-        """As CODE_LENGTH integers, for the schema of an operator."""
-        return _encode(self[:4], int(self.fused), self.tiles)
-
-    @classmethod
-    def decode(cls, code: Sequence[int]) -> Convolution:
-        """The inverse of :meth:`encode`."""
-        return _decode(tuple(code))
-
-    def geometry(self) -> dict[str, Any]:
-        """The keyword arguments that every launcher of a convolution takes."""
-        return {"stride": self.stride, "padding": self.padding, "dilation": self.dilation, "groups": self.groups}
-
-
-def _encode(geometry: Geometry, way: int, tiles: Tiles) -> tuple[int, ...]:
-    stride, padding, dilation, groups = geometry
-    return *stride, *padding, *dilation, groups, way, *tiles.encode()
-
-
-@lru_cache(maxsize=4096)
-def _decode(code: tuple[int, ...]) -> Convolution:
-    tiles = Tiles.decode(code[8:])
-    return Convolution((code[0], code[1]), (code[2], code[3]), (code[4], code[5]), code[6], code[7] == 1, tiles)
-
-
-CODE_LENGTH = 8 + len(Tiles().encode())
-_UNDECIDED = 2
-"""From here on, the number that tells who convolves stands for a request, which the operator itself follows."""
-
-Way = tuple[str, tuple[int, ...]]
-"""Who computes a unit ("fused", "mixed" or "eager"), and the ``convolution`` argument of the operators."""
-
-
-def undecided(geometry: Geometry, request: str) -> tuple[int, ...]:
-    """The ``convolution`` argument that leaves the choice to the operator: for a compiler, whose sizes are symbols."""
-    return _encode(geometry, _UNDECIDED + plan.IMPLEMENTATIONS.index(request), Tiles())
-
-
-def decided(code: Sequence[int], x: Tensor, w: Tensor, direction: str, **options: bool) -> Convolution:
-    """The convolution of ``x`` with ``w`` that ``code`` stands for; ``direction`` and ``options``: see :func:`choose`.
-
-    What a plan would leave to PyTorch altogether is mixed here, where the graph around the operator is settled.
-    """
-    conv = Convolution.decode(code)
-    if code[7] < _UNDECIDED:
-        return conv
-    request = plan.IMPLEMENTATIONS[code[7] - _UNDECIDED]
-    _, chosen = choose(tuple(x.shape), w.shape, conv[:4], x.dtype, direction, x.device, request, **options)
-    return Convolution.decode(chosen)
-
-
-def choose(
-    shape: tuple[int, ...],
-    w_shape: tuple[int, ...],
-    geometry: Geometry,
-    dtype: torch.dtype,
-    direction: str,
-    device: torch.device,
-    request: str,
-    prologue: bool = False,
-    residual: bool = False,
-) -> Way:
-    """Who convolves an input of ``shape`` [N, CI, H, W] with a filter of ``w_shape`` on ``device``, and how.
-
-    ``direction``, ``prologue`` and ``residual``: see :class:`Problem`. Measurements count where the GPU was tuned.
-    """
-    arch, gpu = plan.target(device)
-    options = dtype, plan.tf32(dtype), direction, prologue, residual, arch, gpu
-    problem, way = _decided(shape, w_shape, geometry, options, request, tuned.load(gpu))
-    plan.note(problem)
-    return way
-
-
-@lru_cache(maxsize=4096)
-def _decided(
-    shape: tuple[int, ...],
-    w_shape: tuple[int, ...],
-    geometry: Geometry,
-    options: tuple[Any, ...],
-    request: str,
-    table: plan.Table | None,
-) -> tuple[Problem, Way]:
-    (n, ci, h, w), (co, _, r, s), (stride, padding, dilation, groups) = shape, w_shape, geometry
-    problem = Problem(n, h, w, ci, co, r, s, stride, padding, dilation, groups, *options)
-    chosen = plan.decide(problem, request, table)
-    conv = Convolution(stride, padding, dilation, groups, chosen.implementation == "fused", chosen.tiles)
-    return problem, (chosen.implementation, conv.encode())
+from resnet_fused.kernels.tile import Layout
+from resnet_fused.plan.decide import tf32
 
 
 class Join(NamedTuple):
@@ -140,15 +30,6 @@ class Join(NamedTuple):
     kind: str
     step: int
     before: int
-
-
-class Running(NamedTuple):
-    """Batch norm's buffers and how they are updated; ``momentum`` None: the average over all batches."""
-
-    mean: Tensor | None
-    var: Tensor | None
-    batches: Tensor | None
-    momentum: float | None
 
 
 class Needs(NamedTuple):
@@ -231,155 +112,6 @@ class Addend(NamedTuple):
     before: int
 
 
-def inference(
-    x: Tensor,
-    w: Tensor,
-    bias: Tensor | None,
-    norm: Norm,
-    residual: Tensor | None,
-    step: int,
-    before: int,
-    conv: Convolution,
-    relu: bool,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """``relu(norm(conv(x)) + residual)``: one launch if fused, else PyTorch's convolution and one launch behind it."""
-    if conv.fused:
-        return conv_forward(
-            x,
-            w,
-            bias=bias,
-            norm=norm,
-            residual=residual,
-            residual_step=step,
-            residual_before=before,
-            relu=relu,
-            tf32=plan.tf32(x.dtype),
-            out_dtype=out_dtype,
-            config=conv.tiles.forward,
-            **conv.geometry(),
-        )
-    y = _convolve(x, None, w, bias, conv)
-    return batch_norm_apply(
-        y,
-        norm,
-        residual=residual,
-        residual_step=step,
-        residual_before=before,
-        relu=relu,
-        out_dtype=out_dtype,
-    )
-
-
-def fold(w: Tensor, bias: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
-    """:func:`resnet_fused.reference.fold`, rounded to the dtype of ``w`` and laid out channels_last."""
-    folded, shift = reference.fold(w, bias, *norm)
-    return folded.to(w.dtype).contiguous(memory_format=torch.channels_last), shift.to(w.dtype)
-
-
-def cudnn_conv_relu(
-    x: Tensor,
-    w: Tensor,
-    bias: Tensor,
-    residual: Tensor | None,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    groups: int,
-) -> Tensor:
-    """``relu(conv(x) + bias + residual)`` as one call of cuDNN; raises RuntimeError for what its version does not take.
-
-    All tensors are of one dtype and lie on a CUDA GPU.
-    """
-    if residual is None:
-        return torch.ops.aten.cudnn_convolution_relu(x, w, bias, stride, padding, dilation, groups)
-    return torch.ops.aten.cudnn_convolution_add_relu(x, w, residual, 1.0, bias, stride, padding, dilation, groups)
-
-
-def unit_forward(
-    x: Tensor,
-    x_stats: Tensor | None,
-    w: Tensor,
-    bias: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    running: Running,
-    eps: float,
-    batch_stats: bool,
-    conv: Convolution,
-    group: str,
-) -> tuple[Tensor, Tensor]:
-    """The raw output ``y`` of a unit's convolution, and what its batch norm does to it (stats [5, CO]).
-
-    ``x_stats``: the input is the raw output of the unit before, which these normalise. ``group``: the process group
-    that shares the statistics of the batch, or "".
-    """
-    if not batch_stats:
-        y = _convolve(x, x_stats, w, bias, conv)
-        return y, batch_norm_stats(None, gamma, beta, eps, running_mean=running.mean, running_var=running.var)
-    if conv.fused:
-        y, moments = conv_forward_moments(
-            x,
-            w,
-            prologue=_prologue(x_stats),
-            bias=bias,
-            tf32=plan.tf32(x.dtype),
-            config=conv.tiles.forward,
-            **conv.geometry(),
-        )
-    else:
-        y = _convolve(x, x_stats, w, bias, conv)
-        moments = channel_moments(y)
-    stats = batch_norm_stats(
-        _gather(moments, group) if group else moments,
-        gamma,
-        beta,
-        eps,
-        running_mean=running.mean,
-        running_var=running.var,
-        batches=running.batches,
-        momentum=running.momentum,
-    )
-    return y, stats
-
-
-def _prologue(stats: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    return None if stats is None else (stats[2], stats[3])
-
-
-def _convolve(x: Tensor, x_stats: Tensor | None, w: Tensor, bias: Tensor | None, conv: Convolution) -> Tensor:
-    if conv.fused:
-        return conv_forward(
-            x,
-            w,
-            prologue=_prologue(x_stats),
-            bias=bias,
-            tf32=plan.tf32(x.dtype),
-            config=conv.tiles.forward,
-            **conv.geometry(),
-        )
-    if x_stats is not None:
-        x = batch_norm_apply(x, x_stats)
-    bias = None if bias is None else bias.to(x.dtype)
-    y = torch.convolution(x, w, bias, conv.stride, conv.padding, conv.dilation, False, (0, 0), conv.groups)
-    return y.contiguous(memory_format=torch.channels_last)
-
-
-def _gather(moments: Moments, group: str) -> Moments:
-    """The statistics of every process, one tile each: a single small message."""
-    local = merge_moments(moments)
-    message = torch.cat([local.flatten(), local.new_full((1,), moments.pixels)])[None]
-    process_group = _process_group(group)
-    gathered = message.new_empty(dist.get_world_size(process_group), message.shape[1])
-    dist.all_gather_into_tensor(gathered, message, group=process_group)
-    values = gathered[:, :-1].unflatten(1, local.shape).transpose(0, 1).contiguous()
-    return Moments(values, rows=0, pixels=0, counts=gathered[:, -1].contiguous())
-
-
-def _process_group(name: str) -> ProcessGroup:
-    return c10d._resolve_process_group(cast(Any, name))
-
-
 class Wanted(NamedTuple):
     """Which gradients of the chain's inputs are wanted, and the dtypes of the parameters' gradients."""
 
@@ -402,7 +134,7 @@ def backward(
     """Gradients of x and of the shortcut's own input; those of the parameters go to each unit.
 
     ``z``: the output, None if no ReLU stands in front of it. ``shortcut``: what the shortcut reads, None for x.
-    Formulas: :func:`resnet_fused.reference.batch_norm_coefs` and its neighbours.
+    Formulas: :func:`resnet_fused.engine.reference.batch_norm_coefs` and its neighbours.
     """
     source = x if shortcut is None else shortcut
     needs_source = wanted.x if shortcut is None else wanted.shortcut
@@ -487,7 +219,7 @@ def _input(units: Sequence[Unit], i: int, x: Tensor) -> tuple[Tensor, Tensor | N
 
 def _recompute(unit: Unit, source: Tensor, stats: Tensor | None) -> None:
     if unit.y is None:
-        unit.y = _convolve(source, stats, unit.w, unit.bias, unit.conv)
+        unit.y = convolve(source, stats, unit.w, unit.bias, unit.conv)
 
 
 def _norm_backward(unit: Unit, sum_g: Tensor, sum_gy: Tensor, wanted: Wanted) -> Tensor:
@@ -495,7 +227,7 @@ def _norm_backward(unit: Unit, sum_g: Tensor, sum_gy: Tensor, wanted: Wanted) ->
     if unit.group and not unit.frozen:
         own = merge_sums(torch.stack([sum_g, sum_gy]))
         total = own.clone()
-        dist.all_reduce(total, group=_process_group(unit.group))
+        dist.all_reduce(total, group=process_group(unit.group))
         coefs, _, _ = batch_norm_coefs(total[:1], total[1:], unit.stats)
         dgamma, dbeta = (own[1] * unit.stats[1]).to(wanted.norm_dtype), own[0].to(wanted.norm_dtype)
     else:
@@ -535,7 +267,7 @@ def _conv_backward(
     """
     if not unit.conv.fused:
         return _library_backward(unit, dy.g, source, stats, needs_input, wanted, addend)
-    shared = {"y": dy.y, "coefs": dy.coefs, "tf32": plan.tf32(source.dtype)}
+    shared = {"y": dy.y, "coefs": dy.coefs, "tf32": tf32(source.dtype)}
     geometry = unit.conv.geometry()
     if unit.needs.w:
         # A filter wider than a pixel would compute dy anew at every tap: its gradient keeps it for the input's.

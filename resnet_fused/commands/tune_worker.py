@@ -21,10 +21,10 @@ from typing import Any, Protocol, TextIO
 
 import torch
 
+from resnet_fused.commands.tune_trial import Candidate, Trial, rehearse
 from resnet_fused.kernels.gpus import gpu_of
-from resnet_fused.problem import Problem
-from resnet_fused.trial import Candidate, Trial, rehearse
-from resnet_fused.tuned import problem_in
+from resnet_fused.plan.problem import Problem
+from resnet_fused.plan.tuned import problem_in
 
 WARM_UPS = 3
 ROUNDS = 25

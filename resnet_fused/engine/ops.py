@@ -8,7 +8,8 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from resnet_fused import chain, trace
+from resnet_fused.engine import backward, forward
+from resnet_fused.engine.trace import implementations
 from resnet_fused.kernels.batch_norm import batch_norm_apply
 from resnet_fused.kernels.conv_forward import output_size
 from resnet_fused.kernels.launch import dry_target
@@ -53,9 +54,9 @@ def _conv_bn_act(
     out_dtype: torch.dtype,
 ) -> Tensor:
     norm = Norm(mean, var, gamma, beta, eps)
-    conv = chain.decided(convolution, x, w, "inference", residual=residual is not None)
+    conv = forward.decided(convolution, x, w, "inference", residual=residual is not None)
     with torch.cuda.device_of(x):
-        return chain.inference(x, w, bias, norm, residual, residual_step, residual_before, conv, relu, out_dtype)
+        return forward.inference(x, w, bias, norm, residual, residual_step, residual_before, conv, relu, out_dtype)
 
 
 def _conv_bn_act_fake(x: Tensor, w: Tensor, *arguments: Any) -> Tensor:
@@ -66,7 +67,7 @@ def _conv_bn_act_fake(x: Tensor, w: Tensor, *arguments: Any) -> Tensor:
 
 
 def _output_shape(x: Tensor, w: Tensor, convolution: list[int]) -> tuple[int, int, int, int]:
-    conv = chain.Convolution.decode(convolution)
+    conv = forward.Convolution.decode(convolution)
     p, q = (
         output_size(x.shape[2 + i], w.shape[2 + i], conv.stride[i], conv.padding[i], conv.dilation[i]) for i in (0, 1)
     )
@@ -89,10 +90,10 @@ def _unit_forward(
     convolution: list[int],
     group: str,
 ) -> tuple[Tensor, Tensor]:
-    running = chain.Running(running_mean, running_var, batches, momentum)
-    conv = chain.decided(convolution, x, w, "training", prologue=x_stats is not None)
+    running = forward.Running(running_mean, running_var, batches, momentum)
+    conv = forward.decided(convolution, x, w, "training", prologue=x_stats is not None)
     with torch.cuda.device_of(x):
-        return chain.unit_forward(x, x_stats, w, bias, gamma, beta, running, eps, batch_stats, conv, group)
+        return forward.unit_forward(x, x_stats, w, bias, gamma, beta, running, eps, batch_stats, conv, group)
 
 
 def _unit_forward_fake(x: Tensor, x_stats: Tensor | None, w: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -160,18 +161,18 @@ def _residual_backward(
         projection = kind == "projection" and i == len(weights) - 1
         source = (x if shortcut is None else shortcut) if projection else x if i == 0 else ys[i - 1]
         assert source is not None
-        code = convolutions[chain.CODE_LENGTH * i : chain.CODE_LENGTH * (i + 1)]
-        conv = chain.decided(code, source, w, "training", prologue=not projection and i > 0)
-        stride, need = tuple(weight_strides[4 * i : 4 * i + 4]), chain.Needs(*needs[2 + 4 * i : 6 + 4 * i])
+        code = convolutions[forward.CODE_LENGTH * i : forward.CODE_LENGTH * (i + 1)]
+        conv = forward.decided(code, source, w, "training", prologue=not projection and i > 0)
+        stride, need = tuple(weight_strides[4 * i : 4 * i + 4]), backward.Needs(*needs[2 + 4 * i : 6 + 4 * i])
         units.append(
-            chain.Unit(
+            backward.Unit(
                 conv, w, stride, biases[i], ys[i], stats[i].resolve_neg().contiguous(), frozen[i], groups[i], need
             )
         )
     branch, last = (units[:-1], units[-1]) if kind == "projection" else (units, None)
-    wanted = chain.Wanted(needs[0], needs[1], weight_dtype, norm_dtype)
+    wanted = backward.Wanted(needs[0], needs[1], weight_dtype, norm_dtype)
     with torch.cuda.device_of(x):
-        dx, d_shortcut = chain.backward(dz, z, x, shortcut, branch, last, chain.Join(kind, step, before), wanted)
+        dx, d_shortcut = backward.backward(dz, z, x, shortcut, branch, last, backward.Join(kind, step, before), wanted)
     found = [dx, d_shortcut]
     for unit in units:
         found += [unit.gradients.w, unit.gradients.bias, unit.gradients.gamma, unit.gradients.beta]
@@ -232,7 +233,7 @@ def _register(name: str, implementation: Callable[..., Any], fake: Callable[...,
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"resnet_fused::{name}", fake, lib=_library)
     operator = getattr(torch.ops.resnet_fused, name).default
-    trace.implementations[operator] = implementation
+    implementations[operator] = implementation
 
     def call(*arguments: Any) -> Any:
         return operator(*arguments) if _is_watched(arguments) else implementation(*arguments)

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import math
-import os
 import re
-import secrets
-import stat
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from torch.utils._python_dispatch import _disable_current_modes
 
 from resnet_fused.kernels.conv_dgrad import conv_dgrad
@@ -27,14 +20,18 @@ from resnet_fused.kernels.conv_forward import conv_forward
 from resnet_fused.kernels.conv_wgrad import conv_wgrad
 from resnet_fused.kernels.gpus import gpu_of
 from resnet_fused.kernels.launch import TileConfig, dry_run
-from resnet_fused.problem import Problem, Tiles
-from resnet_fused.version import __version__
+from resnet_fused.plan.cache import cache_dir, locked, read, versions, write_whole
+from resnet_fused.plan.problem import WAYS, Problem, Tiles
 
 logger = logging.getLogger("resnet_fused")
 
+
 SCHEMA = 1
+
+
 DIRECTIONS = ("inference", "frozen", "training")
-IMPLEMENTATIONS = ("fused", "mixed", "eager", "cudnn")
+
+
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 
 
@@ -83,25 +80,6 @@ class Table:
         return None
 
 
-def cache_dir() -> Path:
-    """Where tables and notes are kept: RESNET_FUSED_CACHE, else resnet_fused in XDG_CACHE_HOME or ~/.cache.
-
-    Raises FileNotFoundError where none of them is set and the user has no home directory.
-    """
-    if own := os.environ.get("RESNET_FUSED_CACHE"):
-        return Path(own)
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resnet_fused"
-    except RuntimeError:
-        message = "this user has no home directory: RESNET_FUSED_CACHE must name a folder for what is kept"
-        raise FileNotFoundError(message) from None
-
-
-def versions() -> dict[str, str]:
-    """Those that a measurement holds for."""
-    return {"torch": torch.__version__, "triton": triton.__version__, "resnet_fused": __version__}
-
-
 def path(gpu: str) -> Path:
     """The file of the user's table of ``gpu`` under the present versions. Raises as :func:`cache_dir` does."""
     return cache_dir() / "tuned" / _file_name(gpu)
@@ -141,14 +119,6 @@ def _warn_once(message: str) -> None:
     logger.warning("%s", message)
 
 
-def read(file: Path) -> str:
-    """The text of ``file``. Raises OSError, and ValueError for what is no UTF-8; a pipe or device is not waited for."""
-    mode = file.stat().st_mode
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise OSError("it is no regular file")
-    return file.read_text(encoding="utf-8")
-
-
 def add(gpu: str, entry: Entry) -> Table:
     """Put ``entry`` into the user's table of ``gpu``, beside what other processes have saved; returns that table.
 
@@ -173,32 +143,6 @@ def require_writable(gpu: str) -> None:
     """Raise OSError unless the user's table of ``gpu`` can be written."""
     with locked(path(gpu)), tempfile.TemporaryFile(dir=path(gpu).parent):
         pass
-
-
-@contextmanager
-def locked(file: Path) -> Iterator[None]:
-    """Let one process at a time read ``file`` and replace it. Raises OSError if its folder cannot be made."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        with suppress(OSError):  # a file system without locks: who writes at the very same time may win
-            lock = stack.enter_context(open(file.parent / ".lock", "a"))
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Replace ``file`` in one step: at no time is it half-written. Raises OSError, and leaves the old one then."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{secrets.token_hex(8)}")
-    try:
-        with open(temporary, "x", encoding="utf-8") as stream:  # with the permissions that the umask leaves
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, file)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def render(table: Table) -> str:
@@ -248,7 +192,7 @@ def _entry(row: dict[str, Any], gpu: str) -> Entry:
     tiles = Tiles.decode(tuple(code))
     if tiles.encode() != code:
         raise ValueError(f"an entry's tiles are not to be told from {code}")
-    known = IMPLEMENTATIONS if problem.direction == "frozen" else IMPLEMENTATIONS[:-1]
+    known = WAYS if problem.direction == "frozen" else WAYS[:-1]
     if row["implementation"] not in known:
         raise ValueError(f"an entry has the implementation {row['implementation']!r}")
     for tile in (tiles.forward, tiles.dgrad, tiles.wgrad and tiles.wgrad.tile):

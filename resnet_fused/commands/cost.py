@@ -19,16 +19,18 @@ from typing import Any
 
 import torch
 
-from resnet_fused import inductor_template, machine_code, models, plan, roofline, tuned
-from resnet_fused.commands import UserError, add_network_arguments, chosen_input, pick_arch, tracked
+from resnet_fused import models
+from resnet_fused.commands import cost_inductor, cost_machine_code
+from resnet_fused.commands.cost_machine_code import MachineCode, Occupancy, occupancy
+from resnet_fused.commands.shared import UserError, add_network_arguments, chosen_input, pick_arch, tracked
+from resnet_fused.commands.tune import find_problems
+from resnet_fused.commands.tune_trial import Candidate, rehearse
+from resnet_fused.engine.trace import Launch
 from resnet_fused.kernels.gpus import gpu_of
 from resnet_fused.kernels.launch import Call, TileConfig, interpreting
-from resnet_fused.machine_code import MachineCode, Occupancy, occupancy
-from resnet_fused.problem import Problem
+from resnet_fused.plan import decide, roofline, tuned
+from resnet_fused.plan.problem import Problem
 from resnet_fused.table import render
-from resnet_fused.trace import Launch
-from resnet_fused.trial import Candidate, rehearse
-from resnet_fused.tune import find_problems
 
 TEMPLATE = "Inductor's template"
 
@@ -135,7 +137,7 @@ def _micro(seconds: float) -> float:
 
 def examine(problem: Problem, request: str) -> Unit:
     """Compile what the plan of ``problem`` launches, and Inductor's template for the same layer; needs no GPU."""
-    chosen = plan.decide(problem, request, tuned.load(problem.gpu))
+    chosen = decide.decide(problem, request, tuned.load(problem.gpu))
     calls, launches = rehearse(problem, Candidate(chosen.implementation, chosen.tiles))
     predicted = roofline.predict(problem, chosen.implementation, chosen.tiles)
     by_name = {launch.kernel: launch for launch in predicted}
@@ -162,7 +164,7 @@ def _bytes(launch: Launch) -> int:
 
 def _compiled(call: Call, problem: Problem, predicted: roofline.Launch | None) -> Kernel:
     cost, t = call.cost(), call.config
-    code = machine_code.read(call.compile(problem.arch), problem.arch)
+    code = cost_machine_code.read(call.compile(problem.arch), problem.arch)
     tile = f"{t.block_m}x{t.block_n}x{t.block_k}"
     size = cost.bytes_read + cost.bytes_written
     reason = code.reason if cost.flops else ""
@@ -180,9 +182,9 @@ def _inductor(problem: Problem, calls: Sequence[Call]) -> Kernel:
     """
     own = next((call.config for call in calls if _name(call) == "conv_forward"), TileConfig(128, 128, 64))
     try:
-        filled = inductor_template.fill_in(problem, own.block_m, own.block_n)
-        read = [(machine_code.read(t.compile(problem.arch), problem.arch), t) for t in filled]
-    except inductor_template.Unavailable as reason:
+        filled = cost_inductor.fill_in(problem, own.block_m, own.block_n)
+        read = [(cost_machine_code.read(t.compile(problem.arch), problem.arch), t) for t in filled]
+    except cost_inductor.Unavailable as reason:
         return Kernel(TEMPLATE, "", 0, 0, None, None, None, str(reason))
     code, best = min(read, key=lambda pair: (pair[0].spilled, pair[0].issue_slots or float("inf")))
     tile = TileConfig(*best.tile, best.num_warps, best.num_stages)
@@ -231,7 +233,7 @@ def report(options: argparse.Namespace, arch: int) -> Report:
     with torch.device("meta"):
         model = getattr(models, options.model)().to(dtype)
     direction = "training" if options.train else "inference"
-    gpu = plan.present_gpu(arch)
+    gpu = decide.present_gpu(arch)
     with chosen_input():
         problems = [replace(p, gpu=gpu) for p in find_problems(model, [shape], dtype, direction, arch)]
     spawn = multiprocessing.get_context("spawn")

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal, get_args
 
 import torch
 
 from resnet_fused.kernels.conv_forward import ConvProblem, output_size
 from resnet_fused.kernels.conv_wgrad import WgradConfig
 from resnet_fused.kernels.launch import TileConfig
+
+Request = Literal["auto", "triton", "mixed", "eager"]
+"""An implementation that a user can ask for; see :func:`resnet_fused.implementation`."""
+
+Way = Literal["fused", "mixed", "eager", "cudnn"]
+"""Who computes a unit; see :class:`resnet_fused.plan.decide.Plan`."""
+
+REQUESTS: tuple[Request, ...] = get_args(Request)
+WAYS: tuple[Way, ...] = get_args(Way)
 
 
 @dataclass(frozen=True)

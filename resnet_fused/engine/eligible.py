@@ -1,0 +1,403 @@
+"""Whether a unit, as it stands, can run fused: all that it reads, looked up and checked once, or the reason why not."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
+from torch.nn.modules import module as nn_module
+
+from resnet_fused.engine.request import requested
+from resnet_fused.kernels.conv_forward import Geometry, output_size
+from resnet_fused.kernels.launch import FLOATS, dry_target
+from resnet_fused.plan.decide import MIN_CAPABILITY
+
+logger = logging.getLogger("resnet_fused")
+
+
+MAX_FILTER = 7
+
+
+FORCED = "implementation('eager') is in force"
+
+
+NO_GPU = "the input is not on a CUDA GPU"
+
+
+TRACED = "torch.fx traces it"
+
+
+_EXPECTED = (FORCED, NO_GPU, TRACED)
+
+
+def why_not_here(x: Tensor, request: str | None = None) -> str | None:
+    """Why a unit whose input is ``x`` cannot be fused where it stands, or None if it can.
+
+    ``request``: see :func:`requested`, which is asked without it.
+    """
+    if not isinstance(x, Tensor):
+        return TRACED if isinstance(x, fx.Proxy) else f"the input is {type(x).__qualname__}, not a tensor"
+    request = requested() if request is None else request
+    if request == "eager":
+        return FORCED
+    if not torch.compiler.is_compiling():
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return "a transform of torch.func is active"
+        if forward_ad._current_level >= 0:
+            return "forward-mode differentiation is active"
+    if request == "auto":
+        if not torch.compiler.is_compiling() and dry_target() is not None:
+            return None
+        if not x.is_cuda:
+            return NO_GPU
+        if (found := torch.cuda.get_device_capability(x.device)) < MIN_CAPABILITY:
+            return f"the GPU has compute capability {found[0]}.{found[1]}: the kernels need 8.0 or newer"
+    return None
+
+
+_reported: set[str] = set()
+
+
+def report_once(reason: str) -> None:
+    """Log why a unit is not fused, the first time that ``reason`` comes up, unless it was to be expected."""
+    if reason not in _EXPECTED:
+        warn_once(f"runs eager: {reason}")
+
+
+def warn_once(message: str) -> None:
+    """Log ``message`` the first time that it comes up."""
+    if not torch.compiler.is_compiling() and message not in _reported:
+        _reported.add(message)
+        logger.warning(message)
+
+
+class Layer(NamedTuple):
+    """A convolution, the batch norm behind it, and whether a ReLU follows."""
+
+    conv: nn.Conv2d
+    bn: nn.BatchNorm2d
+    relu: bool = True
+
+
+Out = tuple[int, int, int, int]
+"""The shape [N, CO, P, Q] of an output."""
+
+
+class Unit(NamedTuple):
+    """A layer with all that it comes to on its input: the tensors that are used, and shapes that fit each other.
+
+    ``batches``: what counts the batches, where they are counted. ``momentum`` None: the average over all batches.
+    ``batch_stats``: batch norm takes the statistics of the batch, and updates ``mean`` and ``var`` if there are any.
+    ``out``: the shape [N, CO, P, Q] of the result.
+    """
+
+    layer: Layer
+    w: Tensor
+    bias: Tensor | None
+    gamma: Tensor | None
+    beta: Tensor | None
+    mean: Tensor | None
+    var: Tensor | None
+    batches: Tensor | None
+    momentum: float | None
+    eps: float
+    batch_stats: bool
+    geometry: Geometry
+    out: Out
+
+
+PLAIN = (Tensor, torch.nn.Parameter)
+"""The types of tensors that have no operators of their own."""
+
+
+def unit(x: Tensor, shape: tuple[int, ...], autocast: torch.dtype | None, layer: Layer) -> Unit | str:
+    """``layer`` on an input of ``shape`` [N, CI, H, W] that lies where ``x`` does, or why it runs eager."""
+    conv, bn, _ = layer
+    w, bias = _held(conv, conv._parameters, "weight", "bias")
+    if not isinstance(w, Tensor):
+        return "the convolution has no filter"
+    gamma, beta = _held(bn, bn._parameters, "weight", "bias")
+    mean, var, batches = _held(bn, bn._buffers, "running_mean", "running_var", "num_batches_tracked")
+    if (reason := why_foreign(w, x)) is not None:
+        return reason
+    if w.dtype not in FLOATS if autocast is not None else w.dtype != x.dtype:
+        return f"the input is {x.dtype} and the filter {w.dtype}"
+    place = _placed(conv, shape, w.shape)
+    if isinstance(place, str):
+        return place
+    numbers, out = place
+    dtype = x.dtype if autocast is None else autocast
+    vectors = _vectors(x.device, out[1], w.dtype, dtype, bias, gamma, beta, mean, var)
+    if isinstance(vectors, str):
+        return vectors
+    if (mean is None) != (var is None):
+        return "one of the running statistics is missing"
+    batch_stats = bn.training or mean is None
+    if not (bn.training and bn.track_running_stats):
+        batches = None
+        if bn.training:
+            vectors[3:] = mean, var = None, None
+    if batch_stats:
+        if mean is not vectors[3] or var is not vectors[4]:
+            return "the running statistics are views with gaps"
+        if (reason := _why_statistics(out, bn, batches, x.device)) is not None:
+            return reason
+    if mean is not None and var is not None and (mean.requires_grad or var.requires_grad):
+        return "the running statistics require a gradient"
+    eps, momentum = _number(bn.eps), _number(bn.momentum)
+    if eps is None or not eps > 0 or (momentum is None and bn.momentum is not None):
+        return f"batch norm has eps={bn.eps} and momentum={bn.momentum}"
+    if momentum is None and batches is None:
+        momentum = 0.0
+    bias, gamma, beta, mean, var = vectors
+    return Unit(layer, plain(w), bias, gamma, beta, mean, var, batches, momentum, eps, batch_stats, numbers, out)
+
+
+def _held(module: nn.Module, among: dict[str, Any], *names: str) -> list[Any]:
+    """The attributes of these names, in a fraction of the time where they are ``among`` parameters or buffers."""
+    return [among[name] if name in among else getattr(module, name) for name in names]
+
+
+def _placed(conv: nn.Conv2d, shape: tuple[int, ...], w_shape: torch.Size) -> tuple[Geometry, Out] | str:
+    """The numbers of ``conv`` on an input of ``shape``, and the output's shape; or why they are not the kernels'."""
+    stride, padding, dilation = conv.stride, conv.padding, conv.dilation
+    try:
+        if not (len(stride) == len(padding) == len(dilation) == 2):
+            raise TypeError
+    except TypeError:
+        try:
+            stride, padding, dilation, _ = geometry(conv)
+        except (TypeError, ValueError) as error:
+            return str(error)
+    place: Any = _place.__wrapped__ if torch.compiler.is_compiling() else _place
+    found: tuple[Geometry, Out] | str = place(shape, w_shape, conv.groups, *stride, *padding, *dilation)
+    return found
+
+
+@lru_cache(maxsize=4096, typed=True)
+def _place(shape: tuple[int, ...], w_shape: torch.Size, groups: int, *numbers: int) -> tuple[Geometry, Out] | str:
+    n, ci, h, w = shape
+    co, width, r, s = w_shape
+    if any(type(number) is not int for number in (groups, *numbers)):
+        return f"the convolution's numbers should be integers: {groups, *numbers}"
+    stride_h, stride_w, pad_h, pad_w, dil_h, dil_w = numbers
+    if min(stride_h, stride_w, dil_h, dil_w, groups, co) < 1 or min(pad_h, pad_w) < 0:
+        return f"the convolution's numbers are unusual: {groups, *numbers}"
+    if (reason := _why_large(r, s)) is not None:
+        return reason
+    if width * groups != ci or co % groups:
+        return f"the filter {tuple(w_shape)} in {groups} groups does not fit an input of {ci} channels"
+    p = output_size(h, r, stride_h, pad_h, dil_h)
+    q = output_size(w, s, stride_w, pad_w, dil_w)
+    if p < 1 or q < 1:
+        return "the filter is larger than the padded image"
+    return ((stride_h, stride_w), (pad_h, pad_w), (dil_h, dil_w), groups), (n, co, p, q)
+
+
+def why_foreign(t: Tensor, x: Tensor) -> str | None:
+    """Why a tensor of four dimensions cannot go into one launch with ``x``, or None."""
+    if t.dim() != 4 or t.layout != torch.strided or t.device != x.device:
+        return f"a tensor is {t.dim()}-dimensional, {t.layout} on {t.device}: it must be 4-dimensional on {x.device}"
+    return None if type(t) in PLAIN else _why_subclass(t)
+
+
+def _why_subclass(t: Any) -> str | None:
+    if isinstance(t, FakeTensor) or torch.compiler.is_compiling():
+        return None
+    return f"a tensor is {type(t).__qualname__}, which may have operators of its own"
+
+
+def _vectors(
+    device: torch.device, co: int, w_dtype: torch.dtype, dtype: torch.dtype, bias: Tensor | None, *norm: Tensor | None
+) -> list[Tensor | None] | str:
+    """The convolution's bias and batch norm's vectors as kernels read them, or why they do not fit ``co`` channels."""
+    kind, found, compiling, size = None, [], torch.compiler.is_dynamo_compiling(), (co,)
+    for v in (bias, *norm):
+        if v is not None:
+            if type(v) not in PLAIN and (reason := _why_subclass(v)) is not None:
+                return reason
+            if v.shape != size or v.device != device:
+                return f"a vector of shape {tuple(v.shape)} on {v.device} does not fit {co} channels on {device}"
+            if v is bias:
+                if v.dtype != w_dtype:
+                    return f"the filter is {w_dtype} and the bias {v.dtype}"
+            elif kind is None:
+                kind = v.dtype
+                if kind != dtype and kind != torch.float32:
+                    return f"batch norm has {kind} for an input of {dtype}"
+            elif v.dtype != kind:
+                return f"batch norm has {kind} and {v.dtype}"
+            if not v.is_contiguous() or (not compiling and v.is_neg()):
+                v = plain(v).contiguous()
+        found.append(v)
+    return found
+
+
+def _number(value: Any) -> float | None:
+    """``value`` as PyTorch's operators take it for a number, or None."""
+    if type(value) is float:
+        return value
+    return float(value) if isinstance(value, (int, float, Tensor)) else None
+
+
+def _why_statistics(out: Out, bn: nn.Module, batches: Tensor | None, device: torch.device) -> str | None:
+    """Why batch norm cannot take its statistics from a batch of shape ``out``, or None."""
+    n, _, p, q = out
+    if n == 0:
+        return "the batch is empty"
+    if n * p * q == 1 and not process_group_name(bn):
+        return "there is one value per channel to normalise"
+    if batches is None:
+        return None
+    if not isinstance(batches, Tensor) or batches.dtype != torch.int64 or batches.dim() or batches.device != device:
+        return f"num_batches_tracked is no int64 scalar on {device}"
+    return None
+
+
+def why_unfit(shape: tuple[int, ...], residual: Tensor, step: int, before: int, padded: bool) -> str | None:
+    """Why ``residual`` cannot be added to an output of ``shape``, as it is or as a PaddedIdentity, or None."""
+    got = tuple(residual.shape)
+    if residual.dtype not in FLOATS:
+        return f"residual must be float32, float16 or bfloat16; got {residual.dtype}"
+    if not padded:
+        return None if got == shape else f"residual must have the output's shape {shape}; got {got}"
+    n, channels, h, w = got
+    if step < 1 or (n, -(-h // step), -(-w // step)) != (shape[0], *shape[2:]):
+        return (
+            f"residual must give {shape[2]}x{shape[3]} pixels of {shape[0]} images with stride {step}; "
+            f"its x has shape {got}"
+        )
+    if before < 0 or before + channels > shape[1]:
+        return f"residual must fit {shape[1]} channels; it has {before} zero channels before {channels}"
+    return None
+
+
+def geometry(conv: nn.Conv2d) -> Geometry:
+    """Stride, padding, dilation and groups, as numbers. Raises TypeError or ValueError for what the kernels lack."""
+    stride, dilation = _pair(conv.stride), _pair(conv.dilation)
+    if conv.padding == "valid":
+        padding = 0, 0
+    elif conv.padding == "same":
+        both = [d * (k - 1) for d, k in zip(dilation, conv.weight.shape[2:], strict=True)]
+        if stride != (1, 1):
+            raise ValueError("padding='same' goes with no stride")
+        if both[0] % 2 or both[1] % 2:
+            raise ValueError("padding='same' pads one side more than the other")
+        padding = both[0] // 2, both[1] // 2
+    else:
+        padding = _pair(cast(Any, conv.padding))
+    return stride, padding, dilation, conv.groups
+
+
+def _pair(sizes: Any) -> tuple[int, int]:
+    """One number, alone or in a tuple, stands for both directions."""
+    if isinstance(sizes, int):
+        return sizes, sizes
+    first, second = sizes if len(sizes) == 2 else (*sizes, *sizes)
+    if not isinstance(first, int) or not isinstance(second, int):
+        raise TypeError(f"{sizes} should be integers")
+    return first, second
+
+
+def plain(t: Tensor) -> Tensor:
+    """``t`` without a pending negation, which a kernel that reads its memory would not see.
+
+    What a compiler calls is called by way of PyTorch's dispatcher, which resolves it.
+    """
+    return t if torch.compiler.is_dynamo_compiling() or not t.is_neg() else t.resolve_neg()
+
+
+def process_group_name(bn: nn.Module) -> str:
+    """The name of the process group that shares the statistics of a batch, or "" if they are this process's own."""
+    if not isinstance(bn, nn.SyncBatchNorm) or not bn.training or not dist.is_available() or not dist.is_initialized():
+        return ""
+    group = cast(dist.ProcessGroup, bn.process_group or dist.group.WORLD)
+    return group.group_name if dist.get_world_size(group) > 1 else ""
+
+
+def why_eager(x: Tensor, units: Iterable[Sequence[Any]], request: str | None = None) -> str | None:
+    """Why a chain of ``units`` (convolution, batch norm, ...) on input ``x`` runs eager as things stand, or None.
+
+    Whether their tensors fit one another is for :func:`resolve` to say. ``request``: see there.
+    """
+    if (reason := why_not_here(x, request)) is not None:
+        return reason
+    units = list(units)
+    if hooked(*(module for conv, bn, *_ in units for module in (conv, bn))):
+        return "hooks, or a forward of its own, are set on the convolution or the batch norm"
+    return why_unsupported(x, units)
+
+
+def why_unsupported(x: Tensor, units: Iterable[Sequence[Any]]) -> str | None:
+    """:func:`why_eager`, apart from what is asked for, where the tensor ``x`` lies, and hooks."""
+    if x.dtype not in FLOATS:
+        return f"the input is {x.dtype}: the kernels take float32, float16 and bfloat16"
+    if x.dim() != 4 or x.layout != torch.strided:
+        return f"the input is {x.dim()}-dimensional, {x.layout}: the kernels take 4-dimensional, strided tensors"
+    if type(x) not in PLAIN and (reason := _why_subclass(x)) is not None:
+        return reason
+    for conv, bn, *_ in units:
+        if (reason := _why_kind(conv, bn)) is not None:
+            return reason
+    return None
+
+
+def why_unfusable(conv: nn.Module, bn: nn.Module) -> str | None:
+    """Why the modules of a unit rule the kernels out whatever their input (types, padding ...), or None."""
+    if (reason := _why_kind(conv, bn)) is not None:
+        return reason
+    weight = getattr(conv, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 4:
+        return "the convolution has no filter of four dimensions"
+    try:
+        geometry(cast(nn.Conv2d, conv))
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return _why_large(*weight.shape[2:])
+
+
+def _why_kind(conv: nn.Module, bn: nn.Module) -> str | None:
+    if type(conv) is not nn.Conv2d:
+        return f"the convolution is {_named(conv)}, not torch.nn.Conv2d itself"
+    if type(bn) is not nn.BatchNorm2d and type(bn) is not nn.SyncBatchNorm:
+        return f"the normalisation is {_named(bn)}, not torch.nn.BatchNorm2d or SyncBatchNorm itself"
+    if conv.padding_mode != "zeros":
+        return f"the convolution has padding_mode={conv.padding_mode!r}"
+    return None
+
+
+def _why_large(r: int, s: int) -> str | None:
+    return f"the filter is {r}x{s}: the kernels go up to 7x7" if max(r, s) > MAX_FILTER else None
+
+
+def hooked(*modules: nn.Module) -> bool:
+    """Whether calling ``modules`` would run hooks or a forward set on an instance, which fusing would bypass."""
+    if (
+        nn_module._global_forward_hooks
+        or nn_module._global_forward_pre_hooks
+        or nn_module._global_backward_hooks
+        or nn_module._global_backward_pre_hooks
+    ):
+        return True
+    for module in modules:
+        if (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            or "forward" in module.__dict__
+            or "_conv_forward" in module.__dict__
+        ):
+            return True
+    return False
+
+
+def _named(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"

@@ -1,0 +1,284 @@
+"""The forward of a unit: which launches compute it, in which order.
+
+A *fused* unit runs its convolution in Triton, with batch norm's share in the prologue and the epilogue. A *mixed* one
+calls PyTorch's convolution (cuDNN on a GPU) and does batch norm's share in kernels of its own before and after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed import distributed_c10d as c10d
+
+from resnet_fused.engine import reference
+from resnet_fused.kernels.batch_norm import batch_norm_apply, batch_norm_stats, channel_moments, merge_moments
+from resnet_fused.kernels.conv_forward import Geometry, conv_forward, conv_forward_moments
+from resnet_fused.kernels.tile import Moments, Norm
+from resnet_fused.plan import decide, tuned
+from resnet_fused.plan.problem import REQUESTS, Problem, Tiles
+
+
+class Convolution(NamedTuple):
+    """The arguments of a convolution, whether it runs in Triton or in PyTorch, and Triton's tiles."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+    fused: bool
+    tiles: Tiles
+
+    def encode(self) -> tuple[int, ...]:
+        """As CODE_LENGTH integers, for the schema of an operator."""
+        return _encode(self[:4], int(self.fused), self.tiles)
+
+    @classmethod
+    def decode(cls, code: Sequence[int]) -> Convolution:
+        """The inverse of :meth:`encode`."""
+        return _decode(tuple(code))
+
+    def geometry(self) -> dict[str, Any]:
+        """The keyword arguments that every launcher of a convolution takes."""
+        return {"stride": self.stride, "padding": self.padding, "dilation": self.dilation, "groups": self.groups}
+
+
+def _encode(geometry: Geometry, way: int, tiles: Tiles) -> tuple[int, ...]:
+    stride, padding, dilation, groups = geometry
+    return *stride, *padding, *dilation, groups, way, *tiles.encode()
+
+
+@lru_cache(maxsize=4096)
+def _decode(code: tuple[int, ...]) -> Convolution:
+    tiles = Tiles.decode(code[8:])
+    return Convolution((code[0], code[1]), (code[2], code[3]), (code[4], code[5]), code[6], code[7] == 1, tiles)
+
+
+CODE_LENGTH = 8 + len(Tiles().encode())
+
+
+_UNDECIDED = 2
+"""From here on, the number that tells who convolves stands for a request, which the operator itself follows."""
+
+
+Choice = tuple[str, tuple[int, ...]]
+"""Who computes a unit ("fused", "mixed" or "eager"), and the ``convolution`` argument of the operators."""
+
+
+def undecided(geometry: Geometry, request: str) -> tuple[int, ...]:
+    """The ``convolution`` argument that leaves the choice to the operator: for a compiler, whose sizes are symbols."""
+    return _encode(geometry, _UNDECIDED + REQUESTS.index(request), Tiles())
+
+
+def decided(code: Sequence[int], x: Tensor, w: Tensor, direction: str, **options: bool) -> Convolution:
+    """The convolution of ``x`` with ``w`` that ``code`` stands for; ``direction`` and ``options``: see :func:`choose`.
+
+    What a plan would leave to PyTorch altogether is mixed here, where the graph around the operator is settled.
+    """
+    conv = Convolution.decode(code)
+    if code[7] < _UNDECIDED:
+        return conv
+    request = REQUESTS[code[7] - _UNDECIDED]
+    _, chosen = choose(tuple(x.shape), w.shape, conv[:4], x.dtype, direction, x.device, request, **options)
+    return Convolution.decode(chosen)
+
+
+def choose(
+    shape: tuple[int, ...],
+    w_shape: tuple[int, ...],
+    geometry: Geometry,
+    dtype: torch.dtype,
+    direction: str,
+    device: torch.device,
+    request: str,
+    prologue: bool = False,
+    residual: bool = False,
+) -> Choice:
+    """Who convolves an input of ``shape`` [N, CI, H, W] with a filter of ``w_shape`` on ``device``, and how.
+
+    ``direction``, ``prologue`` and ``residual``: see :class:`Problem`. Measurements count where the GPU was tuned.
+    """
+    arch, gpu = decide.target(device)
+    options = dtype, decide.tf32(dtype), direction, prologue, residual, arch, gpu
+    problem, way = _decided(shape, w_shape, geometry, options, request, tuned.load(gpu))
+    decide.note(problem)
+    return way
+
+
+@lru_cache(maxsize=4096)
+def _decided(
+    shape: tuple[int, ...],
+    w_shape: tuple[int, ...],
+    geometry: Geometry,
+    options: tuple[Any, ...],
+    request: str,
+    table: tuned.Table | None,
+) -> tuple[Problem, Choice]:
+    (n, ci, h, w), (co, _, r, s), (stride, padding, dilation, groups) = shape, w_shape, geometry
+    problem = Problem(n, h, w, ci, co, r, s, stride, padding, dilation, groups, *options)
+    chosen = decide.decide(problem, request, table)
+    conv = Convolution(stride, padding, dilation, groups, chosen.implementation == "fused", chosen.tiles)
+    return problem, (chosen.implementation, conv.encode())
+
+
+class Running(NamedTuple):
+    """Batch norm's buffers and how they are updated; ``momentum`` None: the average over all batches."""
+
+    mean: Tensor | None
+    var: Tensor | None
+    batches: Tensor | None
+    momentum: float | None
+
+
+def inference(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    norm: Norm,
+    residual: Tensor | None,
+    step: int,
+    before: int,
+    conv: Convolution,
+    relu: bool,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """``relu(norm(conv(x)) + residual)``: one launch if fused, else PyTorch's convolution and one launch behind it."""
+    if conv.fused:
+        return conv_forward(
+            x,
+            w,
+            bias=bias,
+            norm=norm,
+            residual=residual,
+            residual_step=step,
+            residual_before=before,
+            relu=relu,
+            tf32=decide.tf32(x.dtype),
+            out_dtype=out_dtype,
+            config=conv.tiles.forward,
+            **conv.geometry(),
+        )
+    y = convolve(x, None, w, bias, conv)
+    return batch_norm_apply(
+        y,
+        norm,
+        residual=residual,
+        residual_step=step,
+        residual_before=before,
+        relu=relu,
+        out_dtype=out_dtype,
+    )
+
+
+def fold(w: Tensor, bias: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
+    """:func:`resnet_fused.engine.reference.fold`, rounded to the dtype of ``w`` and laid out channels_last."""
+    folded, shift = reference.fold(w, bias, *norm)
+    return folded.to(w.dtype).contiguous(memory_format=torch.channels_last), shift.to(w.dtype)
+
+
+def cudnn_conv_relu(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> Tensor:
+    """``relu(conv(x) + bias + residual)`` as one call of cuDNN; raises RuntimeError for what its version does not take.
+
+    All tensors are of one dtype and lie on a CUDA GPU.
+    """
+    if residual is None:
+        return torch.ops.aten.cudnn_convolution_relu(x, w, bias, stride, padding, dilation, groups)
+    return torch.ops.aten.cudnn_convolution_add_relu(x, w, residual, 1.0, bias, stride, padding, dilation, groups)
+
+
+def unit_forward(
+    x: Tensor,
+    x_stats: Tensor | None,
+    w: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    running: Running,
+    eps: float,
+    batch_stats: bool,
+    conv: Convolution,
+    group: str,
+) -> tuple[Tensor, Tensor]:
+    """The raw output ``y`` of a unit's convolution, and what its batch norm does to it (stats [5, CO]).
+
+    ``x_stats``: the input is the raw output of the unit before, which these normalise. ``group``: the process group
+    that shares the statistics of the batch, or "".
+    """
+    if not batch_stats:
+        y = convolve(x, x_stats, w, bias, conv)
+        return y, batch_norm_stats(None, gamma, beta, eps, running_mean=running.mean, running_var=running.var)
+    if conv.fused:
+        y, moments = conv_forward_moments(
+            x,
+            w,
+            prologue=_prologue(x_stats),
+            bias=bias,
+            tf32=decide.tf32(x.dtype),
+            config=conv.tiles.forward,
+            **conv.geometry(),
+        )
+    else:
+        y = convolve(x, x_stats, w, bias, conv)
+        moments = channel_moments(y)
+    stats = batch_norm_stats(
+        _gather(moments, group) if group else moments,
+        gamma,
+        beta,
+        eps,
+        running_mean=running.mean,
+        running_var=running.var,
+        batches=running.batches,
+        momentum=running.momentum,
+    )
+    return y, stats
+
+
+def _prologue(stats: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    return None if stats is None else (stats[2], stats[3])
+
+
+def convolve(x: Tensor, x_stats: Tensor | None, w: Tensor, bias: Tensor | None, conv: Convolution) -> Tensor:
+    if conv.fused:
+        return conv_forward(
+            x,
+            w,
+            prologue=_prologue(x_stats),
+            bias=bias,
+            tf32=decide.tf32(x.dtype),
+            config=conv.tiles.forward,
+            **conv.geometry(),
+        )
+    if x_stats is not None:
+        x = batch_norm_apply(x, x_stats)
+    bias = None if bias is None else bias.to(x.dtype)
+    y = torch.convolution(x, w, bias, conv.stride, conv.padding, conv.dilation, False, (0, 0), conv.groups)
+    return y.contiguous(memory_format=torch.channels_last)
+
+
+def _gather(moments: Moments, group: str) -> Moments:
+    """The statistics of every process, one tile each: a single small message."""
+    local = merge_moments(moments)
+    message = torch.cat([local.flatten(), local.new_full((1,), moments.pixels)])[None]
+    members = process_group(group)
+    gathered = message.new_empty(dist.get_world_size(members), message.shape[1])
+    dist.all_gather_into_tensor(gathered, message, group=members)
+    values = gathered[:, :-1].unflatten(1, local.shape).transpose(0, 1).contiguous()
+    return Moments(values, rows=0, pixels=0, counts=gathered[:, -1].contiguous())
+
+
+def process_group(name: str) -> ProcessGroup:
+    return c10d._resolve_process_group(cast(Any, name))

@@ -1,0 +1,132 @@
+"""Which implementation runs a problem, with which tiles, and why: in words."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache, lru_cache
+
+import torch
+
+from resnet_fused.kernels.launch import INTERPRETER, dry_target, interpreting
+from resnet_fused.plan import roofline
+from resnet_fused.plan.problem import Problem, Tiles
+from resnet_fused.plan.tuned import Table
+
+MIN_CAPABILITY = (8, 0)
+
+
+def tf32(dtype: torch.dtype) -> bool:
+    """Whether a convolution in ``dtype`` may round its factors to TF32: as cuDNN may.
+
+    Asks for what both ``torch.backends.cudnn.allow_tf32`` and the newer ``cudnn.conv.fp32_precision`` set: the former
+    can not be read once the latter was used. By the function behind the property, which takes a quarter of the time.
+    """
+    return dtype == torch.float32 and torch._C._get_fp32_precision_getter("cuda", "conv") == "tf32"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a unit runs, and why.
+
+    ``implementation``: "fused" (Triton convolves), "mixed" (PyTorch convolves, with our kernels around), "eager", or
+    "cudnn" (one call of cuDNN with batch norm folded in: in a frozen model, where that was measured to be fastest).
+    ``seconds``: what it takes, measured if ``source`` is "tuned", predicted if it is "model", None if it is "forced".
+    ``alternatives``: every implementation with the seconds that the model predicts for the GPU, fastest first.
+    """
+
+    implementation: str
+    tiles: Tiles
+    seconds: float | None
+    source: str
+    reason: str
+    alternatives: tuple[tuple[str, float], ...]
+
+
+HOST_SECONDS = {"fused": 45e-6, "mixed": 75e-6, "eager": 45e-6}
+"""What the host takes to launch a unit in inference, as ``python -m resnet_fused.benchmarks.host`` measured it without
+a GPU (docs/results.md): eager PyTorch's launches on one are not in it."""
+
+
+def waited(problem: Problem, implementation: str, seconds: float) -> float:
+    """``seconds`` of the GPU, or those of the host where it takes longer: in inference outside of a CUDA graph.
+
+    Not in a frozen model, which replays one; nor in training, where the batches are large as a rule.
+    """
+    return max(seconds, HOST_SECONDS[implementation]) if problem.direction == "inference" else seconds
+
+
+_ROADS = {"triton": "fused", "mixed": "mixed", "eager": "eager"}
+
+
+@lru_cache(maxsize=4096)
+def decide(problem: Problem, request: str = "auto", table: Table | None = None) -> Plan:
+    """The plan for ``problem``: what the user forces, else what was measured, else what the model predicts.
+
+    Pure: it looks at its arguments alone, and needs no GPU. The model: :mod:`resnet_fused.plan.roofline`.
+    """
+    entry = table.lookup(problem) if table is not None else None
+    tiles = entry.tiles if entry is not None and entry.implementation == "fused" else Tiles()
+    alternatives = () if problem.arch == INTERPRETER else roofline.compare(problem, tiles)
+    if request != "auto":
+        return Plan(_ROADS[request], tiles, None, "forced", f"implementation({request!r}) is in force", alternatives)
+    if entry is not None:
+        return Plan(entry.implementation, tiles, entry.seconds, "tuned", entry.reason, alternatives)
+    if not alternatives:
+        return Plan("fused", tiles, None, "model", "the interpreter has no speed to predict", ())
+    best, seconds = min(alternatives, key=lambda way: (waited(problem, *way), way[1]))
+    return Plan(best, tiles, seconds, "model", _why(problem, best, alternatives[0][0], tiles), alternatives)
+
+
+def _why(problem: Problem, best: str, fastest: str, tiles: Tiles) -> str:
+    slowest = max(roofline.predict(problem, best, tiles), key=lambda launch: launch.seconds)
+    but = "" if best == fastest else f" but {fastest}, which would keep the host longer"
+    reason = f"predicted fastest{but}; longest: {slowest.kernel}, bound by {slowest.bound}"
+    if best == "fused":
+        return reason
+    held_up = max(roofline.predict(problem, "fused", tiles), key=lambda launch: launch.seconds)
+    return f"{reason}; fused: {held_up.kernel} {held_up.seconds * 1e6:.1f} us, bound by {held_up.bound}"
+
+
+_records: list[list[Problem]] = []
+
+
+@contextlib.contextmanager
+def record() -> Iterator[list[Problem]]:
+    """The problems that are planned inside the ``with`` block, in order, each as often as it comes up."""
+    found: list[Problem] = []
+    _records.append(found)
+    try:
+        yield found
+    finally:
+        _records[:] = [other for other in _records if other is not found]
+
+
+def note(problem: Problem) -> None:
+    """That ``problem`` is planned, for :func:`record` to see."""
+    for found in _records:
+        found.append(problem)
+
+
+def target(device: torch.device) -> tuple[int, str]:
+    """Architecture and name of the GPU that a launch on ``device`` runs on; 0 and "" for the interpreter."""
+    if (named := dry_target()) is not None:
+        return named
+    if interpreting() or device.type != "cuda":
+        return INTERPRETER, ""
+    return _gpu(device)
+
+
+@cache
+def _gpu(device: torch.device) -> tuple[int, str]:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor, torch.cuda.get_device_name(device)
+
+
+def present_gpu(arch: int) -> str:
+    """The name of this process's CUDA GPU if it is of ``arch``, so that its measurements count; else ""."""
+    if not torch.cuda.is_available():
+        return ""
+    found, name = _gpu(torch.device("cuda", torch.cuda.current_device()))
+    return name if found == arch else ""
