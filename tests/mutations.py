@@ -119,10 +119,16 @@ MUTATIONS = [
         "tests/test_tuned.py::test_without_a_home_directory_everything_runs_and_nothing_is_kept",
     ),
     Mutation(
-        "resnet_fused/plan/tuned.py",
-        "for find in (path, _shipped):",
-        "for find in (_shipped, path):",
-        "tests/test_tuned.py::test_the_package_ships_tables_that_the_users_own_comes_before",
+        "resnet_fused/plan/cache.py",
+        'software | {"kernels": digest(Path(kernels.__file__).parent)}',
+        "software",
+        "tests/test_tuned.py::test_what_was_found_of_other_kernels_does_not_count",
+    ),
+    Mutation(
+        "resnet_fused/plan/cache.py",
+        "[(file.name, file.read_text",
+        "[(file.suffix, file.read_text",
+        "tests/test_tuned.py::test_the_digest_tells_every_change_of_a_kernel",
     ),
     Mutation(
         "resnet_fused/plan/tuned.py",

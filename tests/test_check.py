@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from itertools import product
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -26,10 +27,18 @@ from resnet_fused.engine.tolerance import error_ratio
 from resnet_fused.kernels import batch_norm, conv_dgrad, conv_forward, conv_wgrad
 from resnet_fused.kernels.launch import Call, dry_run, observe
 from resnet_fused.plan import checked
+from resnet_fused.plan.cache import digest
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
-STACK = {"gpu": "Fake H100", "driver": "999.1", "torch": "2.99", "triton": "3.99", "resnet_fused": "9.9"}
+STACK = {
+    "gpu": "Fake H100",
+    "driver": "999.1",
+    "torch": "2.99",
+    "triton": "3.99",
+    "resnet_fused": "9.9",
+    "kernels": "9e",
+}
 H100 = torch.device("cuda:0")
 
 
@@ -262,7 +271,7 @@ AHEAD = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
-from resnet_fused import check
+from resnet_fused.commands import check
 from resnet_fused.kernels.launch import dry_run, observe
 
 class H100:
@@ -411,6 +420,7 @@ def test_the_stack_of_the_cpu_names_no_gpu():
         "torch": torch.__version__,
         "triton": triton.__version__,
         "resnet_fused": resnet_fused.__version__,
+        "kernels": digest(Path(resnet_fused.kernels.__file__).parent),
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -63,14 +64,40 @@ def test_an_entry_replaces_that_of_its_problem():
     assert [entry.seconds for entry in table.entries] == [2e-4]
 
 
-def test_the_package_ships_tables_that_the_users_own_comes_before(tmp_path, monkeypatch):
-    shipped = tmp_path / "package" / "tables"
-    shipped.mkdir(parents=True)
-    monkeypatch.setattr(tuned, "__file__", str(shipped.parent / "tuned.py"))
-    (shipped / tuned.path(GPU).name).write_text(tuned.render(Table(GPU, (ENTRY,))))
-    assert tuned.load(GPU).entries == (ENTRY,)
-    tuned.save(Table(GPU))
-    assert tuned.load(GPU).entries == ()
+def test_the_digest_tells_every_change_of_a_kernel(tmp_path):
+    def digest():
+        return cache.digest.__wrapped__(tmp_path)
+
+    (tmp_path / "a.py").write_text("x = 1\n")
+    (tmp_path / "b.py").write_text("y = 1\n")
+    seen = [digest()]
+    (tmp_path / "notes.txt").write_text("no code")
+    assert digest() == seen[0]
+    (tmp_path / "b.py").write_text("y = 2\n")
+    seen.append(digest())
+    (tmp_path / "b.py").rename(tmp_path / "c.py")
+    seen.append(digest())
+    (tmp_path / "a.py").write_text("x = 1\ny = 2\n")
+    (tmp_path / "c.py").write_text("")
+    seen.append(digest())
+    assert len(set(seen)) == 4
+    assert all(re.fullmatch("[0-9a-f]{12}", found) for found in seen)
+
+
+def test_what_was_found_of_other_kernels_does_not_count(monkeypatch, caplog):
+    cpu = torch.device("cpu")
+    file = tuned.save(Table(GPU, (ENTRY,)))
+    checked.note(cpu)
+    assert cache.versions()["kernels"] in file.name
+    monkeypatch.setattr(cache, "digest", lambda folder: "0123456789ab")
+    tuned.load.cache_clear()
+    assert tuned.load(GPU) is None
+    assert not checked.verified(cpu)
+    assert not caplog.records, "it is not there, as after an update of torch"
+    file.rename(tuned.path(GPU))
+    tuned.load.cache_clear()
+    assert tuned.load(GPU) is None
+    assert "is ignored: its versions is" in caplog.text
 
 
 @pytest.mark.parametrize(("own", "xdg"), [("own", "xdg"), ("", "xdg"), ("", "")])
@@ -106,6 +133,7 @@ BAD = {
     "another schema": (lambda: document(put("schema", 2)), "not a table of schema 1"),
     "another GPU": (lambda: document(put("gpu", "A100")), "its gpu is 'A100'"),
     "another version": (lambda: document(put("versions", "triton", "3.0")), "its versions is"),
+    "other kernels": (lambda: document(put("versions", "kernels", "0123456789ab")), "its versions is .*0123456789ab"),
     "an unknown way": (lambda: document(put("entries", 0, "implementation", "magic")), "implementation 'magic'"),
     "cuDNN in training": (lambda: document(put("entries", 0, "implementation", "cudnn")), "implementation 'cudnn'"),
     "a tile too large": (lambda: document(put("entries", 0, "tiles", TILE_OF_HALF_A_GPU * 3)), "is not legal"),

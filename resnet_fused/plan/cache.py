@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 import torch
 import triton
 
+from resnet_fused import kernels
 from resnet_fused.version import __version__
 
 
@@ -31,8 +34,16 @@ def cache_dir() -> Path:
 
 
 def versions() -> dict[str, str]:
-    """Those that a measurement holds for."""
-    return {"torch": torch.__version__, "triton": triton.__version__, "resnet_fused": __version__}
+    """Those that a measurement holds for; that of the kernels is what their files say."""
+    software = {"torch": torch.__version__, "triton": triton.__version__, "resnet_fused": __version__}
+    return software | {"kernels": digest(Path(kernels.__file__).parent)}
+
+
+@cache
+def digest(folder: Path) -> str:
+    """Twelve hexadecimal digits that tell the Python files of ``folder``, names and text, from any others."""
+    texts = [(file.name, file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.py"))]
+    return hashlib.sha256(repr(texts).encode()).hexdigest()[:12]
 
 
 def read(file: Path) -> str:

@@ -53,7 +53,7 @@ class Entry:
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """The entries of one GPU under the present versions of triton, torch and this library. Compared by identity."""
+    """The entries of one GPU under the present :func:`versions`. Compared by identity."""
 
     gpu: str
     entries: tuple[Entry, ...] = ()
@@ -82,35 +82,29 @@ class Table:
 
 def path(gpu: str) -> Path:
     """The file of the user's table of ``gpu`` under the present versions. Raises as :func:`cache_dir` does."""
-    return cache_dir() / "tuned" / _file_name(gpu)
-
-
-def _shipped(gpu: str) -> Path:
-    return Path(__file__).with_name("tables") / _file_name(gpu)
-
-
-def _file_name(gpu: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.+]+", "-", "-".join([gpu, *versions().values()])) + ".json"
+    name = re.sub(r"[^A-Za-z0-9.+]+", "-", "-".join([gpu, *versions().values()]))
+    return cache_dir() / "tuned" / f"{name}.json"
 
 
 @cache
 def load(gpu: str) -> Table | None:
-    """The user's table of ``gpu``, else the one that the package ships, else None.
+    """The user's table of ``gpu``, or None.
 
     A file that cannot be read, or is no table that is legal throughout (corrupt, of another GPU or other versions, with
     tiles that the GPU cannot run), is refused with one logged message.
     """
     if not gpu:
         return None
-    for find in (path, _shipped):
-        file: Path | None = None
-        try:
-            file = find(gpu)
-            return parse(read(file), gpu)
-        except FileNotFoundError:
-            continue
-        except (OSError, ValueError) as error:
-            _warn_once(f"the table {file} is ignored: {error}")
+    try:
+        file = path(gpu)
+    except FileNotFoundError:
+        return None
+    try:
+        return parse(read(file), gpu)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        _warn_once(f"the table {file} is ignored: {error}")
     return None
 
 
