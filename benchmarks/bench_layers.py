@@ -8,7 +8,7 @@ import pytest
 
 from .measure import BACKWARD, FORWARD
 from .peers import Peer
-from .shapes import Layer
+from .shapes import LayerCase
 from .suite import LAYERS, combinations, run, timed
 
 pytestmark = timed
@@ -16,5 +16,5 @@ pytestmark = timed
 
 @combinations(FORWARD, BACKWARD)
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.name)
-def test_layer(benchmark: Any, layer: Layer, phase: str, peer: Peer) -> None:
+def test_layer(benchmark: Any, layer: LayerCase, phase: str, peer: Peer) -> None:
     run(benchmark, peer, layer, phase)

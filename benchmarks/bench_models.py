@@ -8,7 +8,7 @@ import pytest
 
 from .measure import BACKWARD, FORWARD, STEP
 from .peers import Peer
-from .shapes import Network
+from .shapes import NetworkCase
 from .suite import NETWORKS, combinations, run, timed
 
 pytestmark = timed
@@ -17,4 +17,4 @@ pytestmark = timed
 @combinations(FORWARD, BACKWARD, STEP)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_model(benchmark: Any, name: str, phase: str, peer: Peer) -> None:
-    run(benchmark, peer, Network(name), phase)
+    run(benchmark, peer, NetworkCase(name), phase)

@@ -11,14 +11,14 @@ import torch
 from resnet_fused.table import render
 
 from .count import count, counted_gpu, least_work, roof
-from .measure import Runner, Setting, Timing, interleave
+from .measure import PeerRunner, Setting, Timing, interleave
 from .peers import OURS, Peer
 
 NOT_MEASURED = "not measured"
 
 
 @dataclass(frozen=True)
-class Row:
+class PeerRow:
     """One peer at one setting; what was not measured is None. Columns of counts and of the model are named so.
 
     Times are milliseconds per batch: median, quartiles, extremes. ``tflops`` and ``gbs``: counted operations and bytes
@@ -60,14 +60,14 @@ class Row:
     model_roof_ms: float | None = None
 
 
-def compare(setting: Setting, peers: Sequence[Peer], rounds: Iterable[int]) -> list[Row]:
+def compare(setting: Setting, peers: Sequence[Peer], rounds: Iterable[int]) -> list[PeerRow]:
     """Measure every peer that can run at ``setting``, and count the work of those whose launches can be seen."""
     torch.compiler.reset()  # a block compiled for too many shapes would reach the limit of dynamo's cache
-    runners: dict[str, Runner] = {}
-    rows: list[Row] = []
+    runners: dict[str, PeerRunner] = {}
+    rows: list[PeerRow] = []
     for peer in peers:
         runner = prepare(peer, setting)
-        if isinstance(runner, Runner):
+        if isinstance(runner, PeerRunner):
             runners[peer.name] = runner
         rows.append(_row(peer, setting, runner if isinstance(runner, str) else None))
     timings = interleave(runners, rounds, setting.device)
@@ -77,17 +77,17 @@ def compare(setting: Setting, peers: Sequence[Peer], rounds: Iterable[int]) -> l
     ]
 
 
-def failed(peers: Sequence[Peer], setting: Setting, error: Exception) -> list[Row]:
+def failed(peers: Sequence[Peer], setting: Setting, error: Exception) -> list[PeerRow]:
     """The rows of a setting that could not be measured."""
     return [_row(peer, setting, _failure(error)) for peer in peers]
 
 
-def prepare(peer: Peer, setting: Setting) -> Runner | str:
+def prepare(peer: Peer, setting: Setting) -> PeerRunner | str:
     """The peer at work, or why it is not."""
     if (reason := peer.why_not(setting.device, setting.training)) is not None:
         return reason
     try:
-        return Runner(peer, setting)
+        return PeerRunner(peer, setting)
     except Exception as error:  # other libraries raise what they like, and the rest is measured all the same
         if peer in OURS:
             raise
@@ -98,14 +98,13 @@ def _failure(error: Exception) -> str:
     return f"failed: {type(error).__name__}: {(str(error) or 'no message').splitlines()[0][:200]}"
 
 
-def _row(peer: Peer, setting: Setting, reason: str | None) -> Row:
-    level = type(setting.case).__name__.lower()
-    dtype = str(setting.dtype).removeprefix("torch.")
-    return Row(level, setting.case.name, setting.batch, dtype, setting.phase, peer.name, reason)
+def _row(peer: Peer, setting: Setting, reason: str | None) -> PeerRow:
+    case, dtype = setting.case, str(setting.dtype).removeprefix("torch.")
+    return PeerRow(case.level, case.name, setting.batch, dtype, setting.phase, peer.name, reason)
 
 
 def _measured(
-    name: str, timings: Mapping[str, Timing], runners: Mapping[str, Runner], setting: Setting
+    name: str, timings: Mapping[str, Timing], runners: Mapping[str, PeerRunner], setting: Setting
 ) -> dict[str, Any]:
     if name not in timings:
         return {}
@@ -129,7 +128,7 @@ def _measured(
     return row
 
 
-def derived(runner: Runner, seconds: float) -> dict[str, float | None]:
+def derived(runner: PeerRunner, seconds: float) -> dict[str, float | None]:
     """What follows from ``seconds`` per call: rates, and on a GPU the share of its roof and the peak of its memory."""
     setting, memory = runner.setting, runner.peak_memory()
     work, least = count(runner.peer, setting), least_work(setting)
@@ -159,7 +158,7 @@ def _counted(peer: Peer, setting: Setting) -> dict[str, Any]:
     }
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[PeerRow]) -> str:
     """The times as text, and below them why the others were not measured."""
     columns = ["case", "batch", "dtype", "phase", "peer", "median ms", "quartiles", "over ours"]
     cells = []

@@ -31,7 +31,7 @@ def counted_gpu(device: torch.device) -> GPU:
 
 
 @dataclass(frozen=True)
-class Work:
+class CountedWork:
     """What a phase launches, and what that costs at the least, for one batch: counted from shapes, nothing is run.
 
     ``bytes`` by kind of launch (:func:`kind`); each operand counts once per launch. ``saved``: bytes kept for the
@@ -65,7 +65,7 @@ def kind(launch: str) -> str:
 
 
 @cache
-def count(peer: Peer, setting: Setting) -> Work | None:
+def count(peer: Peer, setting: Setting) -> CountedWork | None:
     """The work of ``peer``, planned for :func:`counted_gpu`; None for a whole step, and where launches cannot be seen.
 
     Parameters have the dtype of the input: the casts of mixed precision are left out.
@@ -101,20 +101,20 @@ def count(peer: Peer, setting: Setting) -> Work | None:
         bytes_by_kind[kind(launch.name)] += launch.bytes_read + launch.bytes_written
     flops = sum(launch.flops for launch in seen.launches)
     size = sum(t.untyped_storage().nbytes() for storage, t in saved.items() if storage not in held)
-    return Work(len(seen.launches), flops, dict(bytes_by_kind), size)
+    return CountedWork(len(seen.launches), flops, dict(bytes_by_kind), size)
 
 
 def _storage(t: Tensor) -> int:
     return int(t.untyped_storage()._cdata)
 
 
-def least_work(setting: Setting) -> Work | None:
+def least_work(setting: Setting) -> CountedWork | None:
     """The work of the peer that is counted to move the least; None if nothing is counted there."""
     works = [count(peer, setting) for peer in PEERS.values() if peer.does(setting.training)]
     return min((work for work in works if work is not None), key=lambda work: work.moved, default=None)
 
 
-def roof(work: Work, setting: Setting) -> float:
+def roof(work: CountedWork, setting: Setting) -> float:
     """Seconds that ``work`` takes at the published peaks of :func:`counted_gpu`: a model, and a bound from below.
 
     The roofline of Williams, Waterman and Patterson 2009 (doi:10.1145/1498765.1498785).

@@ -17,7 +17,7 @@ from resnet_fused import implementation
 from resnet_fused.plan.decide import tf32
 
 from .peers import Peer
-from .shapes import Case, Layer
+from .shapes import Case, LayerCase
 
 FORWARD, BACKWARD, STEP = PHASES = ("forward", "forward+backward", "training step")
 WARM_UP = 3
@@ -70,7 +70,7 @@ class Timing:
         return first, third
 
 
-class Runner:
+class PeerRunner:
     """A peer at work on a setting: call it to run the phase once.
 
     Training runs under autocast where the dtype has 16 bits, with fp32 parameters, as mixed precision does; inference
@@ -90,7 +90,7 @@ class Runner:
             self._run = self._replay = phase_function(setting.phase, run, self.model, self.x, setting.device)
             for _ in range(WARM_UP):
                 self._run()
-            alone = isinstance(setting.case, Layer) and not setting.training
+            alone = isinstance(setting.case, LayerCase) and not setting.training
             if setting.device.type == "cuda" and alone and not peer.own_graph:
                 self._replay = _graph(self._run, setting.device)
 
@@ -155,7 +155,7 @@ def synchronised() -> float:
     return time.perf_counter()
 
 
-def interleave(runners: Mapping[str, Runner], rounds: Iterable[int], device: torch.device) -> dict[str, Timing]:
+def interleave(runners: Mapping[str, PeerRunner], rounds: Iterable[int], device: torch.device) -> dict[str, Timing]:
     """Time every runner once per round, in an order that shifts from round to round.
 
     So whatever else the machine does meets all of them alike, and times of one round may be compared.

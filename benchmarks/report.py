@@ -21,9 +21,9 @@ from .count import KINDS
 from .measure import BACKWARD, FORWARD, PHASES
 from .peers import BASELINE, OURS
 
-Row = Mapping[str, Any]
-Rows = Sequence[Row]
-Columns = Mapping[str, str | Callable[[Row], object]]
+Record = Mapping[str, Any]
+Records = Sequence[Record]
+Columns = Mapping[str, str | Callable[[Record], object]]
 """What a table shows, by its head: a column of the rows, or a function of a row."""
 
 OWN = OURS[0].name
@@ -74,7 +74,7 @@ def page(results: Mapping[str, Any]) -> str:
     )
 
 
-def speedups(rows: Rows) -> Iterable[str]:
+def speedups(rows: Records) -> Iterable[str]:
     """Per phase a plot of how much longer each peer takes than this library; one panel per setting."""
     for phase in PHASES:
         measured = [row for row in rows if row["phase"] == phase and row["over_ours"] is not None]
@@ -94,7 +94,7 @@ def speedups(rows: Rows) -> Iterable[str]:
         )
 
 
-def _speedup(ax: Axes, title: str, rows: Rows) -> None:
+def _speedup(ax: Axes, title: str, rows: Records) -> None:
     ratio = [row["over_ours"] for row in rows]
     below = [row["over_ours"] - row["over_ours_q1"] for row in rows]
     above = [row["over_ours_q3"] - row["over_ours"] for row in rows]
@@ -109,7 +109,7 @@ def _speedup(ax: Axes, title: str, rows: Rows) -> None:
     ax.set_xlabel("time / time of resnet_fused")
 
 
-def rooflines(rows: Rows, gpu: GPU, measured: bool) -> Iterable[str]:
+def rooflines(rows: Records, gpu: GPU, measured: bool) -> Iterable[str]:
     """Per phase and dtype, every layer at the largest batch under the roof of the GPU: measured, or as a model."""
     for phase in (FORWARD, BACKWARD):
         at = [row for row in rows if row["phase"] == phase and row["counted_mb"] is not None]
@@ -119,7 +119,7 @@ def rooflines(rows: Rows, gpu: GPU, measured: bool) -> Iterable[str]:
             yield _roofline([row for row in group if row["batch"] == largest], gpu, measured)
 
 
-def _roofline(rows: Rows, gpu: GPU, measured: bool) -> str:
+def _roofline(rows: Records, gpu: GPU, measured: bool) -> str:
     number_format, layers = rows[0]["planned_format"], list(dict.fromkeys(row["case"] for row in rows))
     title = f"{rows[0]['phase']}, batch {rows[0]['batch']}, {number_format}"
     rows = [row for row in rows if not measured or row["median_ms"] is not None]
@@ -165,7 +165,7 @@ def _number_points(ax: Axes, points: Iterable[tuple[float, float, int]]) -> None
         ax.annotate(str(number), (x, y), place, textcoords="offset points", fontsize=7, ha="center", arrowprops=line)
 
 
-def traffic(rows: Rows) -> Iterable[str]:
+def traffic(rows: Records) -> Iterable[str]:
     """Bytes per image of the models by kind of launch, at the largest batch."""
     for phase in (FORWARD, BACKWARD):
         bars = _counted_bars(rows, phase)
@@ -195,7 +195,7 @@ def traffic(rows: Rows) -> Iterable[str]:
         )
 
 
-def memory(rows: Rows) -> Iterable[str]:
+def memory(rows: Records) -> Iterable[str]:
     """What training keeps for the backward, counted, and the peak of a call, measured."""
     bars = _counted_bars(rows, BACKWARD)
     if bars:
@@ -222,17 +222,17 @@ def memory(rows: Rows) -> Iterable[str]:
     yield _table(peaks, columns)
 
 
-def _counted_bars(rows: Rows, phase: str) -> Rows:
+def _counted_bars(rows: Records, phase: str) -> Records:
     counted = [row for row in rows if row["phase"] == phase and row["counted_mb"] is not None]
     largest = max((row["batch"] for row in counted), default=0)
     return [row for row in counted if row["batch"] == largest]
 
 
-def _bar_name(row: Row) -> str:
+def _bar_name(row: Record) -> str:
     return f"{row['case']} {row['dtype']}\n{row['peer']}"
 
 
-def _times(rows: Rows) -> str:
+def _times(rows: Records) -> str:
     """What was measured; a row that was not says why."""
     columns: Columns = {
         "peer": "peer",
@@ -246,7 +246,7 @@ def _times(rows: Rows) -> str:
     return _table(rows, columns)
 
 
-def _counts(rows: Rows) -> str:
+def _counts(rows: Records) -> str:
     columns: Columns = {
         "peer": "peer",
         "launches (counted)": "counted_launches",
@@ -257,11 +257,11 @@ def _counts(rows: Rows) -> str:
     return _table([row for row in rows if row["counted_mb"] is not None], columns)
 
 
-def _setting(row: Row) -> str:
+def _setting(row: Record) -> str:
     return f"{row['case']}, batch {row['batch']}, {row['dtype']}, {row['phase']}"
 
 
-def _table(rows: Rows, columns: Columns) -> str:
+def _table(rows: Records, columns: Columns) -> str:
     """A line for each row, under a heading for each setting."""
     head = "".join(f"<th>{_text(name)}</th>" for name in columns)
     lines = []
@@ -272,7 +272,7 @@ def _table(rows: Rows, columns: Columns) -> str:
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _cells(row: Row, columns: Columns) -> str:
+def _cells(row: Record, columns: Columns) -> str:
     """The cells of a row; where nothing was measured, one that says so stands for all behind the first."""
     if "median_ms" in columns.values() and row["median_ms"] is None:
         reason = f"{NOT_MEASURED}: {row['reason']}"

@@ -20,12 +20,12 @@ from resnet_fused.commands import check
 from resnet_fused.commands.shared import UserError, images, pick_device, pixels, require_writable, rounds
 from resnet_fused.plan import cache, checked
 
-from .compare import Row, compare, failed, table
+from .compare import PeerRow, compare, failed, table
 from .count import counted_gpu
 from .machine import describe
 from .measure import BACKWARD, FORWARD, STEP, WARM_UP, Setting
 from .peers import PEERS, Peer
-from .shapes import MODELS, Case, Network, layers
+from .shapes import MODELS, Case, NetworkCase, layers
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 FILES = ("results.json", "results.csv", "report.html")
@@ -76,7 +76,7 @@ def main(options: argparse.Namespace) -> int:
         "method": method(options, device),
         "planned_for": {"name": gpu.name, "arch": gpu.arch},
     }
-    rows: list[Row] = []
+    rows: list[PeerRow] = []
     try:
         for found in measure(options, device):
             rows += found
@@ -93,14 +93,14 @@ def main(options: argparse.Namespace) -> int:
 def write(folder: Path, results: dict[str, Any]) -> None:
     """Write what was measured so far. Raises OSError."""
     lines = io.StringIO()
-    writer = csv.DictWriter(lines, [column.name for column in fields(Row)])
+    writer = csv.DictWriter(lines, [column.name for column in fields(PeerRow)])
     writer.writeheader()
     writer.writerows(results["rows"])
     cache.write_whole(folder / "results.json", json.dumps(results, indent=1) + "\n")
     cache.write_whole(folder / "results.csv", lines.getvalue())
 
 
-def measure(options: argparse.Namespace, device: torch.device) -> Iterator[list[Row]]:
+def measure(options: argparse.Namespace, device: torch.device) -> Iterator[list[PeerRow]]:
     """Everything, one setting after the other; one that fails is rows with the reason."""
     todo = settings(options, device)
     for i, setting in enumerate(todo, 1):
@@ -129,7 +129,7 @@ def settings(options: argparse.Namespace, device: torch.device) -> list[Setting]
     """What is measured: the models, then their distinct layers."""
     phases = [FORWARD, BACKWARD] if options.train else [FORWARD]
     todo: dict[Case, list[str]] = {
-        Network(model, options.size): [*phases, STEP] if options.train else phases for model in options.models
+        NetworkCase(model, options.size): [*phases, STEP] if options.train else phases for model in options.models
     }
     todo |= {layer: phases for model in options.models for layer in layers(model, options.size)}
     return [
@@ -149,7 +149,7 @@ def peers(setting: Setting, skip: list[str]) -> list[Peer]:
 
     def wanted(peer: Peer) -> bool:
         alone = peer.layers and not (peer.own_graph and setting.device.type == "cuda")
-        return peer.does(setting.training) and (alone or isinstance(setting.case, Network))
+        return peer.does(setting.training) and (alone or isinstance(setting.case, NetworkCase))
 
     return [peer for peer in PEERS.values() if peer.name not in skip and wanted(peer)]
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +32,10 @@ MODELS = {
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerCase:
     """One convolution by its geometry, for one image of ``height`` x ``width`` pixels."""
+
+    level: ClassVar[str] = "layer"
 
     in_channels: int
     out_channels: int
@@ -77,11 +79,13 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Block:
+class BlockCase:
     """One residual block by the arguments of its constructor, for one image of ``height`` x ``width`` pixels.
 
     ``kind``: "basic" or "bottleneck". ``shortcut``: "identity", "projection" or "padded".
     """
+
+    level: ClassVar[str] = "block"
 
     kind: str
     in_channels: int
@@ -124,8 +128,10 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Network:
+class NetworkCase:
     """A whole model, a key of :data:`MODELS`, on images of ``size`` x ``size`` pixels, or as it is made for."""
+
+    level: ClassVar[str] = "network"
 
     model: str
     size: int | None = None
@@ -151,29 +157,29 @@ class Network:
         return model()
 
 
-Case = Layer | Block | Network
-"""What is benchmarked: each has a ``name``, the shape of its input ``image`` and a way to ``build()`` it."""
+Case = LayerCase | BlockCase | NetworkCase
+"""What is benchmarked: each has its ``level`` and ``name``, the shape of its input ``image`` and a ``build()``."""
 
 
 @cache
-def layers(model: str, size: int | None = None) -> dict[Layer, int]:
-    """The distinct layers of ``Network(model, size)`` in order, with how often each occurs."""
-    found: Counter[Layer] = Counter()
+def layers(model: str, size: int | None = None) -> dict[LayerCase, int]:
+    """The distinct layers of ``NetworkCase(model, size)`` in order, with how often each occurs."""
+    found: Counter[LayerCase] = Counter()
 
     def record(conv: nn.Module, x: Tensor) -> None:
         assert isinstance(conv, nn.Conv2d) and isinstance(conv.padding, tuple)
         _, channels, height, width = x.shape
         geometry = conv.kernel_size[0], conv.stride[0], conv.padding[0], conv.groups
-        found[Layer(channels, conv.out_channels, height, width, *geometry)] += 1
+        found[LayerCase(channels, conv.out_channels, height, width, *geometry)] += 1
 
-    _visit(Network(model, size), (nn.Conv2d,), record)
+    _visit(NetworkCase(model, size), (nn.Conv2d,), record)
     return dict(found)
 
 
 @cache
-def blocks(model: str) -> dict[Block, int]:
+def blocks(model: str) -> dict[BlockCase, int]:
     """The distinct residual blocks of ``model`` in order, with how often each occurs."""
-    found: Counter[Block] = Counter()
+    found: Counter[BlockCase] = Counter()
 
     def record(block: nn.Module, x: Tensor) -> None:
         assert isinstance(block, BasicBlock | Bottleneck)
@@ -186,13 +192,15 @@ def blocks(model: str) -> dict[Block, int]:
         if block.downsample is None or isinstance(block.downsample, PaddedShortcut):
             shortcut = "identity" if block.downsample is None else "padded"
         kind = "bottleneck" if bottleneck else "basic"
-        found[Block(kind, channels, planes, height, width, block.stride, inner.groups, base_width, shortcut)] += 1
+        found[BlockCase(kind, channels, planes, height, width, block.stride, inner.groups, base_width, shortcut)] += 1
 
-    _visit(Network(model), (BasicBlock, Bottleneck), record)
+    _visit(NetworkCase(model), (BasicBlock, Bottleneck), record)
     return dict(found)
 
 
-def _visit(network: Network, kinds: tuple[type[nn.Module], ...], record: Callable[[nn.Module, Tensor], None]) -> None:
+def _visit(
+    network: NetworkCase, kinds: tuple[type[nn.Module], ...], record: Callable[[nn.Module, Tensor], None]
+) -> None:
     """Call ``record`` with every module of ``kinds`` and its input, in the order in which ``network`` runs them."""
     with torch.device("meta"), resnet_fused.implementation("eager"), torch.no_grad():
         model = getattr(resnet_fused, network.model)().eval()
@@ -202,11 +210,11 @@ def _visit(network: Network, kinds: tuple[type[nn.Module], ...], record: Callabl
         model(torch.empty(1, *network.image))
 
 
-def distinct() -> list[Layer]:
+def distinct() -> list[LayerCase]:
     """The distinct layers of all :data:`MODELS`."""
     return list(dict.fromkeys(layer for model in MODELS for layer in layers(model)))
 
 
-def distinct_blocks() -> list[Block]:
+def distinct_blocks() -> list[BlockCase]:
     """The distinct residual blocks of all :data:`MODELS`."""
     return list(dict.fromkeys(block for model in MODELS for block in blocks(model)))

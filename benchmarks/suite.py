@@ -11,13 +11,13 @@ from .compare import derived, prepare
 from .count import count
 from .measure import PHASES, Setting, Stopwatch, synchronised
 from .peers import PEERS, Peer
-from .shapes import MODELS, Block, Layer, blocks, distinct, distinct_blocks, layers
+from .shapes import MODELS, BlockCase, LayerCase, blocks, distinct, distinct_blocks, layers
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 BATCH, DTYPE, ROUNDS = (32, torch.bfloat16, 50) if ON_GPU else (1, torch.float32, 5)
-LAYERS: list[Layer] = distinct() if ON_GPU else list(layers("resnet20"))
-BLOCKS: list[Block] = distinct_blocks() if ON_GPU else list(blocks("resnet20"))
+LAYERS: list[LayerCase] = distinct() if ON_GPU else list(layers("resnet20"))
+BLOCKS: list[BlockCase] = distinct_blocks() if ON_GPU else list(blocks("resnet20"))
 NETWORKS: list[str] = list(MODELS) if ON_GPU else ["resnet18", "resnet20"]
 
 timed = pytest.mark.benchmark(timer=synchronised, disable_gc=True)

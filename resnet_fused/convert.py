@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from resnet_fused import functional
 from resnet_fused.engine import eligible
-from resnet_fused.modules import FusedBlock, Layout, descendants
+from resnet_fused.modules import BlockLayout, FusedBlock, descendants
 from resnet_fused.plan import checked
 from resnet_fused.recognise import recognise
 
@@ -45,7 +45,7 @@ class ConvertedBlock(Converted):
     One that was never recognised, made by calling its class, has none of them.
     """
 
-    layout: Layout | None = None  # type: ignore[assignment]
+    layout: BlockLayout | None = None  # type: ignore[assignment]
     kinds: tuple[Any, ...] = ()
     plain: tuple[tuple[str, Any], ...] = ()
 
@@ -208,7 +208,7 @@ class Found:
 
     name: str
     module: nn.Module
-    verdict: Layout | bool | str
+    verdict: BlockLayout | bool | str
 
 
 def find(model: nn.Module) -> Iterator[Found]:
@@ -225,11 +225,11 @@ def find(model: nn.Module) -> Iterator[Found]:
             verdict = None
         if verdict is not None:
             yield Found(name, module, verdict)
-        if not isinstance(verdict, Layout):
+        if not isinstance(verdict, BlockLayout):
             pending += [(f"{name}.{child}".lstrip("."), m) for child, m in module.named_children()]
 
 
-def _examine(module: nn.Module) -> Layout | bool | str | None:
+def _examine(module: nn.Module) -> BlockLayout | bool | str | None:
     """The verdict on ``module``, or None if there is nothing to fuse in it."""
     if isinstance(module, ConvertedSequential):
         return True
@@ -278,7 +278,7 @@ def _swap(found: Found, memory: str) -> None:
     module, verdict = found.module, found.verdict
     state: dict[str, Any] = {"memory": memory}
     kind: type[Converted] = ConvertedSequential
-    if isinstance(verdict, Layout) and (isinstance(module, ConvertedBlock) or not isinstance(module, FusedBlock)):
+    if isinstance(verdict, BlockLayout) and (isinstance(module, ConvertedBlock) or not isinstance(module, FusedBlock)):
         kind = ConvertedBlock
         for part in descendants(module):  # the block runs them itself
             _revert(part)

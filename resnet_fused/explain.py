@@ -22,7 +22,7 @@ from resnet_fused.table import render
 
 
 @dataclass
-class Row:
+class BlockRow:
     """One block of :func:`explain`."""
 
     name: str
@@ -68,7 +68,7 @@ def _plan(problem: Problem) -> Plan:
 class Explanation:
     """What :func:`explain` found; ``str()`` of it is a table of blocks and one of their units."""
 
-    rows: list[Row]
+    rows: list[BlockRow]
     ran: bool
 
     def to_dict(self) -> list[dict[str, Any]]:
@@ -121,7 +121,7 @@ def explain(
         raise ValueError("training=True needs an arch: a training step is planned, not run")
     if x is not None and arch is not None:
         model, x = copy.deepcopy(model).to("meta").train(training), x.to("meta")
-    rows = {f.module: Row(f.name, _class_name(f.module), *_judge(f)) for f in find(model)}
+    rows = {f.module: BlockRow(f.name, _class_name(f.module), *_judge(f)) for f in find(model)}
     if x is not None:
         with nullcontext() if arch is None else dry_run(arch, present_gpu(arch)), torch.set_grad_enabled(training):
             _observe(model, x, rows, training)
@@ -138,7 +138,7 @@ def _class_name(module: nn.Module) -> str:
     return getattr(module, "original", type(module)).__qualname__
 
 
-def _observe(model: nn.Module, x: Tensor, rows: dict[nn.Module, Row], training: bool) -> None:
+def _observe(model: nn.Module, x: Tensor, rows: dict[nn.Module, BlockRow], training: bool) -> None:
     """Run ``model`` once and note in ``rows`` what each block planned and launched, and why it ran eager if it did."""
     starts: dict[nn.Module, tuple[int, int]] = {}
     modes = [(module, module.training) for module in model.modules()]

@@ -548,7 +548,7 @@ def _traced(module: nn.Module) -> fx.GraphModule | None:
         return None
     if eligible.hooked(module):
         return None
-    tracer = _Tracer()
+    tracer = _FreezingTracer()
     own = traced_forward(module, None) is None
     tracer.traced_func_name = "forward" if own else "eager_forward"
     try:
@@ -596,7 +596,7 @@ def _written(module: nn.Module, before: dict[str, Any]) -> list[str]:
     return [*new, *before.keys() - vars(module).keys()]
 
 
-class _Proxy(fx.Proxy):
+class _FreezingProxy(fx.Proxy):
     """A proxy that tells ``a += b`` from ``a = a + b``."""
 
     def augment(self, name: str, other: Any) -> fx.Proxy:
@@ -604,17 +604,17 @@ class _Proxy(fx.Proxy):
 
 
 for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul"):
-    setattr(_Proxy, f"__{_name}__", partialmethod(_Proxy.augment, _name))
+    setattr(_FreezingProxy, f"__{_name}__", partialmethod(_FreezingProxy.augment, _name))
 
 
-class _Tracer(fx.Tracer):
+class _FreezingTracer(fx.Tracer):
     """Traces the modules of this package through their eager roads."""
 
     def __init__(self) -> None:
         super().__init__(autowrap_modules=(math, functional))  # type: ignore[arg-type]
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
+        return _FreezingProxy(node, self)
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> Any:
         if target is conv_bn_act:

@@ -17,7 +17,7 @@ from resnet_fused.engine.reference import PaddedIdentity
 from resnet_fused.engine.request import requested
 
 
-class Unit(NamedTuple):
+class UnitNames(NamedTuple):
     """A convolution and its batch norm, by the dotted names of the submodules, and whether a ReLU follows."""
 
     conv: str
@@ -25,7 +25,7 @@ class Unit(NamedTuple):
     relu: bool = True
 
 
-class Layout(NamedTuple):
+class BlockLayout(NamedTuple):
     """What a block computes: ``relu(units(x) + shortcut(x))``, or ``units(x)`` alone if it is not ``residual``.
 
     The ReLU of the last unit stands behind the addition. ``shortcut``: a projection; the name of a
@@ -33,15 +33,15 @@ class Layout(NamedTuple):
     ``in_place``: the addition writes to the branch, and so keeps its dtype where autocast gives the shortcut another.
     """
 
-    units: tuple[Unit, ...]
-    shortcut: Unit | str | None = None
+    units: tuple[UnitNames, ...]
+    shortcut: UnitNames | str | None = None
     pool: str | None = None
     residual: bool = True
     in_place: bool = False
 
-    def all_units(self) -> tuple[Unit, ...]:
+    def all_units(self) -> tuple[UnitNames, ...]:
         """The units of the branch, and the projection if there is one."""
-        return (*self.units, self.shortcut) if isinstance(self.shortcut, Unit) else self.units
+        return (*self.units, self.shortcut) if isinstance(self.shortcut, UnitNames) else self.units
 
 
 class PaddedShortcut(nn.Module):
@@ -69,13 +69,13 @@ class PaddedShortcut(nn.Module):
 
 
 class FusedBlock(nn.Module):
-    """A block that runs its :class:`Layout` fused where it can, else ``eager_forward``.
+    """A block that runs its :class:`BlockLayout` fused where it can, else ``eager_forward``.
 
     ``memory``: what training keeps for the backward. ``"default"``: the raw output of every convolution.
     ``"recompute"``: the backward computes the last one, and the projection, again.
     """
 
-    layout: Layout
+    layout: BlockLayout
     memory: str = "default"
 
     def eager_forward(self, x: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ class FusedBlock(nn.Module):
             f"{type(self).__qualname__} cannot be scripted: script the model as it was, resnet_fused.unfuse(model)"
         )
 
-    def _layer(self, unit: Unit) -> eligible.Layer:
+    def _layer(self, unit: UnitNames) -> eligible.Layer:
         return eligible.Layer(_submodule(self, unit.conv), _submodule(self, unit.norm), unit.relu)
 
     def _shortcut(self, x: Tensor, projection: eligible.Layer) -> functional.Shortcut | None:
@@ -171,7 +171,7 @@ class _NumberedBlock(FusedBlock):
     downsample: nn.Module | None
 
     @property
-    def layout(self) -> Layout:  # type: ignore[override]
+    def layout(self) -> BlockLayout:  # type: ignore[override]
         downsample = self._modules.get("downsample")
         made = _numbered.__wrapped__ if torch.compiler.is_compiling() else _numbered
         return made(self.depth, downsample is not None, isinstance(downsample, PaddedShortcut))
@@ -189,11 +189,11 @@ class _NumberedBlock(FusedBlock):
 
 
 @lru_cache(maxsize=64)
-def _numbered(depth: int, downsampled: bool, padded: bool) -> Layout:
-    units = tuple([Unit(f"conv{i}", f"bn{i}") for i in range(1, depth + 1)])
+def _numbered(depth: int, downsampled: bool, padded: bool) -> BlockLayout:
+    units = tuple([UnitNames(f"conv{i}", f"bn{i}") for i in range(1, depth + 1)])
     if not downsampled:
-        return Layout(units)
-    return Layout(units, "downsample" if padded else Unit("downsample.0", "downsample.1", relu=False))
+        return BlockLayout(units)
+    return BlockLayout(units, "downsample" if padded else UnitNames("downsample.0", "downsample.1", relu=False))
 
 
 class BasicBlock(_NumberedBlock):

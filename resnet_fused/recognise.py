@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from resnet_fused.engine import eligible
-from resnet_fused.modules import Layout, Unit, traced_forward
+from resnet_fused.modules import BlockLayout, UnitNames, traced_forward
 
 _PARTS = {"conv": nn.Conv2d, "norm": _BatchNorm, "relu": nn.ReLU, "identity": nn.Identity, "pool": nn.AvgPool2d}
 _EXACT = (nn.ReLU, nn.Identity, nn.AvgPool2d)
@@ -32,7 +32,7 @@ class _NoBlock(Exception):
     """Says why a module is not recognised."""
 
 
-def recognise(module: nn.Module) -> Layout | str:
+def recognise(module: nn.Module) -> BlockLayout | str:
     """The layout of ``module``, or in words why it cannot run fused.
 
     Its submodules must be those of a plain block, without hooks or parametrizations. Then the module's own forward is
@@ -70,20 +70,20 @@ def _check_parts(module: nn.Module, prefix: str = "") -> None:
         _check_parts(part, f"{name}.")
 
 
-class _Proxy(fx.Proxy):
+class _BlockProxy(fx.Proxy):
     """A proxy that tells ``a += b`` from ``a = a + b``."""
 
     def __iadd__(self, other: Any) -> fx.Proxy:
         return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
 
 
-class _Tracer(fx.Tracer):
+class _BlockTracer(fx.Tracer):
     def __init__(self) -> None:
         super().__init__()
         self.modes = _modes()
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
+        return _BlockProxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, tuple(_PARTS.values()))
@@ -123,7 +123,7 @@ class _State(NamedTuple):
 _STATES = (_State(training=True), _State(training=True, frozen=True), _State(training=False))
 
 
-def _compare(module: nn.Module, layout: Layout, state: _State) -> None:
+def _compare(module: nn.Module, layout: BlockLayout, state: _State) -> None:
     try:
         other = _match(module, _trace(module, state))
     except _NoBlock as reason:
@@ -144,7 +144,7 @@ def _trace(module: nn.Module, state: _State) -> fx.Graph:
         try:
             twin = _twin(module, state, twins)
             before = [_attributes(part) for part in twins.values()]
-            graph = _Tracer().trace(twin)
+            graph = _BlockTracer().trace(twin)
         except _NoBlock as reason:
             failure = str(reason)
         except Exception as error:  # whatever the forward of a stranger may raise
@@ -243,7 +243,7 @@ def _copied(t: Tensor | None) -> Tensor | None:
         return nn.Parameter(t.clone(), t.requires_grad) if isinstance(t, nn.Parameter) else t.clone()
 
 
-def _match(module: nn.Module, graph: fx.Graph) -> Layout:
+def _match(module: nn.Module, graph: fx.Graph) -> BlockLayout:
     *inner, output = [node for node in graph.nodes if node.op != "placeholder"]
     if any(len(node.users) != 1 for node in inner) or not isinstance(output.args[0], fx.Node):
         raise _NoBlock("its forward uses a value twice, drops one, or returns more than one tensor")
@@ -251,7 +251,7 @@ def _match(module: nn.Module, graph: fx.Graph) -> Layout:
     relu = _kind(module, result) == "relu"
     join = _operand(module, result) if relu else result
     if _kind(module, join) != "add":
-        return Layout(_units(module, _path(module, result)), residual=False)
+        return BlockLayout(_units(module, _path(module, result)), residual=False)
     paths = [_path(module, operand) for operand in _operands(join)]
     if join.target in _IN_PLACE and not paths[0]:
         raise _NoBlock("its forward adds to its input in place")
@@ -260,7 +260,7 @@ def _match(module: nn.Module, graph: fx.Graph) -> Layout:
     if last.relu:
         raise _NoBlock("a ReLU stands between the last batch norm and the addition")
     in_place = join.target in _IN_PLACE
-    layout = Layout((*units, last._replace(relu=relu)), in_place=in_place)
+    layout = BlockLayout((*units, last._replace(relu=relu)), in_place=in_place)
     if not shortcut:
         return layout
     pool = str(shortcut.pop(0).target) if _pooled(module, shortcut) else None
@@ -312,21 +312,21 @@ def _pooled(module: nn.Module, path: list[fx.Node]) -> bool:
     return bool(path) and _kind(module, path[0]) == "pool"
 
 
-def _units(module: nn.Module, path: list[fx.Node]) -> tuple[Unit, ...]:
+def _units(module: nn.Module, path: list[fx.Node]) -> tuple[UnitNames, ...]:
     kinds = [_kind(module, node) for node in path]
     units, at = [], 0
     while at < len(path):
         if kinds[at : at + 2] != ["conv", "norm"]:
             raise _NoBlock(f"{path[at].target} is not part of a convolution, batch norm and ReLU in this order")
         relu = kinds[at + 2 : at + 3] == ["relu"]
-        units.append(Unit(str(path[at].target), str(path[at + 1].target), relu))
+        units.append(UnitNames(str(path[at].target), str(path[at + 1].target), relu))
         at += 3 if relu else 2
     if not units:
         raise _NoBlock("it has no convolution")
     return tuple(units)
 
 
-def _check_units(module: nn.Module, layout: Layout) -> None:
+def _check_units(module: nn.Module, layout: BlockLayout) -> None:
     channels = []
     for unit in layout.all_units():
         conv, norm = module.get_submodule(unit.conv), module.get_submodule(unit.norm)

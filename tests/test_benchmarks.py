@@ -22,7 +22,7 @@ from benchmarks.compare import compare
 from benchmarks.count import KINDS, count, kind, least_work, roof
 from benchmarks.measure import BACKWARD, FORWARD, STEP, Setting, Stopwatch, Timing, interleave
 from benchmarks.peers import BASELINE, OURS, PEERS, Peer
-from benchmarks.shapes import Block, Layer, Network
+from benchmarks.shapes import BlockCase, LayerCase, NetworkCase
 from resnet_fused import __version__, implementation, trace
 from resnet_fused.commands import check
 from resnet_fused.commands.shared import Parser, UserError
@@ -33,8 +33,8 @@ from tests.kernels.test_launch import compiler_on
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
-LAYER = Layer(16, 24, 8, 8, kernel=3, stride=1, padding=1, groups=1)
-BLOCK = Block("bottleneck", 64, 16, 8, 8, 1, 1, 64, "identity")
+LAYER = LayerCase(16, 24, 8, 8, kernel=3, stride=1, padding=1, groups=1)
+BLOCK = BlockCase("bottleneck", 64, 16, 8, 8, 1, 1, 64, "identity")
 SKIPPED = [peer.name for peer in PEERS.values() if peer.name.startswith(("torch.compile", "OpenVINO", "ONNX"))]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -72,7 +72,7 @@ class TestCount:
         assert recompute.saved < ours.saved < eager.saved
 
     def test_resnet50_is_that_of_the_readme(self):
-        work = count(BASELINE, setting(Network("resnet50"), batch=32, dtype=torch.bfloat16))
+        work = count(BASELINE, setting(NetworkCase("resnet50"), batch=32, dtype=torch.bfloat16))
         assert (work.launches, round(work.moved / 32 / 1e6, 1)) == (174, 165.0)
 
     def test_kinds(self):
@@ -85,7 +85,7 @@ class TestCount:
 
     def test_roof_is_the_scarcer_of_arithmetic_and_memory(self):
         gpu = gpu_of(90)
-        wide, narrow = Layer(512, 512, 14, 14, 3, 1, 1, 1), Layer(64, 256, 56, 56, 1, 1, 0, 1)
+        wide, narrow = LayerCase(512, 512, 14, 14, 3, 1, 1, 1), LayerCase(64, 256, 56, 56, 1, 1, 0, 1)
         for layer, bound in ((wide, "flops"), (narrow, "bytes")):
             at = setting(layer, batch=256, dtype=torch.bfloat16)
             work = least_work(at)
@@ -210,8 +210,8 @@ class TestCommand:
         assert results["planned_for"] == {"name": "H100", "arch": 90}
 
     def test_refuses_while_the_check_fails(self, monkeypatch, tmp_path):
-        failed = check.Row("conv_forward", "3x3", "float32", 7.0, "failed", "")
-        report = check.Report(CPU, checked.stack(CPU), (failed,))
+        failed = check.CheckRow("conv_forward", "3x3", "float32", 7.0, "failed", "")
+        report = check.CheckReport(CPU, checked.stack(CPU), (failed,))
         monkeypatch.setattr(checked, "verified", lambda device: False)
         monkeypatch.setattr(check, "run", lambda device: report)
         with pytest.raises(UserError, match=r"self-test fails \(1 of 1 cases\): python -m resnet_fused check"):
@@ -219,7 +219,7 @@ class TestCommand:
         assert not (tmp_path / "bench").exists()
 
     def test_runs_once_the_check_passes(self, monkeypatch):
-        report = check.Report(CPU, checked.stack(CPU), ())
+        report = check.CheckReport(CPU, checked.stack(CPU), ())
         monkeypatch.setattr(checked, "verified", lambda device: False)
         monkeypatch.setattr(check, "run", lambda device: report)
         run.require_check(CPU)
@@ -244,7 +244,7 @@ class TestCommand:
         assert network.case.name == "resnet20 at 64x64"
         assert first.case.image == (3, 64, 64)
         assert "--size 64" in run.method(chosen, CPU)["command"]
-        assert type(network.case.build()) is type(Network("resnet20").build())
+        assert type(network.case.build()) is type(NetworkCase("resnet20").build())
 
     def test_results_are_written_as_they_come_and_failures_are_rows(self, monkeypatch, tmp_path):
         """Of three settings the second fails, and while the third is measured the process is stopped."""

@@ -58,7 +58,7 @@ def few(monkeypatch):
     monkeypatch.setattr(check, "cases", lambda _: [quick[key] for key in sorted(wanted)])
 
 
-def statuses(report: check.Report) -> dict[str, tuple[str, str]]:
+def statuses(report: check.CheckReport) -> dict[str, tuple[str, str]]:
     return {row.kernel: (row.status, row.detail) for row in report.rows if row.status != "skipped"}
 
 
@@ -194,7 +194,7 @@ def launched(arch: int) -> dict:
     with dry_run(arch), observe(lambda call: calls.setdefault(compiled_code(call), call)):
         for case in check.cases("cuda"):
             with tolerance.products(case.number_format == "tf32"):
-                case.trial(torch.device("meta")).ours()
+                case.comparison(torch.device("meta")).ours()
     return calls
 
 
@@ -242,9 +242,9 @@ def test_no_block_has_an_input_of_a_relu_within_rounding_of_zero(device_type, ma
     blocks = [case for case in every if case.number_format == "float32"]
     assert len(blocks) == len(check_cases.BLOCKS)
     for case in blocks:
-        trial = case.trial(DEVICE)
+        comparison = case.comparison(DEVICE)
         with Watch() as watch:
-            trial.expected(torch.float64, {})
+            comparison.expected(torch.float64, {})
         assert margin < watch.smallest < 1, case.name
 
 
@@ -289,7 +289,7 @@ ahead = len(compiled)
 calls = []
 with dry_run(90), observe(calls.append):
     for case in cases:
-        case.trial(torch.device("meta")).ours()
+        case.comparison(torch.device("meta")).ours()
 for call in calls:
     call.kernel.warmup(grid=call.grid, **call.arguments, **call.config.options)
 print(ahead, len(compiled), len(calls), labels)
@@ -451,9 +451,9 @@ def test_the_driver_is_what_nvml_says(status, version, monkeypatch):
 
 def on_a_gpu(monkeypatch, status: str) -> None:
     """Let the command believe that it checked a GPU."""
-    row = check.Row("conv_forward", "1x1", "float32", 0.5, status)
+    row = check.CheckRow("conv_forward", "1x1", "float32", 0.5, status)
     monkeypatch.setattr(check, "pick_device", lambda name: H100)
-    monkeypatch.setattr(check, "run", lambda device, progress: check.Report(device, STACK, (row,)))
+    monkeypatch.setattr(check, "run", lambda device, progress: check.CheckReport(device, STACK, (row,)))
 
 
 def test_a_passed_check_of_a_gpu_is_noted(fake_gpu, cache, capsys, monkeypatch):

@@ -10,17 +10,17 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
-from benchmarks.measure import BACKWARD, FORWARD, STEP, Runner, Setting
+from benchmarks.measure import BACKWARD, FORWARD, STEP, PeerRunner, Setting
 from benchmarks.peers import BASELINE, OURS, PEERS, CudnnFrontend, Peer
-from benchmarks.shapes import Block, Layer
+from benchmarks.shapes import BlockCase, LayerCase
 from resnet_fused import implementation
 from resnet_fused.engine.tolerance import error_ratio
 from tests.zoo import randomise_norms
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SUMS = 16
-LAYER = Layer(8, 16, 8, 8, kernel=3, stride=1, padding=1, groups=1)
-BLOCK = Block("basic", 16, 32, 8, 8, 2, 1, 64, "projection")
+LAYER = LayerCase(8, 16, 8, 8, kernel=3, stride=1, padding=1, groups=1)
+BLOCK = BlockCase("basic", 16, 32, 8, 8, 2, 1, 64, "projection")
 
 
 class Tiny(nn.Module):
@@ -144,7 +144,7 @@ def test_cudnn_graphs_are_for_single_units():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_step_of_training_trains(dtype):
-    runner = Runner(BASELINE, Setting(NETWORK, 2, dtype, STEP, DEVICE))
+    runner = PeerRunner(BASELINE, Setting(NETWORK, 2, dtype, STEP, DEVICE))
     assert {p.dtype for p in runner.model.parameters()} == {torch.float32}, "mixed precision keeps them"
     before = [p.detach().clone() for p in runner.model.parameters()]
     with runner.conditions():
@@ -155,7 +155,7 @@ def test_a_step_of_training_trains(dtype):
 def test_mixed_precision_is_compiled():
     peer = PEERS["torch.compile"]
     skip_unless_able(peer, training=True)
-    runner = Runner(peer, Setting(LAYER, 2, torch.bfloat16, BACKWARD, DEVICE))
+    runner = PeerRunner(peer, Setting(LAYER, 2, torch.bfloat16, BACKWARD, DEVICE))
     with runner.conditions():
         runner()
     assert (runner.x.dtype, runner.x.grad.dtype) == (torch.bfloat16, torch.bfloat16)
@@ -163,7 +163,7 @@ def test_mixed_precision_is_compiled():
 
 
 def test_inference_has_no_gradients():
-    runner = Runner(BASELINE, Setting(LAYER, 2, torch.bfloat16, FORWARD, DEVICE))
+    runner = PeerRunner(BASELINE, Setting(LAYER, 2, torch.bfloat16, FORWARD, DEVICE))
     with runner.conditions():
         y = runner()
     assert (y.dtype, y.requires_grad) == (torch.bfloat16, False)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import resnet_fused
-from benchmarks.shapes import MODELS, Block, Layer, Network, blocks, distinct, distinct_blocks, layers
+from benchmarks.shapes import MODELS, BlockCase, LayerCase, NetworkCase, blocks, distinct, distinct_blocks, layers
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ def test_layers_of_a_model(model, convolutions, gflop):
 
 
 def test_stem_comes_first_and_each_layer_once():
-    assert next(iter(layers("resnet50"))) == Layer(3, 64, 224, 224, kernel=7, stride=2, padding=3, groups=1)
+    assert next(iter(layers("resnet50"))) == LayerCase(3, 64, 224, 224, kernel=7, stride=2, padding=3, groups=1)
     everything = distinct()
     assert len(set(everything)) == len(everything)
     assert set(everything) == {layer for model in MODELS for layer in layers(model)}
@@ -46,7 +46,7 @@ def test_a_block_takes_its_image(block):
 
 def test_a_block_by_its_constructor():
     first, second = list(blocks("resnext50_32x4d"))[:2]
-    assert first == Block("bottleneck", 64, 64, 56, 56, 1, 32, 4, "projection")
+    assert first == BlockCase("bottleneck", 64, 64, 56, 56, 1, 32, 4, "projection")
     assert second.shortcut == "identity"
     assert {block.shortcut for block in blocks("resnet20")} == {"identity", "padded"}
 
@@ -57,15 +57,15 @@ def test_names_tell_the_cases_apart():
 
 
 def test_a_layer_is_a_unit():
-    layer = Layer(8, 16, 6, 5, kernel=3, stride=2, padding=1, groups=2)
+    layer = LayerCase(8, 16, 6, 5, kernel=3, stride=2, padding=1, groups=2)
     unit = layer.build()
     assert [type(part) for part in unit] == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU]
     assert unit(torch.randn(2, *layer.image)).shape == (2, 16, *layer.output)
 
 
 def test_a_network_is_torchvisions_where_there_is_one():
-    assert type(Network("resnet18").build()).__module__.startswith("torchvision")
-    assert isinstance(Network("resnet20").build(), type(resnet_fused.resnet20()))
+    assert type(NetworkCase("resnet18").build()).__module__.startswith("torchvision")
+    assert isinstance(NetworkCase("resnet20").build(), type(resnet_fused.resnet20()))
 
 
 def parameters(module: nn.Module) -> int:

@@ -20,10 +20,10 @@ import torch.nn.functional as F
 import resnet_fused
 from resnet_fused.__main__ import main
 from resnet_fused.commands.tune import (
+    CandidateTime,
     ChildRunner,
     Compilers,
     Failure,
-    Timing,
     _beats,
     find_problems,
     tune_problem,
@@ -103,9 +103,9 @@ def test_the_fastest_wins_if_it_wins_by_more_than_the_spread():
 def test_who_beats_whom():
     """By more than the larger of the two spreads."""
     for one, other, expected in (((0.8, 0.1), (1.0, 0.1), True), ((0.8, 0.1), (1.0, 0.3), False)):
-        assert _beats(Timing(*one), Timing(*other)) is expected
-        assert _beats(Timing(one[0], other[1]), Timing(other[0], one[1])) is expected
-    assert not _beats(Timing(1.0, 0.0), Timing(1.0, 0.0))
+        assert _beats(CandidateTime(*one), CandidateTime(*other)) is expected
+        assert _beats(CandidateTime(one[0], other[1]), CandidateTime(other[0], one[1])) is expected
+    assert not _beats(CandidateTime(1.0, 0.0), CandidateTime(1.0, 0.0))
 
 
 def test_the_best_tiles_of_each_kernel_are_tried_together():

@@ -19,7 +19,7 @@ import torch
 import triton
 from torch import Tensor
 
-from resnet_fused.commands.check_cases import FORMATS, Case, cases
+from resnet_fused.commands.check_cases import FORMATS, CheckCase, cases
 from resnet_fused.commands.shared import UserError, pick_device, tracked
 from resnet_fused.engine.tolerance import deterministic, error_ratio, products, references
 from resnet_fused.kernels.launch import Call, dry_run, observe, target_arch
@@ -36,7 +36,7 @@ Progress = Callable[[Sequence[Any], str], Iterable[Any]]
 
 
 @dataclass(frozen=True)
-class Row:
+class CheckRow:
     """One line of the report. ``ratio``: error over allowed error, None without one; ``detail``: what is wrong."""
 
     kernel: str
@@ -53,12 +53,12 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Report:
+class CheckReport:
     """What :func:`run` found; ``str()`` of it is a table and one line of summary."""
 
     device: torch.device
     stack: dict[str, str]
-    rows: tuple[Row, ...]
+    rows: tuple[CheckRow, ...]
 
     @property
     def failed(self) -> bool:
@@ -86,7 +86,7 @@ class Report:
         return f"{render(versions, columns, table)}\n{numbers} on {self.stack['gpu'] or 'the CPU, interpreted'}"
 
 
-def run(device: torch.device, progress: Progress | None = None) -> Report:
+def run(device: torch.device, progress: Progress | None = None) -> CheckReport:
     """Check every kernel on ``device``: a CUDA GPU, or the CPU, whose kernels run in Triton's interpreter.
 
     Each runs twice, which must agree to the bit, and may err against fp64 by what :func:`error_ratio` allows, compared
@@ -95,39 +95,39 @@ def run(device: torch.device, progress: Progress | None = None) -> Report:
     progress = progress or (lambda items, _: items)
     everything = cases(device.type)
     skipped = NOT_INTERPRETED if device.type == "cpu" else {}
-    left_out = [Row("every kernel", "", name, None, "skipped", why) for name, why in skipped.items()]
+    left_out = [CheckRow("every kernel", "", name, None, "skipped", why) for name, why in skipped.items()]
     everything = [case for case in everything if case.number_format not in skipped]
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), deterministic():
         if device.type == "cuda":
             _compile(everything, progress)
         rows = [_judge(case, device) for case in progress(everything, "checking")]
-    return Report(device, stack(device), (*rows, *left_out))
+    return CheckReport(device, stack(device), (*rows, *left_out))
 
 
-def _compile(everything: Sequence[Case], progress: Progress) -> None:
+def _compile(everything: Sequence[CheckCase], progress: Progress) -> None:
     """Compile what the cases will launch, on all processors at a time; what fails here fails again in its row."""
     calls = dict[Any, Call]()
     with dry_run(target_arch()), observe(lambda call: calls.setdefault(call.specialization(), call)):
         for case in everything:
             with suppress(Exception), products(case.number_format == "tf32"):
-                case.trial(torch.device("meta")).ours()
+                case.comparison(torch.device("meta")).ours()
     with ThreadPoolExecutor(os.cpu_count()) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
         kernels = [c.kernel.warmup(grid=c.grid, **c.arguments, **c.config.options) for c in calls.values()]
         for kernel in progress([k for k in kernels if isinstance(k, triton.FutureKernel)], "compiling"):
             kernel.result(ignore_errors=True)
 
 
-def _judge(case: Case, device: torch.device) -> Row:
+def _judge(case: CheckCase, device: torch.device) -> CheckRow:
     """The row of a case; whatever it raises is its failure."""
-    row = partial(Row, case.kernel, case.name, case.number_format)
+    row = partial(CheckRow, case.kernel, case.name, case.number_format)
     try:
-        trial = case.trial(device)
+        comparison = case.comparison(device)
         launches: list[Call] = []
         tf32 = case.number_format == "tf32"
         with products(tf32), observe(launches.append):
-            ours, again = trial.ours(), trial.ours()
-        exact, eager = references(lambda dtype: trial.expected(dtype, ours), FORMATS[case.number_format], tf32)
-        ratios = {name: error_ratio(ours[name], eager[name], exact[name], trial.sums) for name in exact}
+            ours, again = comparison.ours(), comparison.ours()
+        exact, eager = references(lambda dtype: comparison.expected(dtype, ours), FORMATS[case.number_format], tf32)
+        ratios = {name: error_ratio(ours[name], eager[name], exact[name], comparison.sums) for name in exact}
         different = [name for name in ours if not _same(ours[name], again[name])]
     except Exception as error:  # a kernel may fail in any way, and the others are to be checked nevertheless
         first_line = (str(error) or type(error).__name__).splitlines()[0]

@@ -40,7 +40,7 @@ Results = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Layer:
+class CheckLayer:
     """A convolution of ``n`` images with a square filter, padded so that with stride 1 the size stays."""
 
     n: int
@@ -82,30 +82,30 @@ class Layer:
 # of the same kinds, with ragged ends.
 LAYERS = {
     "cuda": {
-        "stem": Layer(8, (224, 224), 3, 64, taps=7, stride=2),
-        "reduce": Layer(8, (56, 56), 256, 64),
-        "middle": Layer(8, (56, 56), 64, 64, taps=3),
-        "expand": Layer(16, (56, 56), 64, 256),
-        "wide": Layer(8, (56, 56), 128, 128, taps=3),
-        "groups": Layer(8, (56, 56), 128, 128, taps=3, groups=32),
-        "wide groups": Layer(8, (7, 7), 1024, 1024, taps=3, groups=32),
-        "strided": Layer(8, (56, 56), 128, 128, taps=3, stride=2),
-        "projection": Layer(8, (56, 56), 256, 512, stride=2),
-        "deep": Layer(8, (14, 14), 256, 1024),
-        "last": Layer(64, (7, 7), 512, 512, taps=3),
+        "stem": CheckLayer(8, (224, 224), 3, 64, taps=7, stride=2),
+        "reduce": CheckLayer(8, (56, 56), 256, 64),
+        "middle": CheckLayer(8, (56, 56), 64, 64, taps=3),
+        "expand": CheckLayer(16, (56, 56), 64, 256),
+        "wide": CheckLayer(8, (56, 56), 128, 128, taps=3),
+        "groups": CheckLayer(8, (56, 56), 128, 128, taps=3, groups=32),
+        "wide groups": CheckLayer(8, (7, 7), 1024, 1024, taps=3, groups=32),
+        "strided": CheckLayer(8, (56, 56), 128, 128, taps=3, stride=2),
+        "projection": CheckLayer(8, (56, 56), 256, 512, stride=2),
+        "deep": CheckLayer(8, (14, 14), 256, 1024),
+        "last": CheckLayer(64, (7, 7), 512, 512, taps=3),
     },
     "cpu": {
-        "stem": Layer(1, (9, 8), 3, 20, taps=7, stride=2),
-        "reduce": Layer(2, (5, 3), 40, 12),
-        "middle": Layer(2, (4, 3), 16, 20, taps=3),
-        "expand": Layer(2, (5, 3), 12, 40),
-        "wide": Layer(2, (3, 4), 20, 24, taps=3),
-        "groups": Layer(1, (4, 3), 32, 32, taps=3, groups=8),
-        "wide groups": Layer(1, (3, 4), 80, 48, taps=3, groups=2),
-        "strided": Layer(2, (5, 4), 12, 16, taps=3, stride=2),
-        "projection": Layer(2, (5, 4), 20, 24, stride=2),
-        "deep": Layer(1, (3, 3), 20, 136),
-        "last": Layer(2, (2, 3), 40, 24, taps=3),
+        "stem": CheckLayer(1, (9, 8), 3, 20, taps=7, stride=2),
+        "reduce": CheckLayer(2, (5, 3), 40, 12),
+        "middle": CheckLayer(2, (4, 3), 16, 20, taps=3),
+        "expand": CheckLayer(2, (5, 3), 12, 40),
+        "wide": CheckLayer(2, (3, 4), 20, 24, taps=3),
+        "groups": CheckLayer(1, (4, 3), 32, 32, taps=3, groups=8),
+        "wide groups": CheckLayer(1, (3, 4), 80, 48, taps=3, groups=2),
+        "strided": CheckLayer(2, (5, 4), 12, 16, taps=3, stride=2),
+        "projection": CheckLayer(2, (5, 4), 20, 24, stride=2),
+        "deep": CheckLayer(1, (3, 3), 20, 136),
+        "last": CheckLayer(2, (2, 3), 40, 24, taps=3),
     },
 }
 
@@ -151,7 +151,7 @@ def _projection(ci: int, co: int, stride: int) -> nn.Module:
 
 
 @dataclass
-class Trial:
+class Comparison:
     """One thing to check: what the kernels make of drawn inputs, and what they should.
 
     ``expected(dtype, ours)`` computes every result of ``ours()``, by name, in ``dtype``; it is given those, since sums
@@ -164,16 +164,16 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Case:
+class CheckCase:
     """A row to come: ``prepare`` draws its inputs."""
 
     kernel: str
     name: str
     number_format: str
-    prepare: Callable[[Draw], Trial]
+    prepare: Callable[[Draw], Comparison]
 
-    def trial(self, device: torch.device) -> Trial:
-        """Its trial, on inputs of its own, so that no memory left over from another case holds the right results."""
+    def comparison(self, device: torch.device) -> Comparison:
+        """On inputs of its own, so that no memory left over from another case holds the right results."""
         seed = zlib.crc32(f"{self.kernel} {self.name} {self.number_format}".encode())
         return self.prepare(Draw(device, FORMATS[self.number_format], self.number_format == "tf32", seed))
 
@@ -206,7 +206,7 @@ class Draw:
         """What a convolution reads: never negative, and so of a mean other than zero."""
         return torch.relu(self.images(shape))
 
-    def filter(self, layer: Layer) -> Tensor:
+    def filter(self, layer: CheckLayer) -> Tensor:
         """A filter that keeps the variance."""
         return (self.normal(*layer.filter) / math.sqrt(layer.ci / layer.groups * layer.taps**2)).to(self.dtype)
 
@@ -264,7 +264,7 @@ def _masked_sums(g: Tensor, y: Tensor, stats: Tensor, t: torch.dtype) -> Results
     return _named("sum_g sum_gy", reference.batch_norm_sums(*(v.to(_wide(t)) for v in (g, y, stats))))
 
 
-def _check_conv_forward(layer: Layer, variant: str, draw: Draw) -> Trial:
+def _check_conv_forward(layer: CheckLayer, variant: str, draw: Draw) -> Comparison:
     """Inference: convolution, batch norm, residual and ReLU in one launch."""
     x, w = draw.activations(layer.input), draw.filter(layer)
     mean, var = draw.normal(layer.co), draw.uniform(0.5, 1.5, layer.co)
@@ -289,10 +289,10 @@ def _check_conv_forward(layer: Layer, variant: str, draw: Draw) -> Trial:
             z = z + reference.PaddedIdentity(residual.to(t), step, before).materialize(co)
         return {"y": torch.relu(z) if relu else z}
 
-    return Trial(ours, expected)
+    return Comparison(ours, expected)
 
 
-def _check_conv_moments(layer: Layer, variant: str, draw: Draw) -> Trial:
+def _check_conv_moments(layer: CheckLayer, variant: str, draw: Draw) -> Comparison:
     """Training, forward: the raw output and the moments of its channels."""
     x, stats = draw.normalised(layer.input) if variant else (draw.activations(layer.input), None)
     w = draw.filter(layer)
@@ -305,10 +305,10 @@ def _check_conv_moments(layer: Layer, variant: str, draw: Draw) -> Trial:
     def expected(t: torch.dtype, ours: Results) -> Results:
         return {"y": F.conv2d(_activated(x, stats, t), w.to(t), **layer.geometry), **_moments(ours["y"], t)}
 
-    return Trial(ours, expected)
+    return Comparison(ours, expected)
 
 
-def _check_conv_dgrad(layer: Layer, variant: str, draw: Draw) -> Trial:
+def _check_conv_dgrad(layer: CheckLayer, variant: str, draw: Draw) -> Comparison:
     """Training, backward: the gradient of the input, with what stands before and behind the convolution."""
     g, y, w = draw.images(layer.output), draw.images(layer.output), draw.filter(layer)
     frozen = "frozen" in variant
@@ -334,10 +334,10 @@ def _check_conv_dgrad(layer: Layer, variant: str, draw: Draw) -> Trial:
         passed = reference.batch_norm_apply(y_in.double(), stats.double(), relu=False) > 0
         return {"dx": torch.where(passed, dx, 0.0), **_masked_sums(ours["dx"], y_in, stats, t)}
 
-    return Trial(ours, expected)
+    return Comparison(ours, expected)
 
 
-def _check_conv_wgrad(layer: Layer, variant: str, draw: Draw) -> Trial:
+def _check_conv_wgrad(layer: CheckLayer, variant: str, draw: Draw) -> Comparison:
     """Training, backward: the gradient of the filter, computing dy and the input on the way."""
     g, y = draw.images(layer.output), draw.images(layer.output)
     coefs = draw.coefs(layer.co) if variant else None
@@ -355,10 +355,10 @@ def _check_conv_wgrad(layer: Layer, variant: str, draw: Draw) -> Trial:
         dw = reference.conv_wgrad(dy, _activated(x, stats, t), layer.filter, **layer.geometry)
         return {"dw": dw, "dy": dy} if keeps else {"dw": dw}
 
-    return Trial(ours, expected)
+    return Comparison(ours, expected)
 
 
-def _check_stats(layer: Layer, _: str, draw: Draw) -> Trial:
+def _check_stats(layer: CheckLayer, _: str, draw: Draw) -> Comparison:
     """The statistics of a batch and what they do to batch norm's buffers."""
     y = (draw.normal(*layer.output) + draw.normal(layer.co)[:, None, None]).to(draw.dtype)
     gamma, beta, mean, var = (draw.normal(layer.co) for _ in range(4))
@@ -386,10 +386,10 @@ def _check_stats(layer: Layer, _: str, draw: Draw) -> Trial:
         buffers = {"running mean": running_mean, "running variance": running_var, "batches": batches}
         return _named(names, stats) | moments | buffers
 
-    return Trial(ours, expected)
+    return Comparison(ours, expected)
 
 
-def _check_apply(layer: Layer, variant: str, draw: Draw) -> Trial:
+def _check_apply(layer: CheckLayer, variant: str, draw: Draw) -> Comparison:
     """Normalisation, residual and ReLU in one pass."""
     n, c, p, q = layer.output
     y = draw.images(layer.output)
@@ -419,10 +419,10 @@ def _check_apply(layer: Layer, variant: str, draw: Draw) -> Trial:
             own = reference.batch_norm_stats(mean.to(wide), var.to(wide), gamma.to(wide), beta.to(wide), 1e-5, 0.0)
         return {"z": reference.batch_norm_apply(y.to(wide), own, shortcut, added).to(t)}
 
-    return Trial(ours, expected, sums=0)
+    return Comparison(ours, expected, sums=0)
 
 
-def _check_reduce(layer: Layer, variant: str, draw: Draw) -> Trial:
+def _check_reduce(layer: CheckLayer, variant: str, draw: Draw) -> Comparison:
     """The gradient in front of a ReLU, and its sums."""
     dz = draw.images(layer.output)
     (y, stats), (y2, stats2) = (draw.normalised(layer.output) for _ in range(2))
@@ -440,10 +440,10 @@ def _check_reduce(layer: Layer, variant: str, draw: Draw) -> Trial:
             results["sum_gy2"] = _masked_sums(ours["g"], y2, stats2, t)["sum_gy"]
         return results
 
-    return Trial(ours, expected)
+    return Comparison(ours, expected)
 
 
-def _check_coefs(layer: Layer, _: str, draw: Draw) -> Trial:
+def _check_coefs(layer: CheckLayer, _: str, draw: Draw) -> Comparison:
     """The vectors of ``dy`` and the gradients of gamma and beta."""
     tiles, channels = 300, layer.co
     sum_g, sum_gy, stats = draw.normal(tiles, channels), draw.normal(tiles, channels), draw.stats(layer.output)
@@ -458,10 +458,10 @@ def _check_coefs(layer: Layer, _: str, draw: Draw) -> Trial:
         coefs = reference.batch_norm_coefs(sums, stats.to(wide))
         return {**_named("A B C", coefs), "dgamma": stats[1].to(wide) * sums[1], "dbeta": sums[0]}
 
-    return Trial(ours, expected)
+    return Comparison(ours, expected)
 
 
-def _check_backward(layer: Layer, variant: str, draw: Draw) -> Trial:
+def _check_backward(layer: CheckLayer, variant: str, draw: Draw) -> Comparison:
     """The gradients of one or two convolutions' outputs from one g."""
     g, y, y2 = (draw.images(layer.output) for _ in range(3))
     coefs, coefs2 = draw.coefs(layer.co), draw.coefs(layer.co)
@@ -475,10 +475,10 @@ def _check_backward(layer: Layer, variant: str, draw: Draw) -> Trial:
         results = {"dy": _gradient(g, y, coefs, t)}
         return results | {"dy2": _gradient(g, y2, coefs2, t)} if variant else results
 
-    return Trial(ours, expected, sums=0)
+    return Comparison(ours, expected, sums=0)
 
 
-def _check_block(kind: str, road: str, training: bool, size: tuple[Any, ...], draw: Draw) -> Trial:
+def _check_block(kind: str, road: str, training: bool, size: tuple[Any, ...], draw: Draw) -> Comparison:
     """A whole block on one road: its output, and in training every gradient and buffer that it leaves."""
     n, image, width = size
     factor, build = BLOCKS[kind]
@@ -499,7 +499,7 @@ def _check_block(kind: str, road: str, training: bool, size: tuple[Any, ...], dr
             return _training_step(copy.deepcopy(block).to(t), x.to(t), dz.to(t))
 
     # The batch norm behind each of a chain's sums makes them cancel.
-    return Trial(lambda: step(draw.dtype, road), lambda t, _: step(t, "eager"), sums=64)
+    return Comparison(lambda: step(draw.dtype, road), lambda t, _: step(t, "eager"), sums=64)
 
 
 def _part(block: nn.Module, draw: Draw) -> None:
@@ -536,12 +536,12 @@ def _training_step(block: nn.Module, x: Tensor, dz: Tensor) -> Results:
     return {"z": z.detach(), "x.grad": x.grad, **gradients, **buffers}  # type: ignore[dict-item]
 
 
-def cases(device_type: str) -> list[Case]:
+def cases(device_type: str) -> list[CheckCase]:
     """Everything that is checked on ``"cuda"`` or ``"cpu"``, in the order of the report."""
     layers = LAYERS[device_type]
     norms = [(name, "") for name in NORM_LAYERS]
     applied = ("", "residual", "normalised residual", "padded residual", "fixed statistics")
-    families: list[tuple[str, Callable[..., Trial], Iterable[tuple[str, str]], bool]] = [
+    families: list[tuple[str, Callable[..., Comparison], Iterable[tuple[str, str]], bool]] = [
         ("conv_forward", _check_conv_forward, CONV_FORWARD, True),
         ("conv_forward_moments", _check_conv_moments, CONV_MOMENTS, True),
         ("conv_dgrad", _check_conv_dgrad, CONV_DGRAD, True),
@@ -557,10 +557,10 @@ def cases(device_type: str) -> list[Case]:
         for layer, variant in variants:
             name = f"{layers[layer]}; {variant}" if variant else str(layers[layer])
             prepare = partial(check, layers[layer], variant)
-            found += [Case(kernel, name, f, prepare) for f in FORMATS if multiplies or f != "tf32"]
+            found += [CheckCase(kernel, name, f, prepare) for f in FORMATS if multiplies or f != "tf32"]
     for kind in BLOCKS:
         for road, training in product(("triton", "mixed"), (False, True)):
             name = f"{kind}; {'training' if training else 'inference'}"
             prepare = partial(_check_block, kind, road, training, BLOCK_SIZES[device_type])
-            found += [Case(f"block ({road})", name, f, prepare) for f in FORMATS]
+            found += [CheckCase(f"block ({road})", name, f, prepare) for f in FORMATS]
     return found

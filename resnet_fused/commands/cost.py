@@ -48,12 +48,12 @@ class Kernel:
     bytes: int
     code: MachineCode | None
     occupancy: Occupancy | None
-    predicted: roofline.Launch | None
+    predicted: roofline.PredictedLaunch | None
     reason: str = ""
 
 
 @dataclass(frozen=True)
-class Unit:
+class UnitCost:
     """A unit as planned: what it launches, of that what is compiled here, and the same layer by Inductor's template.
 
     ``launches``, ``flops`` and ``bytes`` are counted, of the forward and in training of the backward too, libraries'
@@ -66,7 +66,7 @@ class Unit:
     flops: int
     bytes: int
     compulsory_bytes: int
-    predicted: tuple[roofline.Launch, ...]
+    predicted: tuple[roofline.PredictedLaunch, ...]
     kernels: tuple[Kernel, ...]
 
     @property
@@ -82,12 +82,12 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class Report:
+class CostReport:
     """The units of one model on one architecture; ``str()`` of it is two tables."""
 
     title: str
     arch: int
-    units: tuple[Unit, ...]
+    units: tuple[UnitCost, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values."""
@@ -135,14 +135,14 @@ def _micro(seconds: float) -> float:
     return round(seconds * 1e6, 1)
 
 
-def examine(problem: Problem, request: str) -> Unit:
+def examine(problem: Problem, request: str) -> UnitCost:
     """Compile what the plan of ``problem`` launches, and Inductor's template for the same layer; needs no GPU."""
     chosen = decide.decide(problem, request, tuned.load(problem.gpu))
     calls, launches = rehearse(problem, Candidate(chosen.implementation, chosen.tiles))
     predicted = roofline.predict(problem, chosen.implementation, chosen.tiles)
     by_name = {launch.kernel: launch for launch in predicted}
     distinct = {call.specialization(): call for call in calls}.values()
-    return Unit(
+    return UnitCost(
         layer=problem.layer + ", prologue" * problem.prologue + ", residual" * problem.residual,
         implementation=chosen.implementation,
         launches=len(launches),
@@ -162,7 +162,7 @@ def _bytes(launch: Launch) -> int:
     return launch.bytes_read + launch.bytes_written
 
 
-def _compiled(call: Call, problem: Problem, predicted: roofline.Launch | None) -> Kernel:
+def _compiled(call: Call, problem: Problem, predicted: roofline.PredictedLaunch | None) -> Kernel:
     cost, t = call.cost(), call.config
     code = cost_machine_code.read(call.compile(problem.arch), problem.arch)
     tile = f"{t.block_m}x{t.block_n}x{t.block_k}"
@@ -227,7 +227,7 @@ def _elsewhere() -> Iterator[None]:
         os.close(here)
 
 
-def report(options: argparse.Namespace, arch: int) -> Report:
+def report(options: argparse.Namespace, arch: int) -> CostReport:
     """The report on the model and its input that ``options`` name."""
     dtype, shape = getattr(torch, options.dtype), (options.batch, 3, options.size, options.size)
     with torch.device("meta"):
@@ -244,4 +244,4 @@ def report(options: argparse.Namespace, arch: int) -> Report:
         units = tuple(tracked(examined, f"compiling for sm_{arch}", len(problems)))
     what = f"{'a training step' if options.train else 'inference'} in {problems[0].number_format}"
     title = f"{options.model}, {what}, batch {options.batch}, for sm_{arch} ({gpu_of(arch).name}); each unit once"
-    return Report(title, arch, units)
+    return CostReport(title, arch, units)

@@ -213,7 +213,7 @@ def _forward(stream: Iterable[str], answers: queue.Queue[str | None]) -> None:
 
 
 @dataclass(frozen=True)
-class Timing:
+class CandidateTime:
     """Median seconds of a candidate, and half the range of the middle half of its samples."""
 
     median: float
@@ -221,7 +221,7 @@ class Timing:
 
 
 @dataclass
-class Report:
+class TuneReport:
     """What :func:`tune` did; ``str()`` of it is a table. ``failed``: problems that could not be set up, and why."""
 
     table: Table
@@ -254,7 +254,7 @@ def tune(
     dtype: torch.dtype | None = None,
     direction: str = "inference",
     device: torch.device | str = "cuda",
-) -> Report:
+) -> TuneReport:
     """Measure every distinct unit of ``model`` on inputs of the given shapes, and keep the results for the plan.
 
     ``shapes`` [N, 3, H, W]: batches as they will come. ``dtype``: that of the model's input (default: of its first
@@ -306,13 +306,13 @@ def find_problems(
 Compiled = Callable[[Problem, Sequence[Candidate]], dict[Candidate, str]]
 
 
-def tune_problems(problems: Sequence[Problem], gpu: str, runner: Runner, *, compiled: Compiled) -> Report:
+def tune_problems(problems: Sequence[Problem], gpu: str, runner: Runner, *, compiled: Compiled) -> TuneReport:
     """Tune what the user's table of ``gpu`` lacks, and save it problem by problem.
 
     ``compiled`` returns the candidates that cannot be compiled, each with the reason. Raises OSError where the table
     cannot be written, before anything is measured.
     """
-    report = Report(tuned.load(gpu) or Table(gpu))
+    report = TuneReport(tuned.load(gpu) or Table(gpu))
     try:
         tuned.require_writable(gpu)
         for problem in tracked(problems, "tuning"):
@@ -352,7 +352,7 @@ class _Tournament:
 
     def __init__(self, runner: Runner) -> None:
         self.runner = runner
-        self.timings: dict[Candidate, Timing] = {}
+        self.timings: dict[Candidate, CandidateTime] = {}
         self.quarantined: dict[Candidate, str] = {}
 
     def play(self, ways: Sequence[Candidate]) -> None:
@@ -401,7 +401,7 @@ class _Tournament:
             reasons = "; ".join(f"{way}: {reason}" for way, reason in self.quarantined.items())
             raise Failure(f"no candidate came through: {reasons}")
         waits = {
-            way: Timing(decide.waited(problem, way.implementation, timing.median), timing.spread)
+            way: CandidateTime(decide.waited(problem, way.implementation, timing.median), timing.spread)
             for way, timing in self.timings.items()
         }
         best = min(waits, key=lambda way: (waits[way].median, self.timings[way].median))
@@ -419,12 +419,12 @@ class _Tournament:
         return sorted(self.timings, key=lambda way: self.timings[way].median, reverse=True)
 
 
-def _timing(samples: Sequence[float]) -> Timing:
+def _timing(samples: Sequence[float]) -> CandidateTime:
     low, median, high = statistics.quantiles(samples, n=4) if len(samples) > 1 else [samples[0]] * 3
-    return Timing(median, (high - low) / 2)
+    return CandidateTime(median, (high - low) / 2)
 
 
-def _beats(one: Timing, other: Timing) -> bool:
+def _beats(one: CandidateTime, other: CandidateTime) -> bool:
     return one.median + max(one.spread, other.spread) < other.median
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_fused.engine import backward, forward, reference
-from resnet_fused.engine.backward import Needs, Unit, Wanted
+from resnet_fused.engine.backward import Needs, UnitBackward, Wanted
 from resnet_fused.engine.forward import Convolution, Running
 from resnet_fused.engine.tolerance import deterministic, error_ratio, products, references
 from resnet_fused.engine.trace import Launch, trace
@@ -182,7 +182,9 @@ class Trial:
             self.x, self.x_stats, self.w, None, self.gamma, self.beta, running, EPS, True, conv, ""
         )
         needs = Needs(w=True, bias=False, gamma=True, beta=True)
-        unit = Unit(conv, self.w, self.w.stride(), None, self.y, self.stats, frozen=False, group="", needs=needs)
+        unit = UnitBackward(
+            conv, self.w, self.w.stride(), None, self.y, self.stats, frozen=False, group="", needs=needs
+        )
         wanted = Wanted(x=True, shortcut=False, weight_dtype=self.w.dtype, norm_dtype=torch.float32)
         dx, _ = backward.unit_backward(unit, self.g, self.sums[:, None], self.x, self.x_stats, wanted)
         assert dx is not None and unit.gradients.w is not None

@@ -52,7 +52,7 @@ class Gradients:
 
 
 @dataclass
-class Unit:
+class UnitBackward:
     """A unit as the backward sees it, which fills in ``gradients``.
 
     ``w`` is channels_last; ``w_stride``: the strides that its gradient is to have. ``y`` is None if it was not kept.
@@ -126,8 +126,8 @@ def backward(
     z: Tensor | None,
     x: Tensor,
     shortcut: Tensor | None,
-    units: Sequence[Unit],
-    projection: Unit | None,
+    units: Sequence[UnitBackward],
+    projection: UnitBackward | None,
     join: Join,
     wanted: Wanted,
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -156,8 +156,8 @@ def _join_backward(
     z: Tensor | None,
     x: Tensor,
     source: Tensor,
-    units: Sequence[Unit],
-    projection: Unit | None,
+    units: Sequence[UnitBackward],
+    projection: UnitBackward | None,
     keeps_g: bool,
     wanted: Wanted,
 ) -> tuple[Tensor, Incoming, Incoming | None]:
@@ -183,7 +183,7 @@ def _join_backward(
 
 
 def _branch_backward(
-    dy: Incoming, x: Tensor, units: Sequence[Unit], addend: Addend | None, wanted: Wanted
+    dy: Incoming, x: Tensor, units: Sequence[UnitBackward], addend: Addend | None, wanted: Wanted
 ) -> Tensor | None:
     """Down the branch, from the gradient of its last convolution's output to that of x, as far as any is wanted."""
     for i in reversed(range(len(units))):
@@ -198,7 +198,7 @@ def _branch_backward(
 
 
 def unit_backward(
-    unit: Unit, g: Tensor, sums: Tensor, source: Tensor, stats: Tensor | None, wanted: Wanted
+    unit: UnitBackward, g: Tensor, sums: Tensor, source: Tensor, stats: Tensor | None, wanted: Wanted
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradient of one unit's input from ``g``, that of its batch norm's output, and ``sums`` as of its reduction.
 
@@ -208,7 +208,7 @@ def unit_backward(
     return _conv_backward(unit, dy, source, stats, wanted.x, wanted)
 
 
-def _input(units: Sequence[Unit], i: int, x: Tensor) -> tuple[Tensor, Tensor | None]:
+def _input(units: Sequence[UnitBackward], i: int, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """What unit ``i`` reads, and the stats that normalise it, if any."""
     if i == 0:
         return x, None
@@ -217,12 +217,12 @@ def _input(units: Sequence[Unit], i: int, x: Tensor) -> tuple[Tensor, Tensor | N
     return y, units[i - 1].stats
 
 
-def _recompute(unit: Unit, source: Tensor, stats: Tensor | None) -> None:
+def _recompute(unit: UnitBackward, source: Tensor, stats: Tensor | None) -> None:
     if unit.y is None:
         unit.y = convolve(source, stats, unit.w, unit.bias, unit.conv)
 
 
-def _norm_backward(unit: Unit, sum_g: Tensor, sum_gy: Tensor, wanted: Wanted) -> Tensor:
+def _norm_backward(unit: UnitBackward, sum_g: Tensor, sum_gy: Tensor, wanted: Wanted) -> Tensor:
     """The coefs of ``dy``; notes the gradients of gamma, beta and the convolution's bias."""
     if unit.group and not unit.frozen:
         own = merge_sums(torch.stack([sum_g, sum_gy]))
@@ -243,7 +243,7 @@ def _norm_backward(unit: Unit, sum_g: Tensor, sum_gy: Tensor, wanted: Wanted) ->
     return coefs
 
 
-def _incoming(unit: Unit, g: Tensor, coefs: Tensor, *, overwrite: bool) -> Incoming:
+def _incoming(unit: UnitBackward, g: Tensor, coefs: Tensor, *, overwrite: bool) -> Incoming:
     if unit.in_prologue:
         return Incoming(g, unit.y_of_dy, coefs)
     out = g if overwrite and g.dtype == unit.w.dtype else torch.empty_like(g, dtype=unit.w.dtype)
@@ -251,7 +251,7 @@ def _incoming(unit: Unit, g: Tensor, coefs: Tensor, *, overwrite: bool) -> Incom
 
 
 def _conv_backward(
-    unit: Unit,
+    unit: UnitBackward,
     dy: Incoming,
     source: Tensor,
     stats: Tensor | None,
@@ -310,7 +310,7 @@ def _conv_backward(
 
 
 def _library_backward(
-    unit: Unit,
+    unit: UnitBackward,
     dy: Tensor,
     source: Tensor,
     stats: Tensor | None,

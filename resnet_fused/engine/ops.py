@@ -165,7 +165,7 @@ def _residual_backward(
         conv = forward.decided(code, source, w, "training", prologue=not projection and i > 0)
         stride, need = tuple(weight_strides[4 * i : 4 * i + 4]), backward.Needs(*needs[2 + 4 * i : 6 + 4 * i])
         units.append(
-            backward.Unit(
+            backward.UnitBackward(
                 conv, w, stride, biases[i], ys[i], stats[i].resolve_neg().contiguous(), frozen[i], groups[i], need
             )
         )

@@ -26,19 +26,19 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-class _Request(NamedTuple):
+class _Asked(NamedTuple):
     """An implementation asked for, and the backward pass inside which it was, or -1."""
 
     name: str
     backward: int
 
 
-_DEFAULT = _Request(
+_DEFAULT = _Asked(
     _checked(os.environ.get("RESNET_FUSED") or "auto", "the environment variable RESNET_FUSED"), backward=-1
 )
 
 
-_requested: ContextVar[_Request] = ContextVar("resnet_fused_implementation", default=_DEFAULT)
+_requested: ContextVar[_Asked] = ContextVar("resnet_fused_implementation", default=_DEFAULT)
 
 
 class _Traced(threading.local):
@@ -66,7 +66,7 @@ def implementation(name: str) -> Iterator[None]:
 
     Raises ValueError for any other name.
     """
-    token = _requested.set(_Request(_checked(name, "implementation"), torch._C._current_graph_task_id()))
+    token = _requested.set(_Asked(_checked(name, "implementation"), torch._C._current_graph_task_id()))
     before, _traced.name = _traced.name, name
     try:
         yield
@@ -106,7 +106,7 @@ _forwards: WeakKeyDictionary[nn.Module, _Forwards] = WeakKeyDictionary()
 """By module; one that is missing has only ever been told the default."""
 
 
-def _remember(module: nn.Module, request: _Request) -> None:
+def _remember(module: nn.Module, request: _Asked) -> None:
     found = _forwards.get(module)
     if found is None:
         if request is _DEFAULT:

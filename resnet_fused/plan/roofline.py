@@ -42,7 +42,7 @@ PREDICTED: tuple[Way, ...] = ("fused", "mixed", "eager")
 
 
 @dataclass(frozen=True)
-class Launch:
+class PredictedLaunch:
     """One launch as the model sees it. ``bound``: tensor, issue, memory, l2; launch where all are shorter than that."""
 
     kernel: str
@@ -71,7 +71,7 @@ class _Sizes:
     w: int
 
 
-def predict(problem: Problem, implementation: str, tiles: Tiles) -> tuple[Launch, ...]:
+def predict(problem: Problem, implementation: str, tiles: Tiles) -> tuple[PredictedLaunch, ...]:
     """Every launch of the unit, in order: of its forward, and in training of its backward too."""
     model = _Model(problem, tiles)
     if implementation == "fused":
@@ -85,7 +85,7 @@ def compare(problem: Problem, tiles: Tiles) -> tuple[tuple[str, float], ...]:
     return tuple(sorted(seconds.items(), key=lambda item: item[1]))
 
 
-def template(problem: Problem, tile: TileConfig, slots: float) -> Launch:
+def template(problem: Problem, tile: TileConfig, slots: float) -> PredictedLaunch:
     """The convolution alone of a fused unit's forward, as any kernel in Triton with ``tile`` would run it.
 
     ``slots``: issue slots per tensor cycle of its main loop.
@@ -122,7 +122,7 @@ class _Model:
         )
         self.residual = self.sizes.y if problem.residual else 0
 
-    def fused(self) -> list[Launch]:
+    def fused(self) -> list[PredictedLaunch]:
         p, b = self.problem, self.sizes
         forward = self.triton("conv_forward", self.forward_work(), b.met + b.w + b.y + self.residual, p.prologue)
         if p.direction != "training":
@@ -138,7 +138,7 @@ class _Model:
             self.triton("conv_dgrad", self.dgrad_work(not wide), dgrad, prologue=not wide),
         ]
 
-    def mixed(self) -> list[Launch]:
+    def mixed(self) -> list[PredictedLaunch]:
         p, b = self.problem, self.sizes
         conv = self.cudnn("aten.convolution", b.met + b.w + b.y)
         if p.direction != "training":
@@ -157,7 +157,7 @@ class _Model:
             *([self.stream("batch_norm_reduce", 3 * b.x)] if p.prologue else []),
         ]
 
-    def eager(self) -> list[Launch]:
+    def eager(self) -> list[PredictedLaunch]:
         """Between units that are not eager, the chain must be cut in front of this one: its input is materialised."""
         p, b = self.problem, self.sizes
         conv = self.cudnn("aten.convolution", b.met + b.w + b.y)
@@ -206,11 +206,11 @@ class _Model:
         programs = conv_wgrad.filter_tiles(conv, tile) * chosen.splits
         return _work(programs, 2 * tile.block_m, tile.block_n, depth, p.dtype.itemsize, tile.block_m)
 
-    def triton(self, kernel: str, work: _Work, size: int, prologue: bool) -> Launch:
+    def triton(self, kernel: str, work: _Work, size: int, prologue: bool) -> PredictedLaunch:
         by_arch = ISSUE_SLOTS[f"{kernel}, prologue" if prologue else kernel]
         return self.product(kernel, work, size, by_arch[self.gpu.arch][self.problem.r * self.problem.s > 1])
 
-    def product(self, kernel: str, work: _Work, size: int, slots: float) -> Launch:
+    def product(self, kernel: str, work: _Work, size: int, slots: float) -> PredictedLaunch:
         waves = _tiles(work.programs, self.gpu.multiprocessors)
         at_peak = waves * 2 * work.macs / (self.peak / self.gpu.multiprocessors)
         return self.longest(
@@ -222,7 +222,7 @@ class _Model:
             l2=work.programs * work.l2_bytes / (self.gpu.l2 * 1e9),
         )
 
-    def cudnn(self, kernel: str, size: int) -> Launch:
+    def cudnn(self, kernel: str, size: int) -> PredictedLaunch:
         p, (rows, columns) = self.problem, CUDNN_TILE
         if p.groups == 1:
             macs = _up(p.m, rows) * _up(p.co, columns) * p.r * p.s * _up(p.ci, 8)
@@ -231,16 +231,18 @@ class _Model:
             macs = _up(p.m, rows) * p.groups * co * p.r * p.s * ci
         return self.longest(kernel, self.flops, size, tensor=2 * macs / (self.peak * CUDNN_OF_PEAK))
 
-    def stream(self, kernel: str, size: int) -> Launch:
+    def stream(self, kernel: str, size: int) -> PredictedLaunch:
         return self.longest(kernel, 0, size)
 
-    def vectors(self, kernel: str) -> Launch:
+    def vectors(self, kernel: str) -> PredictedLaunch:
         return self.longest(kernel, 0, 0)
 
-    def longest(self, kernel: str, flops: int, size: int, **resources: float) -> Launch:
+    def longest(self, kernel: str, flops: int, size: int, **resources: float) -> PredictedLaunch:
         resources["memory"] = size / (self.gpu.memory * 1e9 * MEMORY_OF_PEAK)
         bound, seconds = max(resources.items(), key=lambda item: item[1])
-        return Launch(kernel, flops, size, seconds + LAUNCH_SECONDS, bound if seconds > LAUNCH_SECONDS else "launch")
+        return PredictedLaunch(
+            kernel, flops, size, seconds + LAUNCH_SECONDS, bound if seconds > LAUNCH_SECONDS else "launch"
+        )
 
     @property
     def peak(self) -> float:
