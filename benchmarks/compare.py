@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from resnet_fused.plan.problem import dtype_name
 from resnet_fused.table import render
 
 from .count import count, counted_gpu, least_work, roof
@@ -99,7 +100,7 @@ def _failure(error: Exception) -> str:
 
 
 def _row(peer: Peer, setting: Setting, reason: str | None) -> PeerRow:
-    case, dtype = setting.case, str(setting.dtype).removeprefix("torch.")
+    case, dtype = setting.case, dtype_name(setting.dtype)
     return PeerRow(case.level, case.name, setting.batch, dtype, setting.phase, peer.name, reason)
 
 

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from resnet_fused import implementation, trace
 from resnet_fused.kernels.gpus import GPU, gpu_of
 from resnet_fused.kernels.launch import dry_run
+from resnet_fused.plan.decide import arch_of
 
 from .measure import STEP, Setting, operands, phase_function
 from .peers import PEERS, Peer
@@ -26,8 +27,7 @@ def counted_gpu(device: torch.device) -> GPU:
     """The facts about ``device``; on a CPU, about the GPU that stands for :data:`PLANNED`."""
     if device.type != "cuda":
         return gpu_of(PLANNED)
-    major, minor = torch.cuda.get_device_capability(device)
-    return gpu_of(10 * major + minor, torch.cuda.get_device_name(device))
+    return gpu_of(arch_of(device), torch.cuda.get_device_name(device))
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fused import Bottleneck, implementation
+from resnet_fused.commands.machine import describe
 from resnet_fused.kernels.launch import interpreting
 from resnet_fused.table import render
 
 from . import stand_in
-from .machine import describe
 
 BLOCKS, ROUNDS, REPEATS = 16, 30, 5
 ROADS = ("eager", "triton", "mixed")

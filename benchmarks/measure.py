@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from resnet_fused import implementation
 from resnet_fused.plan.decide import tf32
+from resnet_fused.plan.problem import dtype_name, number_format
 
 from .peers import Peer
 from .shapes import Case, LayerCase
@@ -43,11 +44,10 @@ class Setting:
     @property
     def number_format(self) -> str:
         """What a GPU multiplies in: tf32, or the dtype's name."""
-        return "tf32" if tf32(self.dtype) else str(self.dtype).removeprefix("torch.")
+        return number_format(self.dtype, tf32(self.dtype))
 
     def __str__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.case.name}, batch {self.batch}, {dtype}, {self.phase}"
+        return f"{self.case.name}, batch {self.batch}, {dtype_name(self.dtype)}, {self.phase}"
 
 
 @dataclass(frozen=True)

@@ -17,17 +17,16 @@ from typing import Any
 import torch
 
 from resnet_fused.commands import check
-from resnet_fused.commands.shared import UserError, images, pick_device, pixels, require_writable, rounds
+from resnet_fused.commands.machine import describe
+from resnet_fused.commands.shared import DTYPES, UserError, images, pick_device, pixels, require_writable, rounds
 from resnet_fused.plan import cache, checked
 
 from .compare import PeerRow, compare, failed, table
 from .count import counted_gpu
-from .machine import describe
 from .measure import BACKWARD, FORWARD, STEP, WARM_UP, Setting
 from .peers import PEERS, Peer
 from .shapes import MODELS, Case, NetworkCase, layers
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 FILES = ("results.json", "results.csv", "report.html")
 DEFAULTS: dict[str, dict[str, Any]] = {
     "cpu": {"batch": [1, 8], "dtype": ["float32"], "rounds": 15},

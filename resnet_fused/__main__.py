@@ -14,6 +14,7 @@ from resnet_fused.commands.shared import NeedsInterpreter, Parser, UserError, py
 
 COMMANDS = {
     "demo": ("commands.demo", "classify photographs with a ResNet, eager and fused"),
+    "env": ("commands.env", "tell what a report of a fault should: versions, GPU, flags, cache and tables"),
     "check": ("commands.check", "compare every kernel with eager PyTorch on this machine"),
     "tune": ("commands.tune", "measure which way each unit of a ResNet is fastest on this GPU, and keep it"),
     "bench": ("benchmarks.run", "time ResNets and their layers against every other way to run them"),

@@ -156,8 +156,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     """Run the self-test; returns 0 if everything passed, else 1."""
     device = pick_device(options.device)
-    if device.type == "cuda" and (found := torch.cuda.get_device_capability(device)) < decide.MIN_CAPABILITY:
-        raise UserError(f"the GPU has compute capability {found[0]}.{found[1]}: the kernels need 8.0 or newer")
+    if device.type == "cuda" and (reason := decide.why_too_old(device)) is not None:
+        raise UserError(reason)
     report = run(device, tracked)
     print(json.dumps(report.to_dict(), indent=1) if options.json else report)
     if device.type == "cuda" and not report.failed:

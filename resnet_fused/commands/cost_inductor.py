@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from resnet_fused.plan.problem import Problem
+from resnet_fused.plan.problem import Problem, dtype_name
 
 CONFIGURATIONS = 3
 """So many of Inductor's are looked at: those with tiles nearest in size to a given one."""
@@ -119,7 +119,7 @@ def _render(template: Any, problem: Problem, m: int, n: int, k: int, warps: int,
         size=lambda name, i: sizes[name][i],
         stride=lambda name, i: strides[name][i],
     )
-    return Template(source, _TYPES[str(p.dtype).removeprefix("torch.")], (m, n, k), warps, stages)
+    return Template(source, _TYPES[dtype_name(p.dtype)], (m, n, k), warps, stages)
 
 
 def _channels_last(size: tuple[int, int, int, int]) -> tuple[int, int, int, int]:

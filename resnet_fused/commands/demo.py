@@ -24,6 +24,7 @@ from resnet_fused.engine.trace import trace
 from resnet_fused.explain import explain
 from resnet_fused.inference import optimize_for_inference
 from resnet_fused.kernels.launch import dry_run
+from resnet_fused.plan.problem import dtype_name
 from resnet_fused.table import render
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
@@ -57,14 +58,15 @@ def main(options: argparse.Namespace) -> int:
 
 
 def run(
-    name: str, images: list[Path], weights: Path | None, device: torch.device, dtype_name: str | None, size: int
+    name: str, images: list[Path], weights: Path | None, device: torch.device, chosen: str | None, size: int
 ) -> None:
     """Everything that ``python -m resnet_fused demo`` shows. Raises UserError for unusable files and options."""
-    dtype: torch.dtype = getattr(torch, dtype_name or ("bfloat16" if device.type == "cuda" else "float32"))
+    dtype = DTYPES[chosen or ("bfloat16" if device.type == "cuda" else "float32")]
     torch.backends.cudnn.benchmark = True
     photographs = load_photographs(images, size)
     x = torch.stack(list(photographs.values())).to(device, memory_format=torch.channels_last)
-    print(f"{name} in {_short(dtype)} on {_describe(device)}; torch {torch.__version__}, triton {triton.__version__}")
+    versions = f"torch {torch.__version__}, triton {triton.__version__}"
+    print(f"{name} in {dtype_name(dtype)} on {_describe(device)}; {versions}")
     print(f"{len(x)} photographs at {size}x{size}: {', '.join(photographs)}\n")
 
     model = load_model(name, weights).to(device).to(memory_format=torch.channels_last)
@@ -235,11 +237,8 @@ def show_comparison(
         agreement = f"{shared} of {sum(map(len, top[name]))}"
         rows.append([name, agreement, f"{error:.2e}", f"{times[name]:.2f}", f"{times['eager'] / times[name]:.2f}x"])
     columns = ["", "top-5 agreement", "largest error against fp64", "median ms", "speed-up"]
-    print(
-        render(
-            f"{len(x)} images in {_short(dtype)}, channels_last; logits up to {exact.abs().max():.2f}", columns, rows
-        )
-    )
+    title = f"{len(x)} images in {dtype_name(dtype)}, channels_last; logits up to {exact.abs().max():.2f}"
+    print(render(title, columns, rows))
 
 
 def median_times(variants: dict[str, Function], x: Tensor) -> dict[str, float]:
@@ -321,10 +320,6 @@ def _describe(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} threads"
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _first_line(error: Exception) -> str:

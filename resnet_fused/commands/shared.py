@@ -15,13 +15,14 @@ import torch
 
 from resnet_fused.kernels.gpus import ARCHITECTURES
 from resnet_fused.kernels.launch import interpreting
+from resnet_fused.plan.decide import arch_of
+from resnet_fused.plan.problem import DTYPES
 
 MODELS = (
     *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
     *("resnext50_32x4d", "resnext101_32x8d", "wide_resnet50_2", "wide_resnet101_2"),
 )
 T = TypeVar("T")
-DTYPES = ("float32", "float16", "bfloat16")
 MAX_IMAGES, MAX_PIXELS, MAX_ROUNDS = 2**16, 2**12, 10**6
 """The largest batch, side of an image, and number of calls that a command takes."""
 
@@ -127,8 +128,7 @@ def pick_arch(name: str | None) -> int:
     if name is None:
         if not torch.cuda.is_available():
             raise UserError("there is no CUDA GPU here: name an architecture to plan for, as --arch sm_90")
-        major, minor = torch.cuda.get_device_capability()
-        return 10 * major + minor
+        return arch_of(torch.device("cuda", torch.cuda.current_device()))
     number = name.removeprefix("sm_")
     if not number.isdecimal() or int(number) not in ARCHITECTURES:
         raise UserError(f"--arch {name}: must be one of {', '.join(f'sm_{arch}' for arch in ARCHITECTURES)}")

@@ -17,7 +17,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, groupby, islice, repeat
 from typing import Any, Protocol
 
@@ -77,7 +77,7 @@ class ChildRunner:
         self.problem = problem
         if self.process is None:
             self._start()
-        self._ask({"problem": asdict(problem) | {"dtype": str(problem.dtype).removeprefix("torch.")}})
+        self._ask({"problem": tuned.problem_out(problem)})
 
     def verify(self, candidate: Candidate) -> float:
         self._revive()
@@ -276,10 +276,9 @@ def tune(
     device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     if device.index >= torch.cuda.device_count():
         raise RuntimeError(f"there is no {device}: PyTorch sees {torch.cuda.device_count()} CUDA GPUs here")
-    major, minor = torch.cuda.get_device_capability(device)
-    if (major, minor) < decide.MIN_CAPABILITY:
-        raise RuntimeError(f"{device} has compute capability {major}.{minor}: the kernels need 8.0 or newer")
-    arch, gpu = 10 * major + minor, torch.cuda.get_device_name(device)
+    if (reason := decide.why_too_old(device)) is not None:
+        raise RuntimeError(reason)
+    arch, gpu = decide.arch_of(device), torch.cuda.get_device_name(device)
     dtype = dtype or next(model.parameters()).dtype
     problems = [replace(p, gpu=gpu) for p in find_problems(model, shapes, dtype, direction, arch)]
     options = ["--cudnn-benchmark"] if torch.backends.cudnn.benchmark else []

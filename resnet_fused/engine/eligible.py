@@ -17,7 +17,7 @@ from torch.nn.modules import module as nn_module
 from resnet_fused.engine.request import requested
 from resnet_fused.kernels.conv_forward import Geometry, output_size
 from resnet_fused.kernels.launch import FLOATS, dry_target
-from resnet_fused.plan.decide import MIN_CAPABILITY
+from resnet_fused.plan.decide import why_too_old
 
 logger = logging.getLogger("resnet_fused")
 
@@ -57,8 +57,7 @@ def why_not_here(x: Tensor, request: str | None = None) -> str | None:
             return None
         if not x.is_cuda:
             return NO_GPU
-        if (found := torch.cuda.get_device_capability(x.device)) < MIN_CAPABILITY:
-            return f"the GPU has compute capability {found[0]}.{found[1]}: the kernels need 8.0 or newer"
+        return why_too_old(x.device)
     return None
 
 

@@ -79,7 +79,7 @@ def remind_once(model: nn.Module) -> None:
     if _reminded or not torch.cuda.is_available():
         return
     device = next((p.device for p in model.parameters() if p.device.type == "cuda"), None)
-    if device is None or torch.cuda.get_device_capability(device) < decide.MIN_CAPABILITY or verified(device):
+    if device is None or decide.why_too_old(device) or verified(device):
         return
     _reminded = True
     name = torch.cuda.get_device_name(device)

@@ -120,8 +120,20 @@ def target(device: torch.device) -> tuple[int, str]:
 
 @cache
 def _gpu(device: torch.device) -> tuple[int, str]:
+    return arch_of(device), torch.cuda.get_device_name(device)
+
+
+def arch_of(device: torch.device) -> int:
+    """The architecture of a CUDA GPU: 80 for sm_80 ..."""
     major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor, torch.cuda.get_device_name(device)
+    return 10 * major + minor
+
+
+def why_too_old(device: torch.device) -> str | None:
+    """Why the kernels cannot be compiled for a CUDA GPU, or None if they can."""
+    if (found := torch.cuda.get_device_capability(device)) >= MIN_CAPABILITY:
+        return None
+    return f"the GPU has compute capability {found[0]}.{found[1]}: the kernels need 8.0 or newer"
 
 
 def present_gpu(arch: int) -> str:

@@ -10,7 +10,7 @@ import torch
 
 from resnet_fused.kernels.conv_forward import ConvProblem, output_size
 from resnet_fused.kernels.conv_wgrad import WgradConfig
-from resnet_fused.kernels.launch import TileConfig
+from resnet_fused.kernels.launch import FLOATS, TileConfig
 
 Request = Literal["auto", "triton", "mixed", "eager"]
 """An implementation that a user can ask for; see :func:`resnet_fused.implementation`."""
@@ -20,6 +20,20 @@ Way = Literal["fused", "mixed", "eager", "cudnn"]
 
 REQUESTS: tuple[Request, ...] = get_args(Request)
 WAYS: tuple[Way, ...] = get_args(Way)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``"float32"`` for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+DTYPES = {dtype_name(dtype): dtype for dtype in FLOATS}
+"""Those of the kernels, by name."""
+
+
+def number_format(dtype: torch.dtype, tf32: bool) -> str:
+    """What factors in ``dtype`` are multiplied in: tf32, where they may be rounded to it, or the dtype's name."""
+    return "tf32" if tf32 else dtype_name(dtype)
 
 
 @dataclass(frozen=True)
@@ -69,8 +83,8 @@ class Problem:
 
     @property
     def number_format(self) -> str:
-        """The factors' format in the product: tf32, or the dtype's name."""
-        return "tf32" if self.tf32 else str(self.dtype).removeprefix("torch.")
+        """The factors' format in the product."""
+        return number_format(self.dtype, self.tf32)
 
     def conv(self, prologue: bool) -> ConvProblem:
         """One of its products, as the choice of a tile sees it."""

@@ -21,7 +21,7 @@ from resnet_fused.kernels.conv_wgrad import conv_wgrad
 from resnet_fused.kernels.gpus import gpu_of
 from resnet_fused.kernels.launch import TileConfig, dry_run
 from resnet_fused.plan.cache import cache_dir, locked, read, versions, write_whole
-from resnet_fused.plan.problem import WAYS, Problem, Tiles
+from resnet_fused.plan.problem import DTYPES, WAYS, Problem, Tiles, dtype_name
 
 logger = logging.getLogger("resnet_fused")
 
@@ -30,9 +30,6 @@ SCHEMA = 1
 
 
 DIRECTIONS = ("inference", "frozen", "training")
-
-
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 
 
 @dataclass(frozen=True)
@@ -143,7 +140,7 @@ def render(table: Table) -> str:
     """The table as JSON."""
     entries = [
         {
-            "problem": _problem_out(entry.problem),
+            "problem": problem_out(entry.problem),
             "implementation": entry.implementation,
             "tiles": entry.tiles.encode(),
             "seconds": entry.seconds,
@@ -156,8 +153,24 @@ def render(table: Table) -> str:
     return json.dumps({"schema": SCHEMA, "gpu": table.gpu, "versions": versions(), "entries": entries}, indent=1)
 
 
-def parse(text: str, gpu: str) -> Table:
-    """The inverse of :func:`render`. Raises ValueError for what is no table of ``gpu`` under the present versions."""
+def kept() -> dict[Path, Table | str]:
+    """Every file among the user's tables: its table, or why it is ignored. Raises as :func:`cache_dir` does."""
+    found: dict[Path, Table | str] = {}
+    for file in sorted((cache_dir() / "tuned").glob("*.json")):
+        try:
+            table = parse(read(file))
+        except (OSError, ValueError) as error:
+            found[file] = str(error)
+        else:
+            found[file] = table if file == path(table.gpu) else f"its name should be {path(table.gpu).name}"
+    return found
+
+
+def parse(text: str, gpu: str | None = None) -> Table:
+    """The inverse of :func:`render`.
+
+    Raises ValueError for what is no table of ``gpu``, or of any GPU, under the present versions.
+    """
     try:
         return _table(json.loads(text), gpu)
     except ValueError:
@@ -166,9 +179,10 @@ def parse(text: str, gpu: str) -> Table:
         raise ValueError(f"it is malformed: {type(error).__name__}: {error}") from error
 
 
-def _table(content: Any, gpu: str) -> Table:
+def _table(content: Any, gpu: str | None) -> Table:
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
         raise ValueError(f"it is not a table of schema {SCHEMA}")
+    gpu = _text(content.get("gpu")) if gpu is None else gpu
     for name, here in (("gpu", gpu), ("versions", versions())):
         if content.get(name) != here:
             raise ValueError(f"its {name} is {content.get(name)!r}, here it is {here!r}")
@@ -200,15 +214,16 @@ def _entry(row: dict[str, Any], gpu: str) -> Entry:
     return Entry(problem, row["implementation"], tiles, seconds, spread, _text(row["reason"]), quarantined)
 
 
-def _problem_out(problem: Problem) -> dict[str, Any]:
-    return asdict(problem) | {"dtype": str(problem.dtype).removeprefix("torch.")}
+def problem_out(problem: Problem) -> dict[str, Any]:
+    """The problem as plain values."""
+    return asdict(problem) | {"dtype": dtype_name(problem.dtype)}
 
 
 def problem_in(fields: dict[str, Any]) -> Problem:
-    """The problem that ``asdict`` made ``fields`` of, by way of JSON. Raises ValueError for what is none."""
+    """The inverse of :func:`problem_out`, by way of JSON. Raises ValueError for what is none."""
     pairs = {name: tuple(_integers(fields[name])) for name in ("stride", "padding", "dilation")}
     sizes = _integers(fields[name] for name in ("n", "h", "w", "ci", "co", "r", "s", "groups", "arch"))
-    problem = Problem(**(fields | pairs | {"dtype": _DTYPES[fields["dtype"]]}))
+    problem = Problem(**(fields | pairs | {"dtype": DTYPES[fields["dtype"]]}))
     numbers = [*sizes, *(size + 1 for size in problem.padding), *problem.stride, *problem.dilation]
     if (
         not all(1 <= number < 2**31 for number in numbers)

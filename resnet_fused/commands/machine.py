@@ -11,7 +11,10 @@ import torch
 
 from resnet_fused.plan.checked import stack
 
-PACKAGES = ("torchvision", "onnxruntime", "openvino", "torch_tensorrt", "nvidia-cudnn-frontend", "matplotlib")
+PACKAGES = (
+    *("numpy", "torchvision", "timm", "transformers"),
+    *("onnxruntime", "openvino", "torch_tensorrt", "nvidia-cudnn-frontend", "matplotlib"),
+)
 
 
 def describe(device: torch.device) -> dict[str, str]:
