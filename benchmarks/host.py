@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from resnet_fused import Bottleneck, implementation
 from resnet_fused.commands.machine import describe
 from resnet_fused.kernels.launch import interpreting
+from resnet_fused.plan.problem import Request
 from resnet_fused.table import render
 
 from . import stand_in
 
 BLOCKS, ROUNDS, REPEATS = 16, 30, 5
-ROADS = ("eager", "triton", "mixed")
+ROADS: tuple[Request, ...] = ("eager", "triton", "mixed")
 
 
 def main() -> int:
@@ -41,7 +42,7 @@ def main() -> int:
     return 0
 
 
-def _microseconds(road: str, training: bool, device: torch.device) -> float:
+def _microseconds(road: Request, training: bool, device: torch.device) -> float:
     torch.manual_seed(0)
     with device:
         blocks = nn.Sequential(*(Bottleneck(16, 4) for _ in range(BLOCKS))).train(training)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fused import fuse, optimize_for_inference
+from resnet_fused.plan.problem import Request
 
 Function = Callable[[], Tensor]
 
@@ -30,7 +31,7 @@ class Peer(ABC):
     packages: tuple[str, ...] = ()
     device: str | None = None
     infers = trains = True
-    implementation = "eager"
+    implementation: Request = "eager"
     counted = layers = heavy = own_graph = False
 
     def does(self, training: bool) -> bool:
@@ -234,7 +235,7 @@ class CudnnFrontend(Peer):
 class Fuse(Peer):
     """This library: ``fuse(model, memory=memory)``, the implementation of each unit chosen by its plan."""
 
-    implementation = "auto"
+    implementation: Request = "auto"
     counted = True
 
     def __init__(self, name: str, memory: str) -> None:
@@ -254,7 +255,7 @@ class Frozen(Peer):
     """This library's copy for serving: ``optimize_for_inference(model, x)``."""
 
     name = "resnet_fused.optimize_for_inference"
-    implementation = "auto"
+    implementation: Request = "auto"
     own_graph = True
     trains = False
     layers = True

@@ -18,7 +18,15 @@ import torch
 
 from resnet_fused.commands import check
 from resnet_fused.commands.machine import describe
-from resnet_fused.commands.shared import DTYPES, UserError, images, pick_device, pixels, require_writable, rounds
+from resnet_fused.commands.shared import (
+    DTYPES,
+    UserError,
+    add_size_argument,
+    images,
+    pick_device,
+    require_writable,
+    rounds,
+)
 from resnet_fused.plan import cache, checked
 
 from .compare import PeerRow, compare, failed, table
@@ -43,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--models", nargs="+", default=["resnet50"], choices=MODELS, metavar="NAME", help=f"of {', '.join(MODELS)}")
     add("--batch", nargs="+", type=images, metavar="N", help="default: 1 8 on a CPU, 1 32 256 on a GPU")
-    add("--size", type=pixels, metavar="PIXELS", help="side of the input (default: what each model is made for)")
+    add_size_argument(parser)
     add("--dtype", nargs="+", choices=DTYPES, help="default: float32 on a CPU, bfloat16 on a GPU")
     add("--train", action="store_true", help="training too: forward+backward, and whole steps of the models")
     add("--skip", nargs="+", default=[], choices=PEERS, metavar="PEER", help=f"of {', '.join(map(repr, PEERS))}")

@@ -12,23 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import resnet_fused
+from resnet_fused.models import MODELS
 from resnet_fused.modules import BasicBlock, Bottleneck, PaddedShortcut
-
-MODELS = {
-    "resnet18": 224,
-    "resnet34": 224,
-    "resnet50": 224,
-    "resnet101": 224,
-    "resnet152": 224,
-    "resnext50_32x4d": 224,
-    "wide_resnet50_2": 224,
-    "resnet20": 32,
-    "resnet32": 32,
-    "resnet44": 32,
-    "resnet56": 32,
-    "resnet110": 32,
-}
-"""Model names and the side of the images that they are made for."""
 
 
 @dataclass(frozen=True)

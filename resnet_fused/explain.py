@@ -17,7 +17,7 @@ from resnet_fused.kernels.launch import dry_run
 from resnet_fused.modules import FusedBlock
 from resnet_fused.plan import roofline, tuned
 from resnet_fused.plan.decide import Plan, decide, present_gpu, record
-from resnet_fused.plan.problem import Problem
+from resnet_fused.plan.problem import Problem, Way
 from resnet_fused.table import render
 
 
@@ -27,7 +27,7 @@ class BlockRow:
 
     name: str
     block: str
-    implementation: str
+    implementation: Way
     reason: str = ""
     launches: list[Launch] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
@@ -128,7 +128,7 @@ def explain(
     return Explanation(list(rows.values()), ran=x is not None)
 
 
-def _judge(found: Found) -> tuple[str, str]:
+def _judge(found: Found) -> tuple[Way, str]:
     if isinstance(found.module, FusedBlock):
         return "fused", ""
     return "eager", found.verdict if isinstance(found.verdict, str) else "not converted: call fuse(model)"

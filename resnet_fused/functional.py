@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from resnet_fused.engine.reference import PaddedIdentity
 from resnet_fused.engine.request import requested
 from resnet_fused.kernels.conv_forward import output_size
 from resnet_fused.kernels.launch import FLOATS
+from resnet_fused.plan.problem import Request, Way
 
 __all__ = ["Layer", "PaddedIdentity", "Projection", "conv_bn_act", "residual_block"]
 
@@ -95,7 +96,7 @@ class Chain(NamedTuple):
     before: int
     dtype: torch.dtype
     out_dtype: torch.dtype
-    request: str
+    request: Request
 
     @property
     def all_units(self) -> list[Unit]:
@@ -130,7 +131,7 @@ def resolve(
     shortcut: Shortcut | None = None,
     *,
     in_place: bool = False,
-    request: str | None = None,
+    request: Request | None = None,
 ) -> Chain | str:
     """Layers and shortcut as :func:`run` takes them, or why they run eager. ``x`` is one that ``why_eager`` cleared.
 
@@ -221,7 +222,7 @@ def _infer(chain: Chain) -> Tensor:
 def _infer_unit(
     x: Tensor,
     unit: Unit,
-    request: str,
+    request: Request,
     dtype: torch.dtype,
     residual: Tensor | None = None,
     step: int = 1,
@@ -257,7 +258,7 @@ class _Planned(NamedTuple):
     """A unit and how it runs in training; see :func:`resnet_fused.engine.forward.choose`."""
 
     unit: Unit
-    implementation: str
+    implementation: Way | Literal["undecided"]
     code: tuple[int, ...]
 
 
@@ -281,7 +282,7 @@ def _is_eager(*units: _Planned) -> bool:
 
 
 def _plan(
-    shape: tuple[int, ...], unit: Unit, dtype: torch.dtype, request: str, direction: str, **options: bool
+    shape: tuple[int, ...], unit: Unit, dtype: torch.dtype, request: Request, direction: str, **options: bool
 ) -> Choice:
     """For ``unit`` on an input of ``shape``; ``options``: see :func:`resnet_fused.engine.forward.choose`."""
     if torch.compiler.is_compiling():

@@ -11,6 +11,15 @@ from torch import Tensor, nn
 from resnet_fused import functional
 from resnet_fused.modules import BasicBlock, Bottleneck, PaddedShortcut
 
+MODELS = dict.fromkeys(
+    [
+        *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
+        *("resnext50_32x4d", "resnext101_32x8d", "wide_resnet50_2", "wide_resnet101_2"),
+    ],
+    224,
+) | dict.fromkeys(["resnet20", "resnet32", "resnet44", "resnet56", "resnet110"], 32)
+"""The names of all models, each with the side of the images that it is made for."""
+
 
 class ResNet(nn.Module):
     """A ResNet for large images, with torchvision's constructor arguments, initialisation and state-dict keys.

@@ -10,12 +10,16 @@ import torchvision
 from torch import nn
 
 import resnet_fused
-from resnet_fused.models import CifarResNet
+from resnet_fused import models
+from resnet_fused.models import MODELS, CifarResNet
 
-NAMES = (
-    *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
-    *("resnext50_32x4d", "resnext101_32x8d", "wide_resnet50_2", "wide_resnet101_2"),
-)
+NAMES = [name for name, side in MODELS.items() if side == 224]
+
+
+def test_every_model_is_listed():
+    made = [name for name, value in vars(models).items() if inspect.isfunction(value) and not name.startswith("_")]
+    assert list(MODELS) == made
+    assert set(made) <= set(resnet_fused.__all__)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -32,6 +32,7 @@ from resnet_fused.kernels.conv_forward import conv_forward, conv_forward_moments
 from resnet_fused.kernels.conv_wgrad import conv_wgrad
 from resnet_fused.kernels.tile import Norm
 from resnet_fused.modules import BasicBlock, Bottleneck, PaddedShortcut
+from resnet_fused.plan.problem import Request
 
 FORMATS = {"float32": torch.float32, "tf32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 """The number formats of a convolution's factors, and the dtype of its tensors."""
@@ -142,6 +143,8 @@ BLOCKS: dict[str, tuple[int, Callable[[int], nn.Module]]] = {
 }
 """Blocks of width c, and the channels of their inputs in units of c."""
 
+ROADS: tuple[Request, ...] = ("triton", "mixed")
+"""Those of a block on which kernels are launched."""
 BLOCK_SIZES = {"cuda": (8, (56, 56), 64), "cpu": (6, (7, 6), 6)}
 """Images, their size and c."""
 
@@ -478,7 +481,7 @@ def _check_backward(layer: CheckLayer, variant: str, draw: Draw) -> Comparison:
     return Comparison(ours, expected, sums=0)
 
 
-def _check_block(kind: str, road: str, training: bool, size: tuple[Any, ...], draw: Draw) -> Comparison:
+def _check_block(kind: str, road: Request, training: bool, size: tuple[Any, ...], draw: Draw) -> Comparison:
     """A whole block on one road: its output, and in training every gradient and buffer that it leaves."""
     n, image, width = size
     factor, build = BLOCKS[kind]
@@ -491,7 +494,7 @@ def _check_block(kind: str, road: str, training: bool, size: tuple[Any, ...], dr
     with torch.no_grad(), implementation("eager"):
         dz = draw.images(copy.deepcopy(block).to("meta")(x.to("meta")).shape)
 
-    def step(t: torch.dtype, road: str) -> Results:
+    def step(t: torch.dtype, road: Request) -> Results:
         with implementation(road):
             if not training:
                 with torch.no_grad():
@@ -559,7 +562,7 @@ def cases(device_type: str) -> list[CheckCase]:
             prepare = partial(check, layers[layer], variant)
             found += [CheckCase(kernel, name, f, prepare) for f in FORMATS if multiplies or f != "tf32"]
     for kind in BLOCKS:
-        for road, training in product(("triton", "mixed"), (False, True)):
+        for road, training in product(ROADS, (False, True)):
             name = f"{kind}; {'training' if training else 'inference'}"
             prepare = partial(_check_block, kind, road, training, BLOCK_SIZES[device_type])
             found += [CheckCase(f"block ({road})", name, f, prepare) for f in FORMATS]

@@ -29,7 +29,7 @@ from resnet_fused.engine.trace import Launch
 from resnet_fused.kernels.gpus import gpu_of
 from resnet_fused.kernels.launch import Call, TileConfig, interpreting
 from resnet_fused.plan import decide, roofline, tuned
-from resnet_fused.plan.problem import Problem
+from resnet_fused.plan.problem import Problem, Request, Way
 from resnet_fused.table import render
 
 TEMPLATE = "Inductor's template"
@@ -61,7 +61,7 @@ class UnitCost:
     """
 
     layer: str
-    implementation: str
+    implementation: Way
     launches: int
     flops: int
     bytes: int
@@ -135,7 +135,7 @@ def _micro(seconds: float) -> float:
     return round(seconds * 1e6, 1)
 
 
-def examine(problem: Problem, request: str) -> UnitCost:
+def examine(problem: Problem, request: Request) -> UnitCost:
     """Compile what the plan of ``problem`` launches, and Inductor's template for the same layer; needs no GPU."""
     chosen = decide.decide(problem, request, tuned.load(problem.gpu))
     calls, launches = rehearse(problem, Candidate(chosen.implementation, chosen.tiles))
@@ -229,7 +229,8 @@ def _elsewhere() -> Iterator[None]:
 
 def report(options: argparse.Namespace, arch: int) -> CostReport:
     """The report on the model and its input that ``options`` name."""
-    dtype, shape = getattr(torch, options.dtype), (options.batch, 3, options.size, options.size)
+    dtype, side = getattr(torch, options.dtype), options.size or models.MODELS[options.model]
+    shape = options.batch, 3, side, side
     with torch.device("meta"):
         model = getattr(models, options.model)().to(dtype)
     direction = "training" if options.train else "inference"

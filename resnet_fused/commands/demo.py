@@ -17,16 +17,19 @@ import triton
 from torch import Tensor, nn
 
 from resnet_fused import models
-from resnet_fused.commands.shared import DTYPES, MODELS, UserError, pick_device, pixels, tracked
+from resnet_fused.commands.shared import DTYPES, UserError, pick_device, pixels, tracked
 from resnet_fused.convert import fuse
 from resnet_fused.engine.request import implementation
 from resnet_fused.engine.trace import trace
 from resnet_fused.explain import explain
 from resnet_fused.inference import optimize_for_inference
 from resnet_fused.kernels.launch import dry_run
-from resnet_fused.plan.problem import dtype_name
+from resnet_fused.models import MODELS
+from resnet_fused.plan.problem import Request, dtype_name
 from resnet_fused.table import render
 
+CLASSIFIERS = [name for name, side in MODELS.items() if side == 224]
+"""The models for photographs."""
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
 CALIBRATION_BATCHES, CALIBRATION_VIEWS = 6, 8
 PLANNED = 80
@@ -42,7 +45,7 @@ T = TypeVar("T")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``python -m resnet_fused demo``."""
     add = parser.add_argument
-    add("--model", default="resnet50", choices=MODELS, metavar="NAME", help=f"one of {', '.join(MODELS)}")
+    add("--model", default="resnet50", choices=CLASSIFIERS, metavar="NAME", help=f"one of {', '.join(CLASSIFIERS)}")
     add("--image", nargs="+", type=Path, default=[], metavar="FILE", help="photographs (default: scikit-image's)")
     add("--weights", type=Path, metavar="FILE", help="state dict, .pth or .safetensors (default: random weights)")
     add("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 ... (default: a CUDA GPU if there is one)")
@@ -277,7 +280,7 @@ def show_traffic(eager: nn.Module, fused: nn.Module, x: Tensor) -> None:
     print(render("On a GPU, counted", ["", "launches", "MB per image"], rows))
 
 
-def count(model: nn.Module, x: Tensor, road: str) -> tuple[int, float]:
+def count(model: nn.Module, x: Tensor, road: Request) -> tuple[int, float]:
     """Kernel launches and library calls of ``model(x)`` on a GPU, and megabytes per image; the kernels do not run."""
     with dry_run(PLANNED), implementation(road), trace() as t:
         model(x)

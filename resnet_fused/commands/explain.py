@@ -25,10 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Print the plan of a model; returns 0."""
-    dtype = getattr(torch, options.dtype)
+    dtype, side = getattr(torch, options.dtype), options.size or models.MODELS[options.model]
     with torch.device("meta"), implementation(options.implementation):
         model = getattr(models, options.model)().to(dtype, memory_format=torch.channels_last)
-        x = torch.empty(options.batch, 3, options.size, options.size, dtype=dtype)
+        x = torch.empty(options.batch, 3, side, side, dtype=dtype)
         with chosen_input():
             explanation = explain(model, x, arch=pick_arch(options.arch), training=options.train)
         print(json.dumps(explanation.to_dict(), indent=1) if options.json else explanation)

@@ -15,13 +15,10 @@ import torch
 
 from resnet_fused.kernels.gpus import ARCHITECTURES
 from resnet_fused.kernels.launch import interpreting
+from resnet_fused.models import MODELS
 from resnet_fused.plan.decide import arch_of
 from resnet_fused.plan.problem import DTYPES
 
-MODELS = (
-    *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
-    *("resnext50_32x4d", "resnext101_32x8d", "wide_resnet50_2", "wide_resnet101_2"),
-)
 T = TypeVar("T")
 MAX_IMAGES, MAX_PIXELS, MAX_ROUNDS = 2**16, 2**12, 10**6
 """The largest batch, side of an image, and number of calls that a command takes."""
@@ -93,12 +90,19 @@ def chosen_input() -> Iterator[None]:
         raise UserError(str(error)) from error
 
 
+def add_size_argument(parser: argparse.ArgumentParser) -> None:
+    """The option ``--size``, None without it: each model then takes images of the side that it is made for."""
+    parser.add_argument(
+        "--size", type=pixels, metavar="PIXELS", help="side of the input (default: what each model is made for)"
+    )
+
+
 def add_network_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that name a network, its input and what is done with it."""
     add = parser.add_argument
     add("--model", default="resnet50", choices=MODELS, metavar="NAME", help=f"one of {', '.join(MODELS)}")
     add("--batch", type=images, default=32, metavar="N", help="images (default: 32)")
-    add("--size", type=pixels, default=224, metavar="PIXELS", help="side of the network's input (default: 224)")
+    add_size_argument(parser)
     add("--dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16")
     add("--train", action="store_true", help="a training step, not inference")
 

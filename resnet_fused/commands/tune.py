@@ -25,12 +25,13 @@ import torch
 from torch import nn
 
 from resnet_fused import models
-from resnet_fused.commands.shared import DTYPES, MODELS, UserError, chosen_input, images, pixels, python, tracked
+from resnet_fused.commands.shared import DTYPES, UserError, add_size_argument, chosen_input, images, python, tracked
 from resnet_fused.commands.tune_trial import Candidate, candidates
 from resnet_fused.convert import fuse
 from resnet_fused.engine.request import implementation
 from resnet_fused.inference import optimize_for_inference
 from resnet_fused.kernels.launch import dry_run, interpreting
+from resnet_fused.models import MODELS
 from resnet_fused.plan import decide, tuned
 from resnet_fused.plan.problem import Problem, Tiles
 from resnet_fused.plan.tuned import DIRECTIONS, Entry, Table
@@ -432,7 +433,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", nargs="+", default=["resnet50"], choices=MODELS, metavar="NAME", help=f"of {', '.join(MODELS)}")
     add("--batch", nargs="+", type=images, default=[32], metavar="N", help="numbers of images (default: 32)")
-    add("--size", type=pixels, default=224, metavar="PIXELS", help="side of the network's input (default: 224)")
+    add_size_argument(parser)
     add("--dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16")
     add(
         "--direction",
@@ -445,10 +446,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Tune models on the GPU; returns 0, or 130 when interrupted."""
-    shapes = [(batch, 3, options.size, options.size) for batch in options.batch]
     torch.backends.cudnn.benchmark = True
     try:
         for name in options.model:
+            side = options.size or MODELS[name]
+            shapes = [(batch, 3, side, side) for batch in options.batch]
             with torch.device("meta"):
                 model = getattr(models, name)().to(getattr(torch, options.dtype))
             with chosen_input():

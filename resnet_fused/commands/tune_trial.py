@@ -20,7 +20,7 @@ from resnet_fused.kernels import conv_dgrad, conv_forward, conv_wgrad
 from resnet_fused.kernels.batch_norm import batch_norm_apply, batch_norm_reduce
 from resnet_fused.kernels.launch import Call, TileConfig, dry_run, observe
 from resnet_fused.kernels.tile import Norm
-from resnet_fused.plan.problem import Problem, Tiles
+from resnet_fused.plan.problem import Problem, Tiles, Way
 from resnet_fused.plan.tuned import legal
 
 EPS = 1e-5
@@ -32,7 +32,7 @@ SUMS = 8
 class Candidate:
     """One way to run a problem."""
 
-    implementation: str
+    implementation: Way
     tiles: Tiles = field(default_factory=Tiles)
 
     def encode(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from resnet_fused.engine.request import requested
 from resnet_fused.kernels.conv_forward import Geometry, output_size
 from resnet_fused.kernels.launch import FLOATS, dry_target
 from resnet_fused.plan.decide import why_too_old
+from resnet_fused.plan.problem import KEPT_LAYOUTS, Request
 
 logger = logging.getLogger("resnet_fused")
 
@@ -37,7 +38,7 @@ TRACED = "torch.fx traces it"
 _EXPECTED = (FORCED, NO_GPU, TRACED)
 
 
-def why_not_here(x: Tensor, request: str | None = None) -> str | None:
+def why_not_here(x: Tensor, request: Request | None = None) -> str | None:
     """Why a unit whose input is ``x`` cannot be fused where it stands, or None if it can.
 
     ``request``: see :func:`requested`, which is asked without it.
@@ -180,7 +181,7 @@ def _placed(conv: nn.Conv2d, shape: tuple[int, ...], w_shape: torch.Size) -> tup
     return found
 
 
-@lru_cache(maxsize=4096, typed=True)
+@lru_cache(maxsize=KEPT_LAYOUTS, typed=True)
 def _place(shape: tuple[int, ...], w_shape: torch.Size, groups: int, *numbers: int) -> tuple[Geometry, Out] | str:
     n, ci, h, w = shape
     co, width, r, s = w_shape
@@ -321,7 +322,7 @@ def process_group_name(bn: nn.Module) -> str:
     return group.group_name if dist.get_world_size(group) > 1 else ""
 
 
-def why_eager(x: Tensor, units: Iterable[Sequence[Any]], request: str | None = None) -> str | None:
+def why_eager(x: Tensor, units: Iterable[Sequence[Any]], request: Request | None = None) -> str | None:
     """Why a chain of ``units`` (convolution, batch norm, ...) on input ``x`` runs eager as things stand, or None.
 
     Whether their tensors fit one another is for :func:`resolve` to say. ``request``: see there.

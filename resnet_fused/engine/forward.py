@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,7 @@ from resnet_fused.kernels.batch_norm import batch_norm_apply, batch_norm_stats, 
 from resnet_fused.kernels.conv_forward import Geometry, conv_forward, conv_forward_moments
 from resnet_fused.kernels.tile import Moments, Norm
 from resnet_fused.plan import decide, tuned
-from resnet_fused.plan.problem import REQUESTS, Problem, Tiles
+from resnet_fused.plan.problem import KEPT_LAYOUTS, REQUESTS, Problem, Request, Tiles, Way
 
 
 class Convolution(NamedTuple):
@@ -53,7 +53,7 @@ def _encode(geometry: Geometry, way: int, tiles: Tiles) -> tuple[int, ...]:
     return *stride, *padding, *dilation, groups, way, *tiles.encode()
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=KEPT_LAYOUTS)
 def _decode(code: tuple[int, ...]) -> Convolution:
     tiles = Tiles.decode(code[8:])
     return Convolution((code[0], code[1]), (code[2], code[3]), (code[4], code[5]), code[6], code[7] == 1, tiles)
@@ -66,11 +66,11 @@ _UNDECIDED = 2
 """From here on, the number that tells who convolves stands for a request, which the operator itself follows."""
 
 
-Choice = tuple[str, tuple[int, ...]]
-"""Who computes a unit ("fused", "mixed" or "eager"), and the ``convolution`` argument of the operators."""
+Choice = tuple[Way | Literal["undecided"], tuple[int, ...]]
+"""Who computes a unit, if that is not left to the operators, and the ``convolution`` argument of the operators."""
 
 
-def undecided(geometry: Geometry, request: str) -> tuple[int, ...]:
+def undecided(geometry: Geometry, request: Request) -> tuple[int, ...]:
     """The ``convolution`` argument that leaves the choice to the operator: for a compiler, whose sizes are symbols."""
     return _encode(geometry, _UNDECIDED + REQUESTS.index(request), Tiles())
 
@@ -95,7 +95,7 @@ def choose(
     dtype: torch.dtype,
     direction: str,
     device: torch.device,
-    request: str,
+    request: Request,
     prologue: bool = False,
     residual: bool = False,
 ) -> Choice:
@@ -110,13 +110,13 @@ def choose(
     return way
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=KEPT_LAYOUTS)
 def _decided(
     shape: tuple[int, ...],
     w_shape: tuple[int, ...],
     geometry: Geometry,
     options: tuple[Any, ...],
-    request: str,
+    request: Request,
     table: tuned.Table | None,
 ) -> tuple[Problem, Choice]:
     (n, ci, h, w), (co, _, r, s), (stride, padding, dilation, groups) = shape, w_shape, geometry

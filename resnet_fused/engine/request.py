@@ -17,19 +17,20 @@ import torch
 from torch import nn
 from torch.utils import checkpoint
 
-from resnet_fused.plan.problem import REQUESTS
+from resnet_fused.plan.problem import REQUESTS, Request
 
 
-def _checked(name: str, source: str) -> str:
-    if name not in REQUESTS:
-        raise ValueError(f"{source} must be one of {', '.join(map(repr, REQUESTS))}; got {name!r}")
-    return name
+def _checked(name: str, source: str) -> Request:
+    for known in REQUESTS:
+        if name == known:
+            return known
+    raise ValueError(f"{source} must be one of {', '.join(map(repr, REQUESTS))}; got {name!r}")
 
 
 class _Asked(NamedTuple):
     """An implementation asked for, and the backward pass inside which it was, or -1."""
 
-    name: str
+    name: Request
     backward: int
 
 
@@ -52,7 +53,7 @@ _traced = _Traced()
 
 
 @contextlib.contextmanager
-def implementation(name: str) -> Iterator[None]:
+def implementation(name: Request) -> Iterator[None]:
     """Force a road inside the ``with`` block, for this thread or task.
 
     ``"triton"`` launches the kernels on whatever tensors come (on CPU tensors: in Triton's interpreter under
@@ -75,7 +76,7 @@ def implementation(name: str) -> Iterator[None]:
         _requested.reset(token)
 
 
-def requested(module: nn.Module | None = None) -> str:
+def requested(module: nn.Module | None = None) -> Request:
     """The implementation in force: ``"auto"``, ``"triton"``, ``"mixed"`` or ``"eager"``.
 
     ``module``: whose forward asks. Inside a backward pass, which is no place of the user's, it is told what its forward
@@ -98,8 +99,8 @@ def requested(module: nn.Module | None = None) -> str:
 class _Forwards:
     """What the forwards of a module were told: the last one, and those that a checkpoint may still compute again."""
 
-    last: str
-    checkpointed: WeakKeyDictionary[Any, str] = field(default_factory=WeakKeyDictionary)
+    last: Request
+    checkpointed: WeakKeyDictionary[Any, Request] = field(default_factory=WeakKeyDictionary)
 
 
 _forwards: WeakKeyDictionary[nn.Module, _Forwards] = WeakKeyDictionary()
@@ -119,7 +120,7 @@ def _remember(module: nn.Module, request: _Asked) -> None:
         _forwards.pop(module, None)  # another thread may have been faster
 
 
-def _recall(module: nn.Module) -> str:
+def _recall(module: nn.Module) -> Request:
     found = _forwards.get(module)
     if found is None:
         return _DEFAULT.name

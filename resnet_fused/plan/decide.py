@@ -11,7 +11,7 @@ import torch
 
 from resnet_fused.kernels.launch import INTERPRETER, dry_target, interpreting
 from resnet_fused.plan import roofline
-from resnet_fused.plan.problem import Problem, Tiles
+from resnet_fused.plan.problem import KEPT_LAYOUTS, Problem, Request, Tiles, Way
 from resnet_fused.plan.tuned import Table
 
 MIN_CAPABILITY = (8, 0)
@@ -36,20 +36,20 @@ class Plan:
     ``alternatives``: every implementation with the seconds that the model predicts for the GPU, fastest first.
     """
 
-    implementation: str
+    implementation: Way
     tiles: Tiles
     seconds: float | None
     source: str
     reason: str
-    alternatives: tuple[tuple[str, float], ...]
+    alternatives: tuple[tuple[Way, float], ...]
 
 
-HOST_SECONDS = {"fused": 45e-6, "mixed": 75e-6, "eager": 45e-6}
+HOST_SECONDS: dict[Way, float] = {"fused": 45e-6, "mixed": 75e-6, "eager": 45e-6}
 """What the host takes to launch a unit in inference, as ``python -m resnet_fused.benchmarks.host`` measured it without
 a GPU (docs/results.md): eager PyTorch's launches on one are not in it."""
 
 
-def waited(problem: Problem, implementation: str, seconds: float) -> float:
+def waited(problem: Problem, implementation: Way, seconds: float) -> float:
     """``seconds`` of the GPU, or those of the host where it takes longer: in inference outside of a CUDA graph.
 
     Not in a frozen model, which replays one; nor in training, where the batches are large as a rule.
@@ -57,11 +57,11 @@ def waited(problem: Problem, implementation: str, seconds: float) -> float:
     return max(seconds, HOST_SECONDS[implementation]) if problem.direction == "inference" else seconds
 
 
-_ROADS = {"triton": "fused", "mixed": "mixed", "eager": "eager"}
+_ROADS: dict[Request, Way] = {"triton": "fused", "mixed": "mixed", "eager": "eager"}
 
 
-@lru_cache(maxsize=4096)
-def decide(problem: Problem, request: str = "auto", table: Table | None = None) -> Plan:
+@lru_cache(maxsize=KEPT_LAYOUTS)
+def decide(problem: Problem, request: Request = "auto", table: Table | None = None) -> Plan:
     """The plan for ``problem``: what the user forces, else what was measured, else what the model predicts.
 
     Pure: it looks at its arguments alone, and needs no GPU. The model: :mod:`resnet_fused.plan.roofline`.
@@ -79,7 +79,7 @@ def decide(problem: Problem, request: str = "auto", table: Table | None = None) 
     return Plan(best, tiles, seconds, "model", _why(problem, best, alternatives[0][0], tiles), alternatives)
 
 
-def _why(problem: Problem, best: str, fastest: str, tiles: Tiles) -> str:
+def _why(problem: Problem, best: Way, fastest: Way, tiles: Tiles) -> str:
     slowest = max(roofline.predict(problem, best, tiles), key=lambda launch: launch.seconds)
     but = "" if best == fastest else f" but {fastest}, which would keep the host longer"
     reason = f"predicted fastest{but}; longest: {slowest.kernel}, bound by {slowest.bound}"

@@ -12,6 +12,9 @@ from resnet_fused.kernels.conv_forward import ConvProblem, output_size
 from resnet_fused.kernels.conv_wgrad import WgradConfig
 from resnet_fused.kernels.launch import FLOATS, TileConfig
 
+KEPT_LAYOUTS = 4096
+"""For how many sizes and formats of tensors it is kept what follows from them: for more than a process meets."""
+
 Request = Literal["auto", "triton", "mixed", "eager"]
 """An implementation that a user can ask for; see :func:`resnet_fused.implementation`."""
 
@@ -134,7 +137,7 @@ def _encode(tile: TileConfig | WgradConfig | None) -> list[int]:
     return [t.block_m, t.block_n, t.block_k, t.num_warps, t.num_stages, t.max_registers or 0, splits]
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=KEPT_LAYOUTS)
 def _decode(code: tuple[int, ...]) -> Tiles:
     tiles: list[TileConfig | None] = []
     for i in range(0, len(code), _NUMBERS):

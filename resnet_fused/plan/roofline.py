@@ -71,7 +71,7 @@ class _Sizes:
     w: int
 
 
-def predict(problem: Problem, implementation: str, tiles: Tiles) -> tuple[PredictedLaunch, ...]:
+def predict(problem: Problem, implementation: Way, tiles: Tiles) -> tuple[PredictedLaunch, ...]:
     """Every launch of the unit, in order: of its forward, and in training of its backward too."""
     model = _Model(problem, tiles)
     if implementation == "fused":
@@ -79,7 +79,7 @@ def predict(problem: Problem, implementation: str, tiles: Tiles) -> tuple[Predic
     return tuple(model.mixed() if implementation == "mixed" else model.eager())
 
 
-def compare(problem: Problem, tiles: Tiles) -> tuple[tuple[str, float], ...]:
+def compare(problem: Problem, tiles: Tiles) -> tuple[tuple[Way, float], ...]:
     """Every implementation with its predicted seconds, fastest first; ``tiles`` are those of the fused one."""
     seconds = {way: sum(launch.seconds for launch in predict(problem, way, tiles)) for way in PREDICTED}
     return tuple(sorted(seconds.items(), key=lambda item: item[1]))

@@ -21,7 +21,7 @@ from resnet_fused.kernels.conv_wgrad import conv_wgrad
 from resnet_fused.kernels.gpus import gpu_of
 from resnet_fused.kernels.launch import TileConfig, dry_run
 from resnet_fused.plan.cache import cache_dir, locked, read, versions, write_whole
-from resnet_fused.plan.problem import DTYPES, WAYS, Problem, Tiles, dtype_name
+from resnet_fused.plan.problem import DTYPES, WAYS, Problem, Tiles, Way, dtype_name
 
 logger = logging.getLogger("resnet_fused")
 
@@ -40,7 +40,7 @@ class Entry:
     """
 
     problem: Problem
-    implementation: str
+    implementation: Way
     tiles: Tiles
     seconds: float
     spread: float
