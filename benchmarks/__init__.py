@@ -1,1 +1,4 @@
-"""Benchmarks; each module runs as ``python -m benchmarks.<name>``."""
+"""Timings against eager PyTorch and other compilers, installed as ``resnet_fused.benchmarks``.
+
+``run`` is the command ``bench``; ``host`` runs as a module of its own; ``bench_*.py`` run under pytest.
+"""

@@ -229,8 +229,7 @@ class FoldedConv(nn.Module):
         dtype = dtype or conv.weight.dtype
         self.register_buffer("weight", _laid_out(weight.to(dtype)))
         self.register_buffer("bias", None if bias is None else _laid_out(bias.to(dtype)))
-        stride, padding, dilation, groups = geometry
-        self.geometry: Any = list(padding), list(stride), list(dilation), groups
+        self.geometry = geometry
         self.normalised = bn is not None
         self.casts = True
         self.accumulates = False
@@ -247,23 +246,20 @@ class FoldedConv(nn.Module):
             return self._aten(x, residual)
         packed, shape = found
         x = channels_last(x)
-        mkldnn = torch.ops.mkldnn
+        mkldnn, geometry = torch.ops.mkldnn, _for_onednn(self.geometry)
         if residual is None:
             relu = "relu" if self.relu else "none"
-            return mkldnn._convolution_pointwise.default(x, packed, self.bias, *self.geometry, relu, [], "")
+            return mkldnn._convolution_pointwise.default(x, packed, self.bias, *geometry, relu, [], "")
         if not _is_like(residual, x) or residual.shape != shape:
             return self._aten(x, residual)
         residual = channels_last(residual)
         after: tuple[Any, ...] = "add", 1.0, "relu" if self.relu else None, [], ""
         if self.in_place:
-            return mkldnn._convolution_pointwise_.binary(residual, x, packed, self.bias, *self.geometry, *after)
-        return mkldnn._convolution_pointwise.binary(x, residual, packed, self.bias, *self.geometry, *after)
+            return mkldnn._convolution_pointwise_.binary(residual, x, packed, self.bias, *geometry, *after)
+        return mkldnn._convolution_pointwise.binary(x, residual, packed, self.bias, *geometry, *after)
 
     def _aten(self, x: Tensor, residual: Any) -> Tensor:
-        padding, stride, dilation, groups = self.geometry
-        y = F.conv2d(
-            _cast(x, self.weight) if self.casts else x, self.weight, self.bias, stride, padding, dilation, groups
-        )
+        y = F.conv2d(_cast(x, self.weight) if self.casts else x, self.weight, self.bias, *self.geometry)
         if self.normalised:
             _check_normalised(y, self.weight)
         return _finish(y, residual, self.accumulates, self.relu)
@@ -276,11 +272,11 @@ class FoldedConv(nn.Module):
         return self._packed.get(x.shape) or self._pack(x.shape)
 
     def _pack(self, shape: torch.Size) -> tuple[Tensor, tuple[int, ...]] | None:
-        padding, stride, dilation, groups = self.geometry
-        output = _output_shape(shape, self.weight, (stride, padding, dilation, groups))
+        output = _output_shape(shape, self.weight, self.geometry)
         if output is None:
             return None
-        packed = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *self.geometry, list(shape))
+        geometry = _for_onednn(self.geometry)
+        packed = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *geometry, list(shape))
         kept = list(self._packed.items())[1 - PACKED_SHAPES :]
         self._packed = dict([*kept, (shape, (packed, output))])
         return packed, output
@@ -297,6 +293,12 @@ class FoldedConv(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_packed": {}}
+
+
+def _for_onednn(geometry: Geometry) -> tuple[Any, ...]:
+    """``geometry`` in the order in which oneDNN's operators take it."""
+    stride, padding, dilation, groups = geometry
+    return padding, stride, dilation, groups
 
 
 class TritonConv(nn.Module):
