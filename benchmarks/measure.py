@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resnet_fused import implementation
+from resnet_fused.commands.clock import ColdClock
 from resnet_fused.plan.decide import tf32
 from resnet_fused.plan.problem import dtype_name, number_format
 
@@ -22,8 +23,6 @@ from .shapes import Case, LayerCase
 
 FORWARD, BACKWARD, STEP = PHASES = ("forward", "forward+backward", "training step")
 WARM_UP = 3
-FLUSHED = 256 << 20
-"""Bytes written before each call on a GPU: more than any L2, and enough to hide the host's own time for a launch."""
 
 
 @dataclass(frozen=True)
@@ -125,27 +124,20 @@ class Stopwatch:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        on_gpu = device.type == "cuda"
-        self._flushed = torch.empty(FLUSHED, dtype=torch.uint8, device=device) if on_gpu else None
+        self._gpu = ColdClock(device) if device.type == "cuda" else None
 
     def flush(self) -> None:
         """Empty the GPU's L2 of everything that a call might read."""
-        if self._flushed is not None:
-            self._flushed.zero_()
+        if self._gpu is not None:
+            self._gpu.flush()
 
     def __call__(self, function: Callable[[], object]) -> float:
-        if self.device.type != "cuda":
-            start = time.perf_counter()
-            function()
-            return (time.perf_counter() - start) * 1e3
-        with torch.cuda.device(self.device):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            self.flush()
-            begin.record()
-            function()
-            end.record()
-            end.synchronize()
-        return begin.elapsed_time(end)
+        if self._gpu is not None:
+            with torch.cuda.device(self.device):
+                return self._gpu.seconds(function) * 1e3
+        start = time.perf_counter()
+        function()
+        return (time.perf_counter() - start) * 1e3
 
 
 def synchronised() -> float:

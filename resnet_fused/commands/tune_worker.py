@@ -21,6 +21,7 @@ from typing import Any, Protocol, TextIO
 
 import torch
 
+from resnet_fused.commands.clock import ColdClock
 from resnet_fused.commands.tune_trial import Candidate, Trial, rehearse
 from resnet_fused.kernels.gpus import gpu_of
 from resnet_fused.plan.problem import Problem
@@ -30,9 +31,6 @@ WARM_UPS = 3
 ROUNDS = 25
 GRAPH_BELOW = 5e-3
 """Shorter work is timed inside a CUDA graph, so that the host's own time for its launches does not count."""
-
-FLUSHED = 256 << 20
-"""Bytes written before each call: more than any L2, and enough to hide the launch of a graph."""
 
 Work = Callable[[], Any]
 
@@ -50,11 +48,11 @@ class Clock(Protocol):
         """Whether the device still works, after an error."""
 
 
-class CudaClock:
-    """Events on the current stream, after a write that leaves nothing in L2."""
+class CudaClock(ColdClock):
+    """A :class:`Clock` of ``device``, whose work is a CUDA graph where the host would be slower."""
 
     def __init__(self, device: torch.device) -> None:
-        self.flush = torch.empty(FLUSHED, dtype=torch.int8, device=device)
+        super().__init__(device)
         # The graphs keep nothing that another may not overwrite, and together they would not fit.
         self.pool = torch.cuda.graph_pool_handle()
         self.capturing = False
@@ -77,19 +75,10 @@ class CudaClock:
 
     def usable(self) -> bool:
         try:
-            torch.cuda.synchronize(self.flush.device)
+            torch.cuda.synchronize(self.flushed.device)
         except RuntimeError:
             return False
         return not self.capturing
-
-    def seconds(self, work: Work) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.flush.zero_()
-        start.record()
-        work()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) * 1e-3
 
 
 def serve(lines: Iterable[str], out: TextIO, make_trial: Callable[[Problem], Trial], clock: Clock | None) -> None:
