@@ -124,6 +124,14 @@ def test_a_training_step_in_fp16(name, road):
     check(*draw(build, (3, *shape[1:]), torch.float16), road)
 
 
+@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("name", ["basic", "run of layers", "without the last ReLU, projection"])
+def test_the_gradient_that_comes_in_is_left_as_it_was(name, road):
+    """In a layout that needs no copy; :func:`step` compares. Without a ReLU it is the very tensor that is worked on."""
+    block, x, dz = draw(*BLOCKS[name], torch.float32)
+    step(block, x, dz.contiguous(memory_format=torch.channels_last), road)
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter cannot do arithmetic in bfloat16")
 @pytest.mark.parametrize("road", ROADS)
 @pytest.mark.parametrize("name", BLOCKS)

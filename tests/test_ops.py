@@ -9,6 +9,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from resnet_fused import BasicBlock, implementation
+from resnet_fused.engine import ops
+from resnet_fused.engine.forward import Convolution
+from resnet_fused.plan.problem import Tiles
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -31,6 +34,16 @@ def block() -> nn.Module:
 @pytest.fixture
 def x() -> torch.Tensor:
     return torch.randn(1, 16, 4, 4).contiguous(memory_format=torch.channels_last)
+
+
+def test_without_momentum_and_counter_the_running_statistics_stay(x):
+    w = torch.randn(12, 16, 1, 1).contiguous(memory_format=torch.channels_last)
+    mean, var = torch.randn(12), torch.rand(12)
+    before = mean.clone(), var.clone()
+    convolution = Convolution((1, 1), (0, 0), (1, 1), 1, True, Tiles()).encode()
+    ops.unit_forward(x, None, w, None, None, None, mean, var, None, None, 1e-5, True, convolution, "")
+    assert torch.equal(mean, before[0])
+    assert torch.equal(var, before[1])
 
 
 def test_a_dispatch_mode_sees_the_operators(block, x):
