@@ -88,3 +88,24 @@ def test_the_readme_names_the_oldest_versions():
     )
     assert f"Python {python} or newer, PyTorch {torch} or newer, Triton {triton} or newer" in readme
     assert re.search(rf"^\| oldest supported \|.* {torch}\.\d+ \| {triton}\.\d+ \|", readme, re.MULTILINE)
+
+
+def contracts() -> dict[str, list[str]]:
+    """The layers of import-linter's contracts, by the package whose they are."""
+    text = (ROOT / "pyproject.toml").read_text()
+    found = re.findall(r"^\[\[tool\.importlinter\.contracts\]\]$(.*?)(?=^\[|\Z)", text, re.MULTILINE | re.DOTALL)
+    layers = {}
+    for contract in found:
+        if package := re.search(r'^containers = \["(.+)"\]', contract, re.MULTILINE):
+            lines = re.search(r"^layers = \[(.*?)^\]", contract, re.MULTILINE | re.DOTALL)[1]
+            layers[package[1]] = re.findall('"(.+)"', lines)
+    return layers
+
+
+def test_the_drawing_of_the_imports_is_that_of_the_contracts():
+    text = (ROOT / "docs" / "design.md").read_text().partition("## The layers of code")[2]
+    drawn = [re.split(" {2,}", line.strip())[0] for line in text.splitlines() if line.startswith("    ")]
+    layers = contracts()
+    assert len(layers) == 4
+    expected = [name for layer in layers["resnet_fused"] for name in (layer, *layers.get(f"resnet_fused.{layer}", []))]
+    assert drawn == expected
