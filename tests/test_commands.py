@@ -14,7 +14,7 @@ import resnet_fused
 from resnet_fused.__main__ import main
 from resnet_fused.commands import demo
 from resnet_fused.commands.shared import UserError, python, require_writable
-from resnet_fused.commands.tune import ChildRunner, Compilers
+from resnet_fused.commands.tune import Compilers, Runner
 from tests.test_tune import problem
 
 BAD_NUMBERS = ["0", "-3", "1.5", "many", "", "1e3", "9" * 30, "9" * 9999]
@@ -194,7 +194,7 @@ def test_a_process_imports_from_where_its_parent_does(trap, end, monkeypatch, tm
 
 def test_workers_import_nothing_from_the_current_directory(trap, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    runner = ChildRunner(Compilers().runners[0].command)
+    runner = Runner(Compilers().runners[0].command)
     try:
         runner.open(problem())
     finally:

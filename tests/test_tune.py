@@ -21,9 +21,9 @@ import resnet_fused
 from resnet_fused.__main__ import main
 from resnet_fused.commands.tune import (
     CandidateTime,
-    ChildRunner,
     Compilers,
     Failure,
+    Runner,
     _beats,
     find_problems,
     tune_problem,
@@ -249,8 +249,8 @@ def test_killed_at_any_stage_the_table_is_whole_and_the_next_run_goes_on(stage, 
     assert again.stdout.split() == [str(3 - saved), str(saved)]
 
 
-def child(timeout: float = 60.0, **faults: str) -> ChildRunner:
-    return ChildRunner([sys.executable, "-m", "tests.faulty_worker", json.dumps(faults)], timeout)
+def child(timeout: float = 60.0, **faults: str) -> Runner:
+    return Runner([sys.executable, "-m", "tests.faulty_worker", json.dumps(faults)], timeout)
 
 
 def test_the_worker_verifies_and_times():

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import chain, groupby, islice, repeat
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -49,24 +49,11 @@ class Failure(Exception):
         self.candidate = candidate
 
 
-class Runner(Protocol):
-    """Where candidates run. Every method raises Failure where the candidate, or what runs it, failed."""
+class Runner:
+    """Runs candidates in a child process, which is replaced when one crashes it or does not answer in time.
 
-    def open(self, problem: Problem) -> None:
-        """Make the tensors of ``problem``, which the next calls are about."""
-
-    def verify(self, candidate: Candidate) -> float:
-        """The largest error over the allowed one."""
-
-    def time(self, ways: Sequence[Candidate]) -> list[list[float]]:
-        """Seconds of every run, by candidate; the Failure names the one that it was up to."""
-
-    def close(self) -> None:
-        """Nothing will be asked any more."""
-
-
-class ChildRunner:
-    """Runs candidates in a child process, which is replaced when one crashes it or does not answer in time."""
+    Every method raises Failure where the candidate, or what runs it, failed.
+    """
 
     def __init__(self, command: Sequence[str], timeout: float = TIMEOUT) -> None:
         self.command, self.timeout = command, timeout
@@ -75,16 +62,19 @@ class ChildRunner:
         self.problem: Problem | None = None
 
     def open(self, problem: Problem) -> None:
+        """Make the tensors of ``problem``, which the next calls are about."""
         self.problem = problem
         if self.process is None:
             self._start()
         self._ask({"problem": tuned.problem_out(problem)})
 
     def verify(self, candidate: Candidate) -> float:
+        """The largest error over the allowed one."""
         self._revive()
         return float(self._ask({"verify": candidate.encode()})["ratio"])
 
     def time(self, ways: Sequence[Candidate]) -> list[list[float]]:
+        """Seconds of every run, by candidate; the Failure names the one that it was up to."""
         self._revive()
         at = 0
         try:
@@ -103,6 +93,7 @@ class ChildRunner:
         return None if reason is None else str(reason)
 
     def close(self) -> None:
+        """Nothing will be asked any more."""
         if self.process is not None:
             self.process.kill()
             self.process.wait()
@@ -160,7 +151,7 @@ class Compilers:
 
     def __init__(self, command: Sequence[str] = ()) -> None:
         command = command or python("resnet_fused.commands.tune_worker", "meta")
-        self.runners = [ChildRunner(command) for _ in range(min(os.cpu_count() or 1, 8))]
+        self.runners = [Runner(command) for _ in range(min(os.cpu_count() or 1, 8))]
         self.closed = False
 
     def __call__(self, problem: Problem, ways: Sequence[Candidate]) -> dict[Candidate, str]:
@@ -171,7 +162,7 @@ class Compilers:
         alike = [list(group) for _, group in groupby(fused, _compiled)]
         failed: dict[Candidate, str] = {}
 
-        def work(runner: ChildRunner, left: Iterator[list[Candidate]]) -> None:
+        def work(runner: Runner, left: Iterator[list[Candidate]]) -> None:
             for way in chain.from_iterable(left):
                 try:
                     if runner.problem != problem:
@@ -283,7 +274,7 @@ def tune(
     dtype = dtype or next(model.parameters()).dtype
     problems = [replace(p, gpu=gpu) for p in find_problems(model, shapes, dtype, direction, arch)]
     options = ["--cudnn-benchmark"] if torch.backends.cudnn.benchmark else []
-    runner = ChildRunner(python("resnet_fused.commands.tune_worker", str(device), *options))
+    runner = Runner(python("resnet_fused.commands.tune_worker", str(device), *options))
     compilers = Compilers()
     try:
         return tune_problems(problems, gpu, runner, compiled=compilers)

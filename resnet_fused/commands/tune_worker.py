@@ -17,7 +17,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 import torch
 
@@ -35,21 +35,8 @@ GRAPH_BELOW = 5e-3
 Work = Callable[[], Any]
 
 
-class Clock(Protocol):
-    """Where seconds come from."""
-
-    def prepare(self, work: Work) -> Work:
-        """What to time in place of ``work``: warm, and cheap to launch."""
-
-    def seconds(self, work: Work) -> float:
-        """How long one call takes, with nothing of its data in L2."""
-
-    def usable(self) -> bool:
-        """Whether the device still works, after an error."""
-
-
-class CudaClock(ColdClock):
-    """A :class:`Clock` of ``device``, whose work is a CUDA graph where the host would be slower."""
+class Clock(ColdClock):
+    """Times candidates on ``device``: as CUDA graphs, where the host would be slower."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
@@ -58,6 +45,7 @@ class CudaClock(ColdClock):
         self.capturing = False
 
     def prepare(self, work: Work) -> Work:
+        """What to time in place of ``work``: warm, and cheap to launch."""
         for _ in range(WARM_UPS):
             work()
         if self.seconds(work) > GRAPH_BELOW:
@@ -74,6 +62,7 @@ class CudaClock(ColdClock):
         return replay
 
     def usable(self) -> bool:
+        """Whether the device still works, after an error."""
         try:
             torch.cuda.synchronize(self.flushed.device)
         except RuntimeError:
@@ -155,7 +144,7 @@ def main() -> None:
         serve(sys.stdin, out, lambda problem: Trial(problem, device), None)
         return
     with torch.cuda.device(device), torch.no_grad():
-        serve(sys.stdin, out, lambda problem: Trial(problem, device), CudaClock(device))
+        serve(sys.stdin, out, lambda problem: Trial(problem, device), Clock(device))
 
 
 if __name__ == "__main__":
