@@ -11,6 +11,7 @@ import pytest
 
 import resnet_fused
 import resnet_fused.kernels
+from resnet_fused.__main__ import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 DEMO = "pip install -e '.[demo]' && python -m resnet_fused demo"
@@ -109,3 +110,18 @@ def test_the_drawing_of_the_imports_is_that_of_the_contracts():
     assert len(layers) == 4
     expected = [name for layer in layers["resnet_fused"] for name in (layer, *layers.get(f"resnet_fused.{layer}", []))]
     assert drawn == expected
+
+
+def test_ruff_is_the_same_before_a_commit_and_in_continuous_integration():
+    pinned = re.search(r'"ruff==([\d.]+)"', (ROOT / "pyproject.toml").read_text())[1]
+    assert f"rev: v{pinned}\n" in (ROOT / ".pre-commit-config.yaml").read_text()
+
+
+def test_the_commands_that_are_written_about_are_those_that_there_are():
+    row = re.compile(r"^\| `(\w+)` \|", re.MULTILINE)
+    table = (ROOT / "README.md").read_text().partition("On the command line")[2].partition("\n## ")[0]
+    assert sorted(row.findall(table)) == sorted(COMMANDS)
+    texts = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob(".github/**/*.yml")]
+    named = {name for path in texts for name in re.findall(r"python -m resnet_fused (\w+)", path.read_text())}
+    assert named <= COMMANDS.keys()
+    assert "env" in re.findall(r"python -m resnet_fused (\w+)", (ROOT / ".github/ISSUE_TEMPLATE/bug.yml").read_text())
