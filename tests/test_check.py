@@ -262,7 +262,7 @@ AHEAD = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
-from resnet_fused import check
+from resnet_fused.commands import check
 from resnet_fused.kernels.launch import dry_run, observe
 
 class H100:

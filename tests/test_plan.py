@@ -22,7 +22,7 @@ from resnet_fused.kernels.gpus import ARCHITECTURES, gpu_of
 from resnet_fused.kernels.launch import FLOATS, TileConfig, interpreting, target_arch
 from resnet_fused.plan import decide, roofline
 from resnet_fused.plan.problem import REQUESTS, Problem, Tiles
-from resnet_fused.plan.roofline import WAYS
+from resnet_fused.plan.roofline import PREDICTED
 from tests import plans
 from tests.kernels.test_conv_forward import random
 from tests.rule import assert_within_rule
@@ -50,7 +50,7 @@ def test_tf32_follows_both_of_torchs_settings(cudnn):
     [("eager", 0, "eager"), ("", 0, "auto"), ("cuda", 1, "RESNET_FUSED must be one of 'auto', 'triton'")],
 )
 def test_environment_variable(value, code, text):
-    command = [sys.executable, "-c", "from resnet_fused import plan; print(requested())"]
+    command = [sys.executable, "-c", "from resnet_fused.engine.request import requested; print(requested())"]
     environment = {**os.environ, "RESNET_FUSED": value}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == code
@@ -254,7 +254,7 @@ def test_tiles_survive_the_operators_schema():
 def test_more_bandwidth_and_less_work_take_less_time():
     h100, h200 = (replace(LAYER, gpu=f"NVIDIA {name}") for name in ("H100 80GB HBM3", "H200"))
     wide = replace(LAYER, r=1, s=1, padding=(0, 0), ci=64, co=256)
-    for way in WAYS:
+    for way in PREDICTED:
         assert seconds(replace(wide, gpu=h200.gpu), way) < seconds(replace(wide, gpu=h100.gpu), way)
         assert seconds(replace(LAYER, n=16), way) < seconds(LAYER, way)
     inference = replace(wide, direction="inference", prologue=False)

@@ -219,7 +219,7 @@ def test_a_full_disk_leaves_the_old_table(function, monkeypatch, tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     if function == "write":
-        monkeypatch.setattr(tuned, "open", full, raising=False)
+        monkeypatch.setattr(cache, "open", full, raising=False)
     else:
         monkeypatch.setattr(cache.os, function, full)
     runner = FakeRunner()
