@@ -66,8 +66,8 @@ assert planned(ci=64).specialization() != planned(ci=60).specialization()
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU that the JIT would compile for is a fake one here")
 def test_what_is_compiled_ahead_the_jit_finds_in_the_cache():
     code = """
-from resnet_fused.problem import Problem
-from resnet_fused.trial import Candidate, rehearse
+from resnet_fused.plan.problem import Problem
+from resnet_fused.commands.tune_trial import Candidate, rehearse
 sizes = 3, 7, 5, 64, 60, 3, 3, (1, 1), (1, 1), (1, 1), 1
 calls, _ = rehearse(Problem(*sizes, torch.bfloat16, False, "training", True, False, 90), Candidate("fused"))
 for call in calls:
