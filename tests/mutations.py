@@ -132,6 +132,25 @@ MUTATIONS = [
     ),
     Mutation(
         "resnet_fused/plan/tuned.py",
+        "found[file] = table if file == path(table.gpu) else",
+        "found[file] = table if True else",
+        "tests/test_env.py -k nobody_looks",
+    ),
+    Mutation("resnet_fused/commands/env.py", " if name.startswith(VARIABLES)}", "}", "tests/test_env.py -k in_force"),
+    Mutation(
+        "resnet_fused/commands/explain.py",
+        "options.size or models.MODELS[options.model]",
+        "options.size or 224",
+        "tests/test_commands.py -k images_of_its_own",
+    ),
+    Mutation(
+        "resnet_fused/commands/tune.py",
+        "options.size or MODELS[name]",
+        "options.size or 224",
+        "tests/test_commands.py -k images_of_its_own",
+    ),
+    Mutation(
+        "resnet_fused/plan/tuned.py",
         "@cache\ndef _warn_once",
         "def _warn_once",
         "tests/test_tuned.py::test_a_bad_table_is_refused_with_one_message_and_ignored",
