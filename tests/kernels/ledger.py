@@ -87,7 +87,7 @@ def sources(kernels: Kernels) -> dict[str, str]:
 
 
 def digest(kernel: JITFunction) -> str:
-    """Of the text of a kernel, and of the functions and constants of this project that it and they refer to.
+    """Of the text of a kernel, and of the functions, constants and named tuples of this project that they refer to.
 
     The same on every line, in every folder and under every Python, as the JIT's own is not.
     """
@@ -102,6 +102,8 @@ def digest(kernel: JITFunction) -> str:
                     visit(value)
             elif isinstance(value, tl.constexpr):
                 found[name] = repr(value.value)
+            elif hasattr(value, "_fields"):
+                found[name] = repr(value._fields)
 
     visit(kernel)
     return sha256(repr(sorted(found.items())).encode()).hexdigest()[:16]

@@ -32,7 +32,7 @@ def test_no_spills_and_tensor_cores():
     assert len(tried) == (len(report["kernels"]) if report["has_ledger"] else report["compiled"])
     for kernel in tried:
         assert_good(kernel)
-    untold(report, len(report["kernels"]) - len(tried))
+    warn_of(report)
 
 
 def assert_good(kernel: dict) -> None:
@@ -47,20 +47,17 @@ def assert_good(kernel: dict) -> None:
         assert (TENSOR_CORE[arch] if wide else "mma.sync") in figures["instructions"], kernel
 
 
-def untold(report: dict, not_tried: int) -> None:
-    """Warn of what the ledger does not know."""
+def warn_of(report: dict) -> None:
+    """What the ledger does not know, and what was done about it."""
     if not report["has_ledger"]:
-        warnings.warn(
-            f"there is no ledger of Triton {report['triton']}: {report['compiled']} kernels were compiled, "
-            f"{not_tried} not tried (python -m tests.kernels.ledger makes one)",
-            stacklevel=1,
-        )
+        not_tried = len(report["kernels"]) - report["compiled"]
+        told = f"there is no ledger of Triton {report['triton']}: "
+        told += f"{report['compiled']} kernels were compiled, {not_tried} not tried"
     elif report["compiled"]:
-        warnings.warn(
-            f"{report['compiled']} kernels that the ledger lacks were compiled (python -m tests.kernels.ledger adds "
-            "them)",
-            stacklevel=1,
-        )
+        told = f"{report['compiled']} kernels that the ledger lacks were compiled"
+    else:
+        return
+    warnings.warn(f"{told} (python -m tests.kernels.ledger writes them down)", stacklevel=2)
 
 
 def reported() -> dict:
