@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import signal
 import sys
 import time
+from typing import Any
 
 import torch
 
@@ -22,7 +24,7 @@ from resnet_fused.commands.tune_worker import Work, serve
 from resnet_fused.plan.problem import Problem
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-FAULTS = json.loads(sys.argv[1])
+FAULTS: dict[str, str] = {}
 
 
 class FaultyTrial(Trial):
@@ -76,8 +78,42 @@ def make(problem: Problem) -> Trial:
     return FaultyTrial(problem, DEVICE)
 
 
-if __name__ == "__main__":
+def run(faults: str) -> None:
+    FAULTS.update(json.loads(faults))
     tune_worker.ROUNDS = 2
     tune_worker.why_not_compiled = why_not_compiled
     with torch.no_grad():
         serve(sys.stdin, sys.stdout, make, Clock())
+
+
+class Forked:
+    """In the place of ``subprocess.Popen``: this worker as a fork of the process that asks."""
+
+    def __init__(self, command: list[str], **options: Any) -> None:
+        requests, asking = os.pipe()
+        answering, answers = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            code = 1
+            try:
+                faulthandler.disable()  # pytest's: a crash here is meant
+                os.close(asking)
+                os.close(answering)
+                sys.stdin, sys.stdout = os.fdopen(requests), os.fdopen(answers, "w")
+                run(command[-1])
+                code = 0
+            finally:
+                os._exit(code)
+        os.close(requests)
+        os.close(answers)
+        self.stdin, self.stdout = os.fdopen(asking, "w"), os.fdopen(answering)
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+
+    def wait(self) -> int:
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+if __name__ == "__main__":
+    run(sys.argv[1])

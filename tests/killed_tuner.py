@@ -1,43 +1,59 @@
-"""``python -m tests.killed_tuner STAGE SIGNAL``: tune three problems, and be killed at a stage of the second."""
+"""A tuner of three problems that is killed at a stage of the second."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from resnet_fused.commands.tune import tune_problems
 from resnet_fused.commands.tune_trial import Candidate
 from resnet_fused.plan import cache, tuned
 from tests.test_tune import GPU, FakeRunner, problem
 
-STAGES = ("open", "verify", "time", "write", "fsync", "replace", "replaced")
+Strike = Callable[[str, bool], None]
 
 
 class Killed(FakeRunner):
-    problems = 0
+    def __init__(self, strike: Strike) -> None:
+        super().__init__()
+        self.strike = strike
 
     def open(self, problem) -> None:
-        self.problems += 1
-        strike("open", self.problems == 2)
+        self.strike("open", len(self.opened) == 1)
         super().open(problem)
 
     def verify(self, candidate: Candidate) -> float:
-        strike("verify", self.problems == 2)
+        self.strike("verify", len(self.opened) == 2)
         return super().verify(candidate)
 
     def time(self, ways: Sequence[Candidate]) -> list[list[float]]:
-        strike("time", self.problems == 2)
+        self.strike("time", len(self.opened) == 2)
         return super().time(ways)
 
 
-def strike(stage: str, now: bool) -> None:
-    if now and stage == sys.argv[1]:
-        os.kill(os.getpid(), getattr(signal, sys.argv[2]))
+def run(stage: str, number: signal.Signals) -> int | None:
+    """How a process of its own ends that tunes and kills itself at the stage; a fork, since it need import nothing."""
+    process = multiprocessing.get_context("fork").Process(target=_tune, args=(stage, number))
+    process.start()
+    process.join(60)
+    return process.exitcode
 
 
-def strikes_second(function, before: str, after: str = ""):
+def _tune(stage: str, number: signal.Signals) -> None:
+    def strike(here: str, now: bool) -> None:
+        if now and here == stage:
+            os.kill(os.getpid(), number)
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background is born deaf to it
+    tuned.render = _strikes_second(strike, tuned.render, "write")
+    cache.os.fsync = _strikes_second(strike, os.fsync, "fsync")
+    cache.os.replace = _strikes_second(strike, os.replace, "replace", "replaced")
+    tune_problems([problem(n=n) for n in (1, 2, 3)], GPU, Killed(strike), compiled=lambda problem, ways: {})
+
+
+def _strikes_second(strike: Strike, function, before: str, after: str = ""):
     calls = [0]
 
     def patched(*args, **kwargs):
@@ -48,13 +64,3 @@ def strikes_second(function, before: str, after: str = ""):
         return result
 
     return patched
-
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background is born deaf to it
-    tuned.render = strikes_second(tuned.render, "write")
-    cache.os.fsync = strikes_second(os.fsync, "fsync")
-    cache.os.replace = strikes_second(os.replace, "replace", "replaced")
-    problems = [problem(n=n) for n in (1, 2, 3)]
-    report = tune_problems(problems, GPU, Killed(), compiled=lambda problem, ways: {})
-    print(len(report.tuned), len(report.known))

@@ -5,12 +5,11 @@ from __future__ import annotations
 import errno
 import io
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
+from signal import Signals
 from typing import ClassVar
 
 import pytest
@@ -36,10 +35,10 @@ from resnet_fused.kernels import conv_wgrad
 from resnet_fused.kernels.launch import TileConfig
 from resnet_fused.plan import cache, decide, tuned
 from resnet_fused.plan.problem import Problem, Tiles
+from tests import faulty_worker
 
 pytestmark = pytest.mark.usefixtures("on_device", "own_cache")
 
-ROOT = Path(__file__).parents[1]
 GPU = "NVIDIA Test 1000"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -238,19 +237,30 @@ def test_a_full_disk_leaves_the_old_table(function, monkeypatch, tmp_path):
     ],
 )
 def test_killed_at_any_stage_the_table_is_whole_and_the_next_run_goes_on(stage, signal):
-    command = [sys.executable, "-m", "tests.killed_tuner", stage, signal]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert run.returncode != 0
+    from tests import killed_tuner
+
+    number = Signals[signal]
+    assert killed_tuner.run(stage, number) == (-number if signal == "SIGKILL" else 1)
     saved = 2 if stage == "replaced" else 1
     table = tuned.load(GPU)
     assert table is not None
     assert len(table.entries) == saved
-    again = subprocess.run([*command[:3], "never", signal], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert again.stdout.split() == [str(3 - saved), str(saved)]
+    again = tune_problems([problem(n=n) for n in (1, 2, 3)], GPU, FakeRunner(), compiled=nothing)
+    assert (len(again.tuned), len(again.known)) == (3 - saved, saved)
 
 
 def child(timeout: float = 60.0, **faults: str) -> Runner:
     return Runner([sys.executable, "-m", "tests.faulty_worker", json.dumps(faults)], timeout)
+
+
+@pytest.fixture
+def _forked(monkeypatch):
+    """Workers are forks of this process and import nothing, but where they need a GPU, which a fork cannot use.
+
+    Nor autograd, once it was used here: their problems are of inference.
+    """
+    if not torch.cuda.is_available():
+        monkeypatch.setattr("resnet_fused.commands.tune.subprocess.Popen", faulty_worker.Forked)
 
 
 def test_the_worker_verifies_and_times():
@@ -278,10 +288,11 @@ def test_the_worker_verifies_and_times():
         ("garbage", "no JSON"),
     ],
 )
+@pytest.mark.usefixtures("_forked")
 def test_a_crash_is_the_workers_own_and_the_next_candidate_gets_a_new_one(fault, reason):
     runner = child(**{fault: "mixed"})
     try:
-        runner.open(problem())
+        runner.open(problem(direction="inference", prologue=False))
         process = runner.process
         with pytest.raises(Failure, match=reason):
             runner.verify(Candidate("mixed"))
@@ -295,16 +306,17 @@ def test_a_crash_is_the_workers_own_and_the_next_candidate_gets_a_new_one(fault,
         runner.close()
 
 
+@pytest.mark.usefixtures("_forked")
 def test_a_wrong_result_and_a_hang_are_noticed():
     runner = child(wrong="mixed")
     try:
-        runner.open(problem())
+        runner.open(problem(direction="inference", prologue=False))
         assert runner.verify(Candidate("mixed")) > 1
     finally:
         runner.close()
     runner = child(hang="mixed")
     try:
-        runner.open(problem())
+        runner.open(problem(direction="inference", prologue=False))
         assert runner.verify(Candidate("fused")) <= 1
         runner.timeout = 0.5
         with pytest.raises(Failure, match=r"no answer within 0\.5 s"):

@@ -27,17 +27,17 @@ def run_both(name: str):
     with torch.inference_mode(), resnet_fused.implementation("triton"), resnet_fused.trace() as trace:
         ours = zoo.logits(model, x)
     assert_within_rule(ours, eager, exact)
-    return model, x, trace
+    return trace
 
 
-@pytest.mark.parametrize("name", zoo.MODELS)
+@pytest.mark.parametrize("name", [name for name in zoo.MODELS if name != "ours resnet50"])
 def test_same_output_as_eager(name):
     run_both(name)
 
 
 def test_resnet50_takes_one_launch_per_convolution_and_no_other_pass():
-    model, x, _ = run_both("torchvision resnet50")
-    model.to(memory_format=torch.channels_last)
+    model = resnet_fused.fuse(zoo.build("torchvision resnet50").to(DEVICE, memory_format=torch.channels_last))
+    x = torch.randn(1, 3, 64, 64, device=DEVICE).contiguous(memory_format=torch.channels_last)
     with resnet_fused.implementation("triton"):
         rows = resnet_fused.explain(model, x)
     blocks = {name: m for name, m in model.named_modules() if isinstance(m, FusedBlock)}
@@ -47,8 +47,8 @@ def test_resnet50_takes_one_launch_per_convolution_and_no_other_pass():
         assert [launch.name for launch in row.launches] == ["conv_forward"] * convolutions
 
 
-def test_our_resnet50_launches_the_stem_too():
-    _, _, trace = run_both("ours resnet50")
+def test_our_resnet50_has_the_same_output_and_launches_the_stem_too():
+    trace = run_both("ours resnet50")
     names = [launch.name for launch in trace.launches]
     assert names.count("conv_forward") == 53
     assert not {"aten.convolution", "aten.relu", "aten.add"} & set(names)

@@ -1,0 +1,92 @@
+"""Every kernel that the models can launch, found without a GPU and without compiling it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from hashlib import sha256
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+
+import resnet_fused
+from benchmarks import shapes
+from resnet_fused.commands.tune_trial import Candidate, rehearse
+from resnet_fused.kernels.launch import Call, dry_run, observe
+from resnet_fused.plan.problem import Problem
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "tf32": torch.float32, "float32": torch.float32}
+MODELS = ["resnet20", "resnet18", "resnet50", "resnet101", "resnext50_32x4d", "wide_resnet50_2"]
+TRAINED = ["resnet20", "resnet18", "resnet50", "resnext50_32x4d"]
+
+
+class Kernel(NamedTuple):
+    """One that Triton compiles apart from all others: for an architecture, and as a call specialises it."""
+
+    arch: int
+    number_format: str
+    call: Call
+
+    @property
+    def name(self) -> str:
+        return self.call.kernel.__name__
+
+    @property
+    def key(self) -> str:
+        """The same in every process: architecture, name, and a digest of what the call specialises."""
+        special = self.call.specialization(), [fields(value) for value in self.call.arguments.values()]
+        return f"sm_{self.arch} {self.name} {sha256(repr(special).encode()).hexdigest()[:16]}"
+
+
+def fields(value: Any) -> Any:
+    """The names by which a kernel reads a named tuple, which Triton's specialisation leaves out; None for others."""
+    return (getattr(value, "_fields", None), [fields(v) for v in value]) if isinstance(value, tuple) else None
+
+
+def launched(arch: int) -> dict[str, Kernel]:
+    """By key, what the models launch on ``arch`` in inference, and in training those of TRAINED.
+
+    fp16 differs from bf16 in the name of an instruction only, so that one GPU of each kind of tensor core will do. So
+    it will for fp32 in training, with tiles that are smaller than those of 16 bits everywhere.
+    """
+    found: dict[str, Kernel] = {}
+    for kernel in _launched(arch):
+        found.setdefault(kernel.key, kernel)  # one of TF32 and fp32 goes by the former, of which more is asked
+    return found
+
+
+def _launched(arch: int) -> Iterator[Kernel]:
+    each_kind = arch in (80, 90)
+    # Of a tile with few columns, a thread holds one row.
+    narrow = Problem(
+        *(2, 9, 8, 16, 16, 3, 3, (1, 1), (1, 1), (1, 1), 1, torch.bfloat16, False, "training", True, False, arch)
+    )
+    for way in ("fused", "mixed"):
+        yield from (Kernel(arch, "bfloat16", call) for call in rehearse(narrow, Candidate(way))[0])
+    for name in DTYPES:
+        if name != "float16" or each_kind:
+            yield from _calls(arch, name, MODELS, (1, 64), training=False)
+        if name == "bfloat16":
+            trained, batches = (TRAINED, (1, 64)) if each_kind else (TRAINED[:3], (64,))
+            yield from _calls(arch, name, trained, batches, training=True)
+        elif name != "float16" and each_kind:
+            yield from _calls(arch, name, TRAINED[2:3], (64,), training=True)
+
+
+def _calls(
+    arch: int, number_format: str, models: Iterable[str], batches: Iterable[int], training: bool
+) -> Iterator[Kernel]:
+    """Of the models in inference or in a training step, on every road."""
+    torch.backends.cudnn.allow_tf32 = number_format == "tf32"
+    calls: list[Call] = []
+    for road in ("triton", "mixed"):
+        with resnet_fused.implementation(road), dry_run(arch), observe(calls.append), torch.set_grad_enabled(training):
+            for name, batch in product(models, batches):
+                with torch.device("meta"):
+                    model = getattr(resnet_fused, name)().train(training)
+                    model.to(DTYPES[number_format], memory_format=torch.channels_last)
+                    side = shapes.MODELS[name]
+                    logits = model(torch.empty(batch, 3, side, side, dtype=DTYPES[number_format]))
+                if training:
+                    logits.sum().backward()
+    return (Kernel(arch, number_format, call) for call in calls)
