@@ -1,4 +1,4 @@
-"""Batch norm around the convolutions: statistics, normalisation with residual and ReLU, and the backward of both.
+"""Batch norm around the convolutions: moments, statistics, and normalisation with residual and ReLU.
 
 Every sum over pixels is taken tile by tile, and the tiles are merged in a fixed order: two runs agree to the bit.
 """
@@ -6,7 +6,6 @@ Every sum over pixels is taken tile by tile, and the tiles are merged in a fixed
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -15,64 +14,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .epilogue import WHOLE, Moments, Norm, Residual, load_residual, normalise, scale_shift
+from .gpus import gpu_of
 from .launch import INTERPRETER, Cost, Recipe, TileConfig, Vector, target_arch
-from .tile import (
-    Layout,
-    Moments,
-    Norm,
-    bound,
-    cdiv,
-    finite,
-    layout,
-    load_channels,
-    pixel_stride,
-    relu,
-    require_fitting_residual,
-    require_pixel_linear,
-    rounded_product,
-    span,
-)
+from .memory import Layout, cdiv, layout, require_pixel_linear, span, stride_of
+from .tile import Pixels, Tile, bound, finite, load_channels, load_pixels, relu, rounded_product, store_pixels
 
-_RUNTIME_SIZES = [
-    *("M", "P", "Q", "T", "steps", "rows", "pixels"),
-    *("res_h", "res_w", "res_channels", "res_step", "res_before"),
-]
+RUNTIME_SIZES = ["M", "P", "Q", "T", "steps", "rows", "pixels"]
+"""Sizes that the compiled code does not depend on."""
 
 
-@triton.jit
-def load_pixels(ptr, offs_m, stride, c, mask):
-    """A tile of pixels in fp32."""
-    return tl.load(ptr + (offs_m * stride)[:, None] + c[None, :], mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def store_pixels(ptr, offs_m, stride, c, v, mask):
-    """Store a tile of pixels, rounded to the tensor's type."""
-    tl.store(ptr + (offs_m * stride)[:, None] + c[None, :], v.to(ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def normalise(v, stats_ptr, c, mask_c, C):
-    """``scale*v + shift``, in the one fma with which every kernel computes it."""
-    scale = load_channels(stats_ptr + 2 * C, c, mask_c)
-    shift = load_channels(stats_ptr + 3 * C, c, mask_c)
-    return tl.fma(v, scale[None, :], shift[None, :])
-
-
-@triton.jit
-def scale_shift(mean, var, gamma_ptr, beta_ptr, eps, c, mask_c):
-    """1/sqrt(var + eps), and the ``scale`` and ``shift`` that batch norm comes to; gamma and beta are optional."""
-    rstd = 1.0 / tl.sqrt_rn(var + eps)
-    scale = rstd
-    if gamma_ptr is not None:
-        scale = rstd * load_channels(gamma_ptr, c, mask_c)
-    shift = -mean * scale
-    if beta_ptr is not None:
-        shift += load_channels(beta_ptr, c, mask_c)
-    return rstd, scale, shift
-
-
-@triton.jit(do_not_specialize=_RUNTIME_SIZES)
+@triton.jit(do_not_specialize=RUNTIME_SIZES)
 def channel_moments_kernel(
     y_ptr,
     values_ptr,
@@ -160,7 +112,7 @@ def merge_tiles(values_ptr, counts_ptr, T, C, rows, pixels, c, mask_c, BLOCK_T: 
     return count, mean_all, tl.sum(spread, 0)
 
 
-@triton.jit(do_not_specialize=_RUNTIME_SIZES)
+@triton.jit(do_not_specialize=RUNTIME_SIZES)
 def merge_moments_kernel(
     values_ptr, counts_ptr, merged_ptr, T, C, rows, pixels, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
@@ -172,7 +124,7 @@ def merge_moments_kernel(
     tl.store(merged_ptr + C + c, m2, mask=mask_c)
 
 
-@triton.jit(do_not_specialize=[*_RUNTIME_SIZES, "momentum"])
+@triton.jit(do_not_specialize=[*RUNTIME_SIZES, "momentum"])
 def batch_norm_stats_kernel(
     values_ptr,
     counts_ptr,
@@ -235,7 +187,7 @@ def batch_norm_stats_kernel(
     tl.store(stats_ptr + 4 * C + c, inv_count, mask=mask_c)
 
 
-@triton.jit(do_not_specialize=_RUNTIME_SIZES)
+@triton.jit(do_not_specialize=RUNTIME_SIZES)
 def batch_norm_apply_kernel(
     y_ptr,
     stats_ptr,
@@ -252,11 +204,7 @@ def batch_norm_apply_kernel(
     Q,
     y_stride,
     res_stride,
-    res_h,
-    res_w,
-    res_channels,
-    res_step,
-    res_before,
+    crop,
     eps,
     RES_PADDED: tl.constexpr,
     RELU: tl.constexpr,
@@ -282,13 +230,8 @@ def batch_norm_apply_kernel(
         _, scale, shift = scale_shift(mean, var, gamma_ptr, beta_ptr, eps, c, mask_c)
         v = tl.fma(v, scale[None, :], shift[None, :])
     if res_ptr is not None:
-        if RES_PADDED:
-            pixel = (offs_m // (P * Q) * res_h + offs_m // Q % P * res_step) * res_w + offs_m % Q * res_step
-            res_c = c - res_before
-            res_mask = mask & ((res_c >= 0) & (res_c < res_channels))[None, :]
-            res = load_pixels(res_ptr, pixel, res_stride, res_c, res_mask)
-        else:
-            res = load_pixels(res_ptr, offs_m, res_stride, c, mask)
+        tile = Tile(offs_m, c, offs_m < M, mask_c)
+        res = load_residual(Pixels(res_ptr, res_stride), crop, tile, P, Q, RES_PADDED)
         if res_stats_ptr is not None:
             res = normalise(res, res_stats_ptr, c, mask_c, C)
         v += res
@@ -297,161 +240,8 @@ def batch_norm_apply_kernel(
     store_pixels(z_ptr, offs_m, C, c, v, mask)
 
 
-@triton.jit(do_not_specialize=_RUNTIME_SIZES)
-def batch_norm_reduce_kernel(
-    dz_ptr,
-    z_ptr,
-    y_ptr,
-    stats_ptr,
-    y2_ptr,
-    stats2_ptr,
-    g_ptr,
-    sums_ptr,
-    M,
-    C,
-    T,
-    steps,
-    dz_stride,
-    z_stride,
-    y_stride,
-    y2_stride,
-    g_stride,
-    MASK: tl.constexpr,
-    INT64: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """``g = dz`` where the ReLU let pass, and its sums over steps*BLOCK_M pixels x BLOCK_N channels.
-
-    The sums: of g, of ``g*(y - mean)`` and of ``g*(y2 - mean2)``. MASK: the ReLU's input is ``scale*y + shift``.
-    """
-    OFFSET: tl.constexpr = tl.int64 if INT64 else tl.int32
-    pid = tl.program_id(0)
-    c = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_c = c < C
-    sum_g = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    sum_gy = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    sum_gy2 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    offs_m = pid.to(OFFSET) * (steps * BLOCK_M) + tl.arange(0, BLOCK_M)
-    for _ in range(bound(steps)):
-        mask = (offs_m < M)[:, None] & mask_c[None, :]
-        g = load_pixels(dz_ptr, offs_m, dz_stride, c, mask)
-        if z_ptr is not None:
-            g = tl.where(load_pixels(z_ptr, offs_m, z_stride, c, mask) <= 0, 0.0, g)
-        if y_ptr is not None:
-            y = load_pixels(y_ptr, offs_m, y_stride, c, mask)
-            if MASK:
-                g = tl.where(normalise(y, stats_ptr, c, mask_c, C) <= 0, 0.0, g)
-            sum_gy += g * (y - load_channels(stats_ptr, c, mask_c)[None, :])
-        if y2_ptr is not None:
-            y2 = load_pixels(y2_ptr, offs_m, y2_stride, c, mask)
-            sum_gy2 += g * (y2 - load_channels(stats2_ptr, c, mask_c)[None, :])
-        sum_g += g
-        if g_ptr is not None:
-            store_pixels(g_ptr, offs_m, g_stride, c, g, mask)
-        offs_m += BLOCK_M
-    tl.store(sums_ptr + pid * C + c, tl.sum(sum_g, 0), mask=mask_c)
-    tl.store(sums_ptr + (T + pid) * C + c, tl.sum(sum_gy, 0), mask=mask_c)
-    if y2_ptr is not None:
-        tl.store(sums_ptr + (2 * T + pid) * C + c, tl.sum(sum_gy2, 0), mask=mask_c)
-
-
-@triton.jit
-def add_tiles(ptr, T, C, c, mask_c, BLOCK_T: tl.constexpr):
-    """The sum over all T tiles, in a fixed order."""
-    acc = tl.zeros((BLOCK_T, c.shape[0]), tl.float32)
-    for start in range(0, bound(T), BLOCK_T):
-        t = start + tl.arange(0, BLOCK_T)
-        acc += tl.load(ptr + t[:, None] * C + c[None, :], mask=(t < T)[:, None] & mask_c[None, :], other=0.0)
-    return tl.sum(acc, 0)
-
-
-@triton.jit(do_not_specialize=_RUNTIME_SIZES)
-def merge_sums_kernel(sums_ptr, merged_ptr, T, C, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """One row of sums over all tiles, for BLOCK_N channels."""
-    c = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row = tl.program_id(1)
-    mask_c = c < C
-    tl.store(merged_ptr + row * C + c, add_tiles(sums_ptr + row * T * C, T, C, c, mask_c, BLOCK_M), mask=mask_c)
-
-
-@triton.jit(do_not_specialize=_RUNTIME_SIZES)
-def batch_norm_coefs_kernel(
-    sum_g_ptr,
-    sum_gy_ptr,
-    stats_ptr,
-    coefs_ptr,
-    dgamma_ptr,
-    dbeta_ptr,
-    T,
-    C,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """dgamma, dbeta and the vectors of ``dy = A*g + B*y + C`` for BLOCK_N channels."""
-    c = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_c = c < C
-    dbeta = add_tiles(sum_g_ptr, T, C, c, mask_c, BLOCK_M)
-    sum_gy = add_tiles(sum_gy_ptr, T, C, c, mask_c, BLOCK_M)
-    mean = load_channels(stats_ptr, c, mask_c)
-    rstd = load_channels(stats_ptr + C, c, mask_c)
-    scale = load_channels(stats_ptr + 2 * C, c, mask_c)
-    inv_count = load_channels(stats_ptr + 4 * C, c, mask_c)
-    # Zero times infinity would spoil the constants of evaluation mode.
-    used = inv_count > 0
-    # In fp64, since the cube of rstd leaves the range of fp32 where the product does not.
-    step = -scale.to(tl.float64) * inv_count.to(tl.float64)
-    b = tl.where(used, step * rstd.to(tl.float64) * rstd.to(tl.float64) * sum_gy.to(tl.float64), 0.0)
-    constant = tl.where(used, step * dbeta.to(tl.float64) - b * mean.to(tl.float64), 0.0)
-    tl.store(coefs_ptr + c, scale, mask=mask_c)
-    tl.store(coefs_ptr + C + c, b.to(tl.float32), mask=mask_c)
-    tl.store(coefs_ptr + 2 * C + c, constant.to(tl.float32), mask=mask_c)
-    tl.store(dgamma_ptr + c, (rstd * sum_gy).to(dgamma_ptr.dtype.element_ty), mask=mask_c)
-    tl.store(dbeta_ptr + c, dbeta.to(dbeta_ptr.dtype.element_ty), mask=mask_c)
-
-
-@triton.jit
-def gradient(g, y_ptr, y_stride, coefs_ptr, offs_m, c, mask, mask_c, C):
-    """``A*g + B*y + C`` for one tile."""
-    dy = g * load_channels(coefs_ptr, c, mask_c)[None, :]
-    if y_ptr is not None:
-        b = load_channels(coefs_ptr + C, c, mask_c)
-        constant = load_channels(coefs_ptr + 2 * C, c, mask_c)
-        dy += tl.fma(load_pixels(y_ptr, offs_m, y_stride, c, mask), b[None, :], constant[None, :])
-    return dy
-
-
-@triton.jit(do_not_specialize=_RUNTIME_SIZES)
-def batch_norm_backward_kernel(
-    g_ptr,
-    y_ptr,
-    coefs_ptr,
-    y2_ptr,
-    coefs2_ptr,
-    dy_ptr,
-    dy2_ptr,
-    M,
-    C,
-    g_stride,
-    y_stride,
-    y2_stride,
-    dy_stride,
-    INT64: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """``dy = A*g + B*y + C`` for BLOCK_M pixels x BLOCK_N channels; twice from one g if there is a second norm."""
-    OFFSET: tl.constexpr = tl.int64 if INT64 else tl.int32
-    offs_m = tl.program_id(0).to(OFFSET) * BLOCK_M + tl.arange(0, BLOCK_M)
-    c = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_c = c < C
-    mask = (offs_m < M)[:, None] & mask_c[None, :]
-    g = load_pixels(g_ptr, offs_m, g_stride, c, mask)
-    dy = gradient(g, y_ptr, y_stride, coefs_ptr, offs_m, c, mask, mask_c, C)
-    if dy2_ptr is not None:
-        dy2 = gradient(g, y2_ptr, y2_stride, coefs2_ptr, offs_m, c, mask, mask_c, C)
-        store_pixels(dy2_ptr, offs_m, C, c, dy2, mask)
-    store_pixels(dy_ptr, offs_m, dy_stride, c, dy, mask)
+PROGRAMS = 4
+"""Of a pass over pixels, how many a multiprocessor is to have: their loads hide each other's latency."""
 
 
 @lru_cache(maxsize=4096)
@@ -461,14 +251,18 @@ def default_config(pixels: int, channels: int, arch: int) -> TileConfig:
     if arch == INTERPRETER:
         return TileConfig(min(max(16, triton.next_power_of_2(pixels)), 512), block_n, 2)
     steps = 16
-    while steps > 1 and cdiv(pixels, 16 * steps) * cdiv(channels, block_n) < 4 * 132:
+    while steps > 1 and cdiv(pixels, 16 * steps) * cdiv(channels, block_n) < PROGRAMS * gpu_of(arch).multiprocessors:
         steps //= 2
     return TileConfig(1024 // block_n, block_n, steps, num_stages=1)
 
 
-_FP32 = (torch.float32,)
-_VECTOR = torch.float32.itemsize
+FP32 = (torch.float32,)
+
+
+VECTOR = torch.float32.itemsize
 """Bytes that a channel takes in one row of stats or coefs."""
+
+
 _MERGE = TileConfig(256, 8, 1, num_stages=1)
 """Tiles and channels that a program merges at a time."""
 
@@ -485,18 +279,18 @@ def channel_moments(y: Tensor, *, config: TileConfig | None = None) -> Moments:
 @lru_cache(maxsize=4096)
 def _moments_recipe(y: Layout, arch: int, config: TileConfig | None) -> Recipe:
     require_pixel_linear(y=y)
-    pixels, channels = _sizes(y)
+    pixels, channels = sizes(y)
     tile = config or default_config(pixels, channels, arch)
     tiles = cdiv(pixels, tile.block_m * tile.block_k)
     scalars = {
         "M": pixels,
         "C": channels,
         "T": tiles,
-        "y_stride": pixel_stride(y),
-        "INT64": _wide(tile, y),
+        "y_stride": stride_of(y),
+        "INT64": wide(tile, y),
         "steps": tile.block_k,
     }
-    return _pass_over(channel_moments_kernel, tiles, scalars, tile, ["y_ptr"], ["values_ptr"], {})
+    return pass_over(channel_moments_kernel, tiles, scalars, tile, ["y_ptr"], ["values_ptr"], {})
 
 
 def merge_moments(moments: Moments) -> Tensor:
@@ -512,13 +306,13 @@ def merge_moments(moments: Moments) -> Tensor:
 def _merge_moments_recipe(channels: int, tiles: int, rows: int, pixels: int) -> Recipe:
     scalars = {"T": tiles, "C": channels, "rows": rows, "pixels": pixels}
     vectors = _moments_vectors(channels, tiles)
-    return _merge(merge_moments_kernel, scalars, ["values_ptr", "counts_ptr"], ["merged_ptr"], vectors)
+    return merge_recipe(merge_moments_kernel, scalars, ["values_ptr", "counts_ptr"], ["merged_ptr"], vectors)
 
 
 def _moments_vectors(channels: int, tiles: int) -> dict[str, Vector]:
     return {
-        "values_ptr": Vector("moments.values", (2, tiles, channels), _FP32),
-        "counts_ptr": Vector("moments.counts", (tiles,), _FP32),
+        "values_ptr": Vector("moments.values", (2, tiles, channels), FP32),
+        "counts_ptr": Vector("moments.counts", (tiles,), FP32),
     }
 
 
@@ -559,7 +353,7 @@ def batch_norm_stats(
         batches_ptr=None if moments is None else batches,
         stats_ptr=stats,
     )
-    if cumulative:
+    if cumulative and batches is not None:
         batches += 1
     return stats
 
@@ -584,7 +378,7 @@ def _stats_recipe(
     names = ("gamma", "beta", "running_mean", "running_var")
     vectors = {f"{name}_ptr": Vector(name, (channels,)) for name in names}
     vectors["batches_ptr"] = Vector("batches", (), (torch.int64,))
-    return _merge(batch_norm_stats_kernel, scalars, read, written, vectors | _moments_vectors(channels, tiles))
+    return merge_recipe(batch_norm_stats_kernel, scalars, read, written, vectors | _moments_vectors(channels, tiles))
 
 
 def batch_norm_apply(
@@ -614,12 +408,12 @@ def batch_norm_apply(
     fixed = stats if isinstance(stats, Norm) else None
     mean, var, gamma, beta, eps = fixed or (None, None, None, None, 0.0)
     rows = (0 if fixed else 2) + (0 if residual_stats is None else 2)
-    added = layout(residual), residual_step, residual_before
-    recipe = _apply_recipe(layout(y), *added, rows, eps, relu, target_arch(), config)
+    added = None if residual is None else Residual(layout(residual), residual_step, residual_before)
+    recipe = _apply_recipe(layout(y), added, rows, eps, relu, target_arch(), config)
     z = torch.empty(y.shape, dtype=dtype, device=y.device, memory_format=torch.channels_last)
     recipe.run(
         y_ptr=y,
-        stats_ptr=None if fixed else stats,
+        stats_ptr=None if isinstance(stats, Norm) else stats,
         mean_ptr=mean,
         var_ptr=var,
         gamma_ptr=gamma,
@@ -634,9 +428,7 @@ def batch_norm_apply(
 @lru_cache(maxsize=4096)
 def _apply_recipe(
     y: Layout,
-    residual: Layout | None,
-    step: int,
-    before: int,
+    residual: Residual | None,
     rows: int,
     eps: float,
     relu: bool,
@@ -644,235 +436,52 @@ def _apply_recipe(
     config: TileConfig | None,
 ) -> Recipe:
     """``rows``: how many of stats are read."""
-    require_pixel_linear(y=y, residual=residual)
-    pixels, channels = _sizes(y)
+    res = None if residual is None else residual.layout
+    require_pixel_linear(y=y, residual=res)
+    pixels, channels = sizes(y)
     _, _, p, q = y.shape
     if residual is not None:
-        require_fitting_residual(residual, y.shape, step, before)
+        residual.require_fits(y.shape)
     tile = config or default_config(pixels, channels, arch)
-    res_channels, res_h, res_w = (0, 0, 0) if residual is None else residual.shape[1:]
+    crop = WHOLE if residual is None else residual.crop(y.shape)
     scalars = {
         "M": pixels,
         "C": channels,
         "P": p,
         "Q": q,
-        "y_stride": pixel_stride(y),
-        "res_stride": 0 if residual is None else pixel_stride(residual),
-        "res_h": res_h,
-        "res_w": res_w,
-        "res_channels": res_channels,
-        "res_step": step,
-        "res_before": before,
+        "y_stride": stride_of(y),
+        "res_stride": stride_of(res),
+        "crop": crop,
         "eps": eps,
-        "RES_PADDED": residual is not None and residual.shape != y.shape,
+        "RES_PADDED": crop is not WHOLE,
         "RELU": relu,
-        "INT64": _wide(tile, y, residual),
+        "INT64": wide(tile, y, res),
     }
     # Of a padded residual, the pixels that are added.
-    more = 0 if residual is None else pixels * res_channels * residual.dtype.itemsize
-    more += _VECTOR * channels * rows
+    more = 0 if res is None else pixels * res.shape[1] * res.dtype.itemsize
+    more += VECTOR * channels * rows
     read = ["y_ptr", "mean_ptr", "var_ptr", "gamma_ptr", "beta_ptr"]
     vectors = {
-        "stats_ptr": Vector("stats", (5, channels), _FP32),
-        "res_stats_ptr": Vector("residual_stats", (5, channels), _FP32),
+        "stats_ptr": Vector("stats", (5, channels), FP32),
+        "res_stats_ptr": Vector("residual_stats", (5, channels), FP32),
         **{f"{name}_ptr": Vector(f"stats.{name}", (channels,)) for name in ("mean", "var", "gamma", "beta")},
     }
     tiles = cdiv(pixels, tile.block_m)
-    return _pass_over(batch_norm_apply_kernel, tiles, scalars, tile, read, ["z_ptr"], vectors, more)
+    return pass_over(batch_norm_apply_kernel, tiles, scalars, tile, read, ["z_ptr"], vectors, more)
 
 
-def batch_norm_reduce(
-    dz: Tensor,
-    y: Tensor | None,
-    stats: Tensor | None,
-    *,
-    z: Tensor | None = None,
-    mask: bool = False,
-    second: tuple[Tensor, Tensor] | None = None,
-    out: Tensor | None = None,
-    config: TileConfig | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The gradient ``g`` in front of a ReLU from that behind it, ``dz`` [N, C, P, Q], and its sums.
-
-    The ReLU's output is ``z``, or its input ``scale*y + shift`` if ``mask``; with neither there is no ReLU and g is
-    ``dz`` itself. ``second``: y and stats of a second batch norm in front of the same ReLU. ``out``: a pixel-linear
-    tensor that g goes to; ``dz`` itself will do.
-
-    Returns g and fp32 [2 or 3, T, C]: tile by tile ``sum g``, ``sum g*(y - mean)`` (0 without ``y``), and the second's.
-    """
-    y2, stats2 = second or (None, None)
-    if (y is None) != (stats is None) or (mask and (y is None or z is not None)):
-        raise ValueError("y and stats must be given together, and with mask, without z")
-    masked = z is not None or mask
-    inputs = map(layout, (dz, y, z, y2, out if masked else None))
-    recipe = _reduce_recipe(*inputs, mask, target_arch(), config)
-    tiles, channels = recipe.scalars["T"], recipe.scalars["C"]
-    if masked and out is None:
-        out = torch.empty(dz.shape, dtype=dz.dtype, device=dz.device, memory_format=torch.channels_last)
-    g = out if masked else None
-    sums = torch.empty(2 if second is None else 3, tiles, channels, dtype=torch.float32, device=dz.device)
-    recipe.run(dz_ptr=dz, z_ptr=z, y_ptr=y, stats_ptr=stats, y2_ptr=y2, stats2_ptr=stats2, g_ptr=g, sums_ptr=sums)
-    return dz if g is None else g, sums
-
-
-@lru_cache(maxsize=4096)
-def _reduce_recipe(
-    dz: Layout,
-    y: Layout | None,
-    z: Layout | None,
-    y2: Layout | None,
-    out: Layout | None,
-    mask: bool,
-    arch: int,
-    config: TileConfig | None,
-) -> Recipe:
-    _require_alike(dz=dz, y=y, z=z, y2=y2, out=out)
-    pixels, channels = _sizes(dz)
-    # In 16 bits, with one batch norm, 64 registers are enough: the compiler would spill to do with fewer.
-    registers = 64 if y2 is None and dz.dtype.itemsize == 2 else None
-    tile = config or replace(default_config(pixels, channels, arch), max_registers=registers)
-    tiles = cdiv(pixels, tile.block_m * tile.block_k)
-    g_stride = 0
-    if z is not None or mask:
-        g_stride = channels if out is None else pixel_stride(out)
-    scalars = {
-        "M": pixels,
-        "C": channels,
-        "T": tiles,
-        "dz_stride": pixel_stride(dz),
-        "z_stride": 0 if z is None else pixel_stride(z),
-        "y_stride": 0 if y is None else pixel_stride(y),
-        "y2_stride": 0 if y2 is None else pixel_stride(y2),
-        "g_stride": g_stride,
-        "MASK": mask,
-        "INT64": _wide(tile, dz, z, y, y2, out),
-        "steps": tile.block_k,
-    }
-    more = _VECTOR * channels * ((y is not None) * (3 if mask else 1) + (y2 is not None))
-    read, written = ["dz_ptr", "z_ptr", "y_ptr", "y2_ptr"], ["sums_ptr", "g_ptr"]
-    vectors = {
-        "stats_ptr": Vector("stats", (5, channels), _FP32),
-        "stats2_ptr": Vector("second[1]", (5, channels), _FP32),
-    }
-    return _pass_over(batch_norm_reduce_kernel, tiles, scalars, tile, read, written, vectors, more)
-
-
-def merge_sums(sums: Tensor) -> Tensor:
-    """Sums [K, T, C] over all tiles: fp32 [K, C]."""
-    rows, tiles, channels = sums.shape
-    merged = sums.new_empty(rows, channels)
-    _merge_sums_recipe(rows, tiles, channels).run(sums_ptr=sums, merged_ptr=merged)
-    return merged
-
-
-@lru_cache(maxsize=4096)
-def _merge_sums_recipe(rows: int, tiles: int, channels: int) -> Recipe:
-    vectors = {"sums_ptr": Vector("sums", (rows, tiles, channels), _FP32)}
-    return _merge(merge_sums_kernel, {"T": tiles, "C": channels}, ["sums_ptr"], ["merged_ptr"], vectors, rows=rows)
-
-
-def batch_norm_coefs(
-    sum_g: Tensor, sum_gy: Tensor, stats: Tensor, *, gamma_dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor, Tensor]:
-    """coefs, fp32 [3, C], and the gradients of gamma and beta [C] in ``gamma_dtype``, from the sums [T, C] of a batch.
-
-    Ioffe & Szegedy 2015 (arXiv:1502.03167), section 3.
-    """
-    tiles, channels = sum_g.shape
-    coefs = torch.empty(3, channels, dtype=torch.float32, device=stats.device)
-    dgamma, dbeta = (torch.empty(channels, dtype=gamma_dtype, device=stats.device) for _ in range(2))
-    _coefs_recipe(tiles, channels).run(
-        sum_g_ptr=sum_g, sum_gy_ptr=sum_gy, stats_ptr=stats, coefs_ptr=coefs, dgamma_ptr=dgamma, dbeta_ptr=dbeta
-    )
-    return coefs, dgamma, dbeta
-
-
-@lru_cache(maxsize=4096)
-def _coefs_recipe(tiles: int, channels: int) -> Recipe:
-    more = _VECTOR * channels * 4  # The shift is the one row of stats that nothing depends on.
-    read, written = ["sum_g_ptr", "sum_gy_ptr"], ["coefs_ptr", "dgamma_ptr", "dbeta_ptr"]
-    sums = {f"{name}_ptr": Vector(name, (tiles, channels), _FP32) for name in ("sum_g", "sum_gy")}
-    vectors = sums | {"stats_ptr": Vector("stats", (5, channels), _FP32)}
-    return _merge(batch_norm_coefs_kernel, {"T": tiles, "C": channels}, read, written, vectors, more)
-
-
-def batch_norm_backward(
-    g: Tensor,
-    y: Tensor | None,
-    coefs: Tensor,
-    *,
-    out: Tensor | None = None,
-    second: tuple[Tensor | None, Tensor] | None = None,
-    config: TileConfig | None = None,
-) -> Any:
-    """``dy = A*g + B*y + C`` [N, C, P, Q]; ``y`` None where B and C are zero. ``out`` may be ``g`` itself.
-
-    Without ``out``, dy has the dtype of ``y``, or of ``g`` if there is none. ``second``: y and coefs of another batch
-    norm that the same g goes into; then the result is a pair, and the second is a new tensor of the same dtype.
-    """
-    y2, coefs2 = second or (None, None)
-    recipe = _backward_recipe(*map(layout, (g, y, y2, out)), second is not None, target_arch(), config)
-    dy = torch.empty_like(g if y is None else y, memory_format=torch.channels_last) if out is None else out
-    dy2 = None if second is None else torch.empty_like(dy, memory_format=torch.channels_last)
-    recipe.run(g_ptr=g, y_ptr=y, coefs_ptr=coefs, y2_ptr=y2, coefs2_ptr=coefs2, dy_ptr=dy, dy2_ptr=dy2)
-    return dy if dy2 is None else (dy, dy2)
-
-
-@lru_cache(maxsize=4096)
-def _backward_recipe(
-    g: Layout,
-    y: Layout | None,
-    y2: Layout | None,
-    out: Layout | None,
-    twice: bool,
-    arch: int,
-    config: TileConfig | None,
-) -> Recipe:
-    _require_alike(g=g, y=y, y2=y2, out=out)
-    pixels, channels = _sizes(g)
-    tile = config or default_config(pixels, channels, arch)
-    scalars = {
-        "M": pixels,
-        "C": channels,
-        "g_stride": pixel_stride(g),
-        "y_stride": 0 if y is None else pixel_stride(y),
-        "y2_stride": 0 if y2 is None else pixel_stride(y2),
-        "dy_stride": channels if out is None else pixel_stride(out),
-        "INT64": _wide(tile, g, y, y2, out),
-    }
-    more = (1 if y is None else 3) + (0 if not twice else 1 if y2 is None else 3)
-    read, written = ["g_ptr", "y_ptr", "y2_ptr"], ["dy_ptr", "dy2_ptr"]
-    tiles = cdiv(pixels, tile.block_m)
-    vectors = {
-        "coefs_ptr": Vector("coefs", (3, channels), _FP32),
-        "coefs2_ptr": Vector("second[1]", (3, channels), _FP32),
-    }
-    more *= _VECTOR * channels
-    return _pass_over(batch_norm_backward_kernel, tiles, scalars, tile, read, written, vectors, more)
-
-
-def _require_alike(**layouts: Layout | None) -> None:
-    """Raise ValueError for the first tensor that is not pixel-linear, or not of the shape of the first of them all."""
-    require_pixel_linear(**layouts)
-    (first, like), *others = layouts.items()
-    assert like is not None
-    for name, x in others:
-        if x is not None and x.shape != like.shape:
-            raise ValueError(f"{name} must have the shape of {first}, {tuple(like.shape)}; got {tuple(x.shape)}")
-
-
-def _sizes(y: Layout) -> tuple[int, int]:
+def sizes(y: Layout) -> tuple[int, int]:
     n, c, p, q = y.shape
     return n * p * q, c
 
 
-def _wide(tile: TileConfig, *tensors: Layout | None) -> bool:
+def wide(tile: TileConfig, *tensors: Layout | None) -> bool:
     """Whether offsets may pass 2^31, those of pixels past the last one of a tile too."""
     past = tile.block_m * tile.block_k
-    return max(span(t) + past * (pixel_stride(t) or 0) for t in tensors if t is not None) >= 2**31
+    return max(span(t) + past * stride_of(t) for t in tensors if t is not None) >= 2**31
 
 
-def _pass_over(
+def pass_over(
     kernel: Any,
     tiles: int,
     scalars: dict[str, Any],
@@ -888,7 +497,7 @@ def _pass_over(
     return Recipe(kernel, grid, scalars | blocks, tile, partial(_cost, read, written, more), vectors)
 
 
-def _merge(
+def merge_recipe(
     kernel: Any,
     scalars: dict[str, Any],
     read: list[str],

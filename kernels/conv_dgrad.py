@@ -14,29 +14,52 @@ import triton.language as tl
 from torch import Tensor
 
 from . import conv_forward
-from .conv_forward import ConvProblem, Geometry, check_geometry
+from .conv import RUNTIME_SIZES, ConvProblem, Geometry, Size, blocks, check_geometry, precision, sizes
+from .epilogue import WHOLE, Crop, Residual, store_gradient
 from .launch import INTERPRETER, Cost, Recipe, TileConfig, Vector, target_arch
-from .tile import (
+from .memory import (
     Layout,
-    all_finite,
-    bound,
     cdiv,
-    dot,
     layout,
-    load_channels,
     pixel_stride,
     require_channels_last_filter,
     require_pixel_linear,
-    rounded_product,
     span,
-    tap_mask,
+    stride_of,
 )
+from .tile import PerTile, Pixels, Tile, all_finite, bound, dot, load_channels, tap_mask
 
-_RUNTIME_SIZES = [
-    *("N", "H", "W", "P", "Q", "tiles", "chunks", "stride_h", "stride_w", "pad_h", "pad_w", "dil_h", "dil_w"),
-    *("tap_h", "tap_w", "hop_h", "hop_w", "group_ci", "group_co", "cut_h", "cut_w", "cut_step"),
-    "cut_before",
-]
+
+class Form(NamedTuple):
+    """What the compiled code depends on: the filter's size, and which of the kernel's cases it is."""
+
+    R: int
+    S: int
+    MERGED: bool
+    POINTWISE: bool
+    EVEN_CO: bool
+    ONE_CHUNK: bool
+    STRIDED: bool
+    CUT_SPARSE: bool
+    INT64: bool
+    PRECISION: str
+
+
+class Widths(NamedTuple):
+    """Channels of a program's group and of all, and elements from one pixel of each tensor to the next.
+
+    Of the filter: from one output channel (``w``) and from one tap to the next.
+    """
+
+    ci: int
+    co: int
+    channels: int
+    out_channels: int
+    g: int
+    w: int
+    tap: int
+    cut: int
+    y_in: int
 
 
 @triton.jit
@@ -49,47 +72,27 @@ def first_tap(parity, stride, dil, TAPS: tl.constexpr):
 
 
 @triton.jit
-def product_by_group(
-    g_ptr,
-    y_ptr,
-    coefs_ptr,
-    w_ptr,
-    n,
-    h,
-    w,
-    mask_m,
-    ci,
-    P,
-    Q,
-    out_channels,
-    g_stride,
-    w_stride,
-    w_tap,
-    stride_h,
-    stride_w,
-    pad_h,
-    pad_w,
-    dil_h,
-    dil_w,
-    group_ci,
-    group_co,
-    R: tl.constexpr,
-    S: tl.constexpr,
-):
-    """The product of a tile, each column ``ci`` from the output channels of its own group alone: slow, but apart."""
+def product_by_group(g, y_ptr, coefs_ptr, w, w_tap, place, mask_m, ci, size, geometry, group_ci, group_co, taps):
+    """The product of a tile, each column ``ci`` from the output channels of its own group alone: slow, but apart.
+
+    ``place``: image, row and column of each pixel.
+    """
+    R, S = taps
+    n, h, column = place
+    out_channels = group_co * geometry.groups
     acc = tl.zeros((h.shape[0], ci.shape[0]), tl.float32)
     for k in range(0, bound(R * S * group_co)):
         tap = k // group_co
-        up = h + pad_h - tap // S * dil_h
-        left = w + pad_w - tap % S * dil_w
-        p = up // stride_h
-        q = left // stride_w
-        reached = (up >= 0) & (left >= 0) & (up % stride_h == 0) & (left % stride_w == 0) & (p < P) & (q < Q)
-        inside = (mask_m & reached)[:, None]
+        up = h + geometry.padding[0] - tap // S * geometry.dilation[0]
+        left = column + geometry.padding[1] - tap % S * geometry.dilation[1]
+        p = up // geometry.stride[0]
+        q = left // geometry.stride[1]
+        reached = (up >= 0) & (left >= 0) & (up % geometry.stride[0] == 0) & (left % geometry.stride[1] == 0)
+        inside = (mask_m & reached & (p < size.P) & (q < size.Q))[:, None]
         co = ci // group_ci * group_co + k % group_co
-        at = (((n * P + p) * Q + q) * g_stride)[:, None] + co[None, :]
-        a = tl.load(g_ptr + at, mask=inside, other=0.0)
-        b = tl.load(w_ptr + co * w_stride + tap * w_tap + ci % group_ci)
+        at = (((n * size.P + p) * size.Q + q) * g.stride)[:, None] + co[None, :]
+        a = tl.load(g.ptr + at, mask=inside, other=0.0)
+        b = tl.load(w.ptr + co * w.stride + tap * w_tap + ci % group_ci)
         if coefs_ptr is not None:
             v = a.to(tl.float32) * tl.load(coefs_ptr + co)[None, :]
             if y_ptr is not None:
@@ -101,76 +104,7 @@ def product_by_group(
     return acc
 
 
-@triton.jit
-def store_gradient(
-    acc,
-    offs_m,
-    c,
-    mask_n,
-    cut_ptr,
-    y_in_ptr,
-    stats_ptr,
-    dx_ptr,
-    sums_ptr,
-    N,
-    H,
-    W,
-    channels,
-    tiles,
-    tile,
-    first_h,
-    first_w,
-    rows,
-    columns,
-    stride_h,
-    stride_w,
-    cut_stride,
-    cut_h,
-    cut_w,
-    cut_step,
-    cut_before,
-    y_in_stride,
-    STRIDED: tl.constexpr,
-    CUT_SPARSE: tl.constexpr,
-):
-    """``dx = acc + shortcut``, then the ReLU's mask and the sums for the batch norm in front of it, for one tile."""
-    n = offs_m // (rows * columns)
-    h = first_h + offs_m // columns % rows * stride_h
-    w = first_w + offs_m % columns * stride_w
-    if STRIDED:
-        pixel = (n * H + h) * W + w
-    else:
-        pixel = offs_m
-    mask_m = offs_m < N * rows * columns
-    mask = mask_m[:, None] & mask_n[None, :]
-    v = acc
-    if cut_ptr is not None:
-        if CUT_SPARSE:
-            at = (n * cut_h + h // cut_step) * cut_w + w // cut_step
-            hit = (h % cut_step == 0) & (w % cut_step == 0)
-            cut_at = (at * cut_stride)[:, None] + (c + cut_before)[None, :]
-            v += tl.load(cut_ptr + cut_at, mask=mask & hit[:, None], other=0.0).to(tl.float32)
-        else:
-            cut = tl.load(cut_ptr + (pixel * cut_stride)[:, None] + c[None, :], mask=mask, other=0.0)
-            v += cut.to(tl.float32)
-    at = (pixel * channels)[:, None] + c[None, :]
-    if y_in_ptr is not None:
-        y = tl.load(y_in_ptr + (pixel * y_in_stride)[:, None] + c[None, :], mask=mask, other=0.0).to(tl.float32)
-        scale = load_channels(stats_ptr + 2 * channels, c, mask_n)
-        shift = load_channels(stats_ptr + 3 * channels, c, mask_n)
-        v = tl.where(tl.fma(y, scale[None, :], shift[None, :]) <= 0, 0.0, v)
-        rounded = v.to(dx_ptr.dtype.element_ty)
-        tl.store(dx_ptr + at, rounded, mask=mask)
-        g = tl.where(mask, rounded.to(tl.float32), 0.0)
-        deviation = y - load_channels(stats_ptr, c, mask_n)[None, :]
-        sums = sums_ptr + tile.to(tl.int64) * channels + c
-        tl.store(sums, tl.sum(g, 0), mask=mask_n)
-        tl.store(sums + tiles.to(tl.int64) * channels, tl.sum(rounded_product(g, deviation), 0), mask=mask_n)
-    else:
-        tl.store(dx_ptr + at, v.to(dx_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=_RUNTIME_SIZES)
+@triton.jit(do_not_specialize=[*RUNTIME_SIZES, "tap_h", "tap_w", "hop_h", "hop_w"])
 def conv_dgrad_kernel(
     g_ptr,
     y_ptr,
@@ -186,21 +120,6 @@ def conv_dgrad_kernel(
     W,
     P,
     Q,
-    CI,
-    CO,
-    channels,
-    out_channels,
-    tiles,
-    chunks,
-    g_stride,
-    w_stride,
-    w_tap,
-    cut_stride,
-    y_in_stride,
-    cut_h,
-    cut_w,
-    cut_step,
-    cut_before,
     stride_h,
     stride_w,
     pad_h,
@@ -213,19 +132,10 @@ def conv_dgrad_kernel(
     hop_w,
     group_ci,
     group_co,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    MERGED: tl.constexpr,
-    POINTWISE: tl.constexpr,
-    EVEN_CO: tl.constexpr,
-    ONE_CHUNK: tl.constexpr,
-    STRIDED: tl.constexpr,
-    CUT_SPARSE: tl.constexpr,
-    INT64: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    crop,
+    widths,
+    form: tl.constexpr,
+    blocks: tl.constexpr,
 ):
     """``dx[pixel, ci] = epilogue(sum over r, s, co of dy[p, q, co] * w[co, r, s, ci])``, dy = A*g + B*y + C.
 
@@ -236,7 +146,26 @@ def conv_dgrad_kernel(
 
     ``cut``: the gradient of the shortcut. CUT_SPARSE: it belongs to every ``cut_step``-th pixel, or is wider.
     """
-    OFFSET: tl.constexpr = tl.int64 if INT64 else tl.int32
+    R: tl.constexpr = form.R
+    S: tl.constexpr = form.S
+    MERGED: tl.constexpr = form.MERGED
+    POINTWISE: tl.constexpr = form.POINTWISE
+    EVEN_CO: tl.constexpr = form.EVEN_CO
+    ONE_CHUNK: tl.constexpr = form.ONE_CHUNK
+    STRIDED: tl.constexpr = form.STRIDED
+    CUT_SPARSE: tl.constexpr = form.CUT_SPARSE
+    PRECISION: tl.constexpr = form.PRECISION
+    BLOCK_M: tl.constexpr = blocks.m
+    BLOCK_N: tl.constexpr = blocks.n
+    BLOCK_K: tl.constexpr = blocks.k
+    OFFSET: tl.constexpr = tl.int64 if form.INT64 else tl.int32
+    CI = widths.ci
+    CO = widths.co
+    g_stride = widths.g
+    w_stride = widths.w
+    w_tap = widths.tap
+    channels = widths.channels
+    out_channels = widths.out_channels
     tiles_n = tl.cdiv(CI, BLOCK_N)
     pid = tl.program_id(0)
     group = tl.program_id(1)
@@ -279,6 +208,8 @@ def conv_dgrad_kernel(
     pitch = tl.full((), 1, OFFSET) * g_stride
     if ONE_CHUNK:
         chunks = 1
+    else:
+        chunks = tl.cdiv(CO, BLOCK_K)
     g_step = tl.full((), 0, OFFSET)
     w_step = 0
     chunk = 0
@@ -337,32 +268,37 @@ def conv_dgrad_kernel(
     if MERGED:
         # A zero of the filter times another group's infinity or NaN is NaN.
         if not all_finite(acc):
+            geometry = Geometry((stride_h, stride_w), (pad_h, pad_w), (dil_h, dil_w), out_channels // group_co)
+            g, w, size = Pixels(g_ptr, g_stride), Pixels(w_ptr, w_stride), Size(H, W, P, Q)
+            place = n, first_h + i * stride_h, first_w + j * stride_w
+            c = group * CI + col
             acc = product_by_group(
-                g_ptr, y_ptr, coefs_ptr, w_ptr, n, first_h + i * stride_h, first_w + j * stride_w, mask_m,
-                group * CI + col, P, Q, out_channels, g_stride, w_stride, w_tap, stride_h, stride_w, pad_h, pad_w,
-                dil_h, dil_w, group_ci, group_co, R=R, S=S,
-            )  # fmt: skip
+                g, y_ptr, coefs_ptr, w, w_tap, place, mask_m, c, size, geometry, group_ci, group_co, (R, S)
+            )
 
-    tile = parity * tl.cdiv(tiles, stride_h * stride_w) + pid // tiles_n
-    # Half a wide tile at a time: one whole would not leave room in the registers for the other tensors.
-    HALF: tl.constexpr = BLOCK_N // 2 if BLOCK_N >= 128 else BLOCK_N
-    if HALF < BLOCK_N:
-        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+    image = offs_m // (rows * columns)
+    h = first_h + offs_m // columns % rows * stride_h
+    w = first_w + offs_m % columns * stride_w
+    if STRIDED:
+        pixel = (image * H + h) * W + w
     else:
-        left = acc
-    half_n = pid % tiles_n * BLOCK_N + tl.arange(0, HALF)
-    store_gradient(
-        left, offs_m, group * CI + half_n, half_n < CI, cut_ptr, y_in_ptr, stats_ptr, dx_ptr, sums_ptr, N, H, W,
-        channels, tiles, tile, first_h, first_w, rows, columns, stride_h, stride_w, cut_stride, cut_h, cut_w, cut_step,
-        cut_before, y_in_stride, STRIDED=STRIDED, CUT_SPARSE=CUT_SPARSE,
-    )  # fmt: skip
-    if HALF < BLOCK_N:
-        half_n += HALF
-        store_gradient(
-            right, offs_m, group * CI + half_n, half_n < CI, cut_ptr, y_in_ptr, stats_ptr, dx_ptr, sums_ptr, N, H, W,
-            channels, tiles, tile, first_h, first_w, rows, columns, stride_h, stride_w, cut_stride, cut_h, cut_w,
-            cut_step, cut_before, y_in_stride, STRIDED=STRIDED, CUT_SPARSE=CUT_SPARSE,
-        )  # fmt: skip
+        pixel = offs_m
+    tiles = tl.num_programs(0) // tiles_n
+    number = parity * tiles + pid // tiles_n
+    sums = PerTile(sums_ptr, tiles * tl.num_programs(2), channels, number)
+    cut, y_in = Pixels(cut_ptr, widths.cut), Pixels(y_in_ptr, widths.y_in)
+    # Half a wide tile at a time: one whole would not leave room in the registers for the other tensors.
+    PARTS: tl.constexpr = 2 if BLOCK_N >= 128 else 1
+    WIDTH: tl.constexpr = BLOCK_N // PARTS
+    if PARTS == 2:
+        parts = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, WIDTH)), (0, 2, 1)))
+    else:
+        parts = (acc,)
+    for part in tl.static_range(PARTS):
+        c = pid % tiles_n * BLOCK_N + part * WIDTH + tl.arange(0, WIDTH)
+        tile = Tile(pixel, group * CI + c, offs_m < N * rows * columns, c < CI)
+        place = image, h, w
+        store_gradient(parts[part], tile, place, cut, crop, y_in, stats_ptr, dx_ptr, sums, CUT_SPARSE)
 
 
 def conv_dgrad(
@@ -397,15 +333,17 @@ def conv_dgrad(
     that do not fit, and for filters of more than 64 taps.
     """
     y_in, stats = mask or (None, None)
-    inputs = _Inputs(*map(layout, (dy, w, y, shortcut, y_in)))
+    inputs = _Inputs(layout(dy), layout(w), layout(y), layout(shortcut), layout(y_in))
     cut = (shortcut_step, shortcut_before)
     dtype = w.dtype if out_dtype is None else out_dtype
-    geometry = (stride, padding, dilation, groups)
+    geometry = Geometry(stride, padding, dilation, groups)
     recipe = _recipe(inputs, coefs is not None, tuple(size), geometry, cut, tf32, target_arch(), config)
-    channels, tiles = recipe.scalars["channels"], recipe.scalars["tiles"]
+    channels = w.shape[1] * groups
     shape = (dy.shape[0], channels, *size)
     dx = torch.empty(shape, dtype=dtype, device=dy.device, memory_format=torch.channels_last)
-    sums = None if mask is None else torch.empty(2, tiles, channels, dtype=torch.float32, device=dy.device)
+    sums = None
+    if mask is not None:
+        sums = torch.empty(2, _tiles(recipe), channels, dtype=torch.float32, device=dy.device)
     recipe.run(
         g_ptr=dy,
         y_ptr=y,
@@ -444,26 +382,30 @@ def _recipe(
     require_pixel_linear(dy=dy)
     require_channels_last_filter(w)
     n, co, _, _ = dy.shape
-    ci, (r, s) = w.shape[1] * groups, w.shape[2:]
-    problem = ConvProblem(n, *size, ci, co, r, s, *geometry, w.dtype, tf32, prologue, arch)
+    h, width = size
+    ci, r, s = w.shape[1] * groups, *w.shape[2:]
+    problem = ConvProblem(n, h, width, ci, co, r, s, *geometry, w.dtype, tf32, prologue, arch)
     check_geometry(problem)
     _check(problem, inputs)
     _check_shortcut(problem, shortcut, *cut)
     tile = config or default_config(problem, epilogue=y_in is not None or shortcut is not None)
     transposed = _transposed(problem)
-    parities = stride[0] * stride[1]
     tiles = cdiv(n * cdiv(size[0], stride[0]) * cdiv(size[1], stride[1]), tile.block_m)
     reach = max(_reach(problem, dy), problem.n * ci * size[0] * size[1], *map(span, (shortcut, y_in)))
+    crop = _crop(problem, shortcut, *cut)
+    tap = [st // gcd(st, dil) for st, dil in zip(problem.stride, problem.dilation, strict=True)]
+    hop = [t * dil // st for t, dil, st in zip(tap, problem.dilation, problem.stride, strict=True)]
     scalars = {
-        **_geometry(problem, transposed, tile),
-        **_shortcut(problem, shortcut, *cut),
-        "tiles": parities * tiles,
-        "g_stride": pixel_stride(dy),
-        "y_in_stride": 0 if y_in is None else pixel_stride(y_in),
-        "INT64": reach + tile.block_m >= 2**31,
+        "N": problem.n,
+        **sizes(problem),
+        **{"tap_h": tap[0], "tap_w": tap[1], "hop_h": hop[0], "hop_w": hop[1]},
+        "crop": crop,
+        "widths": _widths(problem, transposed, inputs),
+        "form": _form(problem, transposed, tile, sparse=crop is not WHOLE, far=reach + tile.block_m >= 2**31),
+        "blocks": blocks(tile),
     }
     width, parts = transposed.tile_channels[1], groups // transposed.merged
-    grid = (tiles * cdiv(width, tile.block_n), parts, parities)
+    grid = (tiles * cdiv(width, tile.block_n), parts, stride[0] * stride[1])
     vectors = {
         "coefs_ptr": Vector("coefs", (3, co), (torch.float32,)),
         "stats_ptr": Vector("mask[1]", (5, ci), (torch.float32,)),
@@ -489,6 +431,9 @@ def default_config(problem: ConvProblem, epilogue: bool) -> TileConfig:
     if not (epilogue or transposed.prologue) or transposed.arch == INTERPRETER:
         return tile
     tile = replace(tile, block_m=min(tile.block_m, 64))  # its tensors need registers too
+    if problem.dtype == torch.float32 and not problem.tf32 and tile.block_n == 32:
+        # Told so, the compiler makes do with 128; else it takes up to 156, or spills.
+        return replace(tile, max_registers=144)
     wide = transposed.prologue and tile.block_m * tile.block_n == 64 * 64 and transposed.tile_channels[1] >= 128
     if wide and problem.dtype != torch.float32 and problem.arch in (80, 90, 100):
         return replace(tile, block_n=128, block_k=32, num_stages=4, max_registers=None)
@@ -499,65 +444,44 @@ def _reach(problem: ConvProblem, dy: Layout) -> int:
     """Elements of ``dy`` that the walk over the taps spans; it starts past the image where the padding is met first."""
     row = (problem.n - 1) * problem.p + (problem.h - 1 + 2 * problem.padding[0]) // problem.stride[0]
     column = (problem.w - 1 + 2 * problem.padding[1]) // problem.stride[1]
-    return max(span(dy), (row * problem.q + column + 1) * pixel_stride(dy))
+    return max(span(dy), (row * problem.q + column + 1) * stride_of(dy))
 
 
-def _geometry(problem: ConvProblem, transposed: ConvProblem, tile: TileConfig) -> dict[str, Any]:
+def _tiles(recipe: Recipe) -> int:
+    """Tiles of pixels, over all parities."""
+    programs, _, parities = recipe.grid
+    return parities * programs // cdiv(recipe.scalars["widths"].ci, recipe.config.block_n)
+
+
+def _widths(problem: ConvProblem, transposed: ConvProblem, inputs: _Inputs) -> Widths:
     co, ci = transposed.tile_channels
-    taps = problem.r * problem.s
-    chunks = cdiv(co, tile.block_k)
-    tap = [st // gcd(st, dil) for st, dil in zip(problem.stride, problem.dilation, strict=True)]
-    hop = [t * dil // st for t, dil, st in zip(tap, problem.dilation, problem.stride, strict=True)]
-    return {
-        "N": problem.n,
-        "H": problem.h,
-        "W": problem.w,
-        "P": problem.p,
-        "Q": problem.q,
-        "CI": ci,
-        "CO": co,
-        "channels": problem.ci,
-        "out_channels": problem.co,
-        "chunks": chunks,
-        "w_stride": taps * (problem.ci // problem.groups),
-        "w_tap": problem.ci // problem.groups,
-        "stride_h": problem.stride[0],
-        "stride_w": problem.stride[1],
-        "pad_h": problem.padding[0],
-        "pad_w": problem.padding[1],
-        "dil_h": problem.dilation[0],
-        "dil_w": problem.dilation[1],
-        "tap_h": tap[0],
-        "tap_w": tap[1],
-        "hop_h": hop[0],
-        "hop_w": hop[1],
-        "group_ci": problem.ci // problem.groups,
-        "group_co": problem.co // problem.groups,
-        "R": problem.r,
-        "S": problem.s,
-        "MERGED": transposed.merged > 1,
-        "POINTWISE": taps == 1 and problem.padding == (0, 0),
-        "EVEN_CO": co % tile.block_k == 0,
-        "ONE_CHUNK": chunks == 1,
-        "STRIDED": problem.stride != (1, 1),
-        "PRECISION": "tf32" if problem.tf32 else "ieee",
-        "BLOCK_M": tile.block_m,
-        "BLOCK_N": tile.block_n,
-        "BLOCK_K": tile.block_k,
-    }
+    tap = problem.ci // problem.groups
+    filters = problem.r * problem.s * tap
+    strides = stride_of(inputs.dy), filters, tap, stride_of(inputs.shortcut), stride_of(inputs.y_in)
+    return Widths(ci, co, problem.ci, problem.co, *strides)
 
 
-def _shortcut(problem: ConvProblem, shortcut: Layout | None, step: int, before: int) -> dict[str, Any]:
-    h, w = (0, 0) if shortcut is None else shortcut.shape[2:]
+def _form(problem: ConvProblem, transposed: ConvProblem, tile: TileConfig, sparse: bool, far: bool) -> Form:
+    co, _ = transposed.tile_channels
+    return Form(
+        *(problem.r, problem.s),
+        MERGED=transposed.merged > 1,
+        POINTWISE=problem.r * problem.s == 1 and problem.padding == (0, 0),
+        EVEN_CO=co % tile.block_k == 0,
+        ONE_CHUNK=co <= tile.block_k,
+        STRIDED=problem.stride != (1, 1),
+        CUT_SPARSE=sparse,
+        INT64=far,
+        PRECISION=precision(problem),
+    )
+
+
+def _crop(problem: ConvProblem, shortcut: Layout | None, step: int, before: int) -> Crop:
     whole = (problem.n, problem.ci, problem.h, problem.w)
-    return {
-        "cut_stride": 0 if shortcut is None else pixel_stride(shortcut),
-        "cut_h": h,
-        "cut_w": w,
-        "cut_step": step,
-        "cut_before": before,
-        "CUT_SPARSE": shortcut is not None and tuple(shortcut.shape) != whole,
-    }
+    if shortcut is None or tuple(shortcut.shape) == whole:
+        return WHOLE
+    _, _, h, w = shortcut.shape
+    return Crop(h, w, problem.ci, step, before)
 
 
 def _check(problem: ConvProblem, inputs: _Inputs) -> None:
@@ -583,12 +507,12 @@ def _check_shortcut(problem: ConvProblem, shortcut: Layout | None, step: int, be
         return
     if step < 1:
         raise ValueError(f"shortcut_step must be at least 1; got {step}")
-    n, channels, h, w = shortcut.shape
-    kept = (problem.n, -(-problem.h // step), -(-problem.w // step))
-    if (n, h, w) != kept or before < 0 or before + problem.ci > channels:
+    image = Layout((problem.n, problem.ci, problem.h, problem.w), shortcut.strides, shortcut.dtype)
+    if not Residual(image, step, before).fits(tuple(shortcut.shape)):
+        h, w = cdiv(problem.h, step), cdiv(problem.w, step)
         raise ValueError(
-            f"shortcut must have shape [{kept[0]}, C, {kept[1]}, {kept[2]}] and {problem.ci} channels from channel "
-            f"{before} on; got {tuple(shortcut.shape)}"
+            f"shortcut must have shape [{problem.n}, C, {h}, {w}] and {problem.ci} channels from channel {before} on; "
+            f"got {tuple(shortcut.shape)}"
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -12,144 +11,69 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .conv import RUNTIME_SIZES, ConvProblem, Geometry, Size, blocks, check_geometry, precision, sizes
+from .epilogue import WHOLE, Crop, Moments, Norm, Residual, store_output
 from .gpus import gpu_of
 from .launch import INTERPRETER, Cost, Recipe, TileConfig, Vector, target_arch
-from .tile import (
+from .memory import (
     Layout,
-    Moments,
-    Norm,
-    all_finite,
-    bound,
     cdiv,
     channels_last,
-    dot,
     layout,
-    load_channels,
-    pixel_stride,
-    relu,
     require_channels_last_filter,
-    require_fitting_residual,
     require_pixel_linear,
     span,
-    store_moments,
-    tap_mask,
+    stride_of,
 )
-
-# Sizes that the compiled code does not depend on. CI, CO and the strides are not among them: their divisibility by 16
-# decides how wide a load or store may be.
-_RUNTIME_SIZES = [
-    *("M", "H", "W", "P", "Q", "tiles", "chunks", "stride_h", "stride_w", "pad_h", "pad_w", "dil_h", "dil_w"),
-    *("group_ci", "group_co", "res_h", "res_w", "res_channels", "res_step", "res_before"),
-]
+from .tile import PerTile, Pixels, Tile, all_finite, bound, dot, load_channels, relu, tap_mask
 
 
-@triton.jit
-def store_output(
-    acc,
-    offs_m,
-    offs_n,
-    channel,
-    bias_ptr,
-    mean_ptr,
-    var_ptr,
-    gamma_ptr,
-    beta_ptr,
-    res_ptr,
-    y_ptr,
-    moments_ptr,
-    M,
-    P,
-    Q,
-    CO,
-    channels,
-    tiles,
-    tile,
-    y_stride,
-    res_stride,
-    res_h,
-    res_w,
-    res_channels,
-    res_step,
-    res_before,
-    eps,
-    RES_PADDED: tl.constexpr,
-    RELU: tl.constexpr,
-):
-    """``y = relu((acc + bias - mean) * gamma/sqrt(var + eps) + beta + res)`` for one tile; each step is optional.
+class Form(NamedTuple):
+    """What the compiled code depends on: the filter's size, and which of the kernel's cases it is."""
 
-    With ``moments_ptr``, also the mean of the tile's rounded values and the sum of squared deviations from it.
-    ``channel`` is the number of the first output channel of the group; ``offs_n`` counts from there.
-    """
-    mask_n = offs_n < CO
-    mask = (offs_m < M)[:, None] & mask_n[None, :]
-    c = channel + offs_n
-    v = acc
-    if bias_ptr is not None:
-        v += load_channels(bias_ptr, c, mask_n)[None, :]
-    if mean_ptr is not None:
-        scale = 1.0 / tl.sqrt_rn(load_channels(var_ptr, c, mask_n) + eps)
-        if gamma_ptr is not None:
-            scale *= load_channels(gamma_ptr, c, mask_n)
-        v = (v - load_channels(mean_ptr, c, mask_n)[None, :]) * scale[None, :]
-        if beta_ptr is not None:
-            v += load_channels(beta_ptr, c, mask_n)[None, :]
-    if res_ptr is not None:
-        if RES_PADDED:
-            pixel = (offs_m // (P * Q) * res_h + offs_m // Q % P * res_step) * res_w + offs_m % Q * res_step
-            res_c = c - res_before
-            res_mask = mask & ((res_c >= 0) & (res_c < res_channels))[None, :]
-            res = tl.load(res_ptr + (pixel * res_stride)[:, None] + res_c[None, :], mask=res_mask, other=0.0)
-        else:
-            res = tl.load(res_ptr + (offs_m * res_stride)[:, None] + c[None, :], mask=mask, other=0.0)
-        v += res.to(tl.float32)
-    if RELU:
-        v = relu(v)
-    rounded = v.to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + (offs_m * y_stride)[:, None] + c[None, :], rounded, mask=mask)
-    if moments_ptr is not None:
-        count = tl.minimum(M - tile * offs_m.shape[0], offs_m.shape[0]).to(tl.float32)
-        store_moments(rounded, count, moments_ptr + tile * channels + c, tiles * channels, mask_n)
+    R: int
+    S: int
+    MERGED: bool
+    POINTWISE: bool
+    PADDED: bool
+    FLAT: bool
+    EVEN_CI: bool
+    ONE_CHUNK: bool
+    RES_PADDED: bool
+    RELU: bool
+    INT64: bool
+    PRECISION: str
+
+
+class Widths(NamedTuple):
+    """Channels of a program's group and of all, and elements from one pixel (of ``w``: one filter) to the next."""
+
+    ci: int
+    co: int
+    channels: int
+    x: int
+    w: int
+    y: int
+    res: int
 
 
 @triton.jit
-def product_by_group(
-    x_ptr,
-    w_ptr,
-    scale_ptr,
-    shift_ptr,
-    row,
-    mask_m,
-    co,
-    x_stride,
-    w_stride,
-    H,
-    W,
-    P,
-    Q,
-    stride_h,
-    stride_w,
-    pad_h,
-    pad_w,
-    dil_h,
-    dil_w,
-    group_ci,
-    group_co,
-    R: tl.constexpr,
-    S: tl.constexpr,
-):
+def product_by_group(x, w, scale_ptr, shift_ptr, row, mask_m, co, size, geometry, group_ci, group_co, taps):
     """The product of a tile, each column ``co`` from the input channels of its own group alone: slow, but apart."""
-    h0 = row // Q % P * stride_h - pad_h
-    w0 = row % Q * stride_w - pad_w
-    image = row // (P * Q) * H
+    R, S = taps
+    h0 = row // size.Q % size.P * geometry.stride[0] - geometry.padding[0]
+    w0 = row % size.Q * geometry.stride[1] - geometry.padding[1]
+    image = row // (size.P * size.Q) * size.H
     acc = tl.zeros((row.shape[0], co.shape[0]), tl.float32)
     for k in range(0, bound(R * S * group_ci)):
         tap = k // group_ci
-        h = h0 + tap // S * dil_h
-        w = w0 + tap % S * dil_w
-        inside = (mask_m & (h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None]
+        h = h0 + tap // S * geometry.dilation[0]
+        column = w0 + tap % S * geometry.dilation[1]
+        inside = (mask_m & (h >= 0) & (h < size.H) & (column >= 0) & (column < size.W))[:, None]
         ci = co // group_co * group_ci + k % group_ci
-        a = tl.load(x_ptr + (((image + h) * W + w) * x_stride)[:, None] + ci[None, :], mask=inside, other=0.0)
-        b = tl.load(w_ptr + co * w_stride + k)
+        at = (((image + h) * size.W + column) * x.stride)[:, None] + ci[None, :]
+        a = tl.load(x.ptr + at, mask=inside, other=0.0)
+        b = tl.load(w.ptr + co * w.stride + k)
         if scale_ptr is not None:
             scale, shift = tl.load(scale_ptr + ci), tl.load(shift_ptr + ci)
             v = relu(tl.fma(a.to(tl.float32), scale[None, :], shift[None, :]))
@@ -158,7 +82,7 @@ def product_by_group(
     return acc
 
 
-@triton.jit(do_not_specialize=_RUNTIME_SIZES)
+@triton.jit(do_not_specialize=RUNTIME_SIZES)
 def conv_forward_kernel(
     x_ptr,
     w_ptr,
@@ -177,21 +101,6 @@ def conv_forward_kernel(
     W,
     P,
     Q,
-    CI,
-    CO,
-    channels,
-    tiles,
-    chunks,
-    x_stride,
-    w_stride,
-    y_stride,
-    res_stride,
-    res_h,
-    res_w,
-    res_channels,
-    res_step,
-    res_before,
-    eps,
     stride_h,
     stride_w,
     pad_h,
@@ -200,32 +109,40 @@ def conv_forward_kernel(
     dil_w,
     group_ci,
     group_co,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    MERGED: tl.constexpr,
-    POINTWISE: tl.constexpr,
-    PADDED: tl.constexpr,
-    FLAT: tl.constexpr,
-    EVEN_CI: tl.constexpr,
-    ONE_CHUNK: tl.constexpr,
-    RES_PADDED: tl.constexpr,
-    RELU: tl.constexpr,
-    INT64: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    eps,
+    crop,
+    widths,
+    form: tl.constexpr,
+    blocks: tl.constexpr,
 ):
     """``y[m, co] = epilogue(sum over r, s, ci of prologue(x[pixel(m, r, s), ci]) * w[co, r, s, ci])``.
 
     One program computes BLOCK_M pixels x BLOCK_N output channels of one group (or of several merged ones). It walks K
-    tap by tap, each tap in ``chunks`` of BLOCK_K channels; which taps of a pixel lie inside the image is decoded once,
+    tap by tap, each tap in chunks of BLOCK_K channels; which taps of a pixel lie inside the image is decoded once,
     before the loop. CI and CO are the channels of the group.
 
     FLAT: so few input channels that a chunk runs across taps: K = (r, s, ci) is cut every BLOCK_K wherever that falls.
     MERGED: CI and CO hold several groups of group_ci and group_co channels each, and the filter is block-diagonal.
     """
-    OFFSET: tl.constexpr = tl.int64 if INT64 else tl.int32
+    R: tl.constexpr = form.R
+    S: tl.constexpr = form.S
+    MERGED: tl.constexpr = form.MERGED
+    POINTWISE: tl.constexpr = form.POINTWISE
+    PADDED: tl.constexpr = form.PADDED
+    FLAT: tl.constexpr = form.FLAT
+    EVEN_CI: tl.constexpr = form.EVEN_CI
+    ONE_CHUNK: tl.constexpr = form.ONE_CHUNK
+    RES_PADDED: tl.constexpr = form.RES_PADDED
+    RELU: tl.constexpr = form.RELU
+    PRECISION: tl.constexpr = form.PRECISION
+    BLOCK_M: tl.constexpr = blocks.m
+    BLOCK_N: tl.constexpr = blocks.n
+    BLOCK_K: tl.constexpr = blocks.k
+    OFFSET: tl.constexpr = tl.int64 if form.INT64 else tl.int32
+    CI = widths.ci
+    CO = widths.co
+    x_stride = widths.x
+    w_stride = widths.w
     tiles_n = tl.cdiv(CO, BLOCK_N)
     pid = tl.program_id(0)
     group = tl.program_id(1)
@@ -262,11 +179,13 @@ def conv_forward_kernel(
         s = offs_k // CI % S
         r = offs_k // CI // S
         k_end = R * S * CI
-        trips = chunks
+        trips = tl.cdiv(k_end, BLOCK_K)
     else:
         x_offs += offs_k[None, :]
         if ONE_CHUNK:
             chunks = 1
+        else:
+            chunks = tl.cdiv(CI, BLOCK_K)
         trips = R * S * chunks
         chunk = 0
         s = 0
@@ -331,113 +250,33 @@ def conv_forward_kernel(
                     if s == S:
                         s = 0
                         x_step += row_step - tap_step
+    size = Size(H, W, P, Q)
     if MERGED:
         # A zero of the filter times another group's infinity or NaN is NaN.
         if not all_finite(acc):
+            geometry = Geometry((stride_h, stride_w), (pad_h, pad_w), (dil_h, dil_w), 1)
+            x, w = Pixels(x_ptr, x_stride), Pixels(w_ptr, w_stride)
+            channel = group * CO + col
             acc = product_by_group(
-                x_ptr, w_ptr, scale_ptr, shift_ptr, row, mask_m, group * CO + col, x_stride, w_stride, H, W, P, Q,
-                stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, group_ci, group_co, R=R, S=S,
-            )  # fmt: skip
-
-    # Half a wide tile at a time: one whole would not leave room in the registers for the residual.
-    HALF: tl.constexpr = BLOCK_N // 2 if BLOCK_N >= 128 else BLOCK_N
-    if HALF < BLOCK_N:
-        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
-    else:
-        left = acc
-    half_n = pid % tiles_n * BLOCK_N + tl.arange(0, HALF)
-    tile = (pid // tiles_n).to(OFFSET)
-    store_output(
-        left, offs_m, half_n, group * CO, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, res_ptr, y_ptr, moments_ptr,
-        M, P, Q, CO, channels, tiles, tile, y_stride, res_stride, res_h, res_w, res_channels, res_step, res_before, eps,
-        RES_PADDED=RES_PADDED, RELU=RELU,
-    )  # fmt: skip
-    if HALF < BLOCK_N:
-        store_output(
-            right, offs_m, half_n + HALF, group * CO, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, res_ptr, y_ptr,
-            moments_ptr, M, P, Q, CO, channels, tiles, tile, y_stride, res_stride, res_h, res_w, res_channels, res_step,
-            res_before, eps, RES_PADDED=RES_PADDED, RELU=RELU,
-        )  # fmt: skip
-
-
-Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]
-"""Stride, padding, dilation and groups of a convolution."""
-
-
-@dataclass(frozen=True)
-class ConvProblem:
-    """Everything about a convolution that the choice of its tile may depend on.
-
-    ``ci`` and ``co`` count all channels, over all ``groups``. ``tf32``: fp32 factors may be rounded to TF32. ``arch``:
-    80 for sm_80 ..., or INTERPRETER.
-    """
-
-    n: int
-    h: int
-    w: int
-    ci: int
-    co: int
-    r: int
-    s: int
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int
-    dtype: torch.dtype
-    tf32: bool
-    prologue: bool
-    arch: int
-
-    @property
-    def p(self) -> int:
-        """Rows of the output."""
-        return output_size(self.h, self.r, self.stride[0], self.padding[0], self.dilation[0])
-
-    @property
-    def q(self) -> int:
-        """Columns of the output."""
-        return output_size(self.w, self.s, self.stride[1], self.padding[1], self.dilation[1])
-
-    @property
-    def m(self) -> int:
-        """Rows of the matrix product: output pixels of all images."""
-        return self.n * self.p * self.q
-
-    @property
-    def pixels_read(self) -> int:
-        """Input pixels, of all images, that some tap of the filter meets."""
-        rows, columns = (
-            len({o * st - pad + t * dil for o in range(outs) for t in range(taps)} & set(range(size)))
-            for size, outs, taps, st, pad, dil in (
-                (self.h, self.p, self.r, self.stride[0], self.padding[0], self.dilation[0]),
-                (self.w, self.q, self.s, self.stride[1], self.padding[1], self.dilation[1]),
+                x, w, scale_ptr, shift_ptr, row, mask_m, channel, size, geometry, group_ci, group_co, (R, S)
             )
-        )
-        return self.n * rows * columns
 
-    @property
-    def merged(self) -> int:
-        """Groups that share a tile, so that narrow ones fill a tensor-core instruction: at most 32 input channels."""
-        if self.groups == 1:
-            return 1
-        width = self.ci // self.groups
-        return max(g for g in range(1, max(32 // width, 1) + 1) if self.groups % g == 0)
-
-    @property
-    def tile_channels(self) -> tuple[int, int]:
-        """Input and output channels that a program's K loop and tile columns range over."""
-        parts = self.groups // self.merged
-        return self.ci // parts, self.co // parts
-
-    @property
-    def flat(self) -> bool:
-        """Whether a chunk of K runs across taps: fewer input channels than the shortest product of a tensor core."""
-        return self.groups == 1 and self.ci < 16 and self.r * self.s > 1
-
-
-def output_size(size: int, taps: int, stride: int, padding: int, dilation: int) -> int:
-    """Rows (or columns) of a convolution's output."""
-    return (size + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
+    norm = Norm(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps)
+    res, y = Pixels(res_ptr, widths.res), Pixels(y_ptr, widths.y)
+    number = (pid // tiles_n).to(OFFSET)
+    moments = PerTile(moments_ptr, tl.cdiv(M, BLOCK_M), widths.channels, number)
+    count = tl.minimum(M - number * BLOCK_M, BLOCK_M).to(tl.float32)
+    # Half a wide tile at a time: one whole would not leave room in the registers for the residual.
+    PARTS: tl.constexpr = 2 if BLOCK_N >= 128 else 1
+    WIDTH: tl.constexpr = BLOCK_N // PARTS
+    if PARTS == 2:
+        parts = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, WIDTH)), (0, 2, 1)))
+    else:
+        parts = (acc,)
+    for i in tl.static_range(PARTS):
+        n = pid % tiles_n * BLOCK_N + i * WIDTH + tl.arange(0, WIDTH)
+        tile = Tile(offs_m, group * CO + n, offs_m < M, n < CO)
+        store_output(parts[i], tile, bias_ptr, norm, res, crop, y, moments, count, size, RES_PADDED, RELU)
 
 
 @lru_cache(maxsize=4096)
@@ -484,6 +323,8 @@ def _registers(problem: ConvProblem, block_m: int, block_n: int, block_k: int) -
         return 255
     if (block_m, block_n) == (128, 32) and problem.merged == 1 and problem.arch in (86, 89, 120):
         return 192 if problem.dtype == torch.float32 else 168
+    if (block_m, block_n) == (128, 16) and problem.dtype == torch.float32 and problem.arch == 80:
+        return 96
     return None
 
 
@@ -526,11 +367,12 @@ def conv_forward(
     """
     dtype = x.dtype if out_dtype is None else out_dtype
     mean, var, gamma, beta, eps = norm or (None, None, None, None, 0.0)
-    epilogue = _Epilogue(layout(residual), residual_step, residual_before, eps, relu, layout(out) or dtype)
-    geometry = (stride, padding, dilation, groups)
+    added = None if residual is None else Residual(layout(residual), residual_step, residual_before)
+    epilogue = _Epilogue(added, eps, relu, layout(out) or dtype)
+    geometry = Geometry(stride, padding, dilation, groups)
     recipe = _recipe(layout(x), layout(w), geometry, prologue is not None, epilogue, tf32, target_arch(), config)
     if out is None:
-        out = _output(recipe, x, dtype)
+        out = _output(recipe, x, w, dtype)
     scale, shift = prologue or (None, None)
     recipe.run(
         x_ptr=x,
@@ -567,11 +409,11 @@ def conv_forward_moments(
     Arguments as for :func:`conv_forward`. The moments are those of the rounded values.
     """
     epilogue = _Epilogue(out=x.dtype)
-    geometry = (stride, padding, dilation, groups)
+    geometry = Geometry(stride, padding, dilation, groups)
     recipe = _recipe(layout(x), layout(w), geometry, prologue is not None, epilogue, tf32, target_arch(), config)
-    y = _output(recipe, x, x.dtype)
-    tiles, channels = recipe.scalars["tiles"], recipe.scalars["channels"]
-    values = torch.empty(2, tiles, channels, dtype=torch.float32, device=x.device)
+    y = _output(recipe, x, w, x.dtype)
+    pixels, rows = recipe.scalars["M"], recipe.config.block_m
+    values = torch.empty(2, cdiv(pixels, rows), w.shape[0], dtype=torch.float32, device=x.device)
     scale, shift = prologue or (None, None)
     recipe.run(
         x_ptr=x,
@@ -587,15 +429,13 @@ def conv_forward_moments(
         y_ptr=y,
         moments_ptr=values,
     )
-    return y, Moments(values, recipe.config.block_m, recipe.scalars["M"])
+    return y, Moments(values, rows, pixels)
 
 
 class _Epilogue(NamedTuple):
     """What follows the product, as far as the launch depends on it. ``out``: the output's layout, or its dtype."""
 
-    residual: Layout | None = None
-    step: int = 1
-    before: int = 0
+    residual: Residual | None = None
     eps: float = 0.0
     relu: bool = False
     out: Layout | torch.dtype = torch.float32
@@ -621,19 +461,50 @@ def _recipe(
     out = epilogue.out
     if not isinstance(out, Layout):
         out = channels_last((n, co, problem.p, problem.q), out)
-    _check(problem, w, out, epilogue)
+    res = None if epilogue.residual is None else epilogue.residual.layout
+    require_pixel_linear(out=out, residual=res)
+    _check(problem, w, out, epilogue.residual)
     tile = config or default_config(problem)
-    tiles = cdiv(problem.m, tile.block_m)
+    far = max(map(span, (x, out, res))) + tile.block_m >= 2**31
+    crop = WHOLE if epilogue.residual is None else epilogue.residual.crop(out.shape)
     scalars = {
-        **_geometry(problem, tile),
-        **_epilogue(epilogue, out),
-        "channels": co,
-        "tiles": tiles,
-        "x_stride": pixel_stride(x),
-        "INT64": max(map(span, (x, out, epilogue.residual))) + tile.block_m >= 2**31,
+        "M": problem.m,
+        **sizes(problem),
+        "eps": epilogue.eps,
+        "crop": crop,
+        "widths": _widths(problem, x, out, res),
+        "form": _form(problem, tile, crop, epilogue.relu, far),
+        "blocks": blocks(tile),
     }
-    grid = (tiles * cdiv(problem.tile_channels[1], tile.block_n), problem.groups // problem.merged)
+    tiles = cdiv(problem.m, tile.block_m) * cdiv(problem.tile_channels[1], tile.block_n)
+    grid = (tiles, problem.groups // problem.merged)
     return Recipe(conv_forward_kernel, grid, scalars, tile, partial(_cost, problem), _vectors(ci, co))
+
+
+def _widths(problem: ConvProblem, x: Layout, out: Layout, res: Layout | None) -> Widths:
+    ci, co = problem.tile_channels
+    w = problem.r * problem.s * (problem.ci // problem.groups)
+    return Widths(ci, co, problem.co, stride_of(x), w, stride_of(out), stride_of(res))
+
+
+def _form(problem: ConvProblem, tile: TileConfig, crop: Crop, relu: bool, far: bool) -> Form:
+    ci, _ = problem.tile_channels
+    taps, padded = problem.r * problem.s, problem.padding != (0, 0)
+    if problem.merged > 1 and ci > tile.block_k:
+        raise ValueError(f"config.block_k must hold the {ci} input channels of merged groups; got {tile.block_k}")
+    return Form(
+        *(problem.r, problem.s),
+        MERGED=problem.merged > 1,
+        POINTWISE=taps == 1 and problem.stride == (1, 1) and not padded,
+        PADDED=padded,
+        FLAT=problem.flat,
+        EVEN_CI=ci % tile.block_k == 0,
+        ONE_CHUNK=not problem.flat and ci <= tile.block_k,
+        RES_PADDED=crop is not WHOLE,
+        RELU=relu,
+        INT64=far,
+        PRECISION=precision(problem),
+    )
 
 
 def _vectors(ci: int, co: int) -> dict[str, Vector]:
@@ -644,88 +515,12 @@ def _vectors(ci: int, co: int) -> dict[str, Vector]:
     return vectors | {f"{name}_ptr": Vector(f"norm.{name}", (co,)) for name in ("mean", "var", "gamma", "beta")}
 
 
-def _output(recipe: Recipe, x: Tensor, dtype: torch.dtype) -> Tensor:
-    shape = (x.shape[0], *(recipe.scalars[name] for name in ("channels", "P", "Q")))
+def _output(recipe: Recipe, x: Tensor, w: Tensor, dtype: torch.dtype) -> Tensor:
+    shape = (x.shape[0], w.shape[0], recipe.scalars["P"], recipe.scalars["Q"])
     return torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def _geometry(problem: ConvProblem, tile: TileConfig) -> dict[str, Any]:
-    """The kernel's arguments that follow from the problem and its tile alone."""
-    ci, co = problem.tile_channels
-    taps = problem.r * problem.s
-    chunks = cdiv(taps * ci if problem.flat else ci, tile.block_k)
-    if problem.merged > 1 and chunks > 1:
-        raise ValueError(f"config.block_k must hold the {ci} input channels of merged groups; got {tile.block_k}")
-    padded = problem.padding != (0, 0)
-    return {
-        "M": problem.m,
-        "H": problem.h,
-        "W": problem.w,
-        "P": problem.p,
-        "Q": problem.q,
-        "CI": ci,
-        "CO": co,
-        "chunks": chunks,
-        "w_stride": taps * (problem.ci // problem.groups),
-        "stride_h": problem.stride[0],
-        "stride_w": problem.stride[1],
-        "pad_h": problem.padding[0],
-        "pad_w": problem.padding[1],
-        "dil_h": problem.dilation[0],
-        "dil_w": problem.dilation[1],
-        "R": problem.r,
-        "S": problem.s,
-        "group_ci": problem.ci // problem.groups,
-        "group_co": problem.co // problem.groups,
-        "MERGED": problem.merged > 1,
-        "POINTWISE": taps == 1 and problem.stride == (1, 1) and not padded,
-        "PADDED": padded,
-        "FLAT": problem.flat,
-        "EVEN_CI": ci % tile.block_k == 0,
-        "ONE_CHUNK": chunks == 1,
-        "PRECISION": "tf32" if problem.tf32 else "ieee",
-        "BLOCK_M": tile.block_m,
-        "BLOCK_N": tile.block_n,
-        "BLOCK_K": tile.block_k,
-    }
-
-
-def _epilogue(epilogue: _Epilogue, out: Layout) -> dict[str, Any]:
-    """The kernel's arguments for what follows the product."""
-    residual, step, before, eps, relu, _ = epilogue
-    res_channels, res_h, res_w = (0, 0, 0) if residual is None else residual.shape[1:]
-    return {
-        "eps": eps,
-        "res_stride": 0 if residual is None else pixel_stride(residual),
-        "res_channels": res_channels,
-        "res_h": res_h,
-        "res_w": res_w,
-        "res_step": step,
-        "res_before": before,
-        "RES_PADDED": residual is not None and residual.shape != out.shape,
-        "RELU": relu,
-        "y_stride": pixel_stride(out),
-    }
-
-
-def check_geometry(problem: ConvProblem) -> None:
-    """Raise ValueError for arguments of a convolution that leave it without a meaning, or without an output."""
-    named = {"stride": (problem.stride, 1), "padding": (problem.padding, 0), "dilation": (problem.dilation, 1)}
-    for name, (pair, least) in named.items():
-        if not isinstance(pair, tuple) or len(pair) != 2 or min(pair) < least:
-            raise ValueError(f"{name} must be two integers of at least {least}; got {pair}")
-    if problem.groups < 1:
-        raise ValueError(f"groups must be at least 1; got {problem.groups}")
-    if problem.r < 1 or problem.s < 1 or problem.p < 1 or problem.q < 1:
-        raise ValueError(
-            f"a filter of {problem.r}x{problem.s} with dilation {problem.dilation} does not fit into an image of "
-            f"{problem.h}x{problem.w} with padding {problem.padding}"
-        )
-
-
-def _check(problem: ConvProblem, w: Layout, out: Layout, epilogue: _Epilogue) -> None:
-    residual, step, before, *_ = epilogue
-    require_pixel_linear(out=out, residual=residual)
+def _check(problem: ConvProblem, w: Layout, out: Layout, residual: Residual | None) -> None:
     if w.dtype != problem.dtype:
         raise ValueError(f"w must have the dtype of x, {problem.dtype}; got {w.dtype}")
     if w.shape[1] * problem.groups != problem.ci or problem.co % problem.groups:
@@ -736,7 +531,7 @@ def _check(problem: ConvProblem, w: Layout, out: Layout, epilogue: _Epilogue) ->
     if tuple(out.shape) != shape:
         raise ValueError(f"out must have shape {shape}; got {tuple(out.shape)}")
     if residual is not None:
-        require_fitting_residual(residual, shape, step, before)
+        residual.require_fits(shape)
 
 
 def _cost(problem: ConvProblem, tensors: Mapping[str, Any]) -> Cost:

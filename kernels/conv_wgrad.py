@@ -12,18 +12,39 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .conv_forward import ConvProblem, Geometry, check_geometry
+from .conv import RUNTIME_SIZES, ConvProblem, Geometry, blocks, check_geometry, precision, sizes
 from .gpus import gpu_of
 from .launch import INTERPRETER, Cost, Recipe, TileConfig, Vector, target_arch
-from .tile import Layout, bound, cdiv, dot, layout, load_channels, pixel_stride, relu, require_pixel_linear, span
-
-_RUNTIME_SIZES = [
-    *("M", "H", "W", "P", "Q", "steps", "stride_h", "stride_w", "pad_h", "pad_w", "dil_h", "dil_w"),
-    *("group_ci", "group_co"),
-]
+from .memory import Layout, cdiv, layout, pixel_stride, require_pixel_linear, span, stride_of
+from .tile import bound, dot, load_channels, relu
 
 
-@triton.jit(do_not_specialize=_RUNTIME_SIZES)
+class Form(NamedTuple):
+    """What the compiled code depends on: the filter's size, and which of the kernel's cases it is."""
+
+    R: int
+    S: int
+    MERGED: bool
+    POINTWISE: bool
+    PADDED: bool
+    FLAT: bool
+    INT64: bool
+    PRECISION: str
+
+
+class Widths(NamedTuple):
+    """Channels of a program's group and of all, and elements from one pixel (of ``w``: one filter) to the next."""
+
+    ci: int
+    co: int
+    channels: int
+    out_channels: int
+    g: int
+    x: int
+    w: int
+
+
+@triton.jit(do_not_specialize=[*RUNTIME_SIZES, "steps"])
 def conv_wgrad_kernel(
     g_ptr,
     y_ptr,
@@ -37,14 +58,7 @@ def conv_wgrad_kernel(
     W,
     P,
     Q,
-    CI,
-    CO,
-    channels,
-    out_channels,
     steps,
-    g_stride,
-    x_stride,
-    w_stride,
     stride_h,
     stride_w,
     pad_h,
@@ -53,17 +67,9 @@ def conv_wgrad_kernel(
     dil_w,
     group_ci,
     group_co,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    MERGED: tl.constexpr,
-    POINTWISE: tl.constexpr,
-    PADDED: tl.constexpr,
-    FLAT: tl.constexpr,
-    INT64: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    widths,
+    form: tl.constexpr,
+    blocks: tl.constexpr,
 ):
     """``dw[co, r, s, ci] = sum over pixels of dy[pixel, co] * a[pixel(r, s), ci]`` over one split's share of pixels.
 
@@ -73,7 +79,24 @@ def conv_wgrad_kernel(
 
     FLAT: so few input channels that the columns run across taps.
     """
-    OFFSET: tl.constexpr = tl.int64 if INT64 else tl.int32
+    R: tl.constexpr = form.R
+    S: tl.constexpr = form.S
+    MERGED: tl.constexpr = form.MERGED
+    POINTWISE: tl.constexpr = form.POINTWISE
+    PADDED: tl.constexpr = form.PADDED
+    FLAT: tl.constexpr = form.FLAT
+    PRECISION: tl.constexpr = form.PRECISION
+    BLOCK_M: tl.constexpr = blocks.m
+    BLOCK_N: tl.constexpr = blocks.n
+    BLOCK_K: tl.constexpr = blocks.k
+    OFFSET: tl.constexpr = tl.int64 if form.INT64 else tl.int32
+    CI = widths.ci
+    CO = widths.co
+    g_stride = widths.g
+    x_stride = widths.x
+    w_stride = widths.w
+    channels = widths.channels
+    out_channels = widths.out_channels
     pid = tl.program_id(0)
     group = tl.program_id(1)
     split = tl.program_id(2)
@@ -286,8 +309,8 @@ def conv_wgrad(
     Returns it channels_last, of ``out_dtype`` (that of ``x`` if not given). Raises ValueError for tensors that are not
     laid out so.
     """
-    inputs = _Inputs(*map(layout, (dy, x, y, dy_out)), coefs is not None, x_stats is not None)
-    geometry = (stride, padding, dilation, groups)
+    inputs = _Inputs(layout(dy), layout(x), layout(y), layout(dy_out), coefs is not None, x_stats is not None)
+    geometry = Geometry(stride, padding, dilation, groups)
     recipe = _recipe(inputs, tuple(filter_size), geometry, tf32, target_arch(), config)
     shape = (dy.shape[1], x.shape[1] // groups, *filter_size)
     dw = torch.empty(shape, dtype=out_dtype or x.dtype, device=x.device, memory_format=torch.channels_last)
@@ -323,19 +346,22 @@ def _recipe(
     dy, x, *_ = inputs
     require_pixel_linear(dy=dy, x=x)
     n, ci, h, w = x.shape
-    co, groups = dy.shape[1], geometry[3]
+    r, s = filter_size
+    co, groups = dy.shape[1], geometry.groups
     prologue = inputs.coefs or inputs.x_stats
-    problem = ConvProblem(n, h, w, ci, co, *filter_size, *geometry, x.dtype, tf32, prologue, arch)
+    problem = ConvProblem(n, h, w, ci, co, r, s, *geometry, x.dtype, tf32, prologue, arch)
     check_geometry(problem)
     _check(problem, inputs)
     chosen = config or default_config(problem)
     steps = cdiv(cdiv(problem.m, chosen.tile.block_k), chosen.splits)
+    far = max(map(span, (dy, x))) + steps * chosen.tile.block_k * max(ci, co) >= 2**31
     scalars = {
-        **_geometry(problem, chosen.tile),
+        "M": problem.m,
+        **sizes(problem),
         "steps": steps,
-        "g_stride": pixel_stride(dy),
-        "x_stride": pixel_stride(x),
-        "INT64": max(map(span, (dy, x))) + steps * chosen.tile.block_k * max(ci, co) >= 2**31,
+        "widths": _widths(problem, dy, x),
+        "form": _form(problem, far),
+        "blocks": blocks(chosen.tile),
     }
     parts = groups // problem.merged
     splits = cdiv(problem.m, steps * chosen.tile.block_k) if problem.m else 0
@@ -347,39 +373,23 @@ def _recipe(
     return Recipe(conv_wgrad_kernel, grid, scalars, chosen.tile, partial(_cost, problem), vectors)
 
 
-def _geometry(problem: ConvProblem, tile: TileConfig) -> dict[str, Any]:
+def _widths(problem: ConvProblem, dy: Layout, x: Layout) -> Widths:
     ci, co = problem.tile_channels
-    taps = problem.r * problem.s
-    return {
-        "M": problem.m,
-        "H": problem.h,
-        "W": problem.w,
-        "P": problem.p,
-        "Q": problem.q,
-        "CI": ci,
-        "CO": co,
-        "channels": problem.ci,
-        "out_channels": problem.co,
-        "w_stride": taps * (problem.ci // problem.groups),
-        "stride_h": problem.stride[0],
-        "stride_w": problem.stride[1],
-        "pad_h": problem.padding[0],
-        "pad_w": problem.padding[1],
-        "dil_h": problem.dilation[0],
-        "dil_w": problem.dilation[1],
-        "group_ci": problem.ci // problem.groups,
-        "group_co": problem.co // problem.groups,
-        "R": problem.r,
-        "S": problem.s,
-        "MERGED": problem.merged > 1,
-        "POINTWISE": taps == 1 and problem.stride == (1, 1) and problem.padding == (0, 0),
-        "PADDED": problem.padding != (0, 0),
-        "FLAT": problem.flat,
-        "PRECISION": "tf32" if problem.tf32 else "ieee",
-        "BLOCK_M": tile.block_m,
-        "BLOCK_N": tile.block_n,
-        "BLOCK_K": tile.block_k,
-    }
+    w = problem.r * problem.s * (problem.ci // problem.groups)
+    return Widths(ci, co, problem.ci, problem.co, stride_of(dy), stride_of(x), w)
+
+
+def _form(problem: ConvProblem, far: bool) -> Form:
+    padded = problem.padding != (0, 0)
+    return Form(
+        *(problem.r, problem.s),
+        MERGED=problem.merged > 1,
+        POINTWISE=problem.r * problem.s == 1 and problem.stride == (1, 1) and not padded,
+        PADDED=padded,
+        FLAT=problem.flat,
+        INT64=far,
+        PRECISION=precision(problem),
+    )
 
 
 @lru_cache(maxsize=4096)

@@ -210,11 +210,11 @@ class Recipe:
             self._compiled[key] = compiled[(*self.grid, 1, 1)[:3]]
 
 
-_observers: list[Callable[[Call], None]] = []
+_observers: list[Callable[[Call], object]] = []
 
 
 @contextmanager
-def observe(callback: Callable[[Call], None]) -> Iterator[None]:
+def observe(callback: Callable[[Call], object]) -> Iterator[None]:
     """Pass each :class:`Call` that runs inside the ``with`` block to ``callback``."""
     observer = partial(callback)  # equal to nothing but itself, as a callback need not be
     _observers.append(observer)

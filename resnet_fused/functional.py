@@ -15,7 +15,7 @@ from resnet_fused.engine.forward import Choice, choose, undecided
 from resnet_fused.engine.ops import channels_last
 from resnet_fused.engine.reference import PaddedIdentity
 from resnet_fused.engine.request import requested
-from resnet_fused.kernels.conv_forward import output_size
+from resnet_fused.kernels.conv import output_size
 from resnet_fused.kernels.launch import FLOATS
 from resnet_fused.plan.problem import Request, Way
 

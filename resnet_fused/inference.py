@@ -24,9 +24,9 @@ from resnet_fused.engine import eligible, forward, ops, reference
 from resnet_fused.engine.ops import channels_last
 from resnet_fused.engine.request import requested
 from resnet_fused.functional import conv_bn_act
-from resnet_fused.kernels.conv_forward import Geometry, output_size
+from resnet_fused.kernels.conv import Geometry, output_size
+from resnet_fused.kernels.epilogue import Norm
 from resnet_fused.kernels.launch import FLOATS
-from resnet_fused.kernels.tile import Norm
 from resnet_fused.modules import traced_forward
 
 PACKED_SHAPES = 4
@@ -757,7 +757,7 @@ def _geometry(conv: Any) -> Geometry | None:
     elif conv.padding == "same" and dilation is not None and stride == (1, 1):
         both = [d * (size - 1) for d, size in zip(dilation, weight.shape[2:], strict=True)]
         padding = None if any(total % 2 for total in both) else (both[0] // 2, both[1] // 2)
-    return (stride, padding, dilation, groups) if stride and padding and dilation else None
+    return Geometry(stride, padding, dilation, groups) if stride and padding and dilation else None
 
 
 def _pair(sizes: Any, least: int) -> tuple[int, int] | None:

@@ -13,6 +13,7 @@ from resnet_fused import BasicBlock, Bottleneck, ResidualBlock, functional, fuse
 from resnet_fused.engine import eligible, ops, reference
 from resnet_fused.engine.forward import Convolution
 from resnet_fused.engine.trace import trace
+from resnet_fused.kernels.conv import Geometry
 from resnet_fused.plan.problem import Tiles
 from tests.training import DEVICE, WatchedReLU, check, draw, step
 
@@ -408,7 +409,7 @@ def test_operators_pass_opcheck():
     x, w = (t.contiguous(memory_format=torch.channels_last) for t in (x, w))
     gamma, beta, mean, var = torch.rand(4, 16)
     batches = torch.zeros((), dtype=torch.int64)
-    convolution = Convolution((2, 1), (1, 1), (1, 1), 1, True, Tiles()).encode()
+    convolution = Convolution(Geometry((2, 1), (1, 1), (1, 1), 1), True, Tiles()).encode()
     arguments = (x, None, w, None, gamma, beta, mean, var, batches, 0.1, 1e-5, True, convolution, "")
     operators, tests = torch.ops.resnet_fused, ("test_schema", "test_faketensor", "test_aot_dispatch_static")
     torch.library.opcheck(operators.unit_forward.default, arguments, test_utils=tests)

@@ -200,10 +200,11 @@ def launched(arch: int) -> dict:
 
 def compiled_code(call: Call) -> tuple:
     """Kernel, tile and number format."""
-    blocks = tuple(value for name, value in sorted(call.arguments.items()) if name.startswith("BLOCK_"))
+    blocks = tuple(getattr(call.config, f"block_{side}") for side in "mnk")
     tensors = [t for t in call.arguments.values() if isinstance(t, Tensor)]
     narrowest = min((t.dtype for t in tensors), key=lambda dtype: dtype.itemsize)
-    flags = tuple(call.arguments.get(name) for name in ("PRECISION", "R", "FLAT", "MERGED"))
+    form = call.arguments.get("form")
+    flags = tuple(getattr(form, name, None) for name in ("PRECISION", "R", "FLAT", "MERGED"))
     return call.kernel.__name__, blocks, narrowest, flags
 
 

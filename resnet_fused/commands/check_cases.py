@@ -17,20 +17,13 @@ from torch import Tensor, nn
 
 from resnet_fused.engine import reference
 from resnet_fused.engine.request import implementation
-from resnet_fused.kernels.batch_norm import (
-    batch_norm_apply,
-    batch_norm_backward,
-    batch_norm_coefs,
-    batch_norm_reduce,
-    batch_norm_stats,
-    channel_moments,
-    merge_moments,
-    merge_sums,
-)
+from resnet_fused.kernels.batch_norm import batch_norm_apply, batch_norm_stats, channel_moments, merge_moments
+from resnet_fused.kernels.conv import output_size
 from resnet_fused.kernels.conv_dgrad import conv_dgrad
-from resnet_fused.kernels.conv_forward import conv_forward, conv_forward_moments, output_size
+from resnet_fused.kernels.conv_forward import conv_forward, conv_forward_moments
 from resnet_fused.kernels.conv_wgrad import conv_wgrad
-from resnet_fused.kernels.tile import Norm
+from resnet_fused.kernels.epilogue import Norm
+from resnet_fused.kernels.norm_backward import batch_norm_backward, batch_norm_coefs, batch_norm_reduce, merge_sums
 from resnet_fused.modules import BasicBlock, Bottleneck, PaddedShortcut
 from resnet_fused.plan.problem import Request
 
@@ -281,7 +274,7 @@ def _check_conv_forward(layer: CheckLayer, variant: str, draw: Draw) -> Comparis
         residual = draw.images((n, co // 2, 2 * p, 2 * q - 1))
 
     def ours() -> Results:
-        more = {"residual": residual, "residual_step": step, "residual_before": before, "relu": relu}
+        more: dict[str, Any] = {"residual": residual, "residual_step": step, "residual_before": before, "relu": relu}
         return {"y": conv_forward(x, w, norm=norm, tf32=draw.tf32, **more, **layer.geometry)}
 
     def expected(t: torch.dtype, _: Results) -> Results:
@@ -322,9 +315,9 @@ def _check_conv_dgrad(layer: CheckLayer, variant: str, draw: Draw) -> Comparison
         shortcut = draw.images((layer.n, layer.ci, *(-(-size // step) for size in layer.size)))
 
     def ours() -> Results:
-        more = {"shortcut": shortcut, "shortcut_step": step, "mask": mask, "tf32": draw.tf32, **layer.geometry}
+        more: dict[str, Any] = {"shortcut": shortcut, "shortcut_step": step, "mask": mask, "tf32": draw.tf32}
         raw = None if coefs is None or frozen else y
-        dx, sums = conv_dgrad(g, w, layer.size, y=raw, coefs=coefs, **more)
+        dx, sums = conv_dgrad(g, w, layer.size, y=raw, coefs=coefs, **more, **layer.geometry)
         return {"dx": dx} if sums is None else {"dx": dx, **_named("sum_g sum_gy", merge_sums(sums))}
 
     def expected(t: torch.dtype, ours: Results) -> Results:
@@ -349,7 +342,7 @@ def _check_conv_wgrad(layer: CheckLayer, variant: str, draw: Draw) -> Comparison
 
     def ours() -> Results:
         kept = torch.empty_like(g) if keeps else None
-        more = {"y": None if coefs is None else y, "coefs": coefs, "x_stats": stats, "dy_out": kept}
+        more: dict[str, Any] = {"y": None if coefs is None else y, "coefs": coefs, "x_stats": stats, "dy_out": kept}
         dw = conv_wgrad(g, x, layer.filter[2:], tf32=draw.tf32, **more, **layer.geometry)
         return {"dw": dw} if kept is None else {"dw": dw, "dy": kept}
 
@@ -370,9 +363,9 @@ def _check_stats(layer: CheckLayer, _: str, draw: Draw) -> Comparison:
     def ours() -> Results:
         running_mean, running_var = mean.clone(), var.abs()
         batches = torch.zeros((), dtype=torch.int64, device=y.device)
-        running = {"running_mean": running_mean, "running_var": running_var, "batches": batches, "momentum": 0.1}
+        running: dict[str, Any] = {"running_mean": running_mean, "running_var": running_var, "momentum": 0.1}
         moments = channel_moments(y)
-        stats = batch_norm_stats(moments, gamma, beta, 1e-5, **running)
+        stats = batch_norm_stats(moments, gamma, beta, 1e-5, batches=batches, **running)
         merged = dict(zip(("mean", "squared deviations"), merge_moments(moments), strict=True))
         buffers = {"running mean": running_mean, "running variance": running_var, "batches": batches.float()}
         return _named(names, stats) | merged | buffers
@@ -407,7 +400,7 @@ def _check_apply(layer: CheckLayer, variant: str, draw: Draw) -> Comparison:
         residual = draw.images(layer.output)
 
     def ours() -> Results:
-        more = {"residual_stats": residual_stats, "residual_step": step, "residual_before": before}
+        more: dict[str, Any] = {"residual_stats": residual_stats, "residual_step": step, "residual_before": before}
         own = Norm(mean, var, gamma, beta, 1e-5) if fixed else stats
         return {"z": batch_norm_apply(y, own, residual=residual, **more)}
 

@@ -17,9 +17,11 @@ from resnet_fused.engine.forward import Convolution, Running
 from resnet_fused.engine.tolerance import deterministic, error_ratio, products, references
 from resnet_fused.engine.trace import Launch, trace
 from resnet_fused.kernels import conv_dgrad, conv_forward, conv_wgrad
-from resnet_fused.kernels.batch_norm import batch_norm_apply, batch_norm_reduce
+from resnet_fused.kernels.batch_norm import batch_norm_apply
+from resnet_fused.kernels.conv import Geometry
+from resnet_fused.kernels.epilogue import Norm
 from resnet_fused.kernels.launch import Call, TileConfig, dry_run, observe
-from resnet_fused.kernels.tile import Norm
+from resnet_fused.kernels.norm_backward import batch_norm_reduce
 from resnet_fused.plan.problem import Problem, Tiles, Way
 from resnet_fused.plan.tuned import legal
 
@@ -80,7 +82,7 @@ def candidates(problem: Problem) -> list[Candidate]:
 
 def _variants(tile: TileConfig, problem: Problem) -> Iterator[TileConfig]:
     """Neighbours of a tile: one of its numbers halved or doubled, two of them exchanged, all registers allowed."""
-    changes = [
+    changes: list[dict[str, Any]] = [
         {"block_m": tile.block_m * 2},
         {"block_m": tile.block_m // 2},
         {"block_n": tile.block_n * 2},
@@ -166,8 +168,8 @@ class Trial:
         p = self.problem
         if candidate.implementation == "eager":
             return self._eager_training if p.direction == "training" else self._eager_inference
-        geometry = p.stride, p.padding, p.dilation, p.groups
-        conv = Convolution(*geometry, candidate.implementation == "fused", candidate.tiles)
+        geometry = Geometry(p.stride, p.padding, p.dilation, p.groups)
+        conv = Convolution(geometry, candidate.implementation == "fused", candidate.tiles)
         if p.direction == "training":
             return lambda: self._training(conv)
         norm = Norm(self.mean, self.var, self.gamma, self.beta, EPS)

@@ -11,16 +11,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from resnet_fused.engine.forward import Convolution, convolve, process_group
-from resnet_fused.kernels.batch_norm import (
-    batch_norm_apply,
-    batch_norm_backward,
-    batch_norm_coefs,
-    batch_norm_reduce,
-    merge_sums,
-)
+from resnet_fused.kernels.batch_norm import batch_norm_apply
 from resnet_fused.kernels.conv_dgrad import conv_dgrad
 from resnet_fused.kernels.conv_wgrad import conv_wgrad
-from resnet_fused.kernels.tile import Layout
+from resnet_fused.kernels.memory import Layout
+from resnet_fused.kernels.norm_backward import batch_norm_backward, batch_norm_coefs, batch_norm_reduce, merge_sums
 from resnet_fused.plan.decide import tf32
 
 
@@ -92,7 +87,7 @@ class UnitBackward:
     @property
     def subsamples(self) -> bool:
         """Whether the convolution reads every n-th pixel alone (n its stride): its gradient is a small tensor."""
-        (step, other), padding = self.conv.stride, self.conv.padding
+        (step, other), padding = self.conv.geometry.stride, self.conv.geometry.padding
         return self.conv.fused and self.pointwise and step == other and padding == (0, 0)
 
 
@@ -144,7 +139,7 @@ def backward(
         compact = shortcut is None and projection.subsamples
         d_source, _ = _conv_backward(projection, dy_p, source, None, needs_source, wanted, compact=compact)
         if d_source is not None:
-            addend = Addend(d_source, projection.conv.stride[0] if compact else 1, 0)
+            addend = Addend(d_source, projection.conv.geometry.stride[0] if compact else 1, 0)
     elif join.kind != "none" and needs_source:
         addend = Addend(g, join.step, join.before)
     dx = _branch_backward(dy, x, units, addend if shortcut is None else None, wanted)
@@ -170,8 +165,8 @@ def _join_backward(
         g, sums = batch_norm_reduce(dz, y, stats, z=z)
         coefs = _norm_backward(last, sums[0], sums[1], wanted)
         return g, _incoming(last, g, coefs, overwrite=g is not dz and not keeps_g), None
-    _recompute(projection, source, None)
-    g, sums = batch_norm_reduce(dz, last.y, last.stats, z=z, second=(projection.y, projection.stats))
+    y_p = _recompute(projection, source, None)
+    g, sums = batch_norm_reduce(dz, last.y, last.stats, z=z, second=(y_p, projection.stats))
     coefs = _norm_backward(last, sums[0], sums[1], wanted)
     coefs_p = _norm_backward(projection, sums[0], sums[2], wanted)
     if last.in_prologue or projection.in_prologue:
@@ -217,9 +212,11 @@ def _input(units: Sequence[UnitBackward], i: int, x: Tensor) -> tuple[Tensor, Te
     return y, units[i - 1].stats
 
 
-def _recompute(unit: UnitBackward, source: Tensor, stats: Tensor | None) -> None:
+def _recompute(unit: UnitBackward, source: Tensor, stats: Tensor | None) -> Tensor:
+    """The raw output of a unit, computed again if it was not kept."""
     if unit.y is None:
         unit.y = convolve(source, stats, unit.w, unit.bias, unit.conv)
+    return unit.y
 
 
 def _norm_backward(unit: UnitBackward, sum_g: Tensor, sum_gy: Tensor, wanted: Wanted) -> Tensor:
@@ -267,8 +264,7 @@ def _conv_backward(
     """
     if not unit.conv.fused:
         return _library_backward(unit, dy.g, source, stats, needs_input, wanted, addend)
-    shared = {"y": dy.y, "coefs": dy.coefs, "tf32": tf32(source.dtype)}
-    geometry = unit.conv.geometry()
+    geometry, rounded = unit.conv.geometry, tf32(source.dtype)
     if unit.needs.w:
         # A filter wider than a pixel would compute dy anew at every tap: its gradient keeps it for the input's.
         kept = None
@@ -277,35 +273,39 @@ def _conv_backward(
         dw = conv_wgrad(
             dy.g,
             source,
-            unit.w.shape[2:],
+            (unit.w.shape[2], unit.w.shape[3]),
+            y=dy.y,
+            coefs=dy.coefs,
             x_stats=stats,
             dy_out=kept,
+            tf32=rounded,
             out_dtype=wanted.weight_dtype,
             config=unit.conv.tiles.wgrad,
-            **shared,
-            **geometry,
+            **geometry._asdict(),
         )
         unit.gradients.w = _strided(dw, unit.w_stride)
         if kept is not None:
-            dy, shared = Incoming(kept), {"tf32": shared["tf32"]}
+            dy = Incoming(kept)
     if not needs_input:
         return None, None
     h, w = dy.g.shape[2:] if compact else source.shape[2:]
     if compact:
-        geometry["stride"] = (1, 1)
+        geometry = geometry._replace(stride=(1, 1))
     g, step, before = addend or (None, 1, 0)
     mask = None if stats is None else (source, stats)
     return conv_dgrad(
         dy.g,
         unit.w,
         (h, w),
+        y=dy.y,
+        coefs=dy.coefs,
         shortcut=g,
         shortcut_step=step,
         shortcut_before=before,
         mask=mask,
+        tf32=rounded,
         config=None if compact else unit.conv.tiles.dgrad,
-        **shared,
-        **geometry,
+        **geometry._asdict(),
     )
 
 
@@ -322,7 +322,7 @@ def _library_backward(
     if not needs_input and not unit.needs.w:
         return None, None
     a = batch_norm_apply(source, stats) if stats is not None and unit.needs.w else source
-    c = unit.conv
+    c = unit.conv.geometry
     dx, dw, _ = torch.ops.aten.convolution_backward(
         dy,
         a,

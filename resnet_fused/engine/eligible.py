@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 
 from resnet_fused.engine.request import requested
-from resnet_fused.kernels.conv_forward import Geometry, output_size
+from resnet_fused.kernels.conv import Geometry, output_size
 from resnet_fused.kernels.launch import FLOATS, dry_target
 from resnet_fused.plan.decide import why_too_old
 from resnet_fused.plan.problem import KEPT_LAYOUTS, Request
@@ -198,7 +198,7 @@ def _place(shape: tuple[int, ...], w_shape: torch.Size, groups: int, *numbers: i
     q = output_size(w, s, stride_w, pad_w, dil_w)
     if p < 1 or q < 1:
         return "the filter is larger than the padded image"
-    return ((stride_h, stride_w), (pad_h, pad_w), (dil_h, dil_w), groups), (n, co, p, q)
+    return Geometry((stride_h, stride_w), (pad_h, pad_w), (dil_h, dil_w), groups), (n, co, p, q)
 
 
 def why_foreign(t: Tensor, x: Tensor) -> str | None:
@@ -293,7 +293,7 @@ def geometry(conv: nn.Conv2d) -> Geometry:
         padding = both[0] // 2, both[1] // 2
     else:
         padding = _pair(cast(Any, conv.padding))
-    return stride, padding, dilation, conv.groups
+    return Geometry(stride, padding, dilation, conv.groups)
 
 
 def _pair(sizes: Any) -> tuple[int, int]:

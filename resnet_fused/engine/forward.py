@@ -18,8 +18,9 @@ from torch.distributed import distributed_c10d as c10d
 
 from resnet_fused.engine import reference
 from resnet_fused.kernels.batch_norm import batch_norm_apply, batch_norm_stats, channel_moments, merge_moments
-from resnet_fused.kernels.conv_forward import Geometry, conv_forward, conv_forward_moments
-from resnet_fused.kernels.tile import Moments, Norm
+from resnet_fused.kernels.conv import Geometry
+from resnet_fused.kernels.conv_forward import conv_forward, conv_forward_moments
+from resnet_fused.kernels.epilogue import Moments, Norm
 from resnet_fused.plan import decide, tuned
 from resnet_fused.plan.problem import KEPT_LAYOUTS, REQUESTS, Problem, Request, Tiles, Way
 
@@ -27,25 +28,18 @@ from resnet_fused.plan.problem import KEPT_LAYOUTS, REQUESTS, Problem, Request, 
 class Convolution(NamedTuple):
     """The arguments of a convolution, whether it runs in Triton or in PyTorch, and Triton's tiles."""
 
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int
+    geometry: Geometry
     fused: bool
     tiles: Tiles
 
     def encode(self) -> tuple[int, ...]:
         """As CODE_LENGTH integers, for the schema of an operator."""
-        return _encode(self[:4], int(self.fused), self.tiles)
+        return _encode(self.geometry, int(self.fused), self.tiles)
 
     @classmethod
     def decode(cls, code: Sequence[int]) -> Convolution:
         """The inverse of :meth:`encode`."""
         return _decode(tuple(code))
-
-    def geometry(self) -> dict[str, Any]:
-        """The keyword arguments that every launcher of a convolution takes."""
-        return {"stride": self.stride, "padding": self.padding, "dilation": self.dilation, "groups": self.groups}
 
 
 def _encode(geometry: Geometry, way: int, tiles: Tiles) -> tuple[int, ...]:
@@ -56,7 +50,8 @@ def _encode(geometry: Geometry, way: int, tiles: Tiles) -> tuple[int, ...]:
 @lru_cache(maxsize=KEPT_LAYOUTS)
 def _decode(code: tuple[int, ...]) -> Convolution:
     tiles = Tiles.decode(code[8:])
-    return Convolution((code[0], code[1]), (code[2], code[3]), (code[4], code[5]), code[6], code[7] == 1, tiles)
+    geometry = Geometry((code[0], code[1]), (code[2], code[3]), (code[4], code[5]), code[6])
+    return Convolution(geometry, code[7] == 1, tiles)
 
 
 CODE_LENGTH = 8 + len(Tiles().encode())
@@ -84,7 +79,7 @@ def decided(code: Sequence[int], x: Tensor, w: Tensor, direction: str, **options
     if code[7] < _UNDECIDED:
         return conv
     request = REQUESTS[code[7] - _UNDECIDED]
-    _, chosen = choose(tuple(x.shape), w.shape, conv[:4], x.dtype, direction, x.device, request, **options)
+    _, chosen = choose(tuple(x.shape), w.shape, conv.geometry, x.dtype, direction, x.device, request, **options)
     return Convolution.decode(chosen)
 
 
@@ -119,10 +114,10 @@ def _decided(
     request: Request,
     table: tuned.Table | None,
 ) -> tuple[Problem, Choice]:
-    (n, ci, h, w), (co, _, r, s), (stride, padding, dilation, groups) = shape, w_shape, geometry
-    problem = Problem(n, h, w, ci, co, r, s, stride, padding, dilation, groups, *options)
+    (n, ci, h, w), (co, _, r, s) = shape, w_shape
+    problem = Problem(n, h, w, ci, co, r, s, *geometry, *options)
     chosen = decide.decide(problem, request, table)
-    conv = Convolution(stride, padding, dilation, groups, chosen.implementation == "fused", chosen.tiles)
+    conv = Convolution(geometry, chosen.implementation == "fused", chosen.tiles)
     return problem, (chosen.implementation, conv.encode())
 
 
@@ -161,7 +156,7 @@ def inference(
             tf32=decide.tf32(x.dtype),
             out_dtype=out_dtype,
             config=conv.tiles.forward,
-            **conv.geometry(),
+            **conv.geometry._asdict(),
         )
     y = convolve(x, None, w, bias, conv)
     return batch_norm_apply(
@@ -229,7 +224,7 @@ def unit_forward(
             bias=bias,
             tf32=decide.tf32(x.dtype),
             config=conv.tiles.forward,
-            **conv.geometry(),
+            **conv.geometry._asdict(),
         )
     else:
         y = convolve(x, x_stats, w, bias, conv)
@@ -260,12 +255,13 @@ def convolve(x: Tensor, x_stats: Tensor | None, w: Tensor, bias: Tensor | None, 
             bias=bias,
             tf32=decide.tf32(x.dtype),
             config=conv.tiles.forward,
-            **conv.geometry(),
+            **conv.geometry._asdict(),
         )
     if x_stats is not None:
         x = batch_norm_apply(x, x_stats)
     bias = None if bias is None else bias.to(x.dtype)
-    y = torch.convolution(x, w, bias, conv.stride, conv.padding, conv.dilation, False, (0, 0), conv.groups)
+    stride, padding, dilation, groups = conv.geometry
+    y = torch.convolution(x, w, bias, stride, padding, dilation, False, (0, 0), groups)
     return y.contiguous(memory_format=torch.channels_last)
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from resnet_fused.engine import backward, forward
 from resnet_fused.engine.trace import implementations
 from resnet_fused.kernels.batch_norm import batch_norm_apply
-from resnet_fused.kernels.conv_forward import output_size
+from resnet_fused.kernels.conv import output_size
+from resnet_fused.kernels.epilogue import Norm
 from resnet_fused.kernels.launch import dry_target
-from resnet_fused.kernels.tile import Norm
 
 _library = torch.library.Library("resnet_fused", "DEF")
 _library.define(
@@ -67,10 +67,8 @@ def _conv_bn_act_fake(x: Tensor, w: Tensor, *arguments: Any) -> Tensor:
 
 
 def _output_shape(x: Tensor, w: Tensor, convolution: list[int]) -> tuple[int, int, int, int]:
-    conv = forward.Convolution.decode(convolution)
-    p, q = (
-        output_size(x.shape[2 + i], w.shape[2 + i], conv.stride[i], conv.padding[i], conv.dilation[i]) for i in (0, 1)
-    )
+    stride, padding, dilation, _ = forward.Convolution.decode(convolution).geometry
+    p, q = (output_size(*size) for size in zip(x.shape[2:], w.shape[2:], stride, padding, dilation, strict=True))
     return x.shape[0], w.shape[0], p, q
 
 

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 import torch
 
-from resnet_fused.kernels.conv_forward import ConvProblem, output_size
+from resnet_fused.kernels.conv import ConvProblem, output_size
 from resnet_fused.kernels.conv_wgrad import WgradConfig
 from resnet_fused.kernels.launch import FLOATS, TileConfig
 

@@ -7,19 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fused.engine import reference
-from resnet_fused.kernels.batch_norm import (
-    batch_norm_apply,
-    batch_norm_backward,
-    batch_norm_coefs,
-    batch_norm_reduce,
-    batch_norm_stats,
-    channel_moments,
-    merge_moments,
-    merge_sums,
-)
+from resnet_fused.kernels.batch_norm import batch_norm_apply, batch_norm_stats, channel_moments, merge_moments
 from resnet_fused.kernels.conv_forward import conv_forward, conv_forward_moments
+from resnet_fused.kernels.epilogue import Moments, Norm
 from resnet_fused.kernels.launch import TileConfig, dry_run, observe
-from resnet_fused.kernels.tile import Moments, Norm
+from resnet_fused.kernels.norm_backward import batch_norm_backward, batch_norm_coefs, batch_norm_reduce, merge_sums
 from tests.kernels.test_conv_dgrad import _poisoned, random_coefs, random_stats  # noqa: F401
 from tests.kernels.test_conv_forward import DEVICE, DTYPES, channels_last, random
 from tests.rule import assert_within_rule

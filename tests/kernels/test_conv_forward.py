@@ -11,9 +11,11 @@ from torch import Tensor
 
 from resnet_fused.engine import reference
 from resnet_fused.kernels import conv_forward as module
-from resnet_fused.kernels.conv_forward import ConvProblem, conv_forward, conv_forward_moments, default_config
+from resnet_fused.kernels.conv import ConvProblem
+from resnet_fused.kernels.conv_forward import conv_forward, conv_forward_moments, default_config
+from resnet_fused.kernels.epilogue import Norm
 from resnet_fused.kernels.launch import INTERPRETER, TileConfig, dry_run, observe
-from resnet_fused.kernels.tile import Norm, layout, pixel_stride
+from resnet_fused.kernels.memory import layout, pixel_stride
 from tests.rule import assert_within_rule
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -306,7 +308,7 @@ def test_offsets_beyond_32_bits():
         seen = []
         with observe(seen.append):
             conv_forward(x, w, padding=pad, residual=residual, out=out, relu=True)
-        assert seen[0].arguments["INT64"]
+        assert seen[0].arguments["form"].INT64
         small = conv_forward(channels_last(x), w, padding=pad, residual=channels_last(residual), relu=True)
         assert torch.equal(out, small)
 
@@ -317,7 +319,7 @@ def test_int64_is_chosen_by_extent():
         with dry_run(90), observe(seen.append):
             x = torch.empty(n, 64, 64, 64, device="meta", memory_format=torch.channels_last)
             conv_forward(x, torch.empty(64, 64, 1, 1, device="meta"))
-        return seen[0].arguments["INT64"]
+        return seen[0].arguments["form"].INT64
 
     assert not chosen(2**31 // 64**3 - 1)
     assert chosen(2**31 // 64**3)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from resnet_fused.engine import reference
 from resnet_fused.kernels import conv_wgrad as module
-from resnet_fused.kernels.conv_forward import ConvProblem, output_size
+from resnet_fused.kernels.conv import ConvProblem, output_size
 from resnet_fused.kernels.conv_wgrad import WgradConfig, conv_wgrad, default_config
 from resnet_fused.kernels.gpus import gpu_of
 from resnet_fused.kernels.launch import INTERPRETER, TileConfig, dry_run, observe
@@ -215,7 +215,7 @@ def test_offsets_beyond_32_bits(taps):
     calls = []
     with observe(calls.append):
         far = conv_wgrad(dy, x, (taps, taps), y=y, **shared)
-    assert calls[0].arguments["INT64"]
+    assert calls[0].arguments["form"].INT64
     near = (channels_last(t.contiguous()) for t in (dy, x, y))
     assert torch.equal(far, conv_wgrad(next(near), next(near), (taps, taps), y=next(near), **shared))
 
@@ -357,7 +357,7 @@ def test_int64_is_chosen_by_extent():
         with dry_run(90), observe(calls.append):
             dy, x = (channels_last(torch.empty(n, 64, 64, 64, device="meta")) for _ in range(2))
             conv_wgrad(dy, x, (1, 1), config=WgradConfig(TileConfig(64, 64, 64), splits=10_000))
-        return calls[0].arguments["INT64"]
+        return calls[0].arguments["form"].INT64
 
     assert not chosen(2**31 // 64**3 - 1)
     assert chosen(2**31 // 64**3)

@@ -15,20 +15,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from resnet_fused.kernels.batch_norm import (
-    batch_norm_apply,
-    batch_norm_backward,
-    batch_norm_coefs,
-    batch_norm_reduce,
-    batch_norm_stats,
-    merge_moments,
-    merge_sums,
-)
+from resnet_fused.kernels.batch_norm import batch_norm_apply, batch_norm_stats, merge_moments
 from resnet_fused.kernels.conv_dgrad import conv_dgrad
 from resnet_fused.kernels.conv_forward import conv_forward, conv_forward_moments
 from resnet_fused.kernels.conv_wgrad import conv_wgrad
+from resnet_fused.kernels.epilogue import Moments, Norm
 from resnet_fused.kernels.launch import INTERPRETER, dry_run, dry_target, interpreting, observe, target_arch
-from resnet_fused.kernels.tile import Moments, Norm
+from resnet_fused.kernels.norm_backward import batch_norm_backward, batch_norm_coefs, batch_norm_reduce, merge_sums
 from tests.kernels.test_conv_forward import DEVICE, random
 
 ROOT = Path(__file__).parents[2]
@@ -86,7 +79,7 @@ def test_a_launch_without_the_jit_is_what_the_jit_would_launch():
 from resnet_fused.kernels.batch_norm import batch_norm_stats
 from resnet_fused.kernels.conv_forward import conv_forward
 from resnet_fused.kernels.launch import observe
-from resnet_fused.kernels.tile import Norm
+from resnet_fused.kernels.epilogue import Norm
 from triton.runtime.jit import JITFunction
 
 def unit(n=2, offset=0, norm=True, dtype=torch.bfloat16, vectors=torch.float32):

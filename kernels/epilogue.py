@@ -1,0 +1,196 @@
+"""What follows a product or stands beside it: bias, norm, residual, activation, moments. Values, and device code."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .memory import Layout, cdiv
+from .tile import finite, load_channels, load_pixels, relu, rounded_product, store_pixels, tile_mask
+
+
+class Norm(NamedTuple):
+    """Batch norm in inference: four vectors with an element per channel, gamma and beta optional, and epsilon."""
+
+    mean: Tensor
+    var: Tensor
+    gamma: Tensor | None
+    beta: Tensor | None
+    eps: float
+
+
+class Moments(NamedTuple):
+    """Statistics of a tensor with C channels, tile by tile.
+
+    ``values``: fp32 [2, T, C], the mean of each of T tiles of pixels, then the sum of squared deviations from it.
+    ``rows``: pixels per tile, ``pixels``: of all tiles, so that the last may have fewer. ``counts``: fp32 [T], the
+    pixels of each tile where they differ otherwise (``rows`` and ``pixels`` do not count then).
+    """
+
+    values: Tensor
+    rows: int
+    pixels: int
+    counts: Tensor | None = None
+
+
+class Crop(NamedTuple):
+    """Every ``step``-th pixel of an image of ``h`` x ``w`` with ``channels``, and the channel where they begin."""
+
+    h: int
+    w: int
+    channels: int
+    step: int
+    before: int
+
+
+WHOLE = Crop(0, 0, 0, 1, 0)
+"""For kernels to which a residual is no crop, whatever its size."""
+
+
+class Residual(NamedTuple):
+    """A tensor of which every ``step``-th pixel is added to the channels from ``before`` on, as a launch sees it."""
+
+    layout: Layout
+    step: int
+    before: int
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether it can be added to ``shape`` [N, C, P, Q]."""
+        n, channels, h, w = self.layout.shape
+        strided = n, cdiv(h, self.step), cdiv(w, self.step)
+        return strided == (shape[0], *shape[2:]) and self.before >= 0 and self.before + channels <= shape[1]
+
+    def require_fits(self, shape: tuple[int, ...]) -> None:
+        """Raise ValueError where it does not."""
+        if self.step < 1:
+            raise ValueError(f"residual_step must be at least 1; got {self.step}")
+        if not self.fits(shape):
+            raise ValueError(
+                f"residual must have shape {tuple(shape)}, or fit it with every {self.step}-th pixel from channel "
+                f"{self.before} on; got {tuple(self.layout.shape)}"
+            )
+
+    def crop(self, shape: tuple[int, ...]) -> Crop:
+        """What the kernels are told, where it is added to ``shape``."""
+        if self.layout.shape == shape:
+            return WHOLE
+        channels, h, w = self.layout.shape[1:]
+        return Crop(h, w, channels, self.step, self.before)
+
+
+@triton.jit
+def store_moments(v, count, mean_ptrs, m2_step, mask_n):
+    """Per column, the mean of the first ``count`` rows; ``m2_step`` further, their squared deviations from it.
+
+    Both count from the first row: 1/sqrt(eps) would amplify a rounding of the mean where all rows are the same. Unless
+    that one is infinite, which would make the mean NaN.
+    """
+    row = tl.arange(0, v.shape[0])[:, None]
+    mask = row < count
+    v = v.to(tl.float32)
+    origin = tl.sum(tl.where(row == 0, v, 0.0), 0)
+    origin = tl.where(finite(origin), origin, 0.0)
+    v = tl.where(mask, v - origin[None, :], 0.0)
+    mean = tl.sum(v, 0) / count
+    deviation = tl.where(mask, v - mean[None, :], 0.0)
+    tl.store(mean_ptrs, origin + mean, mask=mask_n)
+    tl.store(mean_ptrs + m2_step, tl.sum(rounded_product(deviation, deviation), 0), mask=mask_n)
+
+
+@triton.jit
+def load_residual(res, crop, tile, P, Q, PADDED: tl.constexpr):
+    """The residual's tile in fp32. PADDED: what is added is every ``step``-th pixel, to some of the channels."""
+    mask = tile_mask(tile)
+    if PADDED:
+        pixel = (tile.m // (P * Q) * crop.h + tile.m // Q % P * crop.step) * crop.w + tile.m % Q * crop.step
+        c = tile.c - crop.before
+        found = load_pixels(res.ptr, pixel, res.stride, c, mask & ((c >= 0) & (c < crop.channels))[None, :])
+    else:
+        found = load_pixels(res.ptr, tile.m, res.stride, tile.c, mask)
+    return found
+
+
+@triton.jit
+def store_output(
+    acc, tile, bias_ptr, norm, res, crop, y, moments, count, size, RES_PADDED: tl.constexpr, RELU: tl.constexpr
+):
+    """``y = relu((acc + bias - mean) * gamma/sqrt(var + eps) + beta + res)`` for one tile; each step is optional.
+
+    With ``moments``, also the mean of the tile's rounded values and the sum of squared deviations from it, over the
+    first ``count`` rows.
+    """
+    v = acc
+    if bias_ptr is not None:
+        v += load_channels(bias_ptr, tile.c, tile.mask_c)[None, :]
+    if norm.mean is not None:
+        scale = 1.0 / tl.sqrt_rn(load_channels(norm.var, tile.c, tile.mask_c) + norm.eps)
+        if norm.gamma is not None:
+            scale *= load_channels(norm.gamma, tile.c, tile.mask_c)
+        v = (v - load_channels(norm.mean, tile.c, tile.mask_c)[None, :]) * scale[None, :]
+        if norm.beta is not None:
+            v += load_channels(norm.beta, tile.c, tile.mask_c)[None, :]
+    if res.ptr is not None:
+        v += load_residual(res, crop, tile, size.P, size.Q, RES_PADDED)
+    if RELU:
+        v = relu(v)
+    rounded = v.to(y.ptr.dtype.element_ty)
+    tl.store(y.ptr + (tile.m * y.stride)[:, None] + tile.c[None, :], rounded, mask=tile_mask(tile))
+    if moments.ptr is not None:
+        means = moments.ptr + moments.number * moments.channels + tile.c
+        store_moments(rounded, count, means, moments.tiles * moments.channels, tile.mask_c)
+
+
+@triton.jit
+def store_gradient(acc, tile, place, cut, crop, y_in, stats_ptr, dx_ptr, sums, CUT_SPARSE: tl.constexpr):
+    """``dx = acc + shortcut``, then the ReLU's mask and the sums for the batch norm in front of it, for one tile.
+
+    ``place``: image, row and column of each pixel, whose number is the tile's ``m``.
+    """
+    mask = tile_mask(tile)
+    channels = sums.channels
+    v = acc
+    if cut.ptr is not None:
+        if CUT_SPARSE:
+            n, h, w = place
+            at = (n * crop.h + h // crop.step) * crop.w + w // crop.step
+            hit = (h % crop.step == 0) & (w % crop.step == 0)
+            v += load_pixels(cut.ptr, at, cut.stride, tile.c + crop.before, mask & hit[:, None])
+        else:
+            v += load_pixels(cut.ptr, tile.m, cut.stride, tile.c, mask)
+    if y_in.ptr is not None:
+        y = load_pixels(y_in.ptr, tile.m, y_in.stride, tile.c, mask)
+        v = tl.where(normalise(y, stats_ptr, tile.c, tile.mask_c, channels) <= 0, 0.0, v)
+        rounded = v.to(dx_ptr.dtype.element_ty)
+        store_pixels(dx_ptr, tile.m, channels, tile.c, rounded, mask)
+        g = tl.where(mask, rounded.to(tl.float32), 0.0)
+        deviation = y - load_channels(stats_ptr, tile.c, tile.mask_c)[None, :]
+        at = sums.ptr + sums.number.to(tl.int64) * channels + tile.c
+        tl.store(at, tl.sum(g, 0), mask=tile.mask_c)
+        step = sums.tiles.to(tl.int64) * channels
+        tl.store(at + step, tl.sum(rounded_product(g, deviation), 0), mask=tile.mask_c)
+    else:
+        store_pixels(dx_ptr, tile.m, channels, tile.c, v, mask)
+
+
+@triton.jit
+def normalise(v, stats_ptr, c, mask_c, C):
+    """``scale*v + shift``, in the one fma with which every kernel computes it."""
+    scale = load_channels(stats_ptr + 2 * C, c, mask_c)
+    shift = load_channels(stats_ptr + 3 * C, c, mask_c)
+    return tl.fma(v, scale[None, :], shift[None, :])
+
+
+@triton.jit
+def scale_shift(mean, var, gamma_ptr, beta_ptr, eps, c, mask_c):
+    """1/sqrt(var + eps), and the ``scale`` and ``shift`` that batch norm comes to; gamma and beta are optional."""
+    rstd = 1.0 / tl.sqrt_rn(var + eps)
+    scale = rstd
+    if gamma_ptr is not None:
+        scale = rstd * load_channels(gamma_ptr, c, mask_c)
+    shift = -mean * scale
+    if beta_ptr is not None:
+        shift += load_channels(beta_ptr, c, mask_c)
+    return rstd, scale, shift
