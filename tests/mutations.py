@@ -720,7 +720,7 @@ MUTATIONS = [
         "resnet_fused/functional.py",
         "source.x.dtype not in FLOATS if autocast is not None else source.x.dtype != x.dtype",
         "False",
-        "tests/test_functional.py -k another_dtype",
+        "tests/test_functional.py -k fp64",
     ),
     Mutation(
         "resnet_fused/recognise.py",

@@ -127,6 +127,17 @@ def test_a_shortcut_of_another_dtype_is_what_it_is_in_eager(filter_, source):
     assert found[0] == found[1] == found[2]
 
 
+def test_autocast_leaves_a_shortcut_in_fp64_to_its_modules():
+    layer, shortcut = (
+        eligible.Layer(*unit(8, 12)),
+        functional.Projection(torch.randn(2, 8, 4, 3).double(), *unit(8, 12, 1)),
+    )
+    for road in ("triton", "mixed", "eager"):
+        autocast = torch.autocast(DEVICE, torch.bfloat16)
+        with implementation(road), torch.no_grad(), autocast, pytest.raises(RuntimeError, match="type"):
+            functional.residual_block(torch.randn(2, 8, 4, 3), [layer], shortcut)
+
+
 def test_empty_batch():
     with torch.inference_mode(), implementation("triton"):
         assert conv_bn_act(torch.randn(0, 16, 5, 5), *unit()).shape == (0, 24, 5, 5)
