@@ -226,7 +226,7 @@ def test_the_restart_imports_nothing_from_the_current_directory(trap):
 
 
 def test_the_compilers_of_cost_import_nothing_from_the_current_directory(trap, tmp_path):
-    command = python("resnet_fused", "cost", "--model", "resnet18", "--size", "32", "--batch", "1", "--arch", "sm_90")
+    command = python("resnet_fused", "cost", "--model", "resnet20", "--batch", "1", "--arch", "sm_90")
     done = subprocess.run(
         [*command, "--implementation", "mixed"], env=environment(), capture_output=True, text=True, check=False
     )

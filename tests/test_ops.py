@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from resnet_fused import BasicBlock, implementation
 from resnet_fused.engine import ops
 from resnet_fused.engine.forward import Convolution
+from resnet_fused.kernels.conv import Geometry
 from resnet_fused.plan.problem import Tiles
 
 pytestmark = pytest.mark.usefixtures("on_device")
@@ -40,7 +41,7 @@ def test_without_momentum_and_counter_the_running_statistics_stay(x):
     w = torch.randn(12, 16, 1, 1).contiguous(memory_format=torch.channels_last)
     mean, var = torch.randn(12), torch.rand(12)
     before = mean.clone(), var.clone()
-    convolution = Convolution((1, 1), (0, 0), (1, 1), 1, True, Tiles()).encode()
+    convolution = Convolution(Geometry((1, 1), (0, 0), (1, 1), 1), True, Tiles()).encode()
     ops.unit_forward(x, None, w, None, None, None, mean, var, None, None, 1e-5, True, convolution, "")
     assert torch.equal(mean, before[0])
     assert torch.equal(var, before[1])

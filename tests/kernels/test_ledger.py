@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
+import os
+import subprocess
+import sys
+from contextlib import redirect_stdout
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -37,6 +42,7 @@ def launcher():
     return 1
 """
 numbers = count()
+ROOT = Path(__file__).parents[2]
 
 
 def kernel_of(folder: Path, text: str = TEXT):
@@ -175,39 +181,49 @@ def test_the_seed_chooses_the_tenth(tmp_path):
     assert asked[0] == asked[2] != asked[1]
 
 
-def test_the_command_writes_checks_and_reports(tmp_path, monkeypatch, capsys):
-    """With Triton's compiler: the kernel's functions are no interpreter's, and it calls none of Triton's own."""
-    kernels = calls_of(kernel_of(tmp_path))
-    monkeypatch.setattr(module, "FOLDER", tmp_path / "ledger")
-    monkeypatch.setattr(module, "launched", lambda arch: kernels if arch == 80 else {})
-    monkeypatch.setattr(triton.knobs.compilation, "always_compile", False)
+def test_the_command_writes_checks_and_reports(tmp_path):
+    """In a process of its own: where its interpreter ran, Triton's compiler would find the interpreter's functions."""
+    code = f"from tests.kernels.test_ledger import use_the_command; use_the_command({str(tmp_path)!r})"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout == "used\n"
+
+
+def use_the_command(folder: str) -> None:
+    kernels = calls_of(kernel_of(Path(folder)))
+    module.FOLDER = Path(folder) / "ledger"
+    module.launched = lambda arch: kernels if arch == 80 else {}
     with pytest.raises(SystemExit, match=r"there is no .*json: run python -m"):
         main(["--check", "seed"])
-    main([])
-    path = tmp_path / "ledger" / f"triton-{triton.__version__}.json"
-    assert capsys.readouterr().out == f"{path.name}: 2 kernels, 2 of them compiled\n"
+    path = module.FOLDER / f"triton-{triton.__version__}.json"
+    assert said() == f"{path.name}: 2 kernels, 2 of them compiled\n"
     text = path.read_text()
     assert len(text.splitlines()) == 2 + 3 + 4, "a line for each kernel"
-    main([])
-    assert "2 kernels, 0 of them" in capsys.readouterr().out
-    main(["--check", "seed"])
-    assert "all as it says" in capsys.readouterr().out
-    main(["--report"])
-    report = json.loads(capsys.readouterr().out)
+    assert "2 kernels, 0 of them" in said()
+    assert "all as it says" in said("--check", "seed")
+    report = json.loads(said("--report"))
     assert [kernel["key"] for kernel in report["kernels"]] == list(kernels)
     for kernel in report["kernels"]:
         assert_good(kernel)
         assert 8 <= kernel["figures"]["registers"] < 64
 
-    registers = {key: figures.registers for key, figures in module.read(path).figures.items()}
     tampered = module.read(path)
-    for key in tampered.figures:
-        tampered.figures[key] = tampered.figures[key]._replace(registers=registers[key] + 1)
+    for key, figures in tampered.figures.items():
+        tampered.figures[key] = figures._replace(registers=figures.registers + 1)
     module.write(path, tampered)
     with pytest.raises(SystemExit, match=r"the ledger has Figures\(registers=.*, the compiler"):
         main(["--check", "seed"])
-    main(["--all"])
+    said("--all")
     assert path.read_text() == text
+    print("used")
+
+
+def said(*arguments: str) -> str:
+    with redirect_stdout(io.StringIO()) as out:
+        main(list(arguments))
+    return out.getvalue()
 
 
 @pytest.mark.parametrize(
