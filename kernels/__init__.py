@@ -13,6 +13,7 @@ stats     fp32 [5, C], what batch norm does to each channel of ``y``: mean, rstd
           ``shift = beta - mean*scale``, and 1/count (0 where batch norm does not use the batch's own statistics)
 g         gradient before the ReLU in front of which it stands: ``dz`` where ``z > 0``, else 0
 coefs     fp32 [3, C]: the gradient of ``y`` is ``coefs[0]*g + coefs[1]*y + coefs[2]``
+Widths    channels and strides of a launch, Form: which of the kernel's cases it is, Blocks: its tile
 pixel     one (n, h, w); tensors are *pixel-linear*: element ``(pixel, c)`` at ``pixel*stride + c``
 ======== =====================================================================================
 """

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .epilogue import WHOLE, Moments, Norm, Residual, load_residual, normalise, scale_shift
 from .gpus import gpu_of
-from .launch import INTERPRETER, Cost, Recipe, TileConfig, Vector, target_arch
+from .launch import INTERPRETER, KEPT_LAYOUTS, Cost, Recipe, TileConfig, Vector, target_arch
 from .memory import Layout, cdiv, layout, require_pixel_linear, span, stride_of
 from .tile import Pixels, Tile, bound, finite, load_channels, load_pixels, relu, rounded_product, store_pixels
 
@@ -244,7 +244,7 @@ PROGRAMS = 4
 """Of a pass over pixels, how many a multiprocessor is to have: their loads hide each other's latency."""
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=KEPT_LAYOUTS)
 def default_config(pixels: int, channels: int, arch: int) -> TileConfig:
     """The tile of the kernels that pass over pixels: block_m pixels x block_n channels, ``block_k`` such steps."""
     block_n = min(64, max(16, triton.next_power_of_2(channels)))
@@ -276,7 +276,7 @@ def channel_moments(y: Tensor, *, config: TileConfig | None = None) -> Moments:
     return Moments(values, recipe.config.block_m * recipe.config.block_k, recipe.scalars["M"])
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=KEPT_LAYOUTS)
 def _moments_recipe(y: Layout, arch: int, config: TileConfig | None) -> Recipe:
     require_pixel_linear(y=y)
     pixels, channels = sizes(y)
@@ -302,7 +302,7 @@ def merge_moments(moments: Moments) -> Tensor:
     return merged
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=KEPT_LAYOUTS)
 def _merge_moments_recipe(channels: int, tiles: int, rows: int, pixels: int) -> Recipe:
     scalars = {"T": tiles, "C": channels, "rows": rows, "pixels": pixels}
     vectors = _moments_vectors(channels, tiles)
@@ -358,7 +358,7 @@ def batch_norm_stats(
     return stats
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=KEPT_LAYOUTS)
 def _stats_recipe(
     channels: int, tiles: int, rows: int, pixels: int, eps: float, momentum: float, cumulative: bool
 ) -> Recipe:
@@ -425,7 +425,7 @@ def batch_norm_apply(
     return z
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=KEPT_LAYOUTS)
 def _apply_recipe(
     y: Layout,
     residual: Residual | None,

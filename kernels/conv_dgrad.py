@@ -15,8 +15,8 @@ from torch import Tensor
 
 from . import conv_forward
 from .conv import RUNTIME_SIZES, ConvProblem, Geometry, Size, blocks, check_geometry, precision, sizes
-from .epilogue import WHOLE, Crop, Residual, store_gradient
-from .launch import INTERPRETER, Cost, Recipe, TileConfig, Vector, target_arch
+from .epilogue import WHOLE, Crop, fits, store_gradient
+from .launch import INTERPRETER, KEPT_LAYOUTS, Cost, Recipe, TileConfig, Vector, target_arch
 from .memory import (
     Layout,
     cdiv,
@@ -366,7 +366,7 @@ class _Inputs(NamedTuple):
     y_in: Layout | None
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=KEPT_LAYOUTS)
 def _recipe(
     inputs: _Inputs,
     prologue: bool,
@@ -423,7 +423,7 @@ def _transposed(problem: ConvProblem) -> ConvProblem:
     )
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=KEPT_LAYOUTS)
 def default_config(problem: ConvProblem, epilogue: bool) -> TileConfig:
     """The tile where nothing was measured: that of the transposed product, lower where more is read."""
     transposed = _transposed(problem)
@@ -507,8 +507,7 @@ def _check_shortcut(problem: ConvProblem, shortcut: Layout | None, step: int, be
         return
     if step < 1:
         raise ValueError(f"shortcut_step must be at least 1; got {step}")
-    image = Layout((problem.n, problem.ci, problem.h, problem.w), shortcut.strides, shortcut.dtype)
-    if not Residual(image, step, before).fits(tuple(shortcut.shape)):
+    if not fits((problem.n, problem.ci, problem.h, problem.w), step, before, tuple(shortcut.shape)):
         h, w = cdiv(problem.h, step), cdiv(problem.w, step)
         raise ValueError(
             f"shortcut must have shape [{problem.n}, C, {h}, {w}] and {problem.ci} channels from channel {before} on; "

@@ -14,7 +14,7 @@ from torch import Tensor
 from .conv import RUNTIME_SIZES, ConvProblem, Geometry, Size, blocks, check_geometry, precision, sizes
 from .epilogue import WHOLE, Crop, Moments, Norm, Residual, store_output
 from .gpus import gpu_of
-from .launch import INTERPRETER, Cost, Recipe, TileConfig, Vector, target_arch
+from .launch import INTERPRETER, KEPT_LAYOUTS, Cost, Recipe, TileConfig, Vector, target_arch
 from .memory import (
     Layout,
     cdiv,
@@ -279,7 +279,7 @@ def conv_forward_kernel(
         store_output(parts[i], tile, bias_ptr, norm, res, crop, y, moments, count, size, RES_PADDED, RELU)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=KEPT_LAYOUTS)
 def default_config(problem: ConvProblem) -> TileConfig:
     """The tile where nothing was measured: wide enough for the tensor cores, small enough to fill the GPU."""
     ci, co = problem.tile_channels
@@ -441,7 +441,7 @@ class _Epilogue(NamedTuple):
     out: Layout | torch.dtype = torch.float32
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=KEPT_LAYOUTS)
 def _recipe(
     x: Layout,
     w: Layout,

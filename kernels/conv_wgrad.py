@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .conv import RUNTIME_SIZES, ConvProblem, Geometry, blocks, check_geometry, precision, sizes
 from .gpus import gpu_of
-from .launch import INTERPRETER, Cost, Recipe, TileConfig, Vector, target_arch
+from .launch import INTERPRETER, KEPT_LAYOUTS, Cost, Recipe, TileConfig, Vector, target_arch
 from .memory import Layout, cdiv, layout, pixel_stride, require_pixel_linear, span, stride_of
 from .tile import bound, dot, load_channels, relu
 
@@ -242,7 +242,7 @@ class WgradConfig:
     splits: int
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=KEPT_LAYOUTS)
 def default_config(problem: ConvProblem) -> WgradConfig:
     """Wide tiles, and splits for a wave of programs; for half of one where partial filters outweigh the pixels."""
     ci, co = problem.tile_channels
@@ -333,7 +333,7 @@ class _Inputs(NamedTuple):
     x_stats: bool
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=KEPT_LAYOUTS)
 def _recipe(
     inputs: _Inputs,
     filter_size: tuple[int, int],
@@ -392,7 +392,7 @@ def _form(problem: ConvProblem, far: bool) -> Form:
     )
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=KEPT_LAYOUTS)
 def _sum_recipe(size: int, splits: int) -> Recipe:
     tile = TileConfig(1024, 1, 1)
     scalars = {"SIZE": size, "splits": splits, "BLOCK_M": tile.block_m}

@@ -50,6 +50,13 @@ WHOLE = Crop(0, 0, 0, 1, 0)
 """For kernels to which a residual is no crop, whatever its size."""
 
 
+def fits(image: tuple[int, ...], step: int, before: int, shape: tuple[int, ...]) -> bool:
+    """Whether every ``step``-th pixel of ``image`` [N, C, H, W] fits ``shape`` from channel ``before`` on."""
+    n, channels, h, w = image
+    strided = n, cdiv(h, step), cdiv(w, step)
+    return strided == (shape[0], *shape[2:]) and before >= 0 and before + channels <= shape[1]
+
+
 class Residual(NamedTuple):
     """A tensor of which every ``step``-th pixel is added to the channels from ``before`` on, as a launch sees it."""
 
@@ -57,17 +64,11 @@ class Residual(NamedTuple):
     step: int
     before: int
 
-    def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether it can be added to ``shape`` [N, C, P, Q]."""
-        n, channels, h, w = self.layout.shape
-        strided = n, cdiv(h, self.step), cdiv(w, self.step)
-        return strided == (shape[0], *shape[2:]) and self.before >= 0 and self.before + channels <= shape[1]
-
     def require_fits(self, shape: tuple[int, ...]) -> None:
         """Raise ValueError where it does not."""
         if self.step < 1:
             raise ValueError(f"residual_step must be at least 1; got {self.step}")
-        if not self.fits(shape):
+        if not fits(self.layout.shape, self.step, self.before, shape):
             raise ValueError(
                 f"residual must have shape {tuple(shape)}, or fit it with every {self.step}-th pixel from channel "
                 f"{self.before} on; got {tuple(self.layout.shape)}"

@@ -24,6 +24,9 @@ from .gpus import ARCHITECTURES
 INTERPRETER = 0
 """The architecture that stands for Triton's interpreter."""
 
+KEPT_LAYOUTS = 4096
+"""For how many sizes and formats of tensors it is kept what follows from them: for more than a process meets."""
+
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 """What the kernels compute with: they widen whatever they load to fp32."""
 

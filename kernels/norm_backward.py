@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .batch_norm import FP32, RUNTIME_SIZES, VECTOR, default_config, merge_recipe, pass_over, sizes, wide
 from .epilogue import normalise
-from .launch import Recipe, TileConfig, Vector, target_arch
+from .launch import KEPT_LAYOUTS, Recipe, TileConfig, Vector, target_arch
 from .memory import Layout, cdiv, layout, require_pixel_linear, stride_of
 from .tile import bound, load_channels, load_pixels, store_pixels
 
@@ -209,7 +209,7 @@ def batch_norm_reduce(
     return dz if g is None else g, sums
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=KEPT_LAYOUTS)
 def _reduce_recipe(
     dz: Layout,
     y: Layout | None,
@@ -259,7 +259,7 @@ def merge_sums(sums: Tensor) -> Tensor:
     return merged
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=KEPT_LAYOUTS)
 def _merge_sums_recipe(rows: int, tiles: int, channels: int) -> Recipe:
     vectors = {"sums_ptr": Vector("sums", (rows, tiles, channels), FP32)}
     return merge_recipe(
@@ -283,7 +283,7 @@ def batch_norm_coefs(
     return coefs, dgamma, dbeta
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=KEPT_LAYOUTS)
 def _coefs_recipe(tiles: int, channels: int) -> Recipe:
     more = VECTOR * channels * 4  # The shift is the one row of stats that nothing depends on.
     read, written = ["sum_g_ptr", "sum_gy_ptr"], ["coefs_ptr", "dgamma_ptr", "dbeta_ptr"]
@@ -314,7 +314,7 @@ def batch_norm_backward(
     return dy if dy2 is None else (dy, dy2)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=KEPT_LAYOUTS)
 def _backward_recipe(
     g: Layout,
     y: Layout | None,

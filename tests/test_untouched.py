@@ -829,7 +829,7 @@ def _interrupted(work: Callable[[], Any], at: int) -> bool:
 @pytest.mark.parametrize("change", ["fuse", "fuse again", "unfuse"])
 def test_an_interrupt_anywhere_leaves_the_model_as_before_or_converted(change):
     def build() -> nn.Module:
-        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), BasicBlock(8, 8))
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), Bottleneck(8, 2), BasicBlock(8, 8))
         return model if change == "fuse" else fuse(model)
 
     work = {"fuse": fuse, "fuse again": lambda m: fuse(m, memory="recompute"), "unfuse": unfuse}[change]

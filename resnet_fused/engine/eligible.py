@@ -16,9 +16,9 @@ from torch.nn.modules import module as nn_module
 
 from resnet_fused.engine.request import requested
 from resnet_fused.kernels.conv import Geometry, output_size
-from resnet_fused.kernels.launch import FLOATS, dry_target
+from resnet_fused.kernels.launch import FLOATS, KEPT_LAYOUTS, dry_target
 from resnet_fused.plan.decide import why_too_old
-from resnet_fused.plan.problem import KEPT_LAYOUTS, Request
+from resnet_fused.plan.problem import Request
 
 logger = logging.getLogger("resnet_fused")
 

@@ -21,8 +21,9 @@ from resnet_fused.kernels.batch_norm import batch_norm_apply, batch_norm_stats, 
 from resnet_fused.kernels.conv import Geometry
 from resnet_fused.kernels.conv_forward import conv_forward, conv_forward_moments
 from resnet_fused.kernels.epilogue import Moments, Norm
+from resnet_fused.kernels.launch import KEPT_LAYOUTS
 from resnet_fused.plan import decide, tuned
-from resnet_fused.plan.problem import KEPT_LAYOUTS, REQUESTS, Problem, Request, Tiles, Way
+from resnet_fused.plan.problem import REQUESTS, Problem, Request, Tiles, Way
 
 
 class Convolution(NamedTuple):

@@ -9,9 +9,9 @@ from functools import cache, lru_cache
 
 import torch
 
-from resnet_fused.kernels.launch import INTERPRETER, dry_target, interpreting
+from resnet_fused.kernels.launch import INTERPRETER, KEPT_LAYOUTS, dry_target, interpreting
 from resnet_fused.plan import roofline
-from resnet_fused.plan.problem import KEPT_LAYOUTS, Problem, Request, Tiles, Way
+from resnet_fused.plan.problem import Problem, Request, Tiles, Way
 from resnet_fused.plan.tuned import Table
 
 MIN_CAPABILITY = (8, 0)

@@ -10,10 +10,7 @@ import torch
 
 from resnet_fused.kernels.conv import ConvProblem, output_size
 from resnet_fused.kernels.conv_wgrad import WgradConfig
-from resnet_fused.kernels.launch import FLOATS, TileConfig
-
-KEPT_LAYOUTS = 4096
-"""For how many sizes and formats of tensors it is kept what follows from them: for more than a process meets."""
+from resnet_fused.kernels.launch import FLOATS, KEPT_LAYOUTS, TileConfig
 
 Request = Literal["auto", "triton", "mixed", "eager"]
 """An implementation that a user can ask for; see :func:`resnet_fused.implementation`."""
