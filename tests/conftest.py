@@ -12,6 +12,9 @@ if torch.cuda.is_available():
     torch.backends.cudnn.deterministic = True
 else:
     os.environ["TRITON_INTERPRET"] = "1"
+    from tests import interpreter
+
+    interpreter.quicken()
 torch.set_num_threads(1)
 
 
@@ -37,6 +40,13 @@ def _no_search_for_algorithms():
 def on_device():
     """Whatever a test makes lies where the kernels run: on the GPU if there is one."""
     with torch.device("cuda") if torch.cuda.is_available() else nullcontext():
+        yield
+
+
+@pytest.fixture
+def checked_for_overflow():
+    """Integers of the interpreter that overflow raise; for tensors that are large enough for it."""
+    with nullcontext() if torch.cuda.is_available() else interpreter.checked_for_overflow():
         yield
 
 

@@ -293,6 +293,7 @@ def test_every_output_element_is_written(monkeypatch):
         assert not y.isnan().any()
 
 
+@pytest.mark.usefixtures("checked_for_overflow")
 def test_offsets_beyond_32_bits():
     """Pixels a gigabyte apart: only the pages that hold them exist."""
     step = 2**30 + 16

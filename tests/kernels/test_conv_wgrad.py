@@ -202,6 +202,7 @@ def test_output_dtype(config):
     assert torch.equal(conv_wgrad(dy, x, shape[2:], config=config, **g), wide.half())
 
 
+@pytest.mark.usefixtures("checked_for_overflow")
 @pytest.mark.parametrize("taps", [1, 3])
 def test_offsets_beyond_32_bits(taps):
     """Pixels a gigabyte apart: only the pages that hold them exist."""
