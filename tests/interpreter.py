@@ -1,7 +1,8 @@
-"""Triton's interpreter without what it does anew for every operation: thousands of small launches in a third of the time.
+"""Triton's interpreter without what it repeats for every operation: small launches take a third of the time.
 
-No number changes. By default it looks at every sum and product of integers for an overflow, and tells nobody: here it does
-not look, but for tests whose tensors are large enough for one, where it raises (the fixture ``checked_for_overflow``).
+No number changes. By default it looks at every sum and product of integers for an overflow, and tells nobody: here it
+does not look, but for tests whose tensors are large enough for one, where it raises (the fixture
+``checked_for_overflow``).
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ from resnet_fused.kernels import batch_norm, conv_dgrad, conv_forward, conv_wgra
 from resnet_fused.kernels.launch import Call, dry_run, observe
 from resnet_fused.plan import checked
 from resnet_fused.plan.cache import digest
+from tests.kernels.model_kernels import meta_model
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
@@ -211,14 +212,14 @@ def compiled_code(call: Call) -> tuple:
 @pytest.mark.parametrize("arch", [80, 86, 90, 100, 120])
 def test_a_gpu_meets_the_tiles_of_real_networks(arch):
     ours, theirs = launched(arch), set()
-    models = [resnet_fused.resnet18, resnet_fused.resnet50, resnet_fused.resnext50_32x4d]
-    for number_format, model in product(("tf32", "bfloat16"), models):
-        with torch.device("meta"):
-            network = model().to(check_cases.FORMATS[number_format], memory_format=torch.channels_last)
-            x = torch.empty(64, 3, 224, 224, dtype=check_cases.FORMATS[number_format])
+    for number_format, model in product(("tf32", "bfloat16"), ("resnet18", "resnet50", "resnext50_32x4d")):
+        dtype = check_cases.FORMATS[number_format]
+        network = meta_model(model).to(dtype, memory_format=torch.channels_last).train()
+        x = torch.empty(64, 3, 224, 224, dtype=dtype, device="meta")
         see = observe(lambda call: theirs.add(compiled_code(call)))
         with tolerance.products(number_format == "tf32"), resnet_fused.implementation("triton"), dry_run(arch), see:
             network(x).sum().backward()
+            network.zero_grad()
             with torch.no_grad():
                 network.eval()(x)
     assert len(theirs) > 20

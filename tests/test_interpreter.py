@@ -33,5 +33,5 @@ def test_an_overflow_raises_where_it_is_looked_for():
 
 def test_outside_of_a_launch_the_language_is_tritons():
     double_kernel[(1,)](torch.zeros(2, dtype=torch.int32))
-    with pytest.raises(ValueError, match="Did you forget to add @triton.jit"):
+    with pytest.raises(ValueError, match=r"Did you forget to add @triton\.jit"):
         tl.load(0)

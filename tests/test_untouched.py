@@ -802,17 +802,16 @@ class Interrupt(BaseException):
     pass
 
 
-def _interrupted(work: Callable[[], Any], at: int) -> bool:
-    """Run ``work``, raising on the line number ``at`` that the conversion executes; whether it came to that."""
-    lines = 0
+def _lines(work: Callable[[], Any], at: int | None = None) -> list[tuple[str, int]]:
+    """Run ``work``; the lines of the conversion that it executes, of which number ``at`` raises Interrupt."""
+    seen: list[tuple[str, int]] = []
 
     def tracer(frame: Any, event: str, arg: Any) -> Any:
-        nonlocal lines
         if frame.f_globals.get("__name__") not in ("resnet_fused.convert", "contextlib"):
             return None
         if event == "line":
-            lines += 1
-            if lines == at:
+            seen.append((frame.f_code.co_filename, frame.f_lineno))
+            if len(seen) - 1 == at:
                 raise Interrupt
         return tracer
 
@@ -820,39 +819,41 @@ def _interrupted(work: Callable[[], Any], at: int) -> bool:
     try:
         work()
     except Interrupt:
-        return True
+        pass
     finally:
         sys.settrace(None)
-    return False
+    return seen
 
 
 @pytest.mark.parametrize("change", ["fuse", "fuse again", "unfuse"])
 def test_an_interrupt_anywhere_leaves_the_model_as_before_or_converted(change):
+    """At every line, the first, the second and the last time that it is executed."""
+
     def build() -> nn.Module:
         model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), Bottleneck(8, 2), BasicBlock(8, 8))
         return model if change == "fuse" else fuse(model)
 
     work = {"fuse": fuse, "fuse again": lambda m: fuse(m, memory="recompute"), "unfuse": unfuse}[change]
+    work(build())  # what is done but once in a process
     reference = build()
     before = _state(reference)
-    work(reference)
+    passages: dict[tuple[str, int], list[int]] = {}
+    for at, line in enumerate(_lines(lambda: work(reference))):
+        passages.setdefault(line, []).append(at)
     after = _state(reference)
     kinds = [[entry[0] for entry in state] for state in (before, after)]
-    at, interrupts = 1, 0
-    while True:
+    points = sorted({at for passed in passages.values() for at in (*passed[:2], passed[-1])})
+    assert len(points) > 20
+    for at in points:
         model = build()
         start = _state(model)
-        if not _interrupted(lambda m=model: work(m), at):
-            break
-        interrupts += 1
+        assert len(_lines(lambda m=model: work(m), at)) == at + 1
         now = _state(model)
         assert _same(now, start) or [entry[0] for entry in now] == kinds[1], f"half-way at line {at}"
         assert not any(p is None for m in model.modules() for p in (getattr(m, "training", None),))
         unfuse(model)
         assert not any(isinstance(m, Converted) for m in model.modules())
         assert not any(name in vars(m) for m in model.modules() for name in ("layout", "kinds", "memory"))
-        at += 1 if interrupts < 20 else 3
-    assert interrupts > 20
 
 
 def test_an_error_half_way_leaves_the_model_as_before(monkeypatch):

@@ -184,6 +184,7 @@ def report(kernels: Kernels, ledger: Ledger | None) -> dict[str, Any]:
             "number_format": kernel.number_format,
             "tile": str(kernel.call.config),
             "block_m": kernel.call.config.block_m,
+            "odd": kernel.odd,
             "figures": figures[key]._asdict() if key in figures else None,
         }
         for key, kernel in kernels.items()

@@ -1,16 +1,20 @@
-"""Every kernel that the models can launch, found without a GPU and without compiling it."""
+"""Every kernel that the models can launch, and those of odd units; found without a GPU and without compiling it."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Iterator
+from functools import cache
 from hashlib import sha256
 from itertools import product
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 import resnet_fused
 from benchmarks import shapes
+from resnet_fused import functional
 from resnet_fused.commands.tune_trial import Candidate, rehearse
 from resnet_fused.kernels.launch import Call, dry_run, observe
 from resnet_fused.plan.problem import Problem
@@ -18,14 +22,20 @@ from resnet_fused.plan.problem import Problem
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "tf32": torch.float32, "float32": torch.float32}
 MODELS = ["resnet20", "resnet18", "resnet50", "resnet101", "resnext50_32x4d", "wide_resnet50_2"]
 TRAINED = ["resnet20", "resnet18", "resnet50", "resnext50_32x4d"]
+DRAWN = 4
+"""Units of odd sizes for each architecture."""
 
 
 class Kernel(NamedTuple):
-    """One that Triton compiles apart from all others: for an architecture, and as a call specialises it."""
+    """One that Triton compiles apart from all others: for an architecture, and as a call specialises it.
+
+    ``odd``: only a unit of odd sizes launches it.
+    """
 
     arch: int
     number_format: str
     call: Call
+    odd: bool = False
 
     @property
     def name(self) -> str:
@@ -44,7 +54,7 @@ def fields(value: Any) -> Any:
 
 
 def launched(arch: int) -> dict[str, Kernel]:
-    """By key, what the models launch on ``arch`` in inference, and in training those of TRAINED.
+    """By key, what the models launch on ``arch`` in inference, in training those of TRAINED, and some odd units.
 
     fp16 differs from bf16 in the name of an instruction only, so that one GPU of each kind of tensor core will do. So
     it will for fp32 in training, with tiles that are smaller than those of 16 bits everywhere.
@@ -71,6 +81,25 @@ def _launched(arch: int) -> Iterator[Kernel]:
             yield from _calls(arch, name, trained, batches, training=True)
         elif name != "float16" and each_kind:
             yield from _calls(arch, name, TRAINED[2:3], (64,), training=True)
+    draw = random.Random(arch)
+    for _ in range(DRAWN):
+        yield from _drawn(arch, draw)
+
+
+def _drawn(arch: int, draw: random.Random) -> Iterator[Kernel]:
+    """Of a training step of one unit."""
+    number_format = draw.choice(list(DTYPES))
+    dtype, groups, size = DTYPES[number_format], draw.choice([1, 1, 2, 32]), draw.choice([1, 3, 5])
+    ci, co = (groups * draw.randint(1, 256 // groups) for _ in range(2))
+    with torch.device("meta"):
+        conv = nn.Conv2d(ci, co, size, draw.randint(1, 2), draw.randint(0, size), groups=groups, dtype=dtype)
+        conv, bn = conv.to(memory_format=torch.channels_last), nn.BatchNorm2d(co)
+        x = torch.empty(draw.randint(1, 64), ci, draw.randint(7, 60), draw.randint(7, 60), dtype=dtype)
+    torch.backends.cudnn.allow_tf32 = number_format == "tf32"
+    calls: list[Call] = []
+    with resnet_fused.implementation("triton"), dry_run(arch), observe(calls.append):
+        functional.conv_bn_act(x.requires_grad_(), conv, bn).sum().backward()
+    return (Kernel(arch, number_format, call, odd=True) for call in calls)
 
 
 def _calls(
@@ -82,11 +111,17 @@ def _calls(
     for road in ("triton", "mixed"):
         with resnet_fused.implementation(road), dry_run(arch), observe(calls.append), torch.set_grad_enabled(training):
             for name, batch in product(models, batches):
-                with torch.device("meta"):
-                    model = getattr(resnet_fused, name)().train(training)
-                    model.to(DTYPES[number_format], memory_format=torch.channels_last)
-                    side = shapes.MODELS[name]
-                    logits = model(torch.empty(batch, 3, side, side, dtype=DTYPES[number_format]))
+                model, dtype, side = meta_model(name), DTYPES[number_format], shapes.MODELS[name]
+                model.to(dtype, memory_format=torch.channels_last).train(training)
+                logits = model(torch.empty(batch, 3, side, side, dtype=dtype, device="meta"))
                 if training:
                     logits.sum().backward()
+                    model.zero_grad()
     return (Kernel(arch, number_format, call) for call in calls)
+
+
+@cache
+def meta_model(name: str) -> nn.Module:
+    """One of the library's, on the meta device: to initialise it there takes longer than to run it."""
+    with torch.device("meta"):
+        return getattr(resnet_fused, name)()

@@ -232,7 +232,7 @@ def said(*arguments: str) -> str:
 )
 def test_a_bad_kernel_of_the_ledger_fails(figure, bad):
     figures = Figures(128, 0, 1000, 0, ["mma.sync"])
-    kernel = {"arch": 80, "kernel": "conv_forward_kernel", "number_format": "bfloat16", "block_m": 64}
+    kernel = {"arch": 80, "kernel": "conv_forward_kernel", "number_format": "bfloat16", "block_m": 64, "odd": False}
     assert_good(kernel | {"figures": figures._asdict()})
     with pytest.raises(AssertionError):
         assert_good(kernel | {"figures": figures._replace(**{figure: bad})._asdict()})
