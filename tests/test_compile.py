@@ -34,7 +34,7 @@ def graphs() -> int:
 def blocks() -> nn.Module:
     torch.manual_seed(0)
     shortcut = nn.Sequential(nn.Conv2d(16, 32, 1, 2, bias=False), nn.BatchNorm2d(32))
-    model = nn.Sequential(Bottleneck(16, 4), Bottleneck(16, 8, 2, shortcut), BasicBlock(32, 32))
+    model = nn.Sequential(Bottleneck(16, 8, 2, shortcut), BasicBlock(32, 32))
     randomise(model)
     return nn.Sequential(fuse(model), ResidualBlock(32, [(40, 3)], "pad", stride=2))
 
@@ -46,7 +46,7 @@ def test_one_graph_for_every_size(training, road):
     twin = copy.deepcopy(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
     with implementation(road), torch.set_grad_enabled(training):
-        for n, h, w in ((2, 6, 5), (3, 6, 5), (5, 8, 7), (64, 6, 5) if road == "mixed" else (9, 6, 5)):
+        for n, h, w in ((2, 6, 5), (5, 8, 7), (64, 6, 5) if road == "mixed" else (9, 6, 5)):
             x = torch.randn(n, 16, h, w)
             leaves = [x.clone().requires_grad_(training) for _ in range(2)]
             z, want = compiled(leaves[0]), twin(leaves[1])
