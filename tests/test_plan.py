@@ -108,19 +108,19 @@ def test_every_plan_is_pure_and_legal(problem):
 
 def planned_tiles(problem: Problem) -> Iterator[tuple[TileConfig, int]]:
     """The tiles of the unit's kernels, and how many channels of merged groups a chunk of K must hold."""
-    conv = problem.conv(problem.prologue)
+    conv = problem
     merged = conv.merged > 1
     yield conv_forward.default_config(conv), conv.tile_channels[0] if merged else 0
     if problem.direction == "training":
         for prologue in (False, True):
             for epilogue in (False, True):
-                conv = problem.conv(prologue)
+                conv = replace(problem, prologue=prologue)
                 transposed = replace(conv, ci=problem.co, co=problem.ci).merged > 1
                 yield (
                     conv_dgrad.default_config(conv, epilogue=epilogue),
                     problem.co // problem.groups if transposed else 0,
                 )
-            yield conv_wgrad.default_config(problem.conv(prologue)).tile, 0
+            yield conv_wgrad.default_config(replace(problem, prologue=prologue)).tile, 0
 
 
 def legal(tile: TileConfig, problem: Problem) -> bool:
@@ -140,7 +140,7 @@ def test_planned_tiles_are_right(problem):
     x = random(problem.n, problem.ci, problem.h, problem.w, dtype=dtype)
     w = random(problem.co, problem.ci // problem.groups, problem.r, problem.s, dtype=dtype)
     conv = dict(stride=problem.stride, padding=problem.padding, dilation=problem.dilation, groups=problem.groups)
-    wanted = problem.conv(prologue=False)
+    wanted = replace(problem, prologue=False)
     eager, exact = F.conv2d(x, w, **conv), F.conv2d(x.double(), w.double(), **conv)
     y = conv_forward.conv_forward(x, w, config=conv_forward.default_config(wanted), **conv)
     assert_within_rule(y, eager, exact, sums=2)
@@ -171,7 +171,7 @@ def test_planned_tiles_compile():
 
 
 LAYER = Problem(
-    *(32, 28, 28, 128, 128, 3, 3, (1, 1), (1, 1), (1, 1), 1, torch.bfloat16, False, "training", True, False, 90)
+    *(32, 28, 28, 128, 128, 3, 3, (1, 1), (1, 1), (1, 1), 1, torch.bfloat16, False, True, 90, "training", False)
 )
 
 

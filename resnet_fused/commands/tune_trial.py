@@ -61,14 +61,13 @@ def _short(tile: Any) -> str:
 
 def candidates(problem: Problem) -> list[Candidate]:
     """Every way to try: fused with the default tiles first, then with one kernel's tile varied, then the others."""
-    conv = problem.conv(problem.prologue)
     found = [Candidate("fused")]
-    found += [Candidate("fused", Tiles(forward=t)) for t in _variants(conv_forward.default_config(conv), problem)]
+    found += [Candidate("fused", Tiles(forward=t)) for t in _variants(conv_forward.default_config(problem), problem)]
     if problem.direction == "training":
-        behind = problem.conv(prologue=problem.r * problem.s == 1)
+        behind = replace(problem, prologue=problem.r * problem.s == 1)
         dgrad = conv_dgrad.default_config(behind, epilogue=problem.prologue)
         found += [Candidate("fused", Tiles(dgrad=t)) for t in _variants(dgrad, problem)]
-        wgrad = conv_wgrad.default_config(problem.conv(prologue=True))
+        wgrad = conv_wgrad.default_config(replace(problem, prologue=True))
         found += [
             Candidate("fused", Tiles(wgrad=replace(wgrad, tile=t, splits=splits)))
             for t in (wgrad.tile, *_variants(wgrad.tile, problem))

@@ -100,7 +100,7 @@ def choose(
     ``direction``, ``prologue`` and ``residual``: see :class:`Problem`. Measurements count where the GPU was tuned.
     """
     arch, gpu = decide.target(device)
-    options = dtype, decide.tf32(dtype), direction, prologue, residual, arch, gpu
+    options = dtype, decide.tf32(dtype), prologue, arch, direction, residual, gpu
     problem, way = _decided(shape, w_shape, geometry, options, request, tuned.load(gpu))
     decide.note(problem)
     return way

@@ -62,7 +62,7 @@ def test_what_is_compiled_ahead_the_jit_finds_in_the_cache():
 from resnet_fused.plan.problem import Problem
 from resnet_fused.commands.tune_trial import Candidate, rehearse
 sizes = 3, 7, 5, 64, 60, 3, 3, (1, 1), (1, 1), (1, 1), 1
-calls, _ = rehearse(Problem(*sizes, torch.bfloat16, False, "training", True, False, 90), Candidate("fused"))
+calls, _ = rehearse(Problem(*sizes, torch.bfloat16, False, True, 90, "training", False), Candidate("fused"))
 for call in calls:
     jitted = call.kernel.warmup(grid=call.grid, **call.arguments, **call.config.options)
     print(call.kernel.__name__, call.compile(90).hash == jitted.hash)
