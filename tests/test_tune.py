@@ -416,7 +416,7 @@ def test_what_is_right_does_not_depend_on_the_fastest_algorithm(direction, monke
     assert (cudnn.benchmark, cudnn.deterministic, cudnn.conv.fp32_precision) == (True, False, before)
 
 
-def conv_relu(x, w, bias, residual, *geometry):
+def conv_relu(x, w, bias, residual, geometry):
     """What cuDNN computes in one call."""
     y = F.conv2d(x, w, bias, *geometry)
     return torch.relu(y if residual is None else y + residual)

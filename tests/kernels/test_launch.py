@@ -19,7 +19,7 @@ from resnet_fused.kernels.batch_norm import batch_norm_apply, batch_norm_stats, 
 from resnet_fused.kernels.conv_dgrad import conv_dgrad
 from resnet_fused.kernels.conv_forward import conv_forward, conv_forward_moments
 from resnet_fused.kernels.conv_wgrad import conv_wgrad
-from resnet_fused.kernels.epilogue import Moments, Norm
+from resnet_fused.kernels.epilogue import Moments, Norm, Residual
 from resnet_fused.kernels.launch import INTERPRETER, dry_run, dry_target, interpreting, observe, target_arch
 from resnet_fused.kernels.norm_backward import batch_norm_backward, batch_norm_coefs, batch_norm_reduce, merge_sums
 from tests.kernels.test_conv_forward import DEVICE, random
@@ -213,7 +213,7 @@ def launches() -> dict[str, tuple[Callable, dict[str, Tensor]]]:
             running,
         ),
         "batch_norm_apply": (
-            lambda v: batch_norm_apply(x, v["stats"], residual=x, residual_stats=v["residual_stats"]),
+            lambda v: batch_norm_apply(x, v["stats"], residual=Residual(x), residual_stats=v["residual_stats"]),
             {"stats": stats["stats"], "residual_stats": stats["stats2"]},
         ),
         "batch_norm_apply of fixed ones": (
