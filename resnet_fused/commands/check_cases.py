@@ -41,9 +41,9 @@ class CheckLayer:
     size: tuple[int, int]
     ci: int
     co: int
+    groups: int = 1
     taps: int = 1
     stride: int = 1
-    groups: int = 1
 
     @property
     def geometry(self) -> Geometry:
@@ -72,35 +72,24 @@ class CheckLayer:
         return f"{self.taps}x{self.taps}{more} {self.ci}->{self.co}, {self.n}x{self.size[0]}x{self.size[1]}"
 
 
+def _layer(real: tuple[Any, ...], tiny: tuple[Any, ...], **shared: Any) -> dict[str, CheckLayer]:
+    return {"cuda": CheckLayer(*real, **shared), "cpu": CheckLayer(*tiny, **shared)}
+
+
 # On a GPU, layers of real networks, which meet the tiles that the launchers choose there; in the interpreter tiny ones
 # of the same kinds, with ragged ends.
 LAYERS = {
-    "cuda": {
-        "stem": CheckLayer(8, (224, 224), 3, 64, taps=7, stride=2),
-        "reduce": CheckLayer(8, (56, 56), 256, 64),
-        "middle": CheckLayer(8, (56, 56), 64, 64, taps=3),
-        "expand": CheckLayer(16, (56, 56), 64, 256),
-        "wide": CheckLayer(8, (56, 56), 128, 128, taps=3),
-        "groups": CheckLayer(8, (56, 56), 128, 128, taps=3, groups=32),
-        "wide groups": CheckLayer(8, (7, 7), 1024, 1024, taps=3, groups=32),
-        "strided": CheckLayer(8, (56, 56), 128, 128, taps=3, stride=2),
-        "projection": CheckLayer(8, (56, 56), 256, 512, stride=2),
-        "deep": CheckLayer(8, (14, 14), 256, 1024),
-        "last": CheckLayer(64, (7, 7), 512, 512, taps=3),
-    },
-    "cpu": {
-        "stem": CheckLayer(1, (9, 8), 3, 20, taps=7, stride=2),
-        "reduce": CheckLayer(2, (5, 3), 40, 12),
-        "middle": CheckLayer(2, (4, 3), 16, 20, taps=3),
-        "expand": CheckLayer(2, (5, 3), 12, 40),
-        "wide": CheckLayer(2, (3, 4), 20, 24, taps=3),
-        "groups": CheckLayer(1, (4, 3), 32, 32, taps=3, groups=8),
-        "wide groups": CheckLayer(1, (3, 4), 80, 48, taps=3, groups=2),
-        "strided": CheckLayer(2, (5, 4), 12, 16, taps=3, stride=2),
-        "projection": CheckLayer(2, (5, 4), 20, 24, stride=2),
-        "deep": CheckLayer(1, (3, 3), 20, 136),
-        "last": CheckLayer(2, (2, 3), 40, 24, taps=3),
-    },
+    "stem": _layer((8, (224, 224), 3, 64), (1, (9, 8), 3, 20), taps=7, stride=2),
+    "reduce": _layer((8, (56, 56), 256, 64), (2, (5, 3), 40, 12)),
+    "middle": _layer((8, (56, 56), 64, 64), (2, (4, 3), 16, 20), taps=3),
+    "expand": _layer((16, (56, 56), 64, 256), (2, (5, 3), 12, 40)),
+    "wide": _layer((8, (56, 56), 128, 128), (2, (3, 4), 20, 24), taps=3),
+    "groups": _layer((8, (56, 56), 128, 128, 32), (1, (4, 3), 32, 32, 8), taps=3),
+    "wide groups": _layer((8, (7, 7), 1024, 1024, 32), (1, (3, 4), 80, 48, 2), taps=3),
+    "strided": _layer((8, (56, 56), 128, 128), (2, (5, 4), 12, 16), taps=3, stride=2),
+    "projection": _layer((8, (56, 56), 256, 512), (2, (5, 4), 20, 24), stride=2),
+    "deep": _layer((8, (14, 14), 256, 1024), (1, (3, 3), 20, 136)),
+    "last": _layer((64, (7, 7), 512, 512), (2, (2, 3), 40, 24), taps=3),
 }
 
 CONV_FORWARD = (
@@ -534,7 +523,7 @@ def _training_step(block: nn.Module, x: Tensor, dz: Tensor) -> Results:
 
 def cases(device_type: str) -> list[CheckCase]:
     """Everything that is checked on ``"cuda"`` or ``"cpu"``, in the order of the report."""
-    layers = LAYERS[device_type]
+    layers = {name: layer[device_type] for name, layer in LAYERS.items()}
     norms = [(name, "") for name in NORM_LAYERS]
     applied = ("", "residual", "normalised residual", "padded residual", "fixed statistics")
     families: list[tuple[str, Callable[..., Comparison], Iterable[tuple[str, str]], bool]] = [
