@@ -394,7 +394,7 @@ def batch_norm_apply(
     """``relu(scale*y + shift + residual)`` for ``y`` [N, C, P, Q]; one read of each tensor and one write.
 
     ``stats``: as :func:`batch_norm_stats` returns them, or the fixed statistics that it would take them from.
-    ``residual_stats``: a residual of the same shape is normalised first.
+    ``residual_stats``: they normalise a residual of the same shape.
 
     Returns [N, C, P, Q], channels_last, of ``out_dtype`` (that of ``y`` if not given). Raises ValueError for tensors
     that are not pixel-linear or do not fit.
