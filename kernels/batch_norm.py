@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .epilogue import WHOLE, Moments, Norm, Residual, load_residual, normalise, scale_shift
+from .epilogue import WHOLE, Added, Moments, Norm, Residual, added, load_residual, normalise, scale_shift
 from .gpus import gpu_of
 from .launch import INTERPRETER, KEPT_LAYOUTS, Cost, Recipe, TileConfig, Vector, target_arch
 from .memory import Layout, cdiv, layout, require_pixel_linear, span, stride_of
@@ -385,10 +385,8 @@ def batch_norm_apply(
     y: Tensor,
     stats: Tensor | Norm,
     *,
-    residual: Tensor | None = None,
+    residual: Residual | None = None,
     residual_stats: Tensor | None = None,
-    residual_step: int = 1,
-    residual_before: int = 0,
     relu: bool = True,
     out_dtype: torch.dtype | None = None,
     config: TileConfig | None = None,
@@ -396,20 +394,18 @@ def batch_norm_apply(
     """``relu(scale*y + shift + residual)`` for ``y`` [N, C, P, Q]; one read of each tensor and one write.
 
     ``stats``: as :func:`batch_norm_stats` returns them, or the fixed statistics that it would take them from.
-    ``residual``: of the same shape, normalised by ``residual_stats`` if given; or, with a ``residual_step`` above 1 or
-    fewer channels, every ``residual_step``-th pixel of it is added to the channels from ``residual_before`` on.
+    ``residual_stats``: they normalise a residual of the same shape.
 
     Returns [N, C, P, Q], channels_last, of ``out_dtype`` (that of ``y`` if not given). Raises ValueError for tensors
     that are not pixel-linear or do not fit.
     """
     dtype = y.dtype if out_dtype is None else out_dtype
-    if residual_stats is not None and (residual is None or residual.shape != y.shape):
+    if residual_stats is not None and (residual is None or residual.tensor.shape != y.shape):
         raise ValueError("residual_stats need a residual of the shape of y")
     fixed = stats if isinstance(stats, Norm) else None
     mean, var, gamma, beta, eps = fixed or (None, None, None, None, 0.0)
     rows = (0 if fixed else 2) + (0 if residual_stats is None else 2)
-    added = None if residual is None else Residual(layout(residual), residual_step, residual_before)
-    recipe = _apply_recipe(layout(y), added, rows, eps, relu, target_arch(), config)
+    recipe = _apply_recipe(layout(y), added(residual), rows, eps, relu, target_arch(), config)
     z = torch.empty(y.shape, dtype=dtype, device=y.device, memory_format=torch.channels_last)
     recipe.run(
         y_ptr=y,
@@ -418,7 +414,7 @@ def batch_norm_apply(
         var_ptr=var,
         gamma_ptr=gamma,
         beta_ptr=beta,
-        res_ptr=residual,
+        res_ptr=None if residual is None else residual.tensor,
         res_stats_ptr=residual_stats,
         z_ptr=z,
     )
@@ -428,7 +424,7 @@ def batch_norm_apply(
 @lru_cache(maxsize=KEPT_LAYOUTS)
 def _apply_recipe(
     y: Layout,
-    residual: Residual | None,
+    residual: Added,
     rows: int,
     eps: float,
     relu: bool,
@@ -436,14 +432,13 @@ def _apply_recipe(
     config: TileConfig | None,
 ) -> Recipe:
     """``rows``: how many of stats are read."""
-    res = None if residual is None else residual.layout
+    res = residual.layout
     require_pixel_linear(y=y, residual=res)
     pixels, channels = sizes(y)
     _, _, p, q = y.shape
-    if residual is not None:
-        residual.require_fits(y.shape)
+    residual.require_fits(y.shape)
     tile = config or default_config(pixels, channels, arch)
-    crop = WHOLE if residual is None else residual.crop(y.shape)
+    crop = residual.crop(y.shape)
     scalars = {
         "M": pixels,
         "C": channels,

@@ -21,10 +21,10 @@ reach into tuples. Channels and strides are not among them: their divisibility b
 class Geometry(NamedTuple):
     """Of a convolution: the arguments that PyTorch's has. The kernels build the same of numbers on the device."""
 
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
 
 
 class Size(NamedTuple):
@@ -59,6 +59,11 @@ class ConvProblem:
     tf32: bool
     prologue: bool
     arch: int
+
+    @property
+    def geometry(self) -> Geometry:
+        """The convolution's arguments."""
+        return Geometry(self.stride, self.padding, self.dilation, self.groups)
 
     @property
     def p(self) -> int:
@@ -138,9 +143,9 @@ def check_geometry(problem: ConvProblem) -> None:
     named = {"stride": (problem.stride, 1), "padding": (problem.padding, 0), "dilation": (problem.dilation, 1)}
     for name, (pair, least) in named.items():
         if not isinstance(pair, tuple) or len(pair) != 2 or min(pair) < least:
-            raise ValueError(f"{name} must be two integers of at least {least}; got {pair}")
+            raise ValueError(f"geometry.{name} must be two integers of at least {least}; got {pair}")
     if problem.groups < 1:
-        raise ValueError(f"groups must be at least 1; got {problem.groups}")
+        raise ValueError(f"geometry.groups must be at least 1; got {problem.groups}")
     if problem.r < 1 or problem.s < 1 or problem.p < 1 or problem.q < 1:
         raise ValueError(
             f"a filter of {problem.r}x{problem.s} with dilation {problem.dilation} does not fit into an image of "

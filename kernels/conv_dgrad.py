@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import conv_forward
 from .conv import RUNTIME_SIZES, ConvProblem, Geometry, Size, blocks, check_geometry, precision, sizes
-from .epilogue import WHOLE, Crop, fits, store_gradient
+from .epilogue import WHOLE, Added, Residual, added, fits, store_gradient
 from .launch import INTERPRETER, KEPT_LAYOUTS, Cost, Recipe, TileConfig, Vector, target_arch
 from .memory import (
     Layout,
@@ -306,15 +306,10 @@ def conv_dgrad(
     w: Tensor,
     size: tuple[int, int],
     *,
-    stride: tuple[int, int] = (1, 1),
-    padding: tuple[int, int] = (0, 0),
-    dilation: tuple[int, int] = (1, 1),
-    groups: int = 1,
+    geometry: Geometry = Geometry(),
     y: Tensor | None = None,
     coefs: Tensor | None = None,
-    shortcut: Tensor | None = None,
-    shortcut_step: int = 1,
-    shortcut_before: int = 0,
+    shortcut: Residual | None = None,
     mask: tuple[Tensor, Tensor] | None = None,
     tf32: bool = False,
     out_dtype: torch.dtype | None = None,
@@ -324,21 +319,19 @@ def conv_dgrad(
 
     ``dy`` [N, CO, P, Q]: the gradient of its output, of the dtype of ``w``; or, with ``coefs`` fp32 [3, CO], the g of
     ``dy = coefs[0]*g + coefs[1]*y + coefs[2]`` (``y`` None: only the first term), which is rounded to that dtype.
-    ``shortcut``: its channels from ``shortcut_before`` on are added to every ``shortcut_step``-th pixel. ``mask`` =
-    (y_in [N, CI, *size], stats fp32 [5, CI]): the input was ``relu(scale*y_in + shift)``, and the gradient in front of
-    that ReLU is wanted. Tensors are pixel-linear, ``w`` is channels_last.
+    ``shortcut``: its channels from ``before`` on are added to every ``step``-th pixel. ``mask`` = (y_in [N, CI, *size],
+    stats fp32 [5, CI]): the input was ``relu(scale*y_in + shift)``, and the gradient in front of that ReLU is wanted.
+    Tensors are pixel-linear, ``w`` is channels_last.
 
     Returns it, channels_last, of ``out_dtype`` (that of ``w`` if not given); and with a mask fp32 [2, T, CI], tile by
     tile the sums of it and of its product with ``y_in - mean``, of the rounded values. Raises ValueError for tensors
     that do not fit, and for filters of more than 64 taps.
     """
     y_in, stats = mask or (None, None)
-    inputs = _Inputs(layout(dy), layout(w), layout(y), layout(shortcut), layout(y_in))
-    cut = (shortcut_step, shortcut_before)
+    inputs = _Inputs(layout(dy), layout(w), layout(y), added(shortcut), layout(y_in))
     dtype = w.dtype if out_dtype is None else out_dtype
-    geometry = Geometry(stride, padding, dilation, groups)
-    recipe = _recipe(inputs, coefs is not None, tuple(size), geometry, cut, tf32, target_arch(), config)
-    channels = w.shape[1] * groups
+    recipe = _recipe(inputs, coefs is not None, tuple(size), geometry, tf32, target_arch(), config)
+    channels = w.shape[1] * geometry.groups
     shape = (dy.shape[0], channels, *size)
     dx = torch.empty(shape, dtype=dtype, device=dy.device, memory_format=torch.channels_last)
     sums = None
@@ -349,7 +342,7 @@ def conv_dgrad(
         y_ptr=y,
         coefs_ptr=coefs,
         w_ptr=w,
-        cut_ptr=shortcut,
+        cut_ptr=None if shortcut is None else shortcut.tensor,
         y_in_ptr=y_in,
         stats_ptr=stats,
         dx_ptr=dx,
@@ -362,7 +355,7 @@ class _Inputs(NamedTuple):
     dy: Layout
     w: Layout
     y: Layout | None
-    shortcut: Layout | None
+    shortcut: Added
     y_in: Layout | None
 
 
@@ -372,13 +365,12 @@ def _recipe(
     prologue: bool,
     size: tuple[int, int],
     geometry: Geometry,
-    cut: tuple[int, int],
     tf32: bool,
     arch: int,
     config: TileConfig | None,
 ) -> Recipe:
     dy, w, _, shortcut, y_in = inputs
-    stride, *_, groups = geometry
+    cut, stride, groups = shortcut.layout, geometry.stride, geometry.groups
     require_pixel_linear(dy=dy)
     require_channels_last_filter(w)
     n, co, _, _ = dy.shape
@@ -387,12 +379,12 @@ def _recipe(
     problem = ConvProblem(n, h, width, ci, co, r, s, *geometry, w.dtype, tf32, prologue, arch)
     check_geometry(problem)
     _check(problem, inputs)
-    _check_shortcut(problem, shortcut, *cut)
-    tile = config or default_config(problem, epilogue=y_in is not None or shortcut is not None)
+    _check_shortcut(problem, shortcut)
+    tile = config or default_config(problem, epilogue=y_in is not None or cut is not None)
     transposed = _transposed(problem)
     tiles = cdiv(n * cdiv(size[0], stride[0]) * cdiv(size[1], stride[1]), tile.block_m)
-    reach = max(_reach(problem, dy), problem.n * ci * size[0] * size[1], *map(span, (shortcut, y_in)))
-    crop = _crop(problem, shortcut, *cut)
+    reach = max(_reach(problem, dy), problem.n * ci * size[0] * size[1], *map(span, (cut, y_in)))
+    crop = shortcut.crop((n, ci, h, width))
     tap = [st // gcd(st, dil) for st, dil in zip(problem.stride, problem.dilation, strict=True)]
     hop = [t * dil // st for t, dil, st in zip(tap, problem.dilation, problem.stride, strict=True)]
     scalars = {
@@ -457,7 +449,7 @@ def _widths(problem: ConvProblem, transposed: ConvProblem, inputs: _Inputs) -> W
     co, ci = transposed.tile_channels
     tap = problem.ci // problem.groups
     filters = problem.r * problem.s * tap
-    strides = stride_of(inputs.dy), filters, tap, stride_of(inputs.shortcut), stride_of(inputs.y_in)
+    strides = stride_of(inputs.dy), filters, tap, stride_of(inputs.shortcut.layout), stride_of(inputs.y_in)
     return Widths(ci, co, problem.ci, problem.co, *strides)
 
 
@@ -474,14 +466,6 @@ def _form(problem: ConvProblem, transposed: ConvProblem, tile: TileConfig, spars
         INT64=far,
         PRECISION=precision(problem),
     )
-
-
-def _crop(problem: ConvProblem, shortcut: Layout | None, step: int, before: int) -> Crop:
-    whole = (problem.n, problem.ci, problem.h, problem.w)
-    if shortcut is None or tuple(shortcut.shape) == whole:
-        return WHOLE
-    _, _, h, w = shortcut.shape
-    return Crop(h, w, problem.ci, step, before)
 
 
 def _check(problem: ConvProblem, inputs: _Inputs) -> None:
@@ -501,17 +485,18 @@ def _check(problem: ConvProblem, inputs: _Inputs) -> None:
         raise ValueError(f"mask[0] must have the shape of the result; got {tuple(y_in.shape)}")
 
 
-def _check_shortcut(problem: ConvProblem, shortcut: Layout | None, step: int, before: int) -> None:
-    require_pixel_linear(shortcut=shortcut)
-    if shortcut is None:
+def _check_shortcut(problem: ConvProblem, shortcut: Added) -> None:
+    cut, step, before = shortcut
+    require_pixel_linear(shortcut=cut)
+    if cut is None:
         return
     if step < 1:
-        raise ValueError(f"shortcut_step must be at least 1; got {step}")
-    if not fits((problem.n, problem.ci, problem.h, problem.w), step, before, tuple(shortcut.shape)):
+        raise ValueError(f"shortcut.step must be at least 1; got {step}")
+    if not fits((problem.n, problem.ci, problem.h, problem.w), step, before, cut.shape):
         h, w = cdiv(problem.h, step), cdiv(problem.w, step)
         raise ValueError(
             f"shortcut must have shape [{problem.n}, C, {h}, {w}] and {problem.ci} channels from channel {before} on; "
-            f"got {tuple(shortcut.shape)}"
+            f"got {tuple(cut.shape)}"
         )
 
 

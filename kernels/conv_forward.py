@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .conv import RUNTIME_SIZES, ConvProblem, Geometry, Size, blocks, check_geometry, precision, sizes
-from .epilogue import WHOLE, Crop, Moments, Norm, Residual, store_output
+from .epilogue import NOTHING, WHOLE, Added, Crop, Moments, Norm, Residual, added, store_output
 from .gpus import gpu_of
 from .launch import INTERPRETER, KEPT_LAYOUTS, Cost, Recipe, TileConfig, Vector, target_arch
 from .memory import (
@@ -337,16 +337,11 @@ def conv_forward(
     x: Tensor,
     w: Tensor,
     *,
-    stride: tuple[int, int] = (1, 1),
-    padding: tuple[int, int] = (0, 0),
-    dilation: tuple[int, int] = (1, 1),
-    groups: int = 1,
+    geometry: Geometry = Geometry(),
     prologue: tuple[Tensor, Tensor] | None = None,
     bias: Tensor | None = None,
     norm: Norm | None = None,
-    residual: Tensor | None = None,
-    residual_step: int = 1,
-    residual_before: int = 0,
+    residual: Residual | None = None,
     relu: bool = False,
     tf32: bool = False,
     out: Tensor | None = None,
@@ -355,39 +350,20 @@ def conv_forward(
 ) -> Tensor:
     """``relu(norm(conv(prologue(x)) + bias) + residual)`` in one launch; every step but the convolution is optional.
 
-    ``x`` [N, CI, H, W] and ``residual`` are pixel-linear (channels_last, or a slice of its channels or images), ``w``
+    ``x`` [N, CI, H, W] and the residual are pixel-linear (channels_last, or a slice of its channels or images), ``w``
     [CO, CI/groups, R, S] is channels_last and has the dtype of ``x``. ``prologue`` = (scale, shift), fp32 vectors [CI]:
-    the input becomes ``relu(scale*x + shift)``, and padding zero after it. ``residual``: [N, CO, P, Q]; or, with a
-    ``residual_step`` above 1 or fewer channels, every ``residual_step``-th pixel of it is added to the output channels
-    from ``residual_before`` on. ``out``: a pixel-linear tensor [N, CO, P, Q] to write to. ``config``: the tile; without
-    it, ``default_config``.
+    the input becomes ``relu(scale*x + shift)``, and padding zero after it. ``out``: a pixel-linear tensor [N, CO, P, Q]
+    to write to. ``config``: the tile; without it, ``default_config``.
 
     Returns [N, CO, P, Q], channels_last, of ``out_dtype`` (that of ``x`` if not given). Raises ValueError for tensors
     that are not laid out so, RuntimeError where nothing can execute the kernel.
     """
     dtype = x.dtype if out_dtype is None else out_dtype
-    mean, var, gamma, beta, eps = norm or (None, None, None, None, 0.0)
-    added = None if residual is None else Residual(layout(residual), residual_step, residual_before)
-    epilogue = _Epilogue(added, eps, relu, layout(out) or dtype)
-    geometry = Geometry(stride, padding, dilation, groups)
+    epilogue = _Epilogue(added(residual), 0.0 if norm is None else norm.eps, relu, layout(out) or dtype)
     recipe = _recipe(layout(x), layout(w), geometry, prologue is not None, epilogue, tf32, target_arch(), config)
     if out is None:
         out = _output(recipe, x, w, dtype)
-    scale, shift = prologue or (None, None)
-    recipe.run(
-        x_ptr=x,
-        w_ptr=w,
-        scale_ptr=scale,
-        shift_ptr=shift,
-        bias_ptr=bias,
-        mean_ptr=mean,
-        var_ptr=var,
-        gamma_ptr=gamma,
-        beta_ptr=beta,
-        res_ptr=residual,
-        y_ptr=out,
-        moments_ptr=None,
-    )
+    _run(recipe, x, w, prologue, bias, norm, residual, out, None)
     return out
 
 
@@ -395,10 +371,7 @@ def conv_forward_moments(
     x: Tensor,
     w: Tensor,
     *,
-    stride: tuple[int, int] = (1, 1),
-    padding: tuple[int, int] = (0, 0),
-    dilation: tuple[int, int] = (1, 1),
-    groups: int = 1,
+    geometry: Geometry = Geometry(),
     prologue: tuple[Tensor, Tensor] | None = None,
     bias: Tensor | None = None,
     tf32: bool = False,
@@ -409,33 +382,47 @@ def conv_forward_moments(
     Arguments as for :func:`conv_forward`. The moments are those of the rounded values.
     """
     epilogue = _Epilogue(out=x.dtype)
-    geometry = Geometry(stride, padding, dilation, groups)
     recipe = _recipe(layout(x), layout(w), geometry, prologue is not None, epilogue, tf32, target_arch(), config)
     y = _output(recipe, x, w, x.dtype)
     pixels, rows = recipe.scalars["M"], recipe.config.block_m
     values = torch.empty(2, cdiv(pixels, rows), w.shape[0], dtype=torch.float32, device=x.device)
+    _run(recipe, x, w, prologue, bias, None, None, y, values)
+    return y, Moments(values, rows, pixels)
+
+
+def _run(
+    recipe: Recipe,
+    x: Tensor,
+    w: Tensor,
+    prologue: tuple[Tensor, Tensor] | None,
+    bias: Tensor | None,
+    norm: Norm | None,
+    residual: Residual | None,
+    y: Tensor,
+    moments: Tensor | None,
+) -> None:
     scale, shift = prologue or (None, None)
+    mean, var, gamma, beta, _ = norm or (None, None, None, None, 0.0)
     recipe.run(
         x_ptr=x,
         w_ptr=w,
         scale_ptr=scale,
         shift_ptr=shift,
         bias_ptr=bias,
-        mean_ptr=None,
-        var_ptr=None,
-        gamma_ptr=None,
-        beta_ptr=None,
-        res_ptr=None,
+        mean_ptr=mean,
+        var_ptr=var,
+        gamma_ptr=gamma,
+        beta_ptr=beta,
+        res_ptr=None if residual is None else residual.tensor,
         y_ptr=y,
-        moments_ptr=values,
+        moments_ptr=moments,
     )
-    return y, Moments(values, rows, pixels)
 
 
 class _Epilogue(NamedTuple):
     """What follows the product, as far as the launch depends on it. ``out``: the output's layout, or its dtype."""
 
-    residual: Residual | None = None
+    residual: Added = NOTHING
     eps: float = 0.0
     relu: bool = False
     out: Layout | torch.dtype = torch.float32
@@ -461,12 +448,12 @@ def _recipe(
     out = epilogue.out
     if not isinstance(out, Layout):
         out = channels_last((n, co, problem.p, problem.q), out)
-    res = None if epilogue.residual is None else epilogue.residual.layout
+    residual, res = epilogue.residual, epilogue.residual.layout
     require_pixel_linear(out=out, residual=res)
-    _check(problem, w, out, epilogue.residual)
+    _check(problem, w, out, residual)
     tile = config or default_config(problem)
     far = max(map(span, (x, out, res))) + tile.block_m >= 2**31
-    crop = WHOLE if epilogue.residual is None else epilogue.residual.crop(out.shape)
+    crop = residual.crop(out.shape)
     scalars = {
         "M": problem.m,
         **sizes(problem),
@@ -520,7 +507,7 @@ def _output(recipe: Recipe, x: Tensor, w: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def _check(problem: ConvProblem, w: Layout, out: Layout, residual: Residual | None) -> None:
+def _check(problem: ConvProblem, w: Layout, out: Layout, residual: Added) -> None:
     if w.dtype != problem.dtype:
         raise ValueError(f"w must have the dtype of x, {problem.dtype}; got {w.dtype}")
     if w.shape[1] * problem.groups != problem.ci or problem.co % problem.groups:
@@ -530,8 +517,7 @@ def _check(problem: ConvProblem, w: Layout, out: Layout, residual: Residual | No
     shape = (problem.n, problem.co, problem.p, problem.q)
     if tuple(out.shape) != shape:
         raise ValueError(f"out must have shape {shape}; got {tuple(out.shape)}")
-    if residual is not None:
-        residual.require_fits(shape)
+    residual.require_fits(shape)
 
 
 def _cost(problem: ConvProblem, tensors: Mapping[str, Any]) -> Cost:

@@ -288,10 +288,7 @@ def conv_wgrad(
     x: Tensor,
     filter_size: tuple[int, int],
     *,
-    stride: tuple[int, int] = (1, 1),
-    padding: tuple[int, int] = (0, 0),
-    dilation: tuple[int, int] = (1, 1),
-    groups: int = 1,
+    geometry: Geometry = Geometry(),
     y: Tensor | None = None,
     coefs: Tensor | None = None,
     x_stats: Tensor | None = None,
@@ -310,9 +307,8 @@ def conv_wgrad(
     laid out so.
     """
     inputs = _Inputs(layout(dy), layout(x), layout(y), layout(dy_out), coefs is not None, x_stats is not None)
-    geometry = Geometry(stride, padding, dilation, groups)
     recipe = _recipe(inputs, tuple(filter_size), geometry, tf32, target_arch(), config)
-    shape = (dy.shape[1], x.shape[1] // groups, *filter_size)
+    shape = (dy.shape[1], x.shape[1] // geometry.groups, *filter_size)
     dw = torch.empty(shape, dtype=out_dtype or x.dtype, device=x.device, memory_format=torch.channels_last)
     splits = recipe.grid[2]
     if splits == 0:
@@ -409,7 +405,7 @@ def _check(problem: ConvProblem, inputs: _Inputs) -> None:
     if tuple(dy.shape) != (problem.n, problem.co, problem.p, problem.q):
         raise ValueError(f"dy must have shape [{problem.n}, CO, {problem.p}, {problem.q}]; got {tuple(dy.shape)}")
     if not problem.ci or not problem.co or problem.ci % problem.groups or problem.co % problem.groups:
-        raise ValueError(f"groups must divide {problem.ci} and {problem.co} channels; got {problem.groups}")
+        raise ValueError(f"geometry.groups must divide {problem.ci} and {problem.co} channels; got {problem.groups}")
     for name, t in (("y", y), ("dy_out", dy_out)):
         if t is not None and (t.shape != dy.shape or pixel_stride(t) != pixel_stride(dy)):
             raise ValueError(f"{name} must lie in memory as dy, {tuple(dy.shape)}; got {tuple(t.shape)}, {t.strides}")

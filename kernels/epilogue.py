@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .memory import Layout, cdiv
+from .memory import Layout, cdiv, layout
 from .tile import finite, load_channels, load_pixels, relu, rounded_product, store_pixels, tile_mask
 
 
@@ -58,16 +58,29 @@ def fits(image: tuple[int, ...], step: int, before: int, shape: tuple[int, ...])
 
 
 class Residual(NamedTuple):
-    """A tensor of which every ``step``-th pixel is added to the channels from ``before`` on, as a launch sees it."""
+    """A tensor of which every ``step``-th pixel is added to the channels from ``before`` on.
 
-    layout: Layout
+    Or, where gradients go the other way, whose channels from ``before`` on are added to every ``step``-th pixel.
+    """
+
+    tensor: Tensor
+    step: int = 1
+    before: int = 0
+
+
+class Added(NamedTuple):
+    """A residual as a launch sees it; without a layout there is none."""
+
+    layout: Layout | None
     step: int
     before: int
 
     def require_fits(self, shape: tuple[int, ...]) -> None:
-        """Raise ValueError where it does not."""
+        """Raise ValueError where it cannot be added to a tensor of ``shape``."""
+        if self.layout is None:
+            return
         if self.step < 1:
-            raise ValueError(f"residual_step must be at least 1; got {self.step}")
+            raise ValueError(f"residual.step must be at least 1; got {self.step}")
         if not fits(self.layout.shape, self.step, self.before, shape):
             raise ValueError(
                 f"residual must have shape {tuple(shape)}, or fit it with every {self.step}-th pixel from channel "
@@ -76,10 +89,18 @@ class Residual(NamedTuple):
 
     def crop(self, shape: tuple[int, ...]) -> Crop:
         """What the kernels are told, where it is added to ``shape``."""
-        if self.layout.shape == shape:
+        if self.layout is None or self.layout.shape == shape:
             return WHOLE
         channels, h, w = self.layout.shape[1:]
-        return Crop(h, w, channels, self.step, self.before)
+        return Crop(h, w, min(channels, shape[1]), self.step, self.before)
+
+
+NOTHING = Added(None, 1, 0)
+
+
+def added(residual: Residual | None) -> Added:
+    """``residual`` as a launch sees it."""
+    return NOTHING if residual is None else Added(layout(residual.tensor), residual.step, residual.before)
 
 
 @triton.jit

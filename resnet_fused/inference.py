@@ -352,7 +352,7 @@ class TritonConv(nn.Module):
             if self._folded is None or self._folded[0].device != x.device:  # a replica's is that of the original
                 self._folded = self._fold()
             folded, shift = self._folded
-            return forward.cudnn_conv_relu(x, folded, shift, residual, *self.geometry)
+            return forward.cudnn_conv_relu(x, folded, shift, residual, self.geometry)
         keeps = residual is None or self.accumulates
         out_dtype = x.dtype if keeps else torch.promote_types(x.dtype, residual.dtype)
         return ops.conv_bn_act(x, self.weight, self.conv_bias, *norm, residual, 1, 0, code, self.relu, out_dtype)

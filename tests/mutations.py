@@ -1057,8 +1057,8 @@ MUTATIONS = [
     ),
     Mutation(
         "kernels/epilogue.py",
-        '        if self.step < 1:\n            raise ValueError(f"residual_step',
-        '        if self.step < 0:\n            raise ValueError(f"residual_step',
+        '        if self.step < 1:\n            raise ValueError(f"residual.step',
+        '        if self.step < 0:\n            raise ValueError(f"residual.step',
         "tests/kernels/test_conv_forward.py -k 'bad_arguments'",
     ),
     Mutation(

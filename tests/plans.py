@@ -28,7 +28,7 @@ def text(arch: int) -> str:
                 problem = Problem(
                     *(batch, layer.height, layer.width, layer.in_channels, layer.out_channels, layer.kernel),
                     *(layer.kernel, (layer.stride,) * 2, (layer.padding,) * 2, (1, 1), layer.groups, torch.bfloat16),
-                    *(False, direction, direction == "training", False, arch),
+                    *(False, direction == "training", arch, direction, False),
                 )
                 plan = decide(problem)
                 times = "  ".join(f"{way} {seconds * 1e6:.1f}" for way, seconds in sorted(plan.alternatives))

@@ -481,18 +481,19 @@ def test_the_reference_is_its_own_gradient():
 
     inputs = [t.requires_grad_() for t in (y, gamma, beta)]
     assert torch.autograd.gradcheck(Norm.apply, inputs)
-    conv = dict(stride=(2, 1), padding=(1, 0), dilation=(1, 2), groups=2)
+    geometry = Geometry((2, 1), (1, 0), (1, 2), 2)
 
     class Convolution(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x, w):
             ctx.save_for_backward(x, w)
-            return nn.functional.conv2d(x, w, **conv)
+            return nn.functional.conv2d(x, w, None, *geometry)
 
         @staticmethod
         def backward(ctx, dy):
             x, w = ctx.saved_tensors
-            return reference.conv_dgrad(dy, w, x.shape[2:], **conv), reference.conv_wgrad(dy, x, w.shape, **conv)
+            dx = reference.conv_dgrad(dy, w, x.shape[2:], geometry)
+            return dx, reference.conv_wgrad(dy, x, w.shape, geometry)
 
     x, w = torch.randn(1, 4, 4, 5).double(), torch.randn(4, 2, 2, 3).double()
     assert torch.autograd.gradcheck(Convolution.apply, [x.requires_grad_(), w.requires_grad_()])

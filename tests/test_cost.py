@@ -21,7 +21,7 @@ from resnet_fused.plan import roofline
 from resnet_fused.plan.problem import Problem, Tiles
 
 LAYER = Problem(
-    *(8, 28, 28, 64, 128, 3, 3, (1, 1), (1, 1), (1, 1), 1, torch.bfloat16, False, "inference", False, False, 90)
+    *(8, 28, 28, 64, 128, 3, 3, (1, 1), (1, 1), (1, 1), 1, torch.bfloat16, False, False, 90, "inference", False)
 )
 
 

@@ -107,19 +107,17 @@ def test_every_plan_is_pure_and_legal(problem):
 
 def planned_tiles(problem: Problem) -> Iterator[tuple[TileConfig, int]]:
     """The tiles of the unit's kernels, and how many channels of merged groups a chunk of K must hold."""
-    conv = problem.conv(problem.prologue)
-    merged = conv.merged > 1
-    yield conv_forward.default_config(conv), conv.tile_channels[0] if merged else 0
+    yield conv_forward.default_config(problem), problem.tile_channels[0] if problem.merged > 1 else 0
     if problem.direction == "training":
         for prologue in (False, True):
             for epilogue in (False, True):
-                conv = problem.conv(prologue)
+                conv = replace(problem, prologue=prologue)
                 transposed = replace(conv, ci=problem.co, co=problem.ci).merged > 1
                 yield (
                     conv_dgrad.default_config(conv, epilogue=epilogue),
                     problem.co // problem.groups if transposed else 0,
                 )
-            yield conv_wgrad.default_config(problem.conv(prologue)).tile, 0
+            yield conv_wgrad.default_config(replace(problem, prologue=prologue)).tile, 0
 
 
 def legal(tile: TileConfig, problem: Problem) -> bool:
@@ -138,29 +136,30 @@ def test_planned_tiles_are_right(problem):
     dtype = torch.float16 if problem.dtype == torch.bfloat16 else problem.dtype
     x = random(problem.n, problem.ci, problem.h, problem.w, dtype=dtype)
     w = random(problem.co, problem.ci // problem.groups, problem.r, problem.s, dtype=dtype)
-    conv = dict(stride=problem.stride, padding=problem.padding, dilation=problem.dilation, groups=problem.groups)
-    wanted = problem.conv(prologue=False)
-    eager, exact = F.conv2d(x, w, **conv), F.conv2d(x.double(), w.double(), **conv)
-    y = conv_forward.conv_forward(x, w, config=conv_forward.default_config(wanted), **conv)
+    geometry, wanted = problem.geometry, replace(problem, prologue=False)
+    eager, exact = F.conv2d(x, w, None, *geometry), F.conv2d(x.double(), w.double(), None, *geometry)
+    y = conv_forward.conv_forward(x, w, geometry=geometry, config=conv_forward.default_config(wanted))
     assert_within_rule(y, eager, exact, sums=2)
     if problem.direction == "inference":
         return
     dy, size = random(*y.shape, dtype=dtype), (problem.h, problem.w)
-    dx, _ = conv_dgrad.conv_dgrad(dy, w, size, config=conv_dgrad.default_config(wanted, epilogue=False), **conv)
+    tile = conv_dgrad.default_config(wanted, epilogue=False)
+    dx, _ = conv_dgrad.conv_dgrad(dy, w, size, geometry=geometry, config=tile)
     assert_within_rule(
         dx,
-        reference.conv_dgrad(dy, w, size, **conv),
-        reference.conv_dgrad(dy.double(), w.double(), size, **conv),
+        reference.conv_dgrad(dy, w, size, geometry),
+        reference.conv_dgrad(dy.double(), w.double(), size, geometry),
         sums=2,
     )
-    dw = conv_wgrad.conv_wgrad(dy, x, (problem.r, problem.s), config=conv_wgrad.default_config(wanted), **conv)
+    split = conv_wgrad.default_config(wanted)
+    dw = conv_wgrad.conv_wgrad(dy, x, (problem.r, problem.s), geometry=geometry, config=split)
     shape = tuple(w.shape)
-    exact = reference.conv_wgrad(dy.double(), x.double(), shape, **conv)
-    assert_within_rule(dw, reference.conv_wgrad(dy, x, shape, **conv), exact, sums=4)
+    exact = reference.conv_wgrad(dy.double(), x.double(), shape, geometry)
+    assert_within_rule(dw, reference.conv_wgrad(dy, x, shape, geometry), exact, sums=4)
 
 
 LAYER = Problem(
-    *(32, 28, 28, 128, 128, 3, 3, (1, 1), (1, 1), (1, 1), 1, torch.bfloat16, False, "training", True, False, 90)
+    *(32, 28, 28, 128, 128, 3, 3, (1, 1), (1, 1), (1, 1), 1, torch.bfloat16, False, True, 90, "training", False)
 )
 
 

@@ -45,7 +45,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 def problem(**change) -> Problem:
     base = Problem(
-        *(1, 5, 4, 16, 24, 3, 3, (1, 1), (1, 1), (1, 1), 1, torch.float32, False, "training", True, False, 90, GPU)
+        *(1, 5, 4, 16, 24, 3, 3, (1, 1), (1, 1), (1, 1), 1, torch.float32, False, True, 90, "training", False, GPU)
     )
     return replace(base, **change)
 
@@ -416,7 +416,7 @@ def test_what_is_right_does_not_depend_on_the_fastest_algorithm(direction, monke
     assert (cudnn.benchmark, cudnn.deterministic, cudnn.conv.fp32_precision) == (True, False, before)
 
 
-def conv_relu(x, w, bias, residual, *geometry):
+def conv_relu(x, w, bias, residual, geometry):
     """What cuDNN computes in one call."""
     y = F.conv2d(x, w, bias, *geometry)
     return torch.relu(y if residual is None else y + residual)
@@ -458,7 +458,7 @@ def test_candidates_are_legal_and_distinct():
             tuned._rehearse(way.tiles, p)  # so that what wins can be kept
             assert all(tuned.legal(tile, p) and tile.num_stages >= 2 for tile in tiles if tile is not None)
         # The default is tried as such, first of all.
-        assert conv_wgrad.default_config(p.conv(prologue=True)) not in {way.tiles.wgrad for way in ways}
+        assert conv_wgrad.default_config(replace(p, prologue=True)) not in {way.tiles.wgrad for way in ways}
 
 
 def test_problems_of_a_model_are_found_without_running_it():

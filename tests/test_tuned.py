@@ -24,7 +24,7 @@ from resnet_fused.plan.tuned import Entry, Table
 GPU = "NVIDIA H100 80GB HBM3"
 pytestmark = pytest.mark.usefixtures("own_cache")
 PROBLEM = Problem(
-    *(32, 28, 28, 128, 128, 3, 3, (1, 1), (1, 1), (1, 1), 1, torch.bfloat16, False, "training", True, False, 90, GPU)
+    *(32, 28, 28, 128, 128, 3, 3, (1, 1), (1, 1), (1, 1), 1, torch.bfloat16, False, True, 90, "training", False, GPU)
 )
 TILES = Tiles(TileConfig(64, 64, 32), None, WgradConfig(TileConfig(64, 32, 64, num_stages=2), 5))
 ENTRY = Entry(PROBLEM, "fused", TILES, 1e-4, 1e-6, "measured 100.0 us", (("mixed", "the process died of signal 11"),))

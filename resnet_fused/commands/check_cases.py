@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from resnet_fused.engine import reference
 from resnet_fused.engine.request import implementation
 from resnet_fused.kernels.batch_norm import batch_norm_apply, batch_norm_stats, channel_moments, merge_moments
-from resnet_fused.kernels.conv import output_size
+from resnet_fused.kernels.conv import Geometry, output_size
 from resnet_fused.kernels.conv_dgrad import conv_dgrad
 from resnet_fused.kernels.conv_forward import conv_forward, conv_forward_moments
 from resnet_fused.kernels.conv_wgrad import conv_wgrad
-from resnet_fused.kernels.epilogue import Norm
+from resnet_fused.kernels.epilogue import Norm, Residual
 from resnet_fused.kernels.norm_backward import batch_norm_backward, batch_norm_coefs, batch_norm_reduce, merge_sums
 from resnet_fused.modules import BasicBlock, Bottleneck, PaddedShortcut
 from resnet_fused.plan.problem import Request
@@ -41,15 +41,15 @@ class CheckLayer:
     size: tuple[int, int]
     ci: int
     co: int
+    groups: int = 1
     taps: int = 1
     stride: int = 1
-    groups: int = 1
 
     @property
-    def geometry(self) -> dict[str, Any]:
-        """The keyword arguments that every launcher of a convolution, and ``F.conv2d``, takes."""
+    def geometry(self) -> Geometry:
+        """The convolution's arguments."""
         pad = self.taps // 2
-        return {"stride": (self.stride, self.stride), "padding": (pad, pad), "groups": self.groups}
+        return Geometry((self.stride, self.stride), (pad, pad), groups=self.groups)
 
     @property
     def filter(self) -> tuple[int, int, int, int]:
@@ -72,35 +72,24 @@ class CheckLayer:
         return f"{self.taps}x{self.taps}{more} {self.ci}->{self.co}, {self.n}x{self.size[0]}x{self.size[1]}"
 
 
+def _layer(real: tuple[Any, ...], tiny: tuple[Any, ...], **shared: Any) -> dict[str, CheckLayer]:
+    return {"cuda": CheckLayer(*real, **shared), "cpu": CheckLayer(*tiny, **shared)}
+
+
 # On a GPU, layers of real networks, which meet the tiles that the launchers choose there; in the interpreter tiny ones
 # of the same kinds, with ragged ends.
 LAYERS = {
-    "cuda": {
-        "stem": CheckLayer(8, (224, 224), 3, 64, taps=7, stride=2),
-        "reduce": CheckLayer(8, (56, 56), 256, 64),
-        "middle": CheckLayer(8, (56, 56), 64, 64, taps=3),
-        "expand": CheckLayer(16, (56, 56), 64, 256),
-        "wide": CheckLayer(8, (56, 56), 128, 128, taps=3),
-        "groups": CheckLayer(8, (56, 56), 128, 128, taps=3, groups=32),
-        "wide groups": CheckLayer(8, (7, 7), 1024, 1024, taps=3, groups=32),
-        "strided": CheckLayer(8, (56, 56), 128, 128, taps=3, stride=2),
-        "projection": CheckLayer(8, (56, 56), 256, 512, stride=2),
-        "deep": CheckLayer(8, (14, 14), 256, 1024),
-        "last": CheckLayer(64, (7, 7), 512, 512, taps=3),
-    },
-    "cpu": {
-        "stem": CheckLayer(1, (9, 8), 3, 20, taps=7, stride=2),
-        "reduce": CheckLayer(2, (5, 3), 40, 12),
-        "middle": CheckLayer(2, (4, 3), 16, 20, taps=3),
-        "expand": CheckLayer(2, (5, 3), 12, 40),
-        "wide": CheckLayer(2, (3, 4), 20, 24, taps=3),
-        "groups": CheckLayer(1, (4, 3), 32, 32, taps=3, groups=8),
-        "wide groups": CheckLayer(1, (3, 4), 80, 48, taps=3, groups=2),
-        "strided": CheckLayer(2, (5, 4), 12, 16, taps=3, stride=2),
-        "projection": CheckLayer(2, (5, 4), 20, 24, stride=2),
-        "deep": CheckLayer(1, (3, 3), 20, 136),
-        "last": CheckLayer(2, (2, 3), 40, 24, taps=3),
-    },
+    "stem": _layer((8, (224, 224), 3, 64), (1, (9, 8), 3, 20), taps=7, stride=2),
+    "reduce": _layer((8, (56, 56), 256, 64), (2, (5, 3), 40, 12)),
+    "middle": _layer((8, (56, 56), 64, 64), (2, (4, 3), 16, 20), taps=3),
+    "expand": _layer((16, (56, 56), 64, 256), (2, (5, 3), 12, 40)),
+    "wide": _layer((8, (56, 56), 128, 128), (2, (3, 4), 20, 24), taps=3),
+    "groups": _layer((8, (56, 56), 128, 128, 32), (1, (4, 3), 32, 32, 8), taps=3),
+    "wide groups": _layer((8, (7, 7), 1024, 1024, 32), (1, (3, 4), 80, 48, 2), taps=3),
+    "strided": _layer((8, (56, 56), 128, 128), (2, (5, 4), 12, 16), taps=3, stride=2),
+    "projection": _layer((8, (56, 56), 256, 512), (2, (5, 4), 20, 24), stride=2),
+    "deep": _layer((8, (14, 14), 256, 1024), (1, (3, 3), 20, 136)),
+    "last": _layer((64, (7, 7), 512, 512), (2, (2, 3), 40, 24), taps=3),
 }
 
 CONV_FORWARD = (
@@ -260,29 +249,36 @@ def _masked_sums(g: Tensor, y: Tensor, stats: Tensor, t: torch.dtype) -> Results
     return _named("sum_g sum_gy", reference.batch_norm_sums(*(v.to(_wide(t)) for v in (g, y, stats))))
 
 
+def _residual(layer: CheckLayer, variant: str, draw: Draw) -> Residual | None:
+    """What is added to the output of ``layer``: a tensor of its shape, or a padded one."""
+    n, co, p, q = layer.output
+    if "padded" in variant:
+        return Residual(draw.images((n, co // 2, 2 * p, 2 * q - 1)), 2, co // 4)
+    return Residual(draw.images(layer.output)) if "residual" in variant else None
+
+
+def _materialized(residual: Residual, channels: int, t: torch.dtype) -> Tensor:
+    return reference.PaddedIdentity(residual.tensor.to(t), residual.step, residual.before).materialize(channels)
+
+
 def _check_conv_forward(layer: CheckLayer, variant: str, draw: Draw) -> Comparison:
     """Inference: convolution, batch norm, residual and ReLU in one launch."""
     x, w = draw.activations(layer.input), draw.filter(layer)
     mean, var = draw.normal(layer.co), draw.uniform(0.5, 1.5, layer.co)
     norm = Norm(mean, var, draw.normal(layer.co), draw.normal(layer.co), 1e-5)
-    n, co, p, q = layer.output
-    relu, step, before, residual = variant != "no ReLU", 1, 0, None
-    if variant == "residual":
-        residual = draw.images(layer.output)
-    elif variant == "padded residual":
-        step, before = 2, co // 4
-        residual = draw.images((n, co // 2, 2 * p, 2 * q - 1))
+    relu = variant != "no ReLU"
+    residual = _residual(layer, variant, draw)
 
     def ours() -> Results:
-        more: dict[str, Any] = {"residual": residual, "residual_step": step, "residual_before": before, "relu": relu}
-        return {"y": conv_forward(x, w, norm=norm, tf32=draw.tf32, **more, **layer.geometry)}
+        y = conv_forward(x, w, geometry=layer.geometry, norm=norm, residual=residual, relu=relu, tf32=draw.tf32)
+        return {"y": y}
 
     def expected(t: torch.dtype, _: Results) -> Results:
-        y = F.conv2d(x.to(t), w.to(t), **layer.geometry)
+        y = F.conv2d(x.to(t), w.to(t), None, *layer.geometry)
         mean, var, gamma, beta = (v.to(_wide(t)) for v in norm[:4] if v is not None)
         z = F.batch_norm(y.to(_wide(t)), mean, var, gamma, beta, eps=norm.eps).to(t)
         if residual is not None:
-            z = z + reference.PaddedIdentity(residual.to(t), step, before).materialize(co)
+            z = z + _materialized(residual, layer.co, t)
         return {"y": torch.relu(z) if relu else z}
 
     return Comparison(ours, expected)
@@ -295,11 +291,11 @@ def _check_conv_moments(layer: CheckLayer, variant: str, draw: Draw) -> Comparis
 
     def ours() -> Results:
         prologue = None if stats is None else (stats[2], stats[3])
-        y, moments = conv_forward_moments(x, w, prologue=prologue, tf32=draw.tf32, **layer.geometry)
+        y, moments = conv_forward_moments(x, w, geometry=layer.geometry, prologue=prologue, tf32=draw.tf32)
         return {"y": y, **dict(zip(("mean", "squared deviations"), merge_moments(moments), strict=True))}
 
     def expected(t: torch.dtype, ours: Results) -> Results:
-        return {"y": F.conv2d(_activated(x, stats, t), w.to(t), **layer.geometry), **_moments(ours["y"], t)}
+        return {"y": F.conv2d(_activated(x, stats, t), w.to(t), None, *layer.geometry), **_moments(ours["y"], t)}
 
     return Comparison(ours, expected)
 
@@ -312,18 +308,18 @@ def _check_conv_dgrad(layer: CheckLayer, variant: str, draw: Draw) -> Comparison
     mask = draw.normalised(layer.input) if "mask" in variant else None
     step, shortcut = 2 if "strided" in variant else 1, None
     if "shortcut" in variant:
-        shortcut = draw.images((layer.n, layer.ci, *(-(-size // step) for size in layer.size)))
+        shortcut = Residual(draw.images((layer.n, layer.ci, *(-(-size // step) for size in layer.size))), step)
 
     def ours() -> Results:
-        more: dict[str, Any] = {"shortcut": shortcut, "shortcut_step": step, "mask": mask, "tf32": draw.tf32}
+        more: dict[str, Any] = {"shortcut": shortcut, "mask": mask, "tf32": draw.tf32}
         raw = None if coefs is None or frozen else y
-        dx, sums = conv_dgrad(g, w, layer.size, y=raw, coefs=coefs, **more, **layer.geometry)
+        dx, sums = conv_dgrad(g, w, layer.size, geometry=layer.geometry, y=raw, coefs=coefs, **more)
         return {"dx": dx} if sums is None else {"dx": dx, **_named("sum_g sum_gy", merge_sums(sums))}
 
     def expected(t: torch.dtype, ours: Results) -> Results:
         dy = _gradient(g, y, coefs, t)
-        addend = None if shortcut is None else shortcut.to(t)
-        dx = reference.conv_dgrad(dy, w.to(t), layer.size, addend, step, **layer.geometry)
+        addend = None if shortcut is None else Residual(shortcut.tensor.to(t), step)
+        dx = reference.conv_dgrad(dy, w.to(t), layer.size, layer.geometry, addend)
         if mask is None:
             return {"dx": dx}
         y_in, stats = mask
@@ -343,12 +339,12 @@ def _check_conv_wgrad(layer: CheckLayer, variant: str, draw: Draw) -> Comparison
     def ours() -> Results:
         kept = torch.empty_like(g) if keeps else None
         more: dict[str, Any] = {"y": None if coefs is None else y, "coefs": coefs, "x_stats": stats, "dy_out": kept}
-        dw = conv_wgrad(g, x, layer.filter[2:], tf32=draw.tf32, **more, **layer.geometry)
+        dw = conv_wgrad(g, x, layer.filter[2:], geometry=layer.geometry, tf32=draw.tf32, **more)
         return {"dw": dw} if kept is None else {"dw": dw, "dy": kept}
 
     def expected(t: torch.dtype, _: Results) -> Results:
         dy = _gradient(g, y, coefs, t)
-        dw = reference.conv_wgrad(dy, _activated(x, stats, t), layer.filter, **layer.geometry)
+        dw = reference.conv_wgrad(dy, _activated(x, stats, t), layer.filter, layer.geometry)
         return {"dw": dw, "dy": dy} if keeps else {"dw": dw}
 
     return Comparison(ours, expected)
@@ -387,28 +383,21 @@ def _check_stats(layer: CheckLayer, _: str, draw: Draw) -> Comparison:
 
 def _check_apply(layer: CheckLayer, variant: str, draw: Draw) -> Comparison:
     """Normalisation, residual and ReLU in one pass."""
-    n, c, p, q = layer.output
+    c = layer.co
     y = draw.images(layer.output)
     fixed = variant == "fixed statistics"
     mean, var, gamma, beta = draw.normal(c), draw.uniform(0.5, 1.5, c), draw.normal(c), draw.normal(c)
     stats = draw.stats(layer.output)
-    step, before, residual = 1, 0, None
     residual_stats = draw.stats(layer.output) if variant == "normalised residual" else None
-    if "padded" in variant:
-        step, before, residual = 2, c // 4, draw.images((n, c // 2, 2 * p, 2 * q - 1))
-    elif "residual" in variant:
-        residual = draw.images(layer.output)
+    residual = _residual(layer, variant, draw)
 
     def ours() -> Results:
-        more: dict[str, Any] = {"residual_stats": residual_stats, "residual_step": step, "residual_before": before}
         own = Norm(mean, var, gamma, beta, 1e-5) if fixed else stats
-        return {"z": batch_norm_apply(y, own, residual=residual, **more)}
+        return {"z": batch_norm_apply(y, own, residual=residual, residual_stats=residual_stats)}
 
     def expected(t: torch.dtype, _: Results) -> Results:
         wide = _wide(t)
-        shortcut = None if residual is None else residual.to(wide)
-        if "padded" in variant and shortcut is not None:
-            shortcut = reference.PaddedIdentity(shortcut, step, before).materialize(c)
+        shortcut = None if residual is None else _materialized(residual, c, wide)
         added = None if residual_stats is None else residual_stats.to(wide)
         own = stats.to(wide)
         if fixed:
@@ -534,7 +523,7 @@ def _training_step(block: nn.Module, x: Tensor, dz: Tensor) -> Results:
 
 def cases(device_type: str) -> list[CheckCase]:
     """Everything that is checked on ``"cuda"`` or ``"cpu"``, in the order of the report."""
-    layers = LAYERS[device_type]
+    layers = {name: layer[device_type] for name, layer in LAYERS.items()}
     norms = [(name, "") for name in NORM_LAYERS]
     applied = ("", "residual", "normalised residual", "padded residual", "fixed statistics")
     families: list[tuple[str, Callable[..., Comparison], Iterable[tuple[str, str]], bool]] = [

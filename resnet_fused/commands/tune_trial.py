@@ -18,8 +18,7 @@ from resnet_fused.engine.tolerance import deterministic, error_ratio, products, 
 from resnet_fused.engine.trace import Launch, trace
 from resnet_fused.kernels import conv_dgrad, conv_forward, conv_wgrad
 from resnet_fused.kernels.batch_norm import batch_norm_apply
-from resnet_fused.kernels.conv import Geometry
-from resnet_fused.kernels.epilogue import Norm
+from resnet_fused.kernels.epilogue import Norm, Residual
 from resnet_fused.kernels.launch import Call, TileConfig, dry_run, observe
 from resnet_fused.kernels.norm_backward import batch_norm_reduce
 from resnet_fused.plan.problem import Problem, Tiles, Way
@@ -61,14 +60,13 @@ def _short(tile: Any) -> str:
 
 def candidates(problem: Problem) -> list[Candidate]:
     """Every way to try: fused with the default tiles first, then with one kernel's tile varied, then the others."""
-    conv = problem.conv(problem.prologue)
     found = [Candidate("fused")]
-    found += [Candidate("fused", Tiles(forward=t)) for t in _variants(conv_forward.default_config(conv), problem)]
+    found += [Candidate("fused", Tiles(forward=t)) for t in _variants(conv_forward.default_config(problem), problem)]
     if problem.direction == "training":
-        behind = problem.conv(prologue=problem.r * problem.s == 1)
+        behind = replace(problem, prologue=problem.r * problem.s == 1)
         dgrad = conv_dgrad.default_config(behind, epilogue=problem.prologue)
         found += [Candidate("fused", Tiles(dgrad=t)) for t in _variants(dgrad, problem)]
-        wgrad = conv_wgrad.default_config(problem.conv(prologue=True))
+        wgrad = conv_wgrad.default_config(replace(problem, prologue=True))
         found += [
             Candidate("fused", Tiles(wgrad=replace(wgrad, tile=t, splits=splits)))
             for t in (wgrad.tile, *_variants(wgrad.tile, problem))
@@ -126,12 +124,6 @@ class Trial:
         def activation(*shape: int) -> Tensor:
             return normal(*shape).to(p.dtype).contiguous(memory_format=torch.channels_last)
 
-        self.geometry: dict[str, Any] = {
-            "stride": p.stride,
-            "padding": p.padding,
-            "dilation": p.dilation,
-            "groups": p.groups,
-        }
         x = normal(p.n, p.ci, p.h, p.w)
         self.x = (x + 0.1 * x.sign()).to(p.dtype).contiguous(memory_format=torch.channels_last)
         self.w = activation(p.co, p.ci // p.groups, p.r, p.s) * (p.ci // p.groups * p.r * p.s) ** -0.5
@@ -146,7 +138,7 @@ class Trial:
         if p.direction == "training":
             self.g = activation(p.n, p.co, p.p, p.q)
             with deterministic():
-                self.y = F.conv2d(self.input(p.dtype), self.w, **self.geometry)
+                self.y = F.conv2d(self.input(p.dtype), self.w, None, *p.geometry)
             self.y = self.y.contiguous(memory_format=torch.channels_last)
             self.stats = self.statistics(self.y.double()).float()
             self.sums = reference.batch_norm_sums(self.g.double(), self.y.double(), self.stats.double()).float()
@@ -168,15 +160,15 @@ class Trial:
         p = self.problem
         if candidate.implementation == "eager":
             return self._eager_training if p.direction == "training" else self._eager_inference
-        geometry = Geometry(p.stride, p.padding, p.dilation, p.groups)
-        conv = Convolution(geometry, candidate.implementation == "fused", candidate.tiles)
+        conv = Convolution(p.geometry, candidate.implementation == "fused", candidate.tiles)
         if p.direction == "training":
             return lambda: self._training(conv)
         norm = Norm(self.mean, self.var, self.gamma, self.beta, EPS)
         if candidate.implementation == "cudnn":
             w, bias = forward.fold(self.w, None, norm)
-            return lambda: {"z": forward.cudnn_conv_relu(self.x, w, bias, self.residual, *geometry)}
-        return lambda: {"z": forward.inference(self.x, self.w, None, norm, self.residual, 1, 0, conv, True, p.dtype)}
+            return lambda: {"z": forward.cudnn_conv_relu(self.x, w, bias, self.residual, p.geometry)}
+        residual = None if self.residual is None else Residual(self.residual)
+        return lambda: {"z": forward.inference(self.x, self.w, None, norm, residual, conv, True, p.dtype)}
 
     def _training(self, conv: Convolution) -> dict[str, Tensor]:
         running = Running(None, None, None, 0.1)
@@ -193,7 +185,7 @@ class Trial:
         return {"y": y, "scale": stats[2], "shift": stats[3], "dx": dx, "dw": unit.gradients.w}
 
     def _eager_inference(self) -> dict[str, Tensor]:
-        y = F.conv2d(self.x, self.w, **self.geometry)
+        y = F.conv2d(self.x, self.w, None, *self.problem.geometry)
         z = F.batch_norm(y, self.mean, self.var, self.gamma, self.beta, eps=EPS)
         return {"z": F.relu_(z if self.residual is None else z.add_(self.residual))}
 
@@ -202,7 +194,7 @@ class Trial:
         x = self.x if self.x_stats is None else batch_norm_apply(self.x, self.x_stats)
         x, w, gamma, beta = (t.detach().requires_grad_() for t in (x, self.w, self.gamma, self.beta))
         with torch.enable_grad():
-            y = F.conv2d(x, w, **self.geometry)
+            y = F.conv2d(x, w, None, *self.problem.geometry)
             F.relu(F.batch_norm(y, None, None, gamma, beta, training=True, eps=EPS)).backward(self.g)
         dx = x.grad
         assert dx is not None
@@ -221,7 +213,7 @@ class Trial:
     def _expected(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """The formulas in ``dtype``: in fp64 the exact results, else what eager PyTorch makes of them."""
         p, a = self.problem, self.input(dtype)
-        y = F.conv2d(a, self.w.to(dtype), **self.geometry)
+        y = F.conv2d(a, self.w.to(dtype), None, *p.geometry)
         if p.direction != "training":
             work = torch.promote_types(dtype, torch.float32)
             mean, var, gamma, beta = (v.to(work)[:, None, None] for v in (self.mean, self.var, self.gamma, self.beta))
@@ -231,8 +223,8 @@ class Trial:
         work = torch.promote_types(dtype, torch.float32)
         stats, coefs = self.statistics(y.to(work)), reference.batch_norm_coefs(self.sums.to(work), self.stats.to(work))
         dy = reference.batch_norm_gradient(self.g.to(work), self.y.to(work), coefs).to(dtype)
-        dx = reference.conv_dgrad(dy, self.w.to(dtype), (p.h, p.w), **self.geometry)
+        dx = reference.conv_dgrad(dy, self.w.to(dtype), (p.h, p.w), p.geometry)
         if self.x_stats is not None:
             dx = torch.where(a > 0, dx, 0.0)
-        dw = reference.conv_wgrad(dy, a, (p.co, p.ci // p.groups, p.r, p.s), **self.geometry)
+        dw = reference.conv_wgrad(dy, a, (p.co, p.ci // p.groups, p.r, p.s), p.geometry)
         return {"y": y, "scale": stats[2], "shift": stats[3], "dx": dx, "dw": dw}

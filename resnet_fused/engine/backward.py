@@ -14,6 +14,7 @@ from resnet_fused.engine.forward import Convolution, convolve, process_group
 from resnet_fused.kernels.batch_norm import batch_norm_apply
 from resnet_fused.kernels.conv_dgrad import conv_dgrad
 from resnet_fused.kernels.conv_wgrad import conv_wgrad
+from resnet_fused.kernels.epilogue import Residual
 from resnet_fused.kernels.memory import Layout
 from resnet_fused.kernels.norm_backward import batch_norm_backward, batch_norm_coefs, batch_norm_reduce, merge_sums
 from resnet_fused.plan.decide import tf32
@@ -99,14 +100,6 @@ class Incoming(NamedTuple):
     coefs: Tensor | None = None
 
 
-class Addend(NamedTuple):
-    """A shortcut's gradient, for every ``step``-th pixel of x and its channels from ``before`` on."""
-
-    g: Tensor
-    step: int
-    before: int
-
-
 class Wanted(NamedTuple):
     """Which gradients of the chain's inputs are wanted, and the dtypes of the parameters' gradients."""
 
@@ -134,14 +127,14 @@ def backward(
     source = x if shortcut is None else shortcut
     needs_source = wanted.x if shortcut is None else wanted.shortcut
     g, dy, dy_p = _join_backward(dz, z, x, source, units, projection, join.kind != "none" and needs_source, wanted)
-    addend: Addend | None = None
+    addend: Residual | None = None
     if projection is not None and dy_p is not None:
         compact = shortcut is None and projection.subsamples
         d_source, _ = _conv_backward(projection, dy_p, source, None, needs_source, wanted, compact=compact)
         if d_source is not None:
-            addend = Addend(d_source, projection.conv.geometry.stride[0] if compact else 1, 0)
+            addend = Residual(d_source, projection.conv.geometry.stride[0] if compact else 1)
     elif join.kind != "none" and needs_source:
-        addend = Addend(g, join.step, join.before)
+        addend = Residual(g, join.step, join.before)
     dx = _branch_backward(dy, x, units, addend if shortcut is None else None, wanted)
     return dx, None if shortcut is None or addend is None else _spread(addend, shortcut, dz)
 
@@ -178,7 +171,7 @@ def _join_backward(
 
 
 def _branch_backward(
-    dy: Incoming, x: Tensor, units: Sequence[UnitBackward], addend: Addend | None, wanted: Wanted
+    dy: Incoming, x: Tensor, units: Sequence[UnitBackward], addend: Residual | None, wanted: Wanted
 ) -> Tensor | None:
     """Down the branch, from the gradient of its last convolution's output to that of x, as far as any is wanted."""
     for i in reversed(range(len(units))):
@@ -255,7 +248,7 @@ def _conv_backward(
     needs_input: bool,
     wanted: Wanted,
     *,
-    addend: Addend | None = None,
+    addend: Residual | None = None,
     compact: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradient of a unit's input, and its sums for the batch norm of the unit before if ``source`` is raw.
@@ -274,6 +267,7 @@ def _conv_backward(
             dy.g,
             source,
             (unit.w.shape[2], unit.w.shape[3]),
+            geometry=geometry,
             y=dy.y,
             coefs=dy.coefs,
             x_stats=stats,
@@ -281,7 +275,6 @@ def _conv_backward(
             tf32=rounded,
             out_dtype=wanted.weight_dtype,
             config=unit.conv.tiles.wgrad,
-            **geometry._asdict(),
         )
         unit.gradients.w = _strided(dw, unit.w_stride)
         if kept is not None:
@@ -291,21 +284,18 @@ def _conv_backward(
     h, w = dy.g.shape[2:] if compact else source.shape[2:]
     if compact:
         geometry = geometry._replace(stride=(1, 1))
-    g, step, before = addend or (None, 1, 0)
     mask = None if stats is None else (source, stats)
     return conv_dgrad(
         dy.g,
         unit.w,
         (h, w),
+        geometry=geometry,
         y=dy.y,
         coefs=dy.coefs,
-        shortcut=g,
-        shortcut_step=step,
-        shortcut_before=before,
+        shortcut=addend,
         mask=mask,
         tf32=rounded,
         config=None if compact else unit.conv.tiles.dgrad,
-        **geometry._asdict(),
     )
 
 
@@ -316,7 +306,7 @@ def _library_backward(
     stats: Tensor | None,
     needs_input: bool,
     wanted: Wanted,
-    addend: Addend | None,
+    addend: Residual | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """:func:`_conv_backward` by PyTorch's convolution: it reads a materialised input and writes a plain gradient."""
     if not needs_input and not unit.needs.w:
@@ -356,14 +346,14 @@ def _strided(dw: Tensor, stride: tuple[int, ...]) -> Tensor:
     return torch.empty_strided(dw.shape, stride, dtype=dw.dtype, device=dw.device).copy_(dw)
 
 
-def _add(dx: Tensor, addend: Addend) -> None:
+def _add(dx: Tensor, addend: Residual) -> None:
     g, step, before = addend
     dx[:, :, ::step, ::step].add_(g[:, before : before + dx.shape[1]])
 
 
-def _spread(addend: Addend, shortcut: Tensor, dz: Tensor) -> Tensor:
+def _spread(addend: Residual, shortcut: Tensor, dz: Tensor) -> Tensor:
     """The gradient of the shortcut's own input."""
-    g = addend.g
+    g = addend.tensor
     if g.shape == shortcut.shape:
         return g.clone() if g is dz else g.to(shortcut.dtype)
     dx = torch.zeros_like(shortcut)

@@ -20,7 +20,7 @@ from resnet_fused.engine import reference
 from resnet_fused.kernels.batch_norm import batch_norm_apply, batch_norm_stats, channel_moments, merge_moments
 from resnet_fused.kernels.conv import Geometry
 from resnet_fused.kernels.conv_forward import conv_forward, conv_forward_moments
-from resnet_fused.kernels.epilogue import Moments, Norm
+from resnet_fused.kernels.epilogue import Moments, Norm, Residual
 from resnet_fused.kernels.launch import KEPT_LAYOUTS
 from resnet_fused.plan import decide, tuned
 from resnet_fused.plan.problem import REQUESTS, Problem, Request, Tiles, Way
@@ -100,7 +100,7 @@ def choose(
     ``direction``, ``prologue`` and ``residual``: see :class:`Problem`. Measurements count where the GPU was tuned.
     """
     arch, gpu = decide.target(device)
-    options = dtype, decide.tf32(dtype), direction, prologue, residual, arch, gpu
+    options = dtype, decide.tf32(dtype), prologue, arch, direction, residual, gpu
     problem, way = _decided(shape, w_shape, geometry, options, request, tuned.load(gpu))
     decide.note(problem)
     return way
@@ -136,9 +136,7 @@ def inference(
     w: Tensor,
     bias: Tensor | None,
     norm: Norm,
-    residual: Tensor | None,
-    step: int,
-    before: int,
+    residual: Residual | None,
     conv: Convolution,
     relu: bool,
     out_dtype: torch.dtype,
@@ -148,27 +146,17 @@ def inference(
         return conv_forward(
             x,
             w,
+            geometry=conv.geometry,
             bias=bias,
             norm=norm,
             residual=residual,
-            residual_step=step,
-            residual_before=before,
             relu=relu,
             tf32=decide.tf32(x.dtype),
             out_dtype=out_dtype,
             config=conv.tiles.forward,
-            **conv.geometry._asdict(),
         )
     y = convolve(x, None, w, bias, conv)
-    return batch_norm_apply(
-        y,
-        norm,
-        residual=residual,
-        residual_step=step,
-        residual_before=before,
-        relu=relu,
-        out_dtype=out_dtype,
-    )
+    return batch_norm_apply(y, norm, residual=residual, relu=relu, out_dtype=out_dtype)
 
 
 def fold(w: Tensor, bias: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
@@ -177,23 +165,14 @@ def fold(w: Tensor, bias: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
     return folded.to(w.dtype).contiguous(memory_format=torch.channels_last), shift.to(w.dtype)
 
 
-def cudnn_conv_relu(
-    x: Tensor,
-    w: Tensor,
-    bias: Tensor,
-    residual: Tensor | None,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    groups: int,
-) -> Tensor:
+def cudnn_conv_relu(x: Tensor, w: Tensor, bias: Tensor, residual: Tensor | None, geometry: Geometry) -> Tensor:
     """``relu(conv(x) + bias + residual)`` as one call of cuDNN; raises RuntimeError for what its version does not take.
 
     All tensors are of one dtype and lie on a CUDA GPU.
     """
     if residual is None:
-        return torch.ops.aten.cudnn_convolution_relu(x, w, bias, stride, padding, dilation, groups)
-    return torch.ops.aten.cudnn_convolution_add_relu(x, w, residual, 1.0, bias, stride, padding, dilation, groups)
+        return torch.ops.aten.cudnn_convolution_relu(x, w, bias, *geometry)
+    return torch.ops.aten.cudnn_convolution_add_relu(x, w, residual, 1.0, bias, *geometry)
 
 
 def unit_forward(
@@ -221,11 +200,11 @@ def unit_forward(
         y, moments = conv_forward_moments(
             x,
             w,
+            geometry=conv.geometry,
             prologue=_prologue(x_stats),
             bias=bias,
             tf32=decide.tf32(x.dtype),
             config=conv.tiles.forward,
-            **conv.geometry._asdict(),
         )
     else:
         y = convolve(x, x_stats, w, bias, conv)
@@ -252,11 +231,11 @@ def convolve(x: Tensor, x_stats: Tensor | None, w: Tensor, bias: Tensor | None, 
         return conv_forward(
             x,
             w,
+            geometry=conv.geometry,
             prologue=_prologue(x_stats),
             bias=bias,
             tf32=decide.tf32(x.dtype),
             config=conv.tiles.forward,
-            **conv.geometry._asdict(),
         )
     if x_stats is not None:
         x = batch_norm_apply(x, x_stats)

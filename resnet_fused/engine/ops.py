@@ -12,7 +12,7 @@ from resnet_fused.engine import backward, forward
 from resnet_fused.engine.trace import implementations
 from resnet_fused.kernels.batch_norm import batch_norm_apply
 from resnet_fused.kernels.conv import output_size
-from resnet_fused.kernels.epilogue import Norm
+from resnet_fused.kernels.epilogue import Norm, Residual
 from resnet_fused.kernels.launch import dry_target
 
 _library = torch.library.Library("resnet_fused", "DEF")
@@ -54,9 +54,10 @@ def _conv_bn_act(
     out_dtype: torch.dtype,
 ) -> Tensor:
     norm = Norm(mean, var, gamma, beta, eps)
+    added = None if residual is None else Residual(residual, residual_step, residual_before)
     conv = forward.decided(convolution, x, w, "inference", residual=residual is not None)
     with torch.cuda.device_of(x):
-        return forward.inference(x, w, bias, norm, residual, residual_step, residual_before, conv, relu, out_dtype)
+        return forward.inference(x, w, bias, norm, added, conv, relu, out_dtype)
 
 
 def _conv_bn_act_fake(x: Tensor, w: Tensor, *arguments: Any) -> Tensor:
@@ -112,17 +113,9 @@ def _join_forward(
     relu: bool,
     out_dtype: torch.dtype,
 ) -> Tensor:
+    added = None if residual is None else Residual(residual, step, before)
     with torch.cuda.device_of(y):
-        return batch_norm_apply(
-            y,
-            stats,
-            residual=residual,
-            residual_stats=residual_stats,
-            residual_step=step,
-            residual_before=before,
-            relu=relu,
-            out_dtype=out_dtype,
-        )
+        return batch_norm_apply(y, stats, residual=added, residual_stats=residual_stats, relu=relu, out_dtype=out_dtype)
 
 
 def _join_forward_fake(y: Tensor, *arguments: Any) -> Tensor:

@@ -5,12 +5,15 @@ Tests compare the kernels with these functions in fp64; the eager road runs them
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import grad as conv_grad
+
+from resnet_fused.kernels.conv import Geometry
+from resnet_fused.kernels.epilogue import Residual
 
 
 class PaddedIdentity(NamedTuple):
@@ -127,21 +130,20 @@ def conv_dgrad(
     dy: Tensor,
     w: Tensor,
     size: tuple[int, int],
-    shortcut: Tensor | None = None,
-    step: int = 1,
-    before: int = 0,
-    **conv: Any,
+    geometry: Geometry = Geometry(),
+    shortcut: Residual | None = None,
 ) -> Tensor:
     """Gradient of a convolution's input [N, CI, *size] from that of its output; plus the gradient of a shortcut.
 
     ``shortcut``: its channels from ``before`` on belong to every ``step``-th pixel: the adjoint of PaddedIdentity.
     """
-    dx = conv_grad.conv2d_input((dy.shape[0], w.shape[1] * conv.get("groups", 1), *size), w, dy, **conv)
+    dx = conv_grad.conv2d_input((dy.shape[0], w.shape[1] * geometry.groups, *size), w, dy, *geometry)
     if shortcut is not None:
-        dx[:, :, ::step, ::step] += shortcut[:, before : before + dx.shape[1]]
+        g, step, before = shortcut
+        dx[:, :, ::step, ::step] += g[:, before : before + dx.shape[1]]
     return dx
 
 
-def conv_wgrad(dy: Tensor, x: Tensor, shape: tuple[int, int, int, int], **conv: Any) -> Tensor:
+def conv_wgrad(dy: Tensor, x: Tensor, shape: tuple[int, int, int, int], geometry: Geometry = Geometry()) -> Tensor:
     """Gradient of a convolution's filter, of ``shape`` [CO, CI/groups, R, S]."""
-    return conv_grad.conv2d_weight(x, shape, dy, **conv)
+    return conv_grad.conv2d_weight(x, shape, dy, *geometry)

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 import torch
 
-from resnet_fused.kernels.conv import ConvProblem, output_size
+from resnet_fused.kernels.conv import ConvProblem
 from resnet_fused.kernels.conv_wgrad import WgradConfig
 from resnet_fused.kernels.launch import FLOATS, KEPT_LAYOUTS, TileConfig
 
@@ -37,61 +37,23 @@ def number_format(dtype: torch.dtype, tf32: bool) -> str:
 
 
 @dataclass(frozen=True)
-class Problem:
-    """A convolution of ``n`` images [h, w] with its batch norm; ``ci`` and ``co`` count the channels of all ``groups``.
+class Problem(ConvProblem):
+    """A convolution with its batch norm.
 
     ``direction``: "inference" (fixed statistics, no gradient); "frozen": that of a unit with a ReLU whose weights never
     change, so that batch norm may be folded into them; or "training": the forward and both gradients.
     ``prologue``: in training, the input is the raw output of the unit before, which is normalised on the way in.
-    ``residual``: in inference, one is added. ``tf32``: fp32 factors may be rounded to TF32. ``arch``: 80 for sm_80 ...,
-    0 for Triton's interpreter. ``gpu``: its name as PyTorch gives it, or "" for any of that architecture.
+    ``residual``: in inference, one is added. ``gpu``: its name as PyTorch gives it, or "" for any of that architecture.
     """
 
-    n: int
-    h: int
-    w: int
-    ci: int
-    co: int
-    r: int
-    s: int
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int
-    dtype: torch.dtype
-    tf32: bool
     direction: str
-    prologue: bool
     residual: bool
-    arch: int
     gpu: str = ""
-
-    @property
-    def p(self) -> int:
-        """Rows of the output."""
-        return output_size(self.h, self.r, self.stride[0], self.padding[0], self.dilation[0])
-
-    @property
-    def q(self) -> int:
-        """Columns of the output."""
-        return output_size(self.w, self.s, self.stride[1], self.padding[1], self.dilation[1])
-
-    @property
-    def m(self) -> int:
-        """Output pixels of all images."""
-        return self.n * self.p * self.q
 
     @property
     def number_format(self) -> str:
         """The factors' format in the product."""
         return number_format(self.dtype, self.tf32)
-
-    def conv(self, prologue: bool) -> ConvProblem:
-        """One of its products, as the choice of a tile sees it."""
-        return ConvProblem(
-            *(self.n, self.h, self.w, self.ci, self.co, self.r, self.s, self.stride, self.padding, self.dilation),
-            *(self.groups, self.dtype, self.tf32, prologue, self.arch),
-        )
 
     @property
     def layer(self) -> str:

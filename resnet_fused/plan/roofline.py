@@ -6,7 +6,7 @@ Williams, Waterman and Patterson 2009). Tiles and waves that are not full lower 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from resnet_fused.kernels import conv_dgrad, conv_forward, conv_wgrad
 from resnet_fused.kernels.gpus import gpu_of
@@ -111,11 +111,11 @@ class _Model:
     def __init__(self, problem: Problem, tiles: Tiles) -> None:
         self.problem, self.tiles = problem, tiles
         self.gpu = gpu_of(problem.arch, problem.gpu)
-        conv, e = problem.conv(prologue=False), problem.dtype.itemsize
+        e = problem.dtype.itemsize
         depth = problem.r * problem.s * problem.ci // problem.groups
         self.flops = 2 * problem.m * problem.co * depth
         self.sizes = _Sizes(
-            met=conv.pixels_read * problem.ci * e,
+            met=problem.pixels_read * problem.ci * e,
             x=problem.n * problem.h * problem.w * problem.ci * e,
             y=problem.m * problem.co * e,
             w=problem.co * depth * e,
@@ -179,31 +179,31 @@ class _Model:
         ]
 
     def forward_work(self) -> _Work:
-        p, conv = self.problem, self.problem.conv(self.problem.prologue)
-        tile = self.tiles.forward or conv_forward.default_config(conv)
-        ci, co = conv.tile_channels
+        p = self.problem
+        tile = self.tiles.forward or conv_forward.default_config(p)
+        ci, co = p.tile_channels
         taps = p.r * p.s
-        depth = _up(taps * ci, tile.block_k) if conv.flat else taps * _up(ci, tile.block_k)
-        programs = _tiles(p.m, tile.block_m) * _tiles(co, tile.block_n) * (p.groups // conv.merged)
+        depth = _up(taps * ci, tile.block_k) if p.flat else taps * _up(ci, tile.block_k)
+        programs = _tiles(p.m, tile.block_m) * _tiles(co, tile.block_n) * (p.groups // p.merged)
         return _work(programs, tile.block_m, tile.block_n, depth, p.dtype.itemsize)
 
     def dgrad_work(self, prologue: bool) -> _Work:
-        p, conv = self.problem, self.problem.conv(prologue)
-        tile = self.tiles.dgrad or conv_dgrad.default_config(conv, epilogue=p.prologue)
-        ci, co = conv.tile_channels
+        p = self.problem
+        tile = self.tiles.dgrad or conv_dgrad.default_config(replace(p, prologue=prologue), epilogue=p.prologue)
+        ci, co = p.tile_channels
         parities = p.stride[0] * p.stride[1]
         rows = p.n * _tiles(p.h, p.stride[0]) * _tiles(p.w, p.stride[1])
         depth = _tiles(p.r * p.s * _up(co, tile.block_k), parities)
-        programs = parities * _tiles(rows, tile.block_m) * _tiles(ci, tile.block_n) * (p.groups // conv.merged)
+        programs = parities * _tiles(rows, tile.block_m) * _tiles(ci, tile.block_n) * (p.groups // p.merged)
         rows = tile.block_m * (2 if prologue else 1)
         return _work(programs, rows, tile.block_n, depth, p.dtype.itemsize, tile.block_m)
 
     def wgrad_work(self) -> _Work:
-        p, conv = self.problem, self.problem.conv(prologue=True)
-        chosen = self.tiles.wgrad or conv_wgrad.default_config(conv)
+        p = self.problem
+        chosen = self.tiles.wgrad or conv_wgrad.default_config(replace(p, prologue=True))
         tile = chosen.tile
         depth = _up(_tiles(p.m, chosen.splits), tile.block_k)
-        programs = conv_wgrad.filter_tiles(conv, tile) * chosen.splits
+        programs = conv_wgrad.filter_tiles(p, tile) * chosen.splits
         return _work(programs, 2 * tile.block_m, tile.block_n, depth, p.dtype.itemsize, tile.block_m)
 
     def triton(self, kernel: str, work: _Work, size: int, prologue: bool) -> PredictedLaunch:

@@ -279,10 +279,7 @@ def _rehearse(tiles: Tiles, problem: Problem) -> None:
     # More would be partial filters in memory, and no programs that run at the same time.
     if tiles.wgrad is not None and not 1 <= tiles.wgrad.splits <= 2 * gpu.multiprocessors:
         raise ValueError(f"an entry has {tiles.wgrad.splits} splits; legal are 1 to {2 * gpu.multiprocessors}")
-    geometry: dict[str, Any] = {
-        **{"stride": p.stride, "padding": p.padding, "dilation": p.dilation},
-        **{"groups": p.groups, "tf32": p.tf32},
-    }
+    product: dict[str, Any] = {"geometry": p.geometry, "tf32": p.tf32}
 
     def tensor(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=p.dtype, device="meta", memory_format=torch.channels_last)
@@ -290,8 +287,8 @@ def _rehearse(tiles: Tiles, problem: Problem) -> None:
     with _disable_current_modes(), dry_run(p.arch, p.gpu):  # nobody is to see these tensors
         x, w, y = tensor(0, p.ci, p.h, p.w), tensor(p.co, p.ci // p.groups, p.r, p.s), tensor(0, p.co, p.p, p.q)
         if tiles.forward is not None:
-            conv_forward(x, w, config=tiles.forward, **geometry)
+            conv_forward(x, w, config=tiles.forward, **product)
         if tiles.dgrad is not None:
-            conv_dgrad(y, w, (p.h, p.w), config=tiles.dgrad, **geometry)
+            conv_dgrad(y, w, (p.h, p.w), config=tiles.dgrad, **product)
         if tiles.wgrad is not None:
-            conv_wgrad(y, x, (p.r, p.s), config=tiles.wgrad, **geometry)
+            conv_wgrad(y, x, (p.r, p.s), config=tiles.wgrad, **product)

@@ -69,7 +69,7 @@ def _launched(arch: int) -> Iterator[Kernel]:
     each_kind = arch in (80, 90)
     # Of a tile with few columns, a thread holds one row.
     narrow = Problem(
-        *(2, 9, 8, 16, 16, 3, 3, (1, 1), (1, 1), (1, 1), 1, torch.bfloat16, False, "training", True, False, arch)
+        *(2, 9, 8, 16, 16, 3, 3, (1, 1), (1, 1), (1, 1), 1, torch.bfloat16, False, True, arch, "training", False)
     )
     for way in ("fused", "mixed"):
         yield from (Kernel(arch, "bfloat16", call) for call in rehearse(narrow, Candidate(way))[0])

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from resnet_fused.engine import reference
 from resnet_fused.kernels.batch_norm import batch_norm_apply, batch_norm_stats, channel_moments, merge_moments
+from resnet_fused.kernels.conv import Geometry
 from resnet_fused.kernels.conv_forward import conv_forward, conv_forward_moments
-from resnet_fused.kernels.epilogue import Moments, Norm
+from resnet_fused.kernels.epilogue import Moments, Norm, Residual
 from resnet_fused.kernels.launch import TileConfig, dry_run, observe
 from resnet_fused.kernels.norm_backward import batch_norm_backward, batch_norm_coefs, batch_norm_reduce, merge_sums
 from tests.kernels.test_conv_dgrad import _poisoned, random_coefs, random_stats  # noqa: F401
@@ -50,7 +51,7 @@ def test_variance_far_from_zero(ratio):
 @pytest.mark.parametrize("prologue", [True, False])
 def test_moments_of_a_convolution_are_those_of_its_rounded_output(prologue, config, dtype):
     x, w, bias = random(2, 16, 7, 5, dtype=dtype), random(136, 16, 3, 3, dtype=dtype), random(136, dtype=dtype)
-    arguments = dict(padding=(1, 1), stride=(2, 1), bias=bias, config=config)
+    arguments = dict(geometry=Geometry((2, 1), (1, 1)), bias=bias, config=config)
     arguments["prologue"] = (torch.rand(16, device=DEVICE), random(16)) if prologue else None
     y, moments = conv_forward_moments(x, w, **arguments)
     assert torch.equal(y, conv_forward(x, w, **arguments))
@@ -66,7 +67,7 @@ def moments_by(road: str, y: Tensor, config: TileConfig) -> Moments:
         return channel_moments(y, config=config)
     channels = y.shape[1]
     identity = torch.ones(channels, 1, 1, 1, dtype=y.dtype, device=DEVICE)
-    out, moments = conv_forward_moments(y, identity, groups=channels, config=config)
+    out, moments = conv_forward_moments(y, identity, geometry=Geometry(groups=channels), config=config)
     assert torch.equal(out, y) or not y.isfinite().all()
     return moments
 
@@ -180,12 +181,12 @@ def test_statistics_as_torch_updates_them(momentum, affine):
 def residuals(dtype: torch.dtype, channels: int) -> dict[str, dict]:
     return {
         "none": {},
-        "same shape": dict(residual=random(2, channels, 5, 3, dtype=dtype)),
-        "wider": dict(residual=random(2, channels, 5, 3)),
-        "normalised": dict(residual=random(2, channels, 5, 3, dtype=dtype), residual_stats=random_stats(channels)),
-        "padded": dict(
-            residual=random(2, channels // 2, 9, 6, dtype=dtype), residual_step=2, residual_before=channels // 4
+        "same shape": dict(residual=Residual(random(2, channels, 5, 3, dtype=dtype))),
+        "wider": dict(residual=Residual(random(2, channels, 5, 3))),
+        "normalised": dict(
+            residual=Residual(random(2, channels, 5, 3, dtype=dtype)), residual_stats=random_stats(channels)
         ),
+        "padded": dict(residual=Residual(random(2, channels // 2, 9, 6, dtype=dtype), 2, channels // 4)),
     }
 
 
@@ -199,9 +200,7 @@ def test_apply(kind, relu, channels, dtype):
     def specification(t: torch.dtype) -> Tensor:
         residual = more.get("residual")
         if residual is not None:
-            residual = residual.to(t)
-        if kind == "padded":
-            residual = reference.PaddedIdentity(residual, more["residual_step"], more["residual_before"])
+            residual = reference.PaddedIdentity(residual.tensor.to(t), residual.step, residual.before)
         other = more.get("residual_stats")
         return reference.batch_norm_apply(y.to(t), stats.to(t), residual, None if other is None else other.to(t), relu)
 
@@ -329,7 +328,7 @@ def test_int64_is_chosen_by_extent():
             stats, coefs = torch.empty(5, 16, device="meta"), torch.empty(3, 16, device="meta")
             channel_moments(cut)
             batch_norm_apply(cut, stats)
-            batch_norm_apply(small, stats, residual=cut)
+            batch_norm_apply(small, stats, residual=Residual(cut))
             for tensors in (dict(dz=cut), dict(y=cut), dict(z=cut), dict(second=(cut, stats)), dict(out=cut)):
                 batch_norm_reduce(**(dict(dz=small, y=small, stats=stats, z=small) | tensors))
             batch_norm_backward(cut, small, coefs)
@@ -371,10 +370,10 @@ def test_errors_name_the_argument():
     with pytest.raises(ValueError, match="y must be pixel-linear"):
         channel_moments(y.contiguous())
     with pytest.raises(ValueError, match=r"residual must have shape \(2, 20, 5, 3\), or fit it"):
-        batch_norm_apply(y, stats, residual=random(2, 10, 9, 6), residual_step=2, residual_before=11)
-    with pytest.raises(ValueError, match="residual_step must be at least 1; got 0"):
-        batch_norm_apply(y, stats, residual=y, residual_step=0)
-    for residual in (None, random(2, 10, 5, 3)):
+        batch_norm_apply(y, stats, residual=Residual(random(2, 10, 9, 6), 2, 11))
+    with pytest.raises(ValueError, match=r"residual\.step must be at least 1; got 0"):
+        batch_norm_apply(y, stats, residual=Residual(y, step=0))
+    for residual in (None, Residual(random(2, 10, 5, 3))):
         with pytest.raises(ValueError, match="residual_stats need a residual of the shape of y"):
             batch_norm_apply(y, stats, residual=residual, residual_stats=stats)
     other = random(2, 20, 5, 4)

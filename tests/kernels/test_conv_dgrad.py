@@ -9,40 +9,43 @@ from torch import Tensor
 
 from resnet_fused.engine import reference
 from resnet_fused.kernels import conv_dgrad as module
+from resnet_fused.kernels.conv import Geometry
 from resnet_fused.kernels.conv_dgrad import conv_dgrad
+from resnet_fused.kernels.epilogue import Residual
 from resnet_fused.kernels.launch import Cost, TileConfig, dry_run, observe
 from tests.kernels.test_conv_forward import (
     BAD_GEOMETRIES,
     DEVICE,
     DTYPES,
     GEOMETRIES,
+    SAME,
     channels_last,
     embed,
     embed_flat,
+    layer,
     random,
 )
 from tests.rule import assert_within_rule
 
 MORE = {
-    "stride 3, dilation 2": dict(ci=16, co=20, size=(10, 8), filter=(3, 3), stride=(3, 2), dilation=(2, 2)),
-    "stride and dilation with a common factor": dict(
+    "stride 3, dilation 2": layer(ci=16, co=20, size=(10, 8), filter=(3, 3), stride=(3, 2), dilation=(2, 2)),
+    "stride and dilation with a common factor": layer(
         ci=16, co=16, size=(11, 9), filter=(3, 3), stride=(2, 2), padding=(2, 2), dilation=(2, 2)
     ),
-    "narrow, strided": dict(ci=32, co=16, size=(9, 7), filter=(3, 2), stride=(2, 3), padding=(1, 1), groups=8),
-    "pixels past the last output": dict(ci=16, co=16, size=(8, 8), filter=(2, 2), stride=(3, 3)),
-    "an image smaller than the stride": dict(ci=16, co=16, size=(1, 2), filter=(1, 1), stride=(3, 3)),
+    "narrow, strided": layer(ci=32, co=16, size=(9, 7), filter=(3, 2), stride=(2, 3), padding=(1, 1), groups=8),
+    "pixels past the last output": layer(ci=16, co=16, size=(8, 8), filter=(2, 2), stride=(3, 3)),
+    "an image smaller than the stride": layer(ci=16, co=16, size=(1, 2), filter=(1, 1), stride=(3, 3)),
 }
 ALL = GEOMETRIES | MORE
 TILES = [None, TileConfig(16, 16, 16), TileConfig(32, 128, 32)]
 
 
-def drawn(name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, tuple[int, int], dict]:
-    """dy, w, the size of the input, and the convolution's arguments."""
-    g = dict(ALL[name])
-    ci, co, size, taps = (g.pop(key) for key in ("ci", "co", "size", "filter"))
-    w = random(co, ci // g.get("groups", 1), *taps, dtype=dtype)
-    shape = F.conv2d(torch.zeros(2, ci, *size, dtype=dtype, device=w.device), w, **g).shape
-    return random(*shape, dtype=dtype), w, size, g
+def drawn(name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, tuple[int, int], Geometry]:
+    """dy, w, the size of the input, and the geometry."""
+    ci, co, size, taps, geometry = ALL[name]
+    w = random(co, ci // geometry.groups, *taps, dtype=dtype)
+    shape = F.conv2d(torch.zeros(2, ci, *size, dtype=dtype, device=w.device), w, None, *geometry).shape
+    return random(*shape, dtype=dtype), w, size, geometry
 
 
 def random_coefs(channels: int) -> Tensor:
@@ -65,11 +68,11 @@ def _poisoned(monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ALL)
 def test_geometry(name, dtype):
-    dy, w, size, conv = drawn(name, dtype)
-    exact = reference.conv_dgrad(dy.double(), w.double(), size, **conv)
-    eager = reference.conv_dgrad(dy, w, size, **conv)
+    dy, w, size, geometry = drawn(name, dtype)
+    exact = reference.conv_dgrad(dy.double(), w.double(), size, geometry)
+    eager = reference.conv_dgrad(dy, w, size, geometry)
     for config in TILES if dtype == torch.float32 else TILES[::2]:
-        dx, sums = conv_dgrad(dy, w, size, config=config, **conv)
+        dx, sums = conv_dgrad(dy, w, size, geometry=geometry, config=config)
         assert sums is None
         assert dx.is_contiguous(memory_format=torch.channels_last)
         assert_within_rule(dx, eager, exact, sums=2)
@@ -79,16 +82,16 @@ def test_geometry(name, dtype):
 @pytest.mark.parametrize("name", ["3x3", "every parameter differs by axis", "1x1", "1x1 stride 2", "narrow groups"])
 @pytest.mark.parametrize("with_y", [True, False])
 def test_prologue(name, dtype, with_y):
-    g, w, size, conv = drawn(name, dtype)
+    g, w, size, geometry = drawn(name, dtype)
     y, coefs = random(*g.shape, dtype=dtype), random_coefs(g.shape[1])
     coefs[2] += 50  # what a padded pixel must not see
     if not with_y:
         coefs[1:] = 0
     dy = reference.batch_norm_gradient(g.double(), y.double(), coefs.double())
-    exact = reference.conv_dgrad(dy, w.double(), size, **conv)
-    eager = reference.conv_dgrad(dy.to(dtype), w, size, **conv)
+    exact = reference.conv_dgrad(dy, w.double(), size, geometry)
+    eager = reference.conv_dgrad(dy.to(dtype), w, size, geometry)
     for gradient in (g, g.float()):  # under autocast it may be wider than the filter
-        dx, _ = conv_dgrad(gradient, w, size, y=y if with_y else None, coefs=coefs, **conv)
+        dx, _ = conv_dgrad(gradient, w, size, geometry=geometry, y=y if with_y else None, coefs=coefs)
         assert_within_rule(dx, eager, exact, sums=4)
 
 
@@ -99,15 +102,13 @@ def test_prologue(name, dtype, with_y):
 )
 @pytest.mark.parametrize("stride", [(1, 1), (2, 2)])
 def test_shortcut(shape, step, before, stride, config):
-    conv = dict(stride=stride, padding=(1, 1))
+    geometry = Geometry(stride, (1, 1))
     w = random(20, 16, 3, 3)
-    dy = random(*F.conv2d(random(2, 16, 9, 7), w, **conv).shape)
+    dy = random(*F.conv2d(random(2, 16, 9, 7), w, None, *geometry).shape)
     shortcut = random(*shape)
-    dx, _ = conv_dgrad(
-        dy, w, (9, 7), shortcut=shortcut, shortcut_step=step, shortcut_before=before, config=config, **conv
-    )
+    dx, _ = conv_dgrad(dy, w, (9, 7), geometry=geometry, shortcut=Residual(shortcut, step, before), config=config)
     eager, exact = (
-        reference.conv_dgrad(dy.to(t), w.to(t), (9, 7), shortcut.to(t), step, before, **conv)
+        reference.conv_dgrad(dy.to(t), w.to(t), (9, 7), geometry, Residual(shortcut.to(t), step, before))
         for t in (torch.float32, torch.float64)
     )
     assert_within_rule(dx, eager, exact, sums=2)
@@ -117,12 +118,12 @@ def test_shortcut(shape, step, before, stride, config):
 @pytest.mark.parametrize("config", TILES[::2])
 @pytest.mark.parametrize("name", ["3x3", "3x3 stride 2, odd size", "1x1", "depthwise", "pixels past the last output"])
 def test_mask_and_sums(name, config, dtype):
-    dy, w, size, conv = drawn(name, dtype)
-    channels = w.shape[1] * conv.get("groups", 1)
+    dy, w, size, geometry = drawn(name, dtype)
+    channels = w.shape[1] * geometry.groups
     y, stats = random(2, channels, *size, dtype=dtype), random_stats(channels)
     v = y.double() * stats[2].double()[:, None, None] + stats[3].double()[:, None, None]
-    g, sums = conv_dgrad(dy, w, size, mask=(y, stats), config=config, **conv)
-    plain, _ = conv_dgrad(dy, w, size, config=config, **conv)
+    g, sums = conv_dgrad(dy, w, size, mask=(y, stats), geometry=geometry, config=config)
+    plain, _ = conv_dgrad(dy, w, size, geometry=geometry, config=config)
     decided = v.abs() > 1e-5
     assert torch.equal(g[decided], torch.where(v > 0, plain, 0.0)[decided])
     assert_sums(sums, g, y, stats)
@@ -141,19 +142,18 @@ WHOLE = ["3x3 stride 2, odd size", "every parameter differs by axis", "1x1", "1x
 
 def drawn_whole(name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, tuple[int, int], dict]:
     """``drawn``, and among the arguments everything optional: prologue, shortcut, mask."""
-    g, w, size, conv = drawn(name, dtype)
-    channels = w.shape[1] * conv.get("groups", 1)
+    g, w, size, geometry = drawn(name, dtype)
+    channels = w.shape[1] * geometry.groups
     stats = random_stats(channels)
     stats[2, ::2] *= -1
     more = dict(
+        geometry=geometry,
         y=random(*g.shape, dtype=dtype),
         coefs=random_coefs(g.shape[1]),
-        shortcut=random(2, channels + 8, *(-(-s // 2) for s in size), dtype=dtype),
-        shortcut_step=2,
-        shortcut_before=3,
+        shortcut=Residual(random(2, channels + 8, *(-(-s // 2) for s in size), dtype=dtype), 2, 3),
         mask=(random(2, channels, *size, dtype=dtype), stats),
     )
-    return g, w, size, conv | more
+    return g, w, size, more
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -162,13 +162,12 @@ def drawn_whole(name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, tuple[in
 def test_everything_at_once(name, config, dtype):
     g, w, size, arguments = drawn_whole(name, dtype)
     ours, sums = conv_dgrad(g, w, size, config=config, **arguments)
-    y, coefs, shortcut, (y_in, stats) = (arguments[key] for key in ("y", "coefs", "shortcut", "mask"))
-    conv = {key: value for key, value in arguments.items() if key in ("stride", "padding", "dilation", "groups")}
+    geometry, y, coefs, shortcut, (y_in, stats) = arguments.values()
     v = y_in.double() * stats[2].double()[:, None, None] + stats[3].double()[:, None, None]
 
     def specification(t: torch.dtype) -> Tensor:
         dy = reference.batch_norm_gradient(g.double(), y.double(), coefs.double()).to(t)
-        dx = reference.conv_dgrad(dy, w.to(t), size, shortcut.to(t), 2, 3, **conv)
+        dx = reference.conv_dgrad(dy, w.to(t), size, geometry, shortcut._replace(tensor=shortcut.tensor.to(t)))
         return torch.where(v > 0, dx, 0.0)
 
     undecided = v.abs() <= 1e-5
@@ -178,9 +177,9 @@ def test_everything_at_once(name, config, dtype):
 
 
 def test_pixels_that_no_tap_reaches_get_the_shortcut_alone():
-    dy, w, size, conv = drawn("1x1 stride 2", torch.float32)
+    dy, w, size, geometry = drawn("1x1 stride 2", torch.float32)
     shortcut = random(2, 20, *size)
-    dx, _ = conv_dgrad(dy, w, size, shortcut=shortcut, **conv)
+    dx, _ = conv_dgrad(dy, w, size, geometry=geometry, shortcut=Residual(shortcut))
     reached = torch.zeros(size, dtype=torch.bool, device=DEVICE)
     reached[::2, ::2] = True
     assert torch.equal(dx[..., ~reached], shortcut[..., ~reached])
@@ -192,11 +191,11 @@ def test_reads_only_its_inputs_and_writes_only_its_outputs(name, monkeypatch):
     g, w, size, arguments = drawn_whole(name, torch.float32)
     want = conv_dgrad(g, w, size, **arguments)
     nan = float("nan")
-    y_in, stats = arguments["mask"]
+    shortcut, (y_in, stats) = arguments["shortcut"], arguments["mask"]
     guarded = arguments | {
         "y": embed(arguments["y"], nan),
         "coefs": embed_flat(arguments["coefs"], nan),
-        "shortcut": embed(arguments["shortcut"], nan),
+        "shortcut": shortcut._replace(tensor=embed(shortcut.tensor, nan)),
         "mask": (embed(y_in, nan), embed_flat(stats, nan)),
     }
     buffers = []
@@ -219,13 +218,13 @@ def test_reads_only_its_inputs_and_writes_only_its_outputs(name, monkeypatch):
 
 
 def test_nan_passes_the_mask_and_the_product():
-    dy, w, size, conv = drawn("3x3", torch.float32)
+    dy, w, size, geometry = drawn("3x3", torch.float32)
     y, stats = random(2, 16, *size), random_stats(16)
     y[0, 3, 4, 4] = float("nan")
-    g, _ = conv_dgrad(dy, w, size, mask=(y, stats), **conv)
+    g, _ = conv_dgrad(dy, w, size, geometry=geometry, mask=(y, stats))
     assert g[0, 3, 4, 4] != 0
     dy[1, 0, 2, 2] = float("inf")
-    g, _ = conv_dgrad(dy, w, size, **conv)
+    g, _ = conv_dgrad(dy, w, size, geometry=geometry)
     assert not torch.isfinite(g[1, :, 2, 2]).any()
     assert torch.isfinite(g[0]).all()
 
@@ -234,16 +233,16 @@ def test_nan_passes_the_mask_and_the_product():
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("name", ["narrow groups", "groups that do not merge evenly", "depthwise", "narrow, strided"])
 def test_what_is_not_finite_stays_in_its_group(name, value, prologue):
-    dy, w, size, conv = drawn(name, torch.float32)
+    dy, w, size, geometry = drawn(name, torch.float32)
     dy[0, 5, 2, 2] = value
-    groups = conv.pop("groups")
+    groups = geometry.groups
     y, coefs = random(*dy.shape), random_coefs(dy.shape[1])
     more = dict(y=y, coefs=coefs) if prologue else {}
-    ours, _ = conv_dgrad(dy, w, size, groups=groups, **more, **conv)
+    ours, _ = conv_dgrad(dy, w, size, geometry=geometry, **more)
     # Each group apart: what a library's own grouped convolution does to NaN is its own business.
     eager, exact = (
         torch.cat([
-            reference.conv_dgrad(*parts, size, **conv)
+            reference.conv_dgrad(*parts, size, geometry._replace(groups=1))
             for parts in zip(incoming(dy, more, t).chunk(groups, 1), w.to(t).chunk(groups), strict=True)
         ], 1)
         for t in (torch.float32, torch.float64)
@@ -277,10 +276,10 @@ def test_no_images():
 
 
 def test_output_dtype():
-    dy, w, size, conv = drawn("3x3", torch.float16)
-    wide, _ = conv_dgrad(dy, w, size, out_dtype=torch.float32, **conv)
+    dy, w, size, geometry = drawn("3x3", torch.float16)
+    wide, _ = conv_dgrad(dy, w, size, geometry=geometry, out_dtype=torch.float32)
     assert wide.dtype == torch.float32
-    assert torch.equal(wide.half(), conv_dgrad(dy, w, size, **conv)[0])
+    assert torch.equal(wide.half(), conv_dgrad(dy, w, size, geometry=geometry)[0])
 
 
 # The first passes 2^31 inside the image; of the second only the pixel at which the walk over the taps starts does.
@@ -298,13 +297,14 @@ def test_offsets_beyond_32_bits(step, request):
     stats = random_stats(16)
     for taps in (1, 3):
         w = random(16, 16, taps, taps, dtype=torch.float16)
-        padding = (taps // 2, taps // 2)
+        geometry = Geometry(padding=(taps // 2, taps // 2))
         seen = []
         with observe(seen.append):
-            far = conv_dgrad(dy, w, (1, 3), padding=padding, shortcut=shortcut, mask=(y_in, stats))
+            far = conv_dgrad(dy, w, (1, 3), geometry=geometry, shortcut=Residual(shortcut), mask=(y_in, stats))
         assert seen[0].arguments["form"].INT64 or (taps, step) == (1, 700_000_000)
         near = [channels_last(t.contiguous()) for t in (dy, shortcut, y_in)]
-        want = conv_dgrad(near[0], w, (1, 3), padding=padding, shortcut=near[1], mask=(near[2], stats))
+        cut, masked = Residual(near[1]), (near[2], stats)
+        want = conv_dgrad(near[0], w, (1, 3), geometry=geometry, shortcut=cut, mask=masked)
         assert all(torch.equal(a, b) for a, b in zip(far, want, strict=True))
 
 
@@ -319,7 +319,7 @@ def test_int64_is_chosen_by_where_the_walk_over_the_taps_starts(axis):
         shapes = (1, 1024, *size), (1024, 1024, *taps)
         dy, w = (torch.empty(s, device="meta", memory_format=torch.channels_last) for s in shapes)
         with dry_run(90), observe(calls.append):
-            conv_dgrad(dy, w, tuple(size), padding=tuple(pads))
+            conv_dgrad(dy, w, tuple(size), geometry=Geometry(padding=tuple(pads)))
         return calls[0].arguments["form"].INT64
 
     assert not chosen(2**21 - 2, padding=0)
@@ -339,24 +339,24 @@ def test_cost_counts_each_byte_once():
         return channels_last(torch.empty(shape, dtype=torch.float16, device="meta"))
 
     dy, w, coefs = half(2, 32, 9, 9), half(32, 64, 3, 3), torch.empty(3, 32, device="meta")
-    plain = planned(dy, w, (9, 9), padding=(1, 1))
+    plain = planned(dy, w, (9, 9), geometry=SAME)
     assert plain.flops == 2 * 2 * 81 * 32 * 64 * 9
     assert plain.bytes_read == 2 * (2 * 81 * 32 + 32 * 64 * 9)
     assert plain.bytes_written == 2 * 2 * 81 * 64
-    scaled = planned(dy, w, (9, 9), padding=(1, 1), coefs=coefs)
+    scaled = planned(dy, w, (9, 9), geometry=SAME, coefs=coefs)
     assert scaled.bytes_read - plain.bytes_read == 4 * 32, "without y, neither of its coefficients counts"
-    prologue = planned(dy, w, (9, 9), padding=(1, 1), coefs=coefs, y=half(2, 32, 9, 9))
+    prologue = planned(dy, w, (9, 9), geometry=SAME, coefs=coefs, y=half(2, 32, 9, 9))
     assert prologue.bytes_read - plain.bytes_read == 2 * 2 * 81 * 32 + 4 * 3 * 32
-    shortcut = planned(dy, w, (9, 9), padding=(1, 1), shortcut=half(2, 96, 5, 5), shortcut_step=2, shortcut_before=16)
+    shortcut = planned(dy, w, (9, 9), geometry=SAME, shortcut=Residual(half(2, 96, 5, 5), 2, 16))
     assert shortcut.bytes_read - plain.bytes_read == 2 * 2 * 25 * 64, "of the shortcut's channels, those of the result"
-    mask = planned(dy, w, (9, 9), padding=(1, 1), mask=(half(2, 64, 9, 9), torch.empty(5, 64, device="meta")))
+    mask = planned(dy, w, (9, 9), geometry=SAME, mask=(half(2, 64, 9, 9), torch.empty(5, 64, device="meta")))
     assert mask.bytes_read - plain.bytes_read == 2 * 2 * 81 * 64 + 4 * 3 * 64, "mean, scale and shift"
     tiles = (mask.bytes_written - plain.bytes_written) / (4 * 2 * 64)
     assert tiles == int(tiles) >= 2
-    strided = planned(half(2, 32, 5, 5), half(32, 64, 1, 1), (9, 9), stride=(2, 2))
+    strided = planned(half(2, 32, 5, 5), half(32, 64, 1, 1), (9, 9), geometry=Geometry(stride=(2, 2)))
     assert strided.bytes_read == 2 * (2 * 25 * 32 + 32 * 64)
     assert strided.bytes_written == plain.bytes_written, "pixels that no tap reaches are written too"
-    padded = planned(half(2, 32, 11, 11), half(32, 64, 1, 1), (9, 9), padding=(1, 1))
+    padded = planned(half(2, 32, 11, 11), half(32, 64, 1, 1), (9, 9), geometry=SAME)
     assert padded.bytes_read == 2 * (2 * 81 * 32 + 32 * 64), "what went into the padding counts for nothing"
 
 
@@ -367,9 +367,9 @@ def test_errors_name_the_argument():
     with pytest.raises(ValueError, match="w must be channels_last"):
         conv_dgrad(dy, w.contiguous(), (5, 5))
     with pytest.raises(ValueError, match=r"w of shape .* does not fit 20 channels in 3 groups"):
-        conv_dgrad(dy, w, (5, 5), groups=3)
+        conv_dgrad(dy, w, (5, 5), geometry=Geometry(groups=3))
     with pytest.raises(ValueError, match="w may have at most 64 taps"):
-        conv_dgrad(random(1, 16, 9, 9), random(16, 16, 9, 9), (9, 9), padding=(4, 4))
+        conv_dgrad(random(1, 16, 9, 9), random(16, 16, 9, 9), (9, 9), geometry=Geometry(padding=(4, 4)))
     with pytest.raises(ValueError, match="y must lie in memory as dy does"):
         conv_dgrad(dy, w, (5, 5), y=random(2, 24, 3, 3)[:, :20], coefs=random_coefs(20))
     with pytest.raises(ValueError, match=r"mask\[0\] must have the shape of the result"):
@@ -383,10 +383,10 @@ def test_errors_name_the_argument():
             conv_dgrad(**{"dy": dy, "w": w, "size": (5, 5), **change})
 
 
-@pytest.mark.parametrize(("change", "message"), BAD_GEOMETRIES)
-def test_a_convolution_without_meaning_is_refused(change, message):
+@pytest.mark.parametrize(("geometry", "message"), BAD_GEOMETRIES)
+def test_a_convolution_without_meaning_is_refused(geometry, message):
     with pytest.raises(ValueError, match=message):
-        conv_dgrad(random(1, 8, 1, 2), random(8, 16, 3, 3), (3, 4), **change)
+        conv_dgrad(random(1, 8, 1, 2), random(8, 16, 3, 3), (3, 4), geometry=geometry)
 
 
 @pytest.mark.parametrize(
@@ -397,12 +397,12 @@ def test_a_shortcut_that_does_not_fit(shape, step, before):
     with pytest.raises(ValueError, match=r"shortcut must have shape \[2, C, .* channels from channel"):
         conv_dgrad(
             random(2, 20, 3, 3), random(20, 16, 3, 3), (5, 5),
-            shortcut=random(*shape), shortcut_step=step, shortcut_before=before,
+            shortcut=Residual(random(*shape), step, before),
         )  # fmt: skip
 
 
 def test_a_shortcut_without_a_step():
-    with pytest.raises(ValueError, match="shortcut_step must be at least 1; got 0"):
+    with pytest.raises(ValueError, match=r"shortcut\.step must be at least 1; got 0"):
         conv_dgrad(
-            random(2, 20, 3, 3), random(20, 16, 3, 3), (5, 5), shortcut=random(2, 16, 5, 5), shortcut_step=0
+            random(2, 20, 3, 3), random(20, 16, 3, 3), (5, 5), shortcut=Residual(random(2, 16, 5, 5), step=0)
         )  # fmt: skip

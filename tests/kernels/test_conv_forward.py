@@ -11,9 +11,9 @@ from torch import Tensor
 
 from resnet_fused.engine import reference
 from resnet_fused.kernels import conv_forward as module
-from resnet_fused.kernels.conv import ConvProblem
+from resnet_fused.kernels.conv import ConvProblem, Geometry
 from resnet_fused.kernels.conv_forward import conv_forward, conv_forward_moments, default_config
-from resnet_fused.kernels.epilogue import Norm
+from resnet_fused.kernels.epilogue import Norm, Residual
 from resnet_fused.kernels.launch import INTERPRETER, TileConfig, dry_run, observe
 from resnet_fused.kernels.memory import layout, pixel_stride
 from tests.rule import assert_within_rule
@@ -22,6 +22,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter cannot do arithmetic in bfloat16; there fp16 stands for the 16-bit formats.
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
 TILES = [None, TileConfig(16, 16, 16), TileConfig(32, 128, 32)]
+SAME = Geometry(padding=(1, 1))
+"""That of a 3x3 convolution whose output has the size of its input."""
 
 
 def channels_last(t: Tensor) -> Tensor:
@@ -37,76 +39,77 @@ def random_norm(channels: int) -> Norm:
     return Norm(random(channels), torch.rand(channels, device=DEVICE) + 0.5, random(channels), random(channels), 1e-5)
 
 
-def specification(
-    x, w, *, prologue=None, bias=None, norm=None, residual=None, step=1, before=0, relu=False, dtype, **conv
-):
+def specification(x, w, *, geometry=Geometry(), prologue=None, bias=None, norm=None, residual=None, relu=False, dtype):
     """What a launch must compute, in ``dtype`` throughout."""
     cast = lambda t: None if t is None else t.to(dtype)  # noqa: E731
     x = cast(x)
     if prologue is not None:
         x = reference.scale_shift_relu(x, cast(prologue[0]), cast(prologue[1]))
-    z = F.conv2d(x, cast(w), cast(bias), **conv)
+    z = F.conv2d(x, cast(w), cast(bias), *geometry)
     if norm is not None:
         z = F.batch_norm(z, cast(norm.mean), cast(norm.var), cast(norm.gamma), cast(norm.beta), False, 0.0, norm.eps)
     if residual is not None:
-        shortcut = reference.PaddedIdentity(cast(residual), step, before)
+        shortcut = reference.PaddedIdentity(cast(residual.tensor), residual.step, residual.before)
         z = z + shortcut.materialize(z.shape[1])
     return torch.relu(z) if relu else z
 
 
-def check(x, w, *, config=None, step=1, before=0, **arguments):
-    ours = conv_forward(x, w, residual_step=step, residual_before=before, config=config, **arguments)
-    shared = dict(arguments, step=step, before=before)
-    eager = specification(x, w, dtype=x.dtype, **shared)
-    assert_within_rule(ours, eager, specification(x, w, dtype=torch.float64, **shared))
+def check(x, w, *, config=None, **arguments):
+    ours = conv_forward(x, w, config=config, **arguments)
+    eager = specification(x, w, dtype=x.dtype, **arguments)
+    assert_within_rule(ours, eager, specification(x, w, dtype=torch.float64, **arguments))
     assert ours.is_contiguous(memory_format=torch.channels_last)
     return ours
 
 
+def layer(ci: int, co: int, size: tuple[int, int], filter: tuple[int, int], **geometry) -> tuple:
+    """Channels of input and output, the sizes of input and filter, and the geometry."""
+    return ci, co, size, filter, Geometry(**geometry)
+
+
 GEOMETRIES = {
-    "3x3": dict(ci=16, co=24, size=(9, 7), filter=(3, 3), padding=(1, 1)),
-    "3x3 stride 2, odd size": dict(ci=20, co=24, size=(9, 7), filter=(3, 3), stride=(2, 2), padding=(1, 1)),
-    "every parameter differs by axis": dict(
+    "3x3": layer(ci=16, co=24, size=(9, 7), filter=(3, 3), padding=(1, 1)),
+    "3x3 stride 2, odd size": layer(ci=20, co=24, size=(9, 7), filter=(3, 3), stride=(2, 2), padding=(1, 1)),
+    "every parameter differs by axis": layer(
         ci=18, co=20, size=(11, 8), filter=(3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2)
     ),
-    "no padding": dict(ci=16, co=16, size=(6, 9), filter=(2, 3)),
-    "padding wider than the filter": dict(ci=16, co=16, size=(3, 4), filter=(2, 2), padding=(3, 3)),
-    "5x5": dict(ci=16, co=16, size=(7, 6), filter=(5, 5), padding=(2, 2)),
-    "7x7 with 16 channels": dict(ci=16, co=16, size=(7, 6), filter=(7, 7), stride=(2, 2), padding=(3, 3)),
-    "stem": dict(ci=3, co=20, size=(9, 8), filter=(7, 7), stride=(2, 2), padding=(3, 3)),
-    "three channels, no padding": dict(ci=3, co=16, size=(8, 7), filter=(3, 2)),
-    "one channel": dict(ci=1, co=16, size=(8, 7), filter=(3, 3), padding=(1, 1)),
-    "1x1": dict(ci=40, co=150, size=(5, 7), filter=(1, 1)),
-    "1x1 with three channels": dict(ci=3, co=5, size=(5, 7), filter=(1, 1)),
-    "1x1 stride 2": dict(ci=20, co=24, size=(9, 7), filter=(1, 1), stride=(2, 2)),
-    "1x1 strided along rows": dict(ci=20, co=24, size=(5, 7), filter=(1, 1), stride=(1, 2)),
-    "1x1 strided along columns": dict(ci=20, co=24, size=(5, 7), filter=(1, 1), stride=(2, 1)),
-    "1x1 padded": dict(ci=16, co=16, size=(4, 4), filter=(1, 1), padding=(1, 1)),
-    "two groups": dict(ci=80, co=48, size=(5, 6), filter=(3, 3), padding=(1, 1), groups=2),
-    "narrow groups": dict(ci=32, co=32, size=(5, 6), filter=(3, 3), padding=(1, 1), groups=8),
-    "groups that do not merge evenly": dict(ci=28, co=42, size=(5, 6), filter=(3, 3), padding=(1, 1), groups=7),
-    "depthwise": dict(ci=12, co=24, size=(9, 7), filter=(3, 3), stride=(2, 2), padding=(1, 1), groups=12),
-    "filter as large as the image": dict(ci=16, co=16, size=(4, 5), filter=(4, 5)),
+    "no padding": layer(ci=16, co=16, size=(6, 9), filter=(2, 3)),
+    "padding wider than the filter": layer(ci=16, co=16, size=(3, 4), filter=(2, 2), padding=(3, 3)),
+    "5x5": layer(ci=16, co=16, size=(7, 6), filter=(5, 5), padding=(2, 2)),
+    "7x7 with 16 channels": layer(ci=16, co=16, size=(7, 6), filter=(7, 7), stride=(2, 2), padding=(3, 3)),
+    "stem": layer(ci=3, co=20, size=(9, 8), filter=(7, 7), stride=(2, 2), padding=(3, 3)),
+    "three channels, no padding": layer(ci=3, co=16, size=(8, 7), filter=(3, 2)),
+    "one channel": layer(ci=1, co=16, size=(8, 7), filter=(3, 3), padding=(1, 1)),
+    "1x1": layer(ci=40, co=150, size=(5, 7), filter=(1, 1)),
+    "1x1 with three channels": layer(ci=3, co=5, size=(5, 7), filter=(1, 1)),
+    "1x1 stride 2": layer(ci=20, co=24, size=(9, 7), filter=(1, 1), stride=(2, 2)),
+    "1x1 strided along rows": layer(ci=20, co=24, size=(5, 7), filter=(1, 1), stride=(1, 2)),
+    "1x1 strided along columns": layer(ci=20, co=24, size=(5, 7), filter=(1, 1), stride=(2, 1)),
+    "1x1 padded": layer(ci=16, co=16, size=(4, 4), filter=(1, 1), padding=(1, 1)),
+    "two groups": layer(ci=80, co=48, size=(5, 6), filter=(3, 3), padding=(1, 1), groups=2),
+    "narrow groups": layer(ci=32, co=32, size=(5, 6), filter=(3, 3), padding=(1, 1), groups=8),
+    "groups that do not merge evenly": layer(ci=28, co=42, size=(5, 6), filter=(3, 3), padding=(1, 1), groups=7),
+    "depthwise": layer(ci=12, co=24, size=(9, 7), filter=(3, 3), stride=(2, 2), padding=(1, 1), groups=12),
+    "filter as large as the image": layer(ci=16, co=16, size=(4, 5), filter=(4, 5)),
 }
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_geometry(name, dtype):
-    g = dict(GEOMETRIES[name])
-    ci, co, size, taps = (g.pop(key) for key in ("ci", "co", "size", "filter"))
+    ci, co, size, taps, geometry = GEOMETRIES[name]
     x = random(2, ci, *size, dtype=dtype)
-    w = random(co, ci // g.get("groups", 1), *taps, dtype=dtype)
+    w = random(co, ci // geometry.groups, *taps, dtype=dtype)
     for config in TILES:
-        if config is not None and g.get("groups", 1) > 1:
-            config = TileConfig(config.block_m, config.block_n, 32 if g["groups"] > 2 else 16)
-        check(x, w, norm=random_norm(co), relu=True, config=config, **g)
+        if config is not None and geometry.groups > 1:
+            config = TileConfig(config.block_m, config.block_n, 32 if geometry.groups > 2 else 16)
+        check(x, w, norm=random_norm(co), relu=True, config=config, geometry=geometry)
 
 
 @pytest.mark.parametrize("filter_size", range(1, 8))
 def test_square_filters_of_every_size(filter_size):
     x, w = random(1, 16, 9, 8), random(16, 16, filter_size, filter_size)
-    check(x, w, padding=(filter_size // 2, filter_size // 2))
+    check(x, w, geometry=Geometry(padding=(filter_size // 2, filter_size // 2)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -116,10 +119,10 @@ def test_every_epilogue(bias, norm, residual, relu, dtype):
     check(
         x,
         w,
-        padding=(1, 1),
+        geometry=SAME,
         bias=random(20, dtype=dtype) if bias else None,
         norm=random_norm(20) if norm else None,
-        residual=random(2, 20, 5, 6, dtype=dtype) if residual else None,
+        residual=Residual(random(2, 20, 5, 6, dtype=dtype)) if residual else None,
         relu=relu,
     )
 
@@ -127,7 +130,7 @@ def test_every_epilogue(bias, norm, residual, relu, dtype):
 @pytest.mark.parametrize("config", TILES)
 def test_wide_tiles_are_finished_in_halves(config):
     x, w = random(1, 16, 5, 6), random(136, 16, 1, 1)
-    check(x, w, norm=random_norm(136), residual=random(1, 136, 5, 6), relu=True, config=config)
+    check(x, w, norm=random_norm(136), residual=Residual(random(1, 136, 5, 6)), relu=True, config=config)
 
 
 @pytest.mark.parametrize("affine", [(True, False), (False, True), (False, False)])
@@ -156,8 +159,8 @@ def test_padded_identity_is_read_in_place(step, before, size, config):
     residual = random(2, 10, *size)
     p, q = (-(-s // step) for s in size)
     check(
-        random(2, 16, p, q), random(20, 16, 3, 3), padding=(1, 1), norm=random_norm(20), relu=True,
-        residual=residual, step=step, before=before, config=config,
+        random(2, 16, p, q), random(20, 16, 3, 3), geometry=SAME, norm=random_norm(20), relu=True,
+        residual=Residual(residual, step, before), config=config,
     )  # fmt: skip
 
 
@@ -166,14 +169,13 @@ def test_padded_identity_is_read_in_place(step, before, size, config):
     "name", ["3x3", "every parameter differs by axis", "stem", "1x1", "1x1 stride 2", "narrow groups"]
 )
 def test_padding_is_zero_after_the_prologue(name, dtype):
-    g = dict(GEOMETRIES[name])
-    ci, co, size, taps = (g.pop(key) for key in ("ci", "co", "size", "filter"))
-    x, w = random(2, ci, *size, dtype=dtype), random(co, ci // g.get("groups", 1), *taps, dtype=dtype)
+    ci, co, size, taps, geometry = GEOMETRIES[name]
+    x, w = random(2, ci, *size, dtype=dtype), random(co, ci // geometry.groups, *taps, dtype=dtype)
     prologue = (random(ci), random(ci) + 100)
-    ours = conv_forward(x, w, prologue=prologue, **g)
+    ours = conv_forward(x, w, prologue=prologue, geometry=geometry)
     a = reference.scale_shift_relu(x.double(), *(v.double() for v in prologue))
-    rounded = F.conv2d(a.to(dtype), w, **g)
-    assert_within_rule(ours, rounded, F.conv2d(a, w.double(), **g))
+    rounded = F.conv2d(a.to(dtype), w, None, *geometry)
+    assert_within_rule(ours, rounded, F.conv2d(a, w.double(), None, *geometry))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -186,7 +188,7 @@ def test_negative_zero_and_large_statistics(dtype):
     for shift, scale in ((0.0, 1.0), (1000.0, 1.0), (0.0, 1e-4)):
         bias = torch.full((24,), shift, device=DEVICE, dtype=dtype)
         norm = Norm(mean + shift, var * scale, gamma, random(24), 1e-5)
-        check(x, w, padding=(1, 1), bias=bias, norm=norm, relu=True)
+        check(x, w, geometry=SAME, bias=bias, norm=norm, relu=True)
 
 
 def test_tiny_variance_leaves_eps():
@@ -198,8 +200,8 @@ def test_tiny_variance_leaves_eps():
 def test_nan_and_inf_go_through_as_in_eager(value):
     x, w, norm = random(2, 16, 6, 5), random(20, 16, 3, 3), random_norm(20)
     x[0, 3, 2, 2] = value
-    ours = conv_forward(x, w, padding=(1, 1), norm=norm, relu=True)
-    eager = specification(x, w, padding=(1, 1), norm=norm, relu=True, dtype=x.dtype)
+    ours = conv_forward(x, w, geometry=SAME, norm=norm, relu=True)
+    eager = specification(x, w, geometry=SAME, norm=norm, relu=True, dtype=x.dtype)
     assert torch.equal(ours.isnan(), eager.isnan())
     assert torch.equal(ours.isinf(), eager.isinf())
     assert ours.isnan().any() or ours.isinf().any()
@@ -214,18 +216,17 @@ MERGED = ["narrow groups", "groups that do not merge evenly", "depthwise"]
 @pytest.mark.parametrize("name", MERGED)
 def test_what_is_not_finite_stays_in_its_group(name, value, prologue, dtype):
     """Groups that share a tile share a block-diagonal filter: its zeros must not meet it."""
-    g = dict(GEOMETRIES[name])
-    ci, co, size, taps = (g.pop(key) for key in ("ci", "co", "size", "filter"))
-    x, w = random(2, ci, *size, dtype=dtype), random(co, ci // g["groups"], *taps, dtype=dtype)
+    ci, co, size, taps, geometry = GEOMETRIES[name]
+    x, w = random(2, ci, *size, dtype=dtype), random(co, ci // geometry.groups, *taps, dtype=dtype)
     x[0, 5, 2, 2] = value
     w[-1, 0, 0, 0] = 0
     vectors = (torch.rand(ci, device=DEVICE) + 0.5, random(ci)) if prologue else None
-    ours = conv_forward(x, w, prologue=vectors, **g)
+    ours = conv_forward(x, w, prologue=vectors, geometry=geometry)
     # Each group apart: what a library's own grouped convolution does to NaN is its own business.
     eager, exact = (
         torch.cat([
-            specification(*parts, dtype=t, **(g | {"groups": 1}))
-            for parts in zip(activated(x, vectors, t).chunk(g["groups"], 1), w.chunk(g["groups"]), strict=True)
+            specification(*parts, dtype=t, geometry=geometry._replace(groups=1))
+            for parts in zip(activated(x, vectors, t).chunk(geometry.groups, 1), w.chunk(geometry.groups), strict=True)
         ], 1)
         for t in (dtype, torch.float64)
     )  # fmt: skip
@@ -245,21 +246,22 @@ def activated(x: Tensor, vectors: tuple[Tensor, Tensor] | None, dtype: torch.dty
 def test_relu_keeps_nan_of_the_residual():
     residual = random(1, 16, 3, 3)
     residual[0, 1, 1, 1] = float("nan")
-    ours = conv_forward(random(1, 16, 3, 3), random(16, 16, 1, 1), residual=residual, relu=True)
+    ours = conv_forward(random(1, 16, 3, 3), random(16, 16, 1, 1), residual=Residual(residual), relu=True)
     assert ours.isnan().nonzero().tolist() == [[0, 1, 1, 1]]
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_reads_only_the_input_and_writes_only_the_output(name, monkeypatch):
-    g = dict(GEOMETRIES[name])
-    ci, co, size, taps = (g.pop(key) for key in ("ci", "co", "size", "filter"))
-    x, w, norm = random(2, ci, *size), random(co, ci // g.get("groups", 1), *taps), random_norm(co)
-    want = conv_forward(x, w, norm=norm, relu=True, **g)
+    ci, co, size, taps, geometry = GEOMETRIES[name]
+    x, w, norm = random(2, ci, *size), random(co, ci // geometry.groups, *taps), random_norm(co)
+    want = conv_forward(x, w, norm=norm, relu=True, geometry=geometry)
     residual = torch.zeros_like(want)
     guarded = [embed(t, float("nan")) for t in (x, residual)]
     w_guarded = embed_flat(w, float("nan"))
     out = embed(torch.full_like(want, float("nan")), 7.0)
-    got = conv_forward(guarded[0], w_guarded, norm=norm, relu=True, residual=guarded[1], out=out, **g)
+    got = conv_forward(
+        guarded[0], w_guarded, norm=norm, relu=True, residual=Residual(guarded[1]), out=out, geometry=geometry
+    )
     assert got is out
     assert torch.equal(got, want)
     storage = torch.as_strided(out, (out.untyped_storage().nbytes() // 4,), (1,), 0)
@@ -286,10 +288,8 @@ def embed_flat(t: Tensor, guard: float) -> Tensor:
 def test_every_output_element_is_written(monkeypatch):
     empty = torch.empty
     monkeypatch.setattr(module.torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
-    for g in GEOMETRIES.values():
-        g = dict(g)
-        ci, co, size, taps = (g.pop(key) for key in ("ci", "co", "size", "filter"))
-        y = conv_forward(random(2, ci, *size), random(co, ci // g.get("groups", 1), *taps), relu=True, **g)
+    for ci, co, size, taps, geometry in GEOMETRIES.values():
+        y = conv_forward(random(2, ci, *size), random(co, ci // geometry.groups, *taps), relu=True, geometry=geometry)
         assert not y.isnan().any()
 
 
@@ -305,12 +305,13 @@ def test_offsets_beyond_32_bits():
     residual.copy_(random(1, 16, 1, 3))
     for taps in (1, 3):
         w = random(16, 16, taps, taps, dtype=torch.float16)
-        pad = (taps // 2, taps // 2)
+        geometry = Geometry(padding=(taps // 2, taps // 2))
         seen = []
         with observe(seen.append):
-            conv_forward(x, w, padding=pad, residual=residual, out=out, relu=True)
+            conv_forward(x, w, geometry=geometry, residual=Residual(residual), out=out, relu=True)
         assert seen[0].arguments["form"].INT64
-        small = conv_forward(channels_last(x), w, padding=pad, residual=channels_last(residual), relu=True)
+        near = Residual(channels_last(residual))
+        small = conv_forward(channels_last(x), w, geometry=geometry, residual=near, relu=True)
         assert torch.equal(out, small)
 
 
@@ -327,13 +328,13 @@ def test_int64_is_chosen_by_extent():
 
 
 def test_no_images():
-    y = conv_forward(random(0, 16, 5, 5), random(20, 16, 3, 3), padding=(1, 1))
+    y = conv_forward(random(0, 16, 5, 5), random(20, 16, 3, 3), geometry=SAME)
     assert y.shape == (0, 20, 5, 5)
 
 
 def test_output_dtype():
     x, w = random(1, 16, 4, 4, dtype=torch.float16), random(16, 16, 1, 1, dtype=torch.float16)
-    y = conv_forward(x, w, residual=random(1, 16, 4, 4), out_dtype=torch.float32)
+    y = conv_forward(x, w, residual=Residual(random(1, 16, 4, 4)), out_dtype=torch.float32)
     assert y.dtype == torch.float32
 
 
@@ -348,16 +349,19 @@ def test_output_dtype():
         ),
         (dict(out=channels_last(torch.zeros(1, 8, 4, 5))), r"out must have shape \(1, 8, 4, 4\); got \(1, 8, 4, 5\)"),
         (
-            dict(residual=channels_last(torch.zeros(1, 8, 3, 4))),
+            dict(residual=Residual(channels_last(torch.zeros(1, 8, 3, 4)))),
             r"residual must have shape \(1, 8, 4, 4\).*got \(1, 8, 3, 4\)",
         ),
-        (dict(residual=channels_last(torch.zeros(1, 9, 4, 4))), r"residual must have shape \(1, 8, 4, 4\)"),
-        (dict(residual=channels_last(torch.zeros(1, 8, 4, 4)), residual_step=0), "residual_step must be at least 1"),
+        (dict(residual=Residual(channels_last(torch.zeros(1, 9, 4, 4)))), r"residual must have shape \(1, 8, 4, 4\)"),
+        (dict(residual=Residual(channels_last(torch.zeros(1, 8, 4, 4)), step=0)), "residual.step must be at least 1"),
         (dict(x=channels_last(torch.zeros(1, 16, 4, 4)).double()), r"x must be \[N, C, H, W\], .* got torch.float64"),
         (dict(x=torch.zeros(16, 4, 4)), r"x must be \[N, C, H, W\], .* got torch.float32 \(16, 4, 4\)"),
         (dict(w=torch.zeros(8, 16, 3)), r"w must be \[CO, CI/groups, R, S\].* got torch.float32 \(8, 16, 3\)"),
         (dict(w=channels_last(torch.zeros(8, 16, 3, 3)).half()), "w must have the dtype of x, torch.float32; got .*16"),
-        (dict(w=channels_last(torch.zeros(8, 16, 9, 9)), padding=(4, 4)), "w may have at most 64 taps"),
+        (
+            dict(w=channels_last(torch.zeros(8, 16, 9, 9)), geometry=Geometry(padding=(4, 4))),
+            "w may have at most 64 taps",
+        ),
         (dict(out_dtype=torch.int32), r"out must be \[N, C, H, W\], .* got torch.int32"),
         (dict(out=torch.zeros(1, 8, 1, 1).expand(1, 8, 4, 4)), "out must be pixel-linear"),
         (dict(out=torch.zeros(999).as_strided((1, 8, 4, 4), (64, 1, 16, 4))), "out must be pixel-linear"),
@@ -367,36 +371,41 @@ def test_bad_arguments_are_named(change, message):
     arguments = {
         "x": channels_last(torch.zeros(1, 16, 4, 4)),
         "w": channels_last(torch.zeros(8, 16, 3, 3)),
-        "padding": (1, 1),
+        "geometry": SAME,
     }
     with pytest.raises(ValueError, match=message):
         conv_forward(**{**arguments, **change})
 
 
 BAD_GEOMETRIES = [
-    (dict(stride=(0, 1)), r"stride must be two integers of at least 1; got \(0, 1\)"),
-    (dict(stride=(1, -2)), r"stride must be two integers of at least 1; got \(1, -2\)"),
-    (dict(stride=2), "stride must be two integers of at least 1; got 2"),
-    (dict(padding=(0, -1)), r"padding must be two integers of at least 0; got \(0, -1\)"),
-    (dict(padding=(1,)), r"padding must be two integers of at least 0; got \(1,\)"),
-    (dict(dilation=(1, 0)), r"dilation must be two integers of at least 1; got \(1, 0\)"),
-    (dict(groups=0), "groups must be at least 1; got 0"),
-    (dict(groups=-1), "groups must be at least 1; got -1"),
-    (dict(dilation=(1, 2)), r"a filter of 3x3 with dilation \(1, 2\) does not fit into an image of 3x4 with padding"),
-    (dict(dilation=(2, 1)), "a filter of 3x3 .* does not fit into an image of 3x4"),
+    (Geometry(stride=(0, 1)), r"geometry.stride must be two integers of at least 1; got \(0, 1\)"),
+    (Geometry(stride=(1, -2)), r"geometry.stride must be two integers of at least 1; got \(1, -2\)"),
+    (Geometry(stride=2), r"geometry.stride must be two integers of at least 1; got 2"),
+    (Geometry(padding=(0, -1)), r"geometry.padding must be two integers of at least 0; got \(0, -1\)"),
+    (Geometry(padding=(1,)), r"geometry.padding must be two integers of at least 0; got \(1,\)"),
+    (Geometry(dilation=(1, 0)), r"geometry.dilation must be two integers of at least 1; got \(1, 0\)"),
+    (Geometry(groups=0), r"geometry.groups must be at least 1; got 0"),
+    (Geometry(groups=-1), r"geometry.groups must be at least 1; got -1"),
+    (
+        Geometry(dilation=(1, 2)),
+        r"a filter of 3x3 with dilation \(1, 2\) does not fit into an image of 3x4 with padding",
+    ),
+    (Geometry(dilation=(2, 1)), "a filter of 3x3 .* does not fit into an image of 3x4"),
 ]
 
 
 @pytest.mark.parametrize("launcher", [conv_forward, conv_forward_moments])
-@pytest.mark.parametrize(("change", "message"), BAD_GEOMETRIES)
-def test_a_convolution_without_meaning_is_refused(change, message, launcher):
+@pytest.mark.parametrize(("geometry", "message"), BAD_GEOMETRIES)
+def test_a_convolution_without_meaning_is_refused(geometry, message, launcher):
     with pytest.raises(ValueError, match=message):
-        launcher(random(1, 16, 3, 4), random(8, 16, 3, 3), **change)
+        launcher(random(1, 16, 3, 4), random(8, 16, 3, 3), geometry=geometry)
 
 
 def test_merged_groups_need_a_chunk_that_holds_them():
     with pytest.raises(ValueError, match=r"config.block_k must hold the 32 input channels"):
-        conv_forward(random(1, 32, 4, 4), random(32, 4, 1, 1), groups=8, config=TileConfig(16, 16, 16))
+        conv_forward(
+            random(1, 32, 4, 4), random(32, 4, 1, 1), geometry=Geometry(groups=8), config=TileConfig(16, 16, 16)
+        )
 
 
 def problem(**change) -> ConvProblem:
@@ -439,11 +448,11 @@ def test_cost_counts_each_byte_once():
             conv_forward(x, w, **change)
         return seen[0].cost()
 
-    plain = cost(size=3, padding=(1, 1))
+    plain = cost(size=3, geometry=SAME)
     assert plain.flops == 2 * 2 * 81 * 32 * 64 * 9
     assert plain.bytes_read == 2 * (2 * 64 * 81 + 32 * 64 * 9)
     assert plain.bytes_written == 2 * 2 * 32 * 81
-    strided = cost(size=1, stride=(2, 2))
+    strided = cost(size=1, geometry=Geometry(stride=(2, 2)))
     assert strided.bytes_read == 2 * (2 * 64 * 25 + 32 * 64), (
         "a 1x1 convolution of stride 2 reads a quarter of the pixels"
     )
@@ -474,10 +483,9 @@ def check_moments(x, w, **arguments):
     "name", ["3x3 stride 2, odd size", "stem", "1x1", "two groups", "groups that do not merge evenly", "depthwise"]
 )
 def test_moments_are_those_of_the_rounded_output(name, dtype):
-    g = dict(GEOMETRIES[name])
-    ci, co, size, taps = (g.pop(key) for key in ("ci", "co", "size", "filter"))
-    x, w = random(2, ci, *size, dtype=dtype), random(co, ci // g.get("groups", 1), *taps, dtype=dtype)
-    check_moments(x, w, config=TileConfig(16, 16, 32), **g)
+    ci, co, size, taps, geometry = GEOMETRIES[name]
+    x, w = random(2, ci, *size, dtype=dtype), random(co, ci // geometry.groups, *taps, dtype=dtype)
+    check_moments(x, w, config=TileConfig(16, 16, 32), geometry=geometry)
 
 
 @pytest.mark.parametrize("config", [*TILES, TileConfig(16, 256, 16)])
@@ -500,9 +508,8 @@ def test_moments_far_from_zero():
 @pytest.mark.parametrize("name", ["3x3", "stem", "1x1", "narrow groups"])
 def test_moments_are_written_where_they_belong(name, monkeypatch):
     """In a buffer of NaN between guards, every element is written and none beside it."""
-    g = dict(GEOMETRIES[name])
-    ci, co, size, taps = (g.pop(key) for key in ("ci", "co", "size", "filter"))
-    x, w = random(2, ci, *size), random(co, ci // g.get("groups", 1), *taps)
+    ci, co, size, taps, geometry = GEOMETRIES[name]
+    x, w = random(2, ci, *size), random(co, ci // geometry.groups, *taps)
     empty, buffers = torch.empty, []
 
     def guarded(*shape, **options):
@@ -512,7 +519,7 @@ def test_moments_are_written_where_they_belong(name, monkeypatch):
         return buffers[-1][32:-32].view(shape).fill_(float("nan"))
 
     monkeypatch.setattr(module.torch, "empty", guarded)
-    _, moments = conv_forward_moments(x, w, config=TileConfig(16, 16, 32), **g)
+    _, moments = conv_forward_moments(x, w, config=TileConfig(16, 16, 32), geometry=geometry)
     assert len(buffers) == 1
     assert not moments.values.isnan().any()
     assert (buffers[0] == 7.0).sum() == 64

@@ -11,34 +11,34 @@ from torch import Tensor
 
 from resnet_fused.engine import reference
 from resnet_fused.kernels import conv_wgrad as module
-from resnet_fused.kernels.conv import ConvProblem, output_size
+from resnet_fused.kernels.conv import ConvProblem, Geometry, output_size
 from resnet_fused.kernels.conv_wgrad import WgradConfig, conv_wgrad, default_config
 from resnet_fused.kernels.gpus import gpu_of
 from resnet_fused.kernels.launch import INTERPRETER, TileConfig, dry_run, observe
 from tests.kernels.test_conv_dgrad import ALL, _poisoned, random_coefs, random_stats  # noqa: F401
-from tests.kernels.test_conv_forward import BAD_GEOMETRIES, DEVICE, DTYPES, channels_last, embed, random
+from tests.kernels.test_conv_forward import BAD_GEOMETRIES, DEVICE, DTYPES, SAME, channels_last, embed, random
 from tests.rule import assert_within_rule
 
 SPLIT = WgradConfig(TileConfig(32, 64, 32), 3)
 CONFIGS = [None, SPLIT, WgradConfig(TileConfig(16, 16, 16), 1)]
 
 
-def drawn(name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, tuple[int, ...], dict]:
-    """dy, x, the shape of the filter, and the convolution's arguments."""
-    g = dict(ALL[name])
-    ci, co, size, taps = (g.pop(key) for key in ("ci", "co", "size", "filter"))
-    x, shape = random(2, ci, *size, dtype=dtype), (co, ci // g.get("groups", 1), *taps)
-    return random(*F.conv2d(x, torch.zeros(shape, dtype=dtype, device=x.device), **g).shape, dtype=dtype), x, shape, g
+def drawn(name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, tuple[int, ...], Geometry]:
+    """dy, x, the shape of the filter, and the geometry."""
+    ci, co, size, taps, geometry = ALL[name]
+    x, shape = random(2, ci, *size, dtype=dtype), (co, ci // geometry.groups, *taps)
+    y = F.conv2d(x, torch.zeros(shape, dtype=dtype, device=x.device), None, *geometry)
+    return random(*y.shape, dtype=dtype), x, shape, geometry
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ALL)
 def test_geometry(name, dtype):
-    dy, x, shape, conv = drawn(name, dtype)
-    exact = reference.conv_wgrad(dy.double(), x.double(), shape, **conv)
-    eager = reference.conv_wgrad(dy, x, shape, **conv)
+    dy, x, shape, geometry = drawn(name, dtype)
+    exact = reference.conv_wgrad(dy.double(), x.double(), shape, geometry)
+    eager = reference.conv_wgrad(dy, x, shape, geometry)
     for config in CONFIGS:
-        dw = conv_wgrad(dy, x, shape[2:], config=config, **conv)
+        dw = conv_wgrad(dy, x, shape[2:], geometry=geometry, config=config)
         assert dw.permute(0, 2, 3, 1).is_contiguous()
         assert_within_rule(dw, eager, exact, sums=4)
 
@@ -49,25 +49,26 @@ def test_geometry(name, dtype):
     "name", ["3x3", "every parameter differs by axis", "stem", "1x1", "1x1 stride 2", "narrow groups", "two groups"]
 )
 def test_prologues(name, config, dtype):
-    g, x, shape, conv = drawn(name, dtype)
+    g, x, shape, geometry = drawn(name, dtype)
     y, coefs, stats = random(*g.shape, dtype=dtype), random_coefs(g.shape[1]), random_stats(x.shape[1])
     stats[3] += 50  # padding is zero behind the ReLU
     dy = reference.batch_norm_gradient(g.double(), y.double(), coefs.double())
     a = reference.scale_shift_relu(x.double(), stats[2].double(), stats[3].double())
-    exact = reference.conv_wgrad(dy, a, shape, **conv)
-    eager = reference.conv_wgrad(dy.to(dtype), a.to(dtype), shape, **conv)
+    exact = reference.conv_wgrad(dy, a, shape, geometry)
+    eager = reference.conv_wgrad(dy.to(dtype), a.to(dtype), shape, geometry)
     kept = torch.full_like(g, float("nan"))
     dw = conv_wgrad(
-        g, x, shape[2:], y=y, coefs=coefs, x_stats=stats, dy_out=kept, config=config, out_dtype=torch.float32, **conv
-    )
+        g, x, shape[2:], geometry=geometry, y=y, coefs=coefs, x_stats=stats, dy_out=kept, config=config,
+        out_dtype=torch.float32,
+    )  # fmt: skip
     assert_within_rule(dw.to(dtype), eager, exact, sums=8)
     assert_within_rule(kept, dy.to(dtype), dy)
-    wide = conv_wgrad(g.float(), x, shape[2:], coefs=coefs, x_stats=stats, config=config, **conv)
-    only_g = reference.conv_wgrad((g * coefs[0][:, None, None]).double().to(dtype).double(), a, shape, **conv)
+    wide = conv_wgrad(g.float(), x, shape[2:], geometry=geometry, coefs=coefs, x_stats=stats, config=config)
+    only_g = reference.conv_wgrad((g * coefs[0][:, None, None]).double().to(dtype).double(), a, shape, geometry)
     assert_within_rule(wide, only_g.to(dtype), only_g, sums=8 if dtype == torch.float32 else 2**13)
 
 
-def specification(dy, x, filter_size, *, y=None, coefs=None, x_stats=None, dtype, **conv):
+def specification(dy, x, filter_size, *, geometry=Geometry(), y=None, coefs=None, x_stats=None, dtype):
     """What a launch must compute, in ``dtype`` throughout."""
     dy, x = dy.to(dtype), x.to(dtype)
     if coefs is not None:
@@ -78,8 +79,8 @@ def specification(dy, x, filter_size, *, y=None, coefs=None, x_stats=None, dtype
             dy = reference.batch_norm_gradient(dy, y.to(dtype), coefs)
     if x_stats is not None:
         x = reference.scale_shift_relu(x, *x_stats[2:4].to(dtype))
-    shape = (dy.shape[1], x.shape[1] // conv.get("groups", 1), *filter_size)
-    return reference.conv_wgrad(dy, x, shape, **conv)
+    shape = (dy.shape[1], x.shape[1] // geometry.groups, *filter_size)
+    return reference.conv_wgrad(dy, x, shape, geometry)
 
 
 def check(dy, x, filter_size, *, config=None, **arguments):
@@ -96,25 +97,29 @@ def check(dy, x, filter_size, *, config=None, **arguments):
 def test_pixels_are_carried_across_rows_and_images(size, block_k):
     """Steps longer and shorter than a row, and than an image."""
     x, dy = random(5, 16, *size), random(5, 16, *size)
-    check(dy, x, (3, 3), padding=(1, 1), config=WgradConfig(TileConfig(16, 16, block_k), splits=2))
+    check(dy, x, (3, 3), geometry=SAME, config=WgradConfig(TileConfig(16, 16, block_k), splits=2))
 
 
 @pytest.mark.parametrize("name", ["3x3", "1x1", "stem", "narrow groups"])
 def test_constants_of_dy_add_nothing_beyond_the_last_pixel(name):
     """Where there is no pixel, ``A*0 + B*0 + C`` is not zero."""
-    dy, x, shape, g = drawn(name, torch.float32)
+    dy, x, shape, geometry = drawn(name, torch.float32)
     coefs = torch.full((3, dy.shape[1]), 100.0, device=DEVICE)
-    config = WgradConfig(TileConfig(16, 16, 64), splits=2)
-    check(dy, x, shape[2:], y=torch.zeros_like(dy), coefs=coefs, x_stats=random(5, x.shape[1]) + 10, config=config, **g)
+    check(
+        dy, x, shape[2:], geometry=geometry, y=torch.zeros_like(dy), coefs=coefs,
+        x_stats=random(5, x.shape[1]) + 10, config=WgradConfig(TileConfig(16, 16, 64), splits=2),
+    )  # fmt: skip
 
 
 def test_rounds_dy_to_the_type_of_x():
-    dy, x, shape, g = drawn("1x1", torch.float16)
+    dy, x, shape, geometry = drawn("1x1", torch.float16)
     g32, y, coefs = random(*dy.shape), random(*dy.shape, dtype=torch.float16), random(3, dy.shape[1])
     eager = reference.batch_norm_gradient(g32, y.float(), coefs).half()
-    ours = conv_wgrad(g32, x, shape[2:], y=y, coefs=coefs, config=SPLIT, **g)
-    exact = specification(eager, x, shape[2:], dtype=torch.float64, **g)
-    assert_within_rule(ours, specification(eager, x, shape[2:], dtype=torch.float16, **g), exact, sums=1)
+    ours = conv_wgrad(g32, x, shape[2:], geometry=geometry, y=y, coefs=coefs, config=SPLIT)
+    half, exact = (
+        specification(eager, x, shape[2:], geometry=geometry, dtype=t) for t in (torch.float16, torch.float64)
+    )
+    assert_within_rule(ours, half, exact, sums=1)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -135,34 +140,34 @@ def test_nan_and_inf_arrive(at, where, value):
 
 @pytest.mark.parametrize("name", ["two groups", "narrow groups", "depthwise"])
 def test_nan_stays_in_its_group(name):
-    dy, x, shape, g = drawn(name, torch.float32)
+    dy, x, shape, geometry = drawn(name, torch.float32)
     x[:, 1] = float("nan")
-    nan = conv_wgrad(dy, x, shape[2:], **g).isnan().flatten(1).any(1)
-    group = torch.arange(dy.shape[1], device=DEVICE) // (dy.shape[1] // g["groups"])
-    assert torch.equal(nan, group == 1 // (x.shape[1] // g["groups"]))
+    nan = conv_wgrad(dy, x, shape[2:], geometry=geometry).isnan().flatten(1).any(1)
+    group = torch.arange(dy.shape[1], device=DEVICE) // (dy.shape[1] // geometry.groups)
+    assert torch.equal(nan, group == 1 // (x.shape[1] // geometry.groups))
 
 
 @pytest.mark.parametrize("config", [None, SPLIT])
 @pytest.mark.parametrize("name", ALL)
 def test_reads_only_its_inputs(name, config):
-    dy, x, shape, g = drawn(name, torch.float32)
+    dy, x, shape, geometry = drawn(name, torch.float32)
     y, vectors = (
         channels_last(torch.randn_like(dy)),
         {"coefs": random(3, dy.shape[1]), "x_stats": random(5, x.shape[1])},
     )
-    plain = conv_wgrad(dy, x, shape[2:], config=config, **g)
-    full = conv_wgrad(dy, x, shape[2:], y=y, config=config, **vectors, **g)
+    plain = conv_wgrad(dy, x, shape[2:], geometry=geometry, config=config)
+    full = conv_wgrad(dy, x, shape[2:], geometry=geometry, y=y, config=config, **vectors)
     dy, x, y = (embed(t, float("nan")) for t in (dy, x, y))
     # Without a prologue nothing but the loads' masks keeps the guards out.
-    assert torch.equal(conv_wgrad(dy, x, shape[2:], config=config, **g), plain)
-    assert torch.equal(conv_wgrad(dy, x, shape[2:], y=y, config=config, **vectors, **g), full)
+    assert torch.equal(conv_wgrad(dy, x, shape[2:], geometry=geometry, config=config), plain)
+    assert torch.equal(conv_wgrad(dy, x, shape[2:], geometry=geometry, y=y, config=config, **vectors), full)
 
 
 @pytest.mark.parametrize("config", [None, SPLIT])
 @pytest.mark.parametrize("name", ALL)
 def test_writes_every_element_and_nothing_else(name, config, monkeypatch):
-    dy, x, shape, g = drawn(name, torch.float32)
-    want = conv_wgrad(dy, x, shape[2:], config=config, **g)
+    dy, x, shape, geometry = drawn(name, torch.float32)
+    want = conv_wgrad(dy, x, shape[2:], geometry=geometry, config=config)
     empty, buffers = torch.empty, []
 
     def guarded(*shape, **options):
@@ -172,7 +177,7 @@ def test_writes_every_element_and_nothing_else(name, config, monkeypatch):
         return buffer.as_strided(like.shape, like.stride(), 256)
 
     monkeypatch.setattr(module.torch, "empty", guarded)
-    got = conv_wgrad(dy, x, shape[2:], config=config, **g)
+    got = conv_wgrad(dy, x, shape[2:], geometry=geometry, config=config)
     assert torch.equal(got, want)
     assert buffers
     for buffer in buffers:
@@ -181,13 +186,13 @@ def test_writes_every_element_and_nothing_else(name, config, monkeypatch):
 
 @pytest.mark.parametrize("splits", [1, 2, 100])
 def test_splits_are_added_in_order(splits):
-    dy, x, shape, g = drawn("3x3", torch.float32)
+    dy, x, shape, geometry = drawn("3x3", torch.float32)
     config, calls = WgradConfig(TileConfig(16, 16, 16), splits), []
     with observe(calls.append):
-        first = check(dy, x, shape[2:], config=config, **g)
+        first = check(dy, x, shape[2:], geometry=geometry, config=config)
     assert [call.kernel.__name__ for call in calls] == ["conv_wgrad_kernel", "sum_splits_kernel"][: min(splits, 2)]
     assert (calls[0].grid[2] - 1) * calls[0].arguments["steps"] * 16 < 2 * 9 * 7, "no program is without pixels"
-    assert torch.equal(conv_wgrad(dy, x, shape[2:], config=config, **g), first)
+    assert torch.equal(conv_wgrad(dy, x, shape[2:], geometry=geometry, config=config), first)
 
 
 def test_filter_of_one_element():
@@ -196,10 +201,10 @@ def test_filter_of_one_element():
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_output_dtype(config):
-    dy, x, shape, g = drawn("3x3", torch.float16)
-    wide = conv_wgrad(dy, x, shape[2:], out_dtype=torch.float32, config=config, **g)
+    dy, x, shape, geometry = drawn("3x3", torch.float16)
+    wide = conv_wgrad(dy, x, shape[2:], geometry=geometry, out_dtype=torch.float32, config=config)
     assert wide.dtype == torch.float32
-    assert torch.equal(conv_wgrad(dy, x, shape[2:], config=config, **g), wide.half())
+    assert torch.equal(conv_wgrad(dy, x, shape[2:], geometry=geometry, config=config), wide.half())
 
 
 @pytest.mark.usefixtures("checked_for_overflow")
@@ -212,7 +217,7 @@ def test_offsets_beyond_32_bits(taps):
         torch.as_strided(buffer, (1, 16, 1, 3), (3 * step, 1, 3 * step, step), 16 * i).copy_(random(1, 16, 1, 3))
         for i in range(3)
     )
-    shared = dict(padding=(taps // 2, taps // 2), coefs=random(3, 16), x_stats=random(5, 16))
+    shared = dict(geometry=Geometry(padding=(taps // 2, taps // 2)), coefs=random(3, 16), x_stats=random(5, 16))
     calls = []
     with observe(calls.append):
         far = conv_wgrad(dy, x, (taps, taps), y=y, **shared)
@@ -233,8 +238,8 @@ def planned(
     vectors = {name: torch.empty(shape, device="meta") for name, shape in vectors.items() if name in change}
     with dry_run(arch), observe(calls.append):
         conv_wgrad(
-            tensor(co, out), tensor(ci, size), (taps, taps), stride=(stride, stride), padding=(pad, pad),
-            groups=groups, y=tensor(co, out) if y else None, **vectors,
+            tensor(co, out), tensor(ci, size), (taps, taps),
+            geometry=Geometry((stride, stride), (pad, pad), groups=groups), y=tensor(co, out) if y else None, **vectors,
         )  # fmt: skip
     return calls
 
@@ -316,7 +321,7 @@ CHANGES = [
     (dict(dy=torch.zeros(1, 8, 4, 4)), r"dy must be pixel-linear"),
     (dict(dy=channels_last(torch.zeros(1, 8, 4, 5))), r"dy must have shape \[1, CO, 4, 4\]; got \(1, 8, 4, 5\)"),
     (dict(dy=channels_last(torch.zeros(2, 8, 4, 4))), r"dy must have shape \[1, CO, 4, 4\]; got \(2, 8, 4, 4\)"),
-    (dict(groups=3), r"groups must divide 16 and 8 channels; got 3"),
+    (dict(geometry=SAME._replace(groups=3)), r"geometry.groups must divide 16 and 8 channels; got 3"),
     (dict(dy=channels_last(torch.zeros(1, 8, 4, 4)).half()), r"dy must have the dtype of x, torch.float32"),
     (dict(y=channels_last(torch.zeros(1, 8, 4, 4))), r"y needs coefs"),
     (dict(dy_out=channels_last(torch.zeros(1, 8, 4, 4))), r"dy_out needs coefs"),
@@ -340,16 +345,16 @@ def test_bad_arguments_are_named(change, message):
         "dy": channels_last(torch.zeros(1, 8, 4, 4)),
         "x": channels_last(torch.zeros(1, 16, 4, 4)),
         "filter_size": (3, 3),
-        "padding": (1, 1),
+        "geometry": SAME,
     }
     with pytest.raises(ValueError, match=message):
         conv_wgrad(**{**arguments, **change})
 
 
-@pytest.mark.parametrize(("change", "message"), BAD_GEOMETRIES)
-def test_a_convolution_without_meaning_is_refused(change, message):
+@pytest.mark.parametrize(("geometry", "message"), BAD_GEOMETRIES)
+def test_a_convolution_without_meaning_is_refused(geometry, message):
     with pytest.raises(ValueError, match=message):
-        conv_wgrad(random(1, 8, 1, 2), random(1, 16, 3, 4), (3, 3), **change)
+        conv_wgrad(random(1, 8, 1, 2), random(1, 16, 3, 4), (3, 3), geometry=geometry)
 
 
 def test_int64_is_chosen_by_extent():

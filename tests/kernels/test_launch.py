@@ -19,7 +19,7 @@ from resnet_fused.kernels.batch_norm import batch_norm_apply, batch_norm_stats, 
 from resnet_fused.kernels.conv_dgrad import conv_dgrad
 from resnet_fused.kernels.conv_forward import conv_forward, conv_forward_moments
 from resnet_fused.kernels.conv_wgrad import conv_wgrad
-from resnet_fused.kernels.epilogue import Moments, Norm
+from resnet_fused.kernels.epilogue import Moments, Norm, Residual
 from resnet_fused.kernels.launch import INTERPRETER, dry_run, dry_target, interpreting, observe, target_arch
 from resnet_fused.kernels.norm_backward import batch_norm_backward, batch_norm_coefs, batch_norm_reduce, merge_sums
 from tests.kernels.test_conv_forward import DEVICE, random
@@ -62,7 +62,7 @@ def test_what_is_compiled_ahead_the_jit_finds_in_the_cache():
 from resnet_fused.plan.problem import Problem
 from resnet_fused.commands.tune_trial import Candidate, rehearse
 sizes = 3, 7, 5, 64, 60, 3, 3, (1, 1), (1, 1), (1, 1), 1
-calls, _ = rehearse(Problem(*sizes, torch.bfloat16, False, "training", True, False, 90), Candidate("fused"))
+calls, _ = rehearse(Problem(*sizes, torch.bfloat16, False, True, 90, "training", False), Candidate("fused"))
 for call in calls:
     jitted = call.kernel.warmup(grid=call.grid, **call.arguments, **call.config.options)
     print(call.kernel.__name__, call.compile(90).hash == jitted.hash)
@@ -213,7 +213,7 @@ def launches() -> dict[str, tuple[Callable, dict[str, Tensor]]]:
             running,
         ),
         "batch_norm_apply": (
-            lambda v: batch_norm_apply(x, v["stats"], residual=x, residual_stats=v["residual_stats"]),
+            lambda v: batch_norm_apply(x, v["stats"], residual=Residual(x), residual_stats=v["residual_stats"]),
             {"stats": stats["stats"], "residual_stats": stats["stats2"]},
         ),
         "batch_norm_apply of fixed ones": (
