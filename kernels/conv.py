@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import gcd
 from typing import Any, NamedTuple
 
 import torch
@@ -126,6 +127,14 @@ def sizes(problem: ConvProblem) -> dict[str, int]:
         **{"dil_h": dil_h, "dil_w": dil_w},
         **{"group_ci": problem.ci // problem.groups, "group_co": problem.co // problem.groups},
     }
+
+
+def vector(problem: ConvProblem, *counts: int) -> int:
+    """Elements of the widest load, of 16 bytes at most, that fits ``counts`` of channels and strides between pixels.
+
+    1 where all are multiples of 16, which the compiler sees by itself.
+    """
+    return 1 if gcd(16, *counts) == 16 else gcd(16 // problem.dtype.itemsize, *counts)
 
 
 def precision(problem: ConvProblem) -> str:

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import conv_forward
-from .conv import RUNTIME_SIZES, ConvProblem, Geometry, Size, blocks, check_geometry, precision, sizes
+from .conv import RUNTIME_SIZES, ConvProblem, Geometry, Size, blocks, check_geometry, precision, sizes, vector
 from .epilogue import WHOLE, Added, Residual, added, fits, store_gradient
 from .launch import INTERPRETER, KEPT_LAYOUTS, Cost, Recipe, TileConfig, Vector, target_arch
 from .memory import (
@@ -37,11 +37,13 @@ class Form(NamedTuple):
     S: int
     MERGED: bool
     POINTWISE: bool
+    EVEN_CI: bool
     EVEN_CO: bool
     ONE_CHUNK: bool
     STRIDED: bool
     CUT_SPARSE: bool
     INT64: bool
+    VECTOR: int
     PRECISION: str
 
 
@@ -150,10 +152,12 @@ def conv_dgrad_kernel(
     S: tl.constexpr = form.S
     MERGED: tl.constexpr = form.MERGED
     POINTWISE: tl.constexpr = form.POINTWISE
+    EVEN_CI: tl.constexpr = form.EVEN_CI
     EVEN_CO: tl.constexpr = form.EVEN_CO
     ONE_CHUNK: tl.constexpr = form.ONE_CHUNK
     STRIDED: tl.constexpr = form.STRIDED
     CUT_SPARSE: tl.constexpr = form.CUT_SPARSE
+    VECTOR: tl.constexpr = form.VECTOR
     PRECISION: tl.constexpr = form.PRECISION
     BLOCK_M: tl.constexpr = blocks.m
     BLOCK_N: tl.constexpr = blocks.n
@@ -164,6 +168,12 @@ def conv_dgrad_kernel(
     g_stride = widths.g
     w_stride = widths.w
     w_tap = widths.tap
+    if VECTOR > 1:
+        CI = CI // VECTOR * VECTOR
+        CO = CO // VECTOR * VECTOR
+        g_stride = g_stride // VECTOR * VECTOR
+        w_stride = w_stride // VECTOR * VECTOR
+        w_tap = w_tap // VECTOR * VECTOR
     channels = widths.channels
     out_channels = widths.out_channels
     tiles_n = tl.cdiv(CI, BLOCK_N)
@@ -182,7 +192,10 @@ def conv_dgrad_kernel(
     offs_k = tl.arange(0, BLOCK_K)
     mask_m = offs_m < N * rows * columns
     row = tl.where(mask_m, offs_m, 0)
-    col = tl.where(offs_n < CI, offs_n, 0)
+    mask_n = offs_n < CI
+    col = offs_n
+    if MERGED:
+        col = tl.where(mask_n, offs_n, 0)
     n = row // (rows * columns)
     i = row // columns % rows
     j = row % columns
@@ -231,10 +244,10 @@ def conv_dgrad_kernel(
         if MERGED:
             same_group = (col // group_ci)[None, :] == (channel // group_co)[:, None]
             b = tl.load(w_tile + w_step + w_offs, mask=same_group & k_mask[:, None], other=0.0)
-        elif not EVEN_CO:
-            b = tl.load(w_tile + w_step + w_offs, mask=k_mask[:, None], other=0.0)
-        else:
+        elif EVEN_CO and EVEN_CI:
             b = tl.load(w_tile + w_step + w_offs)
+        else:
+            b = tl.load(w_tile + w_step + w_offs, mask=k_mask[:, None] & mask_n[None, :], other=0.0)
         if coefs_ptr is not None:
             c = group * CO + channel
             v = a.to(tl.float32) * load_channels(coefs_ptr, c, k_mask)[None, :]
@@ -387,13 +400,14 @@ def _recipe(
     crop = shortcut.crop((n, ci, h, width))
     tap = [st // gcd(st, dil) for st, dil in zip(problem.stride, problem.dilation, strict=True)]
     hop = [t * dil // st for t, dil, st in zip(tap, problem.dilation, problem.stride, strict=True)]
+    widths = _widths(problem, transposed, inputs)
     scalars = {
         "N": problem.n,
         **sizes(problem),
         **{"tap_h": tap[0], "tap_w": tap[1], "hop_h": hop[0], "hop_w": hop[1]},
         "crop": crop,
-        "widths": _widths(problem, transposed, inputs),
-        "form": _form(problem, transposed, tile, sparse=crop is not WHOLE, far=reach + tile.block_m >= 2**31),
+        "widths": widths,
+        "form": _form(problem, transposed, tile, widths, sparse=crop is not WHOLE, far=reach + tile.block_m >= 2**31),
         "blocks": blocks(tile),
     }
     width, parts = transposed.tile_channels[1], groups // transposed.merged
@@ -453,17 +467,21 @@ def _widths(problem: ConvProblem, transposed: ConvProblem, inputs: _Inputs) -> W
     return Widths(ci, co, problem.ci, problem.co, *strides)
 
 
-def _form(problem: ConvProblem, transposed: ConvProblem, tile: TileConfig, sparse: bool, far: bool) -> Form:
-    co, _ = transposed.tile_channels
+def _form(
+    problem: ConvProblem, transposed: ConvProblem, tile: TileConfig, widths: Widths, sparse: bool, far: bool
+) -> Form:
+    co, ci = transposed.tile_channels
     return Form(
         *(problem.r, problem.s),
         MERGED=transposed.merged > 1,
         POINTWISE=problem.r * problem.s == 1 and problem.padding == (0, 0),
+        EVEN_CI=ci % tile.block_n == 0,
         EVEN_CO=co % tile.block_k == 0,
         ONE_CHUNK=co <= tile.block_k,
         STRIDED=problem.stride != (1, 1),
         CUT_SPARSE=sparse,
         INT64=far,
+        VECTOR=vector(problem, ci, co, widths.g, widths.w, widths.tap),
         PRECISION=precision(problem),
     )
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .conv import RUNTIME_SIZES, ConvProblem, Geometry, Size, blocks, check_geometry, precision, sizes
+from .conv import RUNTIME_SIZES, ConvProblem, Geometry, Size, blocks, check_geometry, precision, sizes, vector
 from .epilogue import NOTHING, WHOLE, Added, Crop, Moments, Norm, Residual, added, store_output
 from .gpus import gpu_of
 from .launch import INTERPRETER, KEPT_LAYOUTS, Cost, Recipe, TileConfig, Vector, target_arch
@@ -42,6 +42,7 @@ class Form(NamedTuple):
     RES_PADDED: bool
     RELU: bool
     INT64: bool
+    VECTOR: int
     PRECISION: str
 
 
@@ -134,6 +135,7 @@ def conv_forward_kernel(
     ONE_CHUNK: tl.constexpr = form.ONE_CHUNK
     RES_PADDED: tl.constexpr = form.RES_PADDED
     RELU: tl.constexpr = form.RELU
+    VECTOR: tl.constexpr = form.VECTOR
     PRECISION: tl.constexpr = form.PRECISION
     BLOCK_M: tl.constexpr = blocks.m
     BLOCK_N: tl.constexpr = blocks.n
@@ -143,6 +145,11 @@ def conv_forward_kernel(
     CO = widths.co
     x_stride = widths.x
     w_stride = widths.w
+    if VECTOR > 1:
+        CI = CI // VECTOR * VECTOR
+        CO = CO // VECTOR * VECTOR
+        x_stride = x_stride // VECTOR * VECTOR
+        w_stride = w_stride // VECTOR * VECTOR
     tiles_n = tl.cdiv(CO, BLOCK_N)
     pid = tl.program_id(0)
     group = tl.program_id(1)
@@ -454,13 +461,14 @@ def _recipe(
     tile = config or default_config(problem)
     far = max(map(span, (x, out, res))) + tile.block_m >= 2**31
     crop = residual.crop(out.shape)
+    widths = _widths(problem, x, out, res)
     scalars = {
         "M": problem.m,
         **sizes(problem),
         "eps": epilogue.eps,
         "crop": crop,
-        "widths": _widths(problem, x, out, res),
-        "form": _form(problem, tile, crop, epilogue.relu, far),
+        "widths": widths,
+        "form": _form(problem, tile, widths, crop, epilogue.relu, far),
         "blocks": blocks(tile),
     }
     tiles = cdiv(problem.m, tile.block_m) * cdiv(problem.tile_channels[1], tile.block_n)
@@ -474,8 +482,8 @@ def _widths(problem: ConvProblem, x: Layout, out: Layout, res: Layout | None) ->
     return Widths(ci, co, problem.co, stride_of(x), w, stride_of(out), stride_of(res))
 
 
-def _form(problem: ConvProblem, tile: TileConfig, crop: Crop, relu: bool, far: bool) -> Form:
-    ci, _ = problem.tile_channels
+def _form(problem: ConvProblem, tile: TileConfig, widths: Widths, crop: Crop, relu: bool, far: bool) -> Form:
+    ci, co = problem.tile_channels
     taps, padded = problem.r * problem.s, problem.padding != (0, 0)
     if problem.merged > 1 and ci > tile.block_k:
         raise ValueError(f"config.block_k must hold the {ci} input channels of merged groups; got {tile.block_k}")
@@ -490,6 +498,7 @@ def _form(problem: ConvProblem, tile: TileConfig, crop: Crop, relu: bool, far: b
         RES_PADDED=crop is not WHOLE,
         RELU=relu,
         INT64=far,
+        VECTOR=vector(problem, ci, co, widths.x, widths.w),
         PRECISION=precision(problem),
     )
 

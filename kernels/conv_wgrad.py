@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .conv import RUNTIME_SIZES, ConvProblem, Geometry, blocks, check_geometry, precision, sizes
+from .conv import RUNTIME_SIZES, ConvProblem, Geometry, blocks, check_geometry, precision, sizes, vector
 from .gpus import gpu_of
 from .launch import INTERPRETER, KEPT_LAYOUTS, Cost, Recipe, TileConfig, Vector, target_arch
 from .memory import Layout, cdiv, layout, pixel_stride, require_pixel_linear, span, stride_of
@@ -29,6 +29,7 @@ class Form(NamedTuple):
     PADDED: bool
     FLAT: bool
     INT64: bool
+    VECTOR: int
     PRECISION: str
 
 
@@ -85,6 +86,7 @@ def conv_wgrad_kernel(
     POINTWISE: tl.constexpr = form.POINTWISE
     PADDED: tl.constexpr = form.PADDED
     FLAT: tl.constexpr = form.FLAT
+    VECTOR: tl.constexpr = form.VECTOR
     PRECISION: tl.constexpr = form.PRECISION
     BLOCK_M: tl.constexpr = blocks.m
     BLOCK_N: tl.constexpr = blocks.n
@@ -95,6 +97,11 @@ def conv_wgrad_kernel(
     g_stride = widths.g
     x_stride = widths.x
     w_stride = widths.w
+    if VECTOR > 1:
+        CI = CI // VECTOR * VECTOR
+        CO = CO // VECTOR * VECTOR
+        g_stride = g_stride // VECTOR * VECTOR
+        x_stride = x_stride // VECTOR * VECTOR
     channels = widths.channels
     out_channels = widths.out_channels
     pid = tl.program_id(0)
@@ -351,12 +358,13 @@ def _recipe(
     chosen = config or default_config(problem)
     steps = cdiv(cdiv(problem.m, chosen.tile.block_k), chosen.splits)
     far = max(map(span, (dy, x))) + steps * chosen.tile.block_k * max(ci, co) >= 2**31
+    widths = _widths(problem, dy, x)
     scalars = {
         "M": problem.m,
         **sizes(problem),
         "steps": steps,
-        "widths": _widths(problem, dy, x),
-        "form": _form(problem, far),
+        "widths": widths,
+        "form": _form(problem, widths, far),
         "blocks": blocks(chosen.tile),
     }
     parts = groups // problem.merged
@@ -375,7 +383,7 @@ def _widths(problem: ConvProblem, dy: Layout, x: Layout) -> Widths:
     return Widths(ci, co, problem.ci, problem.co, stride_of(dy), stride_of(x), w)
 
 
-def _form(problem: ConvProblem, far: bool) -> Form:
+def _form(problem: ConvProblem, widths: Widths, far: bool) -> Form:
     padded = problem.padding != (0, 0)
     return Form(
         *(problem.r, problem.s),
@@ -384,6 +392,7 @@ def _form(problem: ConvProblem, far: bool) -> Form:
         PADDED=padded,
         FLAT=problem.flat,
         INT64=far,
+        VECTOR=vector(problem, widths.ci, widths.co, widths.g, widths.x),
         PRECISION=precision(problem),
     )
 

@@ -214,7 +214,7 @@ def test_a_gpu_meets_the_tiles_of_real_networks(arch):
     ours, theirs = launched(arch), set()
     for number_format, model in product(("tf32", "bfloat16"), ("resnet18", "resnet50", "resnext50_32x4d")):
         dtype = check_cases.FORMATS[number_format]
-        network = meta_model(model).to(dtype, memory_format=torch.channels_last).train()
+        network = meta_model(model, dtype).train()
         x = torch.empty(64, 3, 224, 224, dtype=dtype, device="meta")
         see = observe(lambda call: theirs.add(compiled_code(call)))
         with tolerance.products(number_format == "tf32"), resnet_fused.implementation("triton"), dry_run(arch), see:

@@ -253,6 +253,26 @@ def seconds(problem: Problem, way: str) -> float:
     return sum(launch.seconds for launch in roofline.predict(problem, way, Tiles()))
 
 
+@pytest.mark.parametrize(
+    ("arch", "block_m", "block_n", "num_warps", "cycles"),
+    [
+        (90, 128, 64, 4, 1.75),
+        (90, 128, 128, 4, 1.25),
+        (90, 128, 256, 8, 1.0),
+        (80, 128, 64, 4, 1.125),
+        (80, 128, 128, 4, 0.75),
+        (80, 256, 128, 8, 0.6875),
+    ],
+)
+def test_shared_memory_is_busy_as_long_as_counted_by_hand(arch, block_m, block_n, num_warps, cycles):
+    """Cycles of shared memory for each cycle of the tensor cores at peak."""
+    unit = replace(LAYER, arch=arch, direction="inference", prologue=False)
+    tile = TileConfig(block_m, block_n, 64, num_warps)
+    work = roofline._Model(unit, Tiles(forward=tile)).forward_work()
+    per_cycle = {80: 1024, 90: 2048}[arch]
+    assert (work.shared_bytes / 128) / (work.macs / per_cycle) == cycles
+
+
 @pytest.mark.parametrize("arch", [80, 89, 90, 100, 120])
 def test_plans_are_those_of_the_snapshot(arch):
     """``python -m tests.plans`` writes them anew: look at the difference."""

@@ -89,18 +89,23 @@ class MachineCode:
 def read(compiled: Any, arch: int) -> MachineCode:
     """Read Triton's compiled kernel (``Call.compile``)."""
     registers, spilled = resources(compiled)
-    program, metadata = parse(_tool("nvdisasm", "-c", compiled)), compiled.metadata
-    slots, reason = issue_slots(program.main_loop, metadata.num_warps, arch)
+    code, metadata = program(compiled), compiled.metadata
+    slots, reason = issue_slots(code.main_loop, metadata.num_warps, arch)
     return MachineCode(
         registers=registers,
         spilled=spilled,
         shared=metadata.shared,
         warps=metadata.num_warps,
         tensor_memory=getattr(metadata, "tmem_size", None) or 0,
-        instructions=len(program.code),
+        instructions=len(code.code),
         issue_slots=slots,
         reason=reason,
     )
+
+
+def program(compiled: Any) -> Program:
+    """The machine code of Triton's compiled kernel."""
+    return parse(_tool("nvdisasm", "-c", compiled))
 
 
 def resources(compiled: Any) -> tuple[int, int]:

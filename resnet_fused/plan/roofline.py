@@ -1,7 +1,7 @@
 """How long a unit should take on a GPU: a model of every launch, from counts and published peaks. Not a measurement.
 
-A launch takes as long as its scarcest resource: tensor cores, instruction slots, device memory or L2 (the roofline of
-Williams, Waterman and Patterson 2009). Tiles and waves that are not full lower the roof.
+A launch takes as long as its scarcest resource: tensor cores, instruction slots, shared memory, L2 or device memory
+(the roofline of Williams, Waterman and Patterson 2009). Tiles and waves that are not full lower the roof.
 """
 
 from __future__ import annotations
@@ -21,29 +21,41 @@ MEMORY_OF_PEAK = 0.90
 """Of the nominal bandwidth, what a kernel that streams reaches."""
 LAUNCH_SECONDS = 2e-6
 """From the end of a kernel to the start of the next, with its ramp up and down."""
+SHARED_BYTES_PER_CLOCK = 128
+"""Of a multiprocessor's shared memory (CUDA C++ Programming Guide: 32 banks of 4 bytes)."""
 CUDNN_TILE = (128, 64)
 CUDNN_GROUP_WIDTH = 32
 """Narrower groups cost cuDNN as much as groups of so many channels."""
 
 # Issue slots of the main loop per cycle of its tensor work, by architecture, for 1x1 and for wider filters: counted in
-# the machine code of the default tiles for 256 channels in bf16 (Triton 3.9). At 1, issuing alone takes as long as the
-# product. sm_100: an estimate, sm_90's twice, since its tensor cores are twice as fast.
+# the machine code of the default tiles for 256 channels and many pixels in bf16 (Triton 3.8.0; the tests' ledger holds
+# them, python -m tests.kernels.ledger counts anew). At 1, issuing alone takes as long as the product. The filter's
+# gradient has both prologues; the input's has one where the filter is 1x1.
 ISSUE_SLOTS = {
-    "conv_forward": {80: (0.34, 0.30), 86: (0.17, 0.15), 90: (0.23, 0.30), 100: (0.46, 0.60), 120: (0.13, 0.14)},
-    "conv_forward, prologue": {80: (1.1, 1.4), 86: (0.56, 0.68), 90: (1.4, 2.7), 100: (2.8, 5.4), 120: (0.56, 0.67)},
-    "conv_wgrad, prologue": {80: (2.0, 2.4), 86: (1.4, 1.6), 90: (3.9, 4.5), 100: (7.8, 9.0), 120: (1.4, 1.6)},
-    "conv_dgrad": {80: (0.81, 0.87), 86: (0.42, 0.47), 90: (1.5, 1.4), 100: (3.0, 2.8), 120: (0.40, 0.44)},
-    "conv_dgrad, prologue": {80: (2.4, 1.6), 86: (1.3, 1.1), 90: (2.4, 3.1), 100: (4.8, 6.2), 120: (1.2, 1.0)},
+    "conv_forward": {
+        **{80: (0.342, 0.293), 86: (0.171, 0.147), 89: (0.085, 0.074)},
+        **{90: (0.23, 0.295), 100: (0.898, 1.039), 120: (0.068, 0.07)},
+    },
+    "conv_forward, prologue": {
+        **{80: (1.143, 1.359), 86: (0.562, 0.68), 89: (0.281, 0.34)},
+        **{90: (1.371, 2.73), 100: (3.453, 6.047), 120: (0.28, 0.334)},
+    },
+    "conv_wgrad": {
+        **{80: (2.016, 2.504), 86: (1.363, 1.609), 89: (0.682, 0.805)},
+        **{90: (3.805, 4.68), 100: (7.453, 10.0), 120: (0.677, 0.804)},
+    },
+    "conv_dgrad": {
+        **{80: (1.957, 0.426), 86: (1.02, 0.213), 89: (0.51, 0.106)},
+        **{90: (1.617, 0.504), 100: (3.203, 1.07), 120: (0.493, 0.105)},
+    },
 }
-for _slots in ISSUE_SLOTS.values():
-    _slots[89] = _slots[86]
 
 PREDICTED: tuple[Way, ...] = ("fused", "mixed", "eager")
 
 
 @dataclass(frozen=True)
 class PredictedLaunch:
-    """One launch as the model sees it. ``bound``: tensor, issue, memory, l2; launch where all are shorter than that."""
+    """One launch as the model sees it. ``bound``: tensor, issue, shared, l2 or memory; launch if all are shorter."""
 
     kernel: str
     flops: int
@@ -54,11 +66,15 @@ class PredictedLaunch:
 
 @dataclass(frozen=True)
 class _Work:
-    """A tiled product: how many programs, and what each executes and asks of L2 (padding included)."""
+    """A tiled product: how many programs, and what each executes and asks of L2 and of shared memory, padding included.
+
+    ``shared_bytes``: what its loads write there, and what its products read.
+    """
 
     programs: int
     macs: int
     l2_bytes: int
+    shared_bytes: int
 
 
 @dataclass(frozen=True)
@@ -107,6 +123,21 @@ def compulsory(problem: Problem) -> int:
     return forward if problem.direction != "training" else forward + 2 * b.y + b.met + b.x + 2 * b.w
 
 
+def roof(flops: int, size: int, beside: Problem) -> float:
+    """Seconds for so much arithmetic or so many bytes, whichever takes longer, at the nominal peaks of the GPU.
+
+    Of the GPU, and in the number format, of the problem ``beside``.
+    """
+    model = _Model(beside, Tiles())
+    return max(flops / model.peak, size / (model.gpu.memory * 1e9))
+
+
+def library(kernel: str, flops: int, size: int, beside: Problem) -> PredictedLaunch:
+    """A call of PyTorch's outside of all units; ``beside``: see :func:`roof`."""
+    model = _Model(beside, Tiles())
+    return model.longest(kernel, flops, size, tensor=flops / (model.peak * CUDNN_OF_PEAK))
+
+
 class _Model:
     def __init__(self, problem: Problem, tiles: Tiles) -> None:
         self.problem, self.tiles = problem, tiles
@@ -124,7 +155,11 @@ class _Model:
 
     def fused(self) -> list[PredictedLaunch]:
         p, b = self.problem, self.sizes
-        forward = self.triton("conv_forward", self.forward_work(), b.met + b.w + b.y + self.residual, p.prologue)
+        forward = self.triton(
+            "conv_forward, prologue" if p.prologue else "conv_forward",
+            self.forward_work(),
+            b.met + b.w + b.y + self.residual,
+        )
         if p.direction != "training":
             return [forward]
         wide = p.r * p.s > 1  # then the filter's gradient keeps dy for the input's
@@ -134,8 +169,8 @@ class _Model:
             forward,
             self.vectors("batch_norm_stats"),
             self.vectors("batch_norm_coefs"),
-            self.triton("conv_wgrad", self.wgrad_work(), wgrad, prologue=True),
-            self.triton("conv_dgrad", self.dgrad_work(not wide), dgrad, prologue=not wide),
+            self.triton("conv_wgrad", self.wgrad_work(), wgrad),
+            self.triton("conv_dgrad", self.dgrad_work(not wide), dgrad),
         ]
 
     def mixed(self) -> list[PredictedLaunch]:
@@ -185,7 +220,7 @@ class _Model:
         taps = p.r * p.s
         depth = _up(taps * ci, tile.block_k) if p.flat else taps * _up(ci, tile.block_k)
         programs = _tiles(p.m, tile.block_m) * _tiles(co, tile.block_n) * (p.groups // p.merged)
-        return _work(programs, tile.block_m, tile.block_n, depth, p.dtype.itemsize)
+        return self.work(programs, tile, depth)
 
     def dgrad_work(self, prologue: bool) -> _Work:
         p = self.problem
@@ -195,8 +230,7 @@ class _Model:
         rows = p.n * _tiles(p.h, p.stride[0]) * _tiles(p.w, p.stride[1])
         depth = _tiles(p.r * p.s * _up(co, tile.block_k), parities)
         programs = parities * _tiles(rows, tile.block_m) * _tiles(ci, tile.block_n) * (p.groups // p.merged)
-        rows = tile.block_m * (2 if prologue else 1)
-        return _work(programs, rows, tile.block_n, depth, p.dtype.itemsize, tile.block_m)
+        return self.work(programs, tile, depth, tensors=2 if prologue else 1)
 
     def wgrad_work(self) -> _Work:
         p = self.problem
@@ -204,11 +238,19 @@ class _Model:
         tile = chosen.tile
         depth = _up(_tiles(p.m, chosen.splits), tile.block_k)
         programs = conv_wgrad.filter_tiles(p, tile) * chosen.splits
-        return _work(programs, 2 * tile.block_m, tile.block_n, depth, p.dtype.itemsize, tile.block_m)
+        return self.work(programs, tile, depth, tensors=2)
 
-    def triton(self, kernel: str, work: _Work, size: int, prologue: bool) -> PredictedLaunch:
-        by_arch = ISSUE_SLOTS[f"{kernel}, prologue" if prologue else kernel]
-        return self.product(kernel, work, size, by_arch[self.gpu.arch][self.problem.r * self.problem.s > 1])
+    def work(self, programs: int, tile: TileConfig, depth: int, tensors: int = 1) -> _Work:
+        """``tensors``: how many are loaded for the rows of the product (two behind a prologue of batch norm's)."""
+        e, (rows, columns) = self.problem.dtype.itemsize, (tile.block_m, tile.block_n)
+        loaded = (tensors * rows + columns) * depth * e
+        read = _operand_rows(self.gpu.arch, tile) * depth * e
+        return _Work(programs, rows * columns * depth, loaded, loaded + read)
+
+    def triton(self, kernel: str, work: _Work, size: int) -> PredictedLaunch:
+        """``kernel``: which of :data:`ISSUE_SLOTS`."""
+        slots = ISSUE_SLOTS[kernel][self.gpu.arch][self.problem.r * self.problem.s > 1]
+        return self.product(kernel.removesuffix(", prologue"), work, size, slots)
 
     def product(self, kernel: str, work: _Work, size: int, slots: float) -> PredictedLaunch:
         waves = _tiles(work.programs, self.gpu.multiprocessors)
@@ -219,6 +261,7 @@ class _Model:
             size,
             tensor=at_peak / (CUDNN_OF_PEAK * TRITON_OF_CUDNN),
             issue=at_peak * slots,
+            shared=waves * work.shared_bytes / (SHARED_BYTES_PER_CLOCK * self.gpu.clock * 1e9),
             l2=work.programs * work.l2_bytes / (self.gpu.l2 * 1e9),
         )
 
@@ -250,9 +293,24 @@ class _Model:
         return self.gpu.tensor[self.problem.number_format] * 1e12
 
 
-def _work(programs: int, rows: int, columns: int, depth: int, itemsize: int, block_m: int | None = None) -> _Work:
-    """``rows``: what is loaded for each of ``block_m`` rows of the product (two tensors behind a prologue)."""
-    return _Work(programs, (block_m or rows) * columns * depth, (rows + columns) * depth * itemsize)
+def _operand_rows(arch: int, tile: TileConfig) -> int:
+    """Rows and columns of both factors that the products of a tile read from shared memory, repetitions included.
+
+    wgmma (sm_90) takes 64 rows and all columns at a time, tcgen05 (sm_100) the tile. Else each warp reads what its part
+    of the tile needs; the parts lie as Triton lays them (``warpsPerTileV2``): the longer side is halved first.
+    """
+    rows, columns = tile.block_m, tile.block_n
+    if arch == 100 and rows >= 64:
+        return rows + columns
+    if arch == 90 and rows >= 64:
+        return rows + rows // 64 * columns
+    down = across = 1
+    while down * across < tile.num_warps:
+        if rows // (16 * down) >= columns // (16 * across) and 16 * down < rows:
+            down *= 2
+        else:
+            across *= 2
+    return rows * across + columns * down
 
 
 def _tiles(size: int, block: int) -> int:

@@ -14,6 +14,7 @@ import os
 import random
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping
 from hashlib import sha256
 from pathlib import Path
@@ -23,9 +24,9 @@ import triton
 import triton.language as tl
 from triton.runtime.jit import JITFunction
 
-from resnet_fused.commands.cost_machine_code import resources
+from resnet_fused.commands.cost_machine_code import Program, issue_slots, program, resources
 from resnet_fused.kernels.gpus import ARCHITECTURES
-from tests.kernels.model_kernels import Kernel, launched
+from tests.kernels.model_kernels import DTYPES, Kernel, launched
 
 FOLDER = Path(__file__).with_name("ledger")
 SAMPLE = 100
@@ -35,13 +36,16 @@ INSTRUCTIONS = ("mma.sync", "wgmma", "tcgen05.mma")
 
 class Figures(NamedTuple):
     """Per thread registers and spilled bytes, per program bytes of shared memory; what its PTX holds: multiply-adds
-    whose addend came from another lane, and names of tensor-core instructions."""
+    whose addend came from another lane, and names of tensor-core instructions; and of its machine code's main loop the
+    issue slots per tensor cycle and :func:`slow_loads`."""
 
     registers: int
     spilled: int
     shared: int
     contracted_sums: int
     instructions: list[str]
+    issue_slots: float | None
+    slow_loads: dict[str, int]
 
 
 Kernels = Mapping[str, Kernel]
@@ -129,7 +133,34 @@ def _compile(key: str) -> tuple[str, Figures]:
     code = kernel.call.compile(kernel.arch)
     ptx = code.asm["ptx"]
     instructions = [name for name in INSTRUCTIONS if name in ptx]
-    return key, Figures(*resources(code), code.metadata.shared, contracted_sums(ptx), instructions)
+    machine = program(code)
+    slots, _ = issue_slots(machine.main_loop, code.metadata.num_warps, kernel.arch)
+    return key, Figures(
+        *resources(code),
+        code.metadata.shared,
+        contracted_sums(ptx),
+        instructions,
+        slots if slots is None else round(slots, 3),
+        slow_loads(machine),
+    )
+
+
+def slow_loads(machine: Program) -> dict[str, int]:
+    """Loads from global memory in the main loop, by opcode and bits, but for 16 bytes straight to shared memory.
+
+    Where the compiler has unrolled the loop, only those of less than 4 bytes: the epilogue's loads of vectors stand
+    among its products.
+    """
+    loop = machine.main_loop
+    unrolled = loop not in [machine.code[first : last + 1] for first, last in machine.loops]
+    loads = Counter((i.opcode, _bits(i.name)) for i in loop if i.opcode in ("LDG", "LDGSTS"))
+    slow = {x: n for x, n in loads.items() if x != ("LDGSTS", 128) and (x[1] < 32 or not unrolled)}
+    return {f"{opcode} {bits}": count for (opcode, bits), count in sorted(slow.items())}
+
+
+def _bits(name: str) -> int:
+    """How wide a load is: LDG.E.U16 takes 16 bits, LDG.E.128 128, LDG.E 32."""
+    return next((int(part.lstrip("US")) for part in name.split(".") if part.lstrip("US").isdigit()), 32)
 
 
 def contracted_sums(ptx: str) -> int:
@@ -182,12 +213,20 @@ def report(kernels: Kernels, ledger: Ledger | None) -> dict[str, Any]:
             "arch": kernel.arch,
             "kernel": kernel.name,
             "number_format": kernel.number_format,
-            "tile": str(kernel.call.config),
-            "block_m": kernel.call.config.block_m,
+            "tile": str(tile),
+            "block_m": tile.block_m,
             "odd": kernel.odd,
+            "narrow": kernel.narrow,
+            "prologue": kernel.prologue,
+            "filter_tile": kernel.call.config.block_n
+            * kernel.call.config.block_k
+            * DTYPES[kernel.number_format].itemsize,
+            "threads": 32 * kernel.call.config.num_warps,
+            "modelled": kernel.modelled,
             "figures": figures[key]._asdict() if key in figures else None,
         }
         for key, kernel in kernels.items()
+        for tile in [kernel.call.config]
     ]
     return {"triton": triton.__version__, "has_ledger": ledger is not None, "compiled": len(anew), "kernels": rows}
 
@@ -200,7 +239,7 @@ def main(arguments: list[str]) -> None:
     way.add_argument("--report", action="store_true", help="print all kernels as JSON")
     options = parser.parse_args(arguments)
     path = FOLDER / f"triton-{triton.__version__}.json"
-    ledger = read(path)
+    ledger = None if options.all else read(path)
     kernels = {key: kernel for arch in ARCHITECTURES for key, kernel in launched(arch).items()}
     if options.report:
         json.dump(report(kernels, ledger), sys.stdout)
@@ -214,7 +253,7 @@ def main(arguments: list[str]) -> None:
         print(f"{path.name}: a tenth of {len(kernels)} kernels compiled anew, seed {options.check}: all as it says")
         return
     triton.knobs.compilation.always_compile = options.all
-    figures, anew = settle(kernels, ledger if ledger and not options.all else Ledger({}, {}), compiled)
+    figures, anew = settle(kernels, ledger or Ledger({}, {}), compiled)
     write(path, Ledger(sources(kernels), figures))
     print(f"{path.name}: {len(figures)} kernels, {len(anew)} of them compiled")
 

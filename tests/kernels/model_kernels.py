@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 from hashlib import sha256
 from itertools import product
+from math import gcd
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,8 @@ from resnet_fused.plan.problem import Problem
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "tf32": torch.float32, "float32": torch.float32}
 MODELS = ["resnet20", "resnet18", "resnet50", "resnet101", "resnext50_32x4d", "wide_resnet50_2"]
+BATCHES = (1, 8, 32, 256)
+"""From one image to as many as leave no multiprocessor idle: tiles follow the number of pixels."""
 TRAINED = ["resnet20", "resnet18", "resnet50", "resnext50_32x4d"]
 DRAWN = 4
 """Units of odd sizes for each architecture."""
@@ -29,17 +32,36 @@ DRAWN = 4
 class Kernel(NamedTuple):
     """One that Triton compiles apart from all others: for an architecture, and as a call specialises it.
 
-    ``odd``: only a unit of odd sizes launches it.
+    ``odd``: only a unit of odd sizes launches it. ``modelled``: what of :data:`roofline.ISSUE_SLOTS` is counted in it.
     """
 
     arch: int
     number_format: str
     call: Call
     odd: bool = False
+    modelled: tuple[str, int] | None = None
 
     @property
     def name(self) -> str:
         return self.call.kernel.__name__
+
+    @property
+    def narrow(self) -> str:
+        """Why its main loop may load less than 16 bytes at a time from global memory; "" where it must not."""
+        form, widths = self.call.arguments.get("form"), self.call.arguments.get("widths")
+        if form is None:
+            return ""
+        if getattr(form, "FLAT", False):
+            return "few input channels: a chunk of K runs across taps"
+        if form.MERGED:
+            return "merged groups: narrower than a load"
+        elements = 16 // DTYPES[self.number_format].itemsize
+        return "" if gcd(elements, *widths) == elements else "channels that 16 bytes do not divide"
+
+    @property
+    def prologue(self) -> bool:
+        """Whether it transforms a factor on the way into its product."""
+        return any(self.call.arguments.get(f"{name}_ptr") is not None for name in ("scale", "coefs", "stats"))
 
     @property
     def key(self) -> str:
@@ -66,6 +88,7 @@ def launched(arch: int) -> dict[str, Kernel]:
 
 
 def _launched(arch: int) -> Iterator[Kernel]:
+    yield from _modelled(arch)
     each_kind = arch in (80, 90)
     # Of a tile with few columns, a thread holds one row.
     narrow = Problem(
@@ -75,15 +98,27 @@ def _launched(arch: int) -> Iterator[Kernel]:
         yield from (Kernel(arch, "bfloat16", call) for call in rehearse(narrow, Candidate(way))[0])
     for name in DTYPES:
         if name != "float16" or each_kind:
-            yield from _calls(arch, name, MODELS, (1, 64), training=False)
+            yield from _calls(arch, name, MODELS, training=False)
         if name == "bfloat16":
-            trained, batches = (TRAINED, (1, 64)) if each_kind else (TRAINED[:3], (64,))
-            yield from _calls(arch, name, trained, batches, training=True)
+            yield from _calls(arch, name, TRAINED if each_kind else TRAINED[:3], training=True)
         elif name != "float16" and each_kind:
-            yield from _calls(arch, name, TRAINED[2:3], (64,), training=True)
+            yield from _calls(arch, name, TRAINED[2:3], training=True)
     draw = random.Random(arch)
     for _ in range(DRAWN):
         yield from _drawn(arch, draw)
+
+
+def _modelled(arch: int) -> Iterator[Kernel]:
+    """Of a unit of 256 channels and as many pixels as fill every GPU, with a prologue and without one."""
+    for taps, prologue in product((1, 3), (True, False)):
+        sizes = 256, 14, 14, 256, 256, taps, taps, (1, 1), (taps // 2, taps // 2), (1, 1), 1
+        unit = Problem(*sizes, torch.bfloat16, False, prologue, arch, "training", residual=False)
+        for call in rehearse(unit, Candidate("fused"))[0]:
+            name = call.kernel.__name__.removesuffix("_kernel")
+            if name == "conv_forward":
+                yield Kernel(arch, "bfloat16", call, modelled=(name + ", prologue" * prologue, taps))
+            elif name in ("conv_dgrad", "conv_wgrad") and prologue:
+                yield Kernel(arch, "bfloat16", call, modelled=(name, taps))
 
 
 def _drawn(arch: int, draw: random.Random) -> Iterator[Kernel]:
@@ -102,17 +137,15 @@ def _drawn(arch: int, draw: random.Random) -> Iterator[Kernel]:
     return (Kernel(arch, number_format, call, odd=True) for call in calls)
 
 
-def _calls(
-    arch: int, number_format: str, models: Iterable[str], batches: Iterable[int], training: bool
-) -> Iterator[Kernel]:
+def _calls(arch: int, number_format: str, models: Iterable[str], training: bool) -> Iterator[Kernel]:
     """Of the models in inference or in a training step, on every road."""
     torch.backends.cudnn.allow_tf32 = number_format == "tf32"
     calls: list[Call] = []
     for road in ("triton", "mixed"):
         with resnet_fused.implementation(road), dry_run(arch), observe(calls.append), torch.set_grad_enabled(training):
-            for name, batch in product(models, batches):
-                model, dtype, side = meta_model(name), DTYPES[number_format], shapes.MODELS[name]
-                model.to(dtype, memory_format=torch.channels_last).train(training)
+            for name, batch in product(models, BATCHES):
+                dtype, side = DTYPES[number_format], shapes.MODELS[name]
+                model = meta_model(name, dtype).train(training)
                 logits = model(torch.empty(batch, 3, side, side, dtype=dtype, device="meta"))
                 if training:
                     logits.sum().backward()
@@ -121,7 +154,10 @@ def _calls(
 
 
 @cache
-def meta_model(name: str) -> nn.Module:
-    """One of the library's, on the meta device: to initialise it there takes longer than to run it."""
+def meta_model(name: str, dtype: torch.dtype) -> nn.Module:
+    """One of the library's, on the meta device and channels_last: to make one takes longer than to run it.
+
+    It keeps its dtype, since recorded calls hold its parameters.
+    """
     with torch.device("meta"):
-        return getattr(resnet_fused, name)()
+        return getattr(resnet_fused, name)().to(dtype, memory_format=torch.channels_last)

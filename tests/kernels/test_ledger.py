@@ -77,7 +77,7 @@ def calls_of(kernel, blocks=(32, 64), arch: int = 80) -> dict[str, Kernel]:
 class Compiler:
     """In the place of Triton's: says the same of every kernel, and notes which it was asked for."""
 
-    figures = Figures(16, 0, 128, 0, [])
+    figures = Figures(16, 0, 128, 0, [], None, {})
 
     def __init__(self) -> None:
         self.asked: list[str] = []
@@ -228,11 +228,15 @@ def said(*arguments: str) -> str:
 
 @pytest.mark.parametrize(
     ("figure", "bad"),
-    [("spilled", 8), ("registers", 256), ("contracted_sums", 1), ("shared", 200_000), ("instructions", [])],
+    [
+        *[("spilled", 8), ("registers", 256), ("contracted_sums", 1), ("shared", 200_000), ("instructions", [])],
+        *[("slow_loads", {"LDG 16": 1}), ("slow_loads", {"LDGSTS 32": 4}), ("slow_loads", {"LDG 128": 1})],
+    ],
 )
 def test_a_bad_kernel_of_the_ledger_fails(figure, bad):
-    figures = Figures(128, 0, 1000, 0, ["mma.sync"])
+    figures = Figures(128, 0, 1000, 0, ["mma.sync"], 0.3, {"LDGSTS 32": 3})
     kernel = {"arch": 80, "kernel": "conv_forward_kernel", "number_format": "bfloat16", "block_m": 64, "odd": False}
+    kernel |= {"narrow": "", "prologue": True, "filter_tile": 4096, "threads": 128}
     assert_good(kernel | {"figures": figures._asdict()})
     with pytest.raises(AssertionError):
         assert_good(kernel | {"figures": figures._replace(**{figure: bad})._asdict()})
