@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from resnet_fused.kernels.launch import dry_run
 from resnet_fused.modules import FusedBlock
 from resnet_fused.plan import roofline, tuned
 from resnet_fused.plan.decide import Plan, decide, present_gpu, record
-from resnet_fused.plan.problem import Problem, Way
+from resnet_fused.plan.problem import Problem, Tiles, Way
 from resnet_fused.table import render
 
 
@@ -64,12 +65,67 @@ def _plan(problem: Problem) -> Plan:
     return decide(problem, requested(), tuned.load(problem.gpu))
 
 
+@dataclass(frozen=True)
+class Total:
+    """What one input of ``images`` takes on one ``road``: launches, bytes of device memory, and predicted seconds.
+
+    ``road``: "as planned", an implementation for all units, or "roof": every byte of :func:`roofline.compulsory` once.
+    """
+
+    road: str
+    images: int
+    launches: int
+    bytes: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        images_per_second = self.images / self.seconds
+        return asdict(self) | {"bytes_per_image": self.bytes / self.images, "images_per_second": images_per_second}
+
+
 @dataclass
 class Explanation:
-    """What :func:`explain` found; ``str()`` of it is a table of blocks and one of their units."""
+    """What :func:`explain` found; ``str()`` of it is a table of blocks, one of their units, and one of the totals.
+
+    ``ran``: whether there was an input, of ``images``; ``rest``: what was launched outside of the blocks.
+    """
 
     rows: list[BlockRow]
     ran: bool
+    images: int = 0
+    rest: list[Launch] = field(default_factory=list)
+
+    @property
+    def problems(self) -> list[Problem]:
+        """The units of all blocks, each as often as it comes up."""
+        return [problem for row in self.rows for problem in row.problems]
+
+    def totals(self) -> list[Total]:
+        """What the model takes by its plan, by one implementation for all units, and at the least; empty without a GPU.
+
+        The rest counts as it is launched: in training its forward alone.
+        """
+        plans = [(problem, _plan(problem)) for problem in self.problems]
+        if not plans or not all(plan.alternatives for _, plan in plans):
+            return []
+        beside = plans[0][0]
+        sizes = [(x.name, x.flops, x.bytes_read + x.bytes_written) for x in self.rest]
+        rest = [roofline.library(*size, beside) for size in sizes]
+
+        def launched(way: Way | None) -> list[roofline.PredictedLaunch]:
+            chosen = [(problem, way or plan.implementation, plan.tiles) for problem, plan in plans]
+            units = (roofline.predict(p, w, tiles if w == "fused" else Tiles()) for p, w, tiles in chosen)
+            return [*rest, *chain.from_iterable(units)]
+
+        roads = {"as planned": launched(None), **{way: launched(way) for way in roofline.PREDICTED}}
+        totals = [
+            Total(road, self.images, len(found), sum(x.bytes for x in found), sum(x.seconds for x in found))
+            for road, found in roads.items()
+        ]
+        flops = sum(x.flops for x in roads["fused"])
+        least = sum(x.bytes for x in rest) + sum(map(roofline.compulsory, self.problems))
+        return [*totals, Total("roof", self.images, 0, least, roofline.roof(flops, least, beside))]
 
     def to_dict(self) -> list[dict[str, Any]]:
         """One dictionary per block."""
@@ -87,8 +143,12 @@ class Explanation:
             rows.append((row["name"], row["block"], row["implementation"], *seen, row["reason"]))
         fused = sum(row.implementation == "fused" for row in self.rows)
         blocks = render(f"{fused} of {len(rows)} blocks fused", columns, rows)
-        problems = dict.fromkeys(problem for row in self.rows for problem in row.problems)
-        return f"{blocks}\n{units_table(list(problems))}" if problems else blocks
+        tables = [blocks]
+        if problems := list(dict.fromkeys(self.problems)):
+            tables.append(units_table(problems))
+        if totals := self.totals():
+            tables.append(totals_table(totals))
+        return "\n".join(tables)
 
 
 def units_table(problems: list[Problem]) -> str:
@@ -104,6 +164,18 @@ def units_table(problems: list[Problem]) -> str:
     return render(f"Units, each once: {', '.join(kinds)}", columns, rows)
 
 
+def totals_table(totals: list[Total]) -> str:
+    """The totals as text."""
+    columns = ["road", "launches", "MB per image", "images per second, predicted"]
+    rows = [
+        (t.road, t.launches or None, round(x["bytes_per_image"] / 1e6, 2), round(x["images_per_second"]))
+        for t, x in ((t, t.to_dict()) for t in totals)
+    ]
+    return render(
+        f"The model, {totals[0].images} images at a time; what is outside of the blocks as it runs", columns, rows
+    )
+
+
 def explain(
     model: nn.Module, x: Tensor | None = None, *, arch: int | None = None, training: bool = False
 ) -> Explanation:
@@ -111,7 +183,8 @@ def explain(
 
     With an input ``x`` for the model, runs it once in eval mode without gradients and reports what was launched: tiles,
     number of launches, bytes, the reason for each block that ran eager; and of each unit the plan, with the times that
-    the model of :mod:`resnet_fused.plan.roofline` predicts for it and its alternatives. With ``arch`` (90 for sm_90
+    the model of :mod:`resnet_fused.plan.roofline` predicts for it and its alternatives; and what the whole model comes
+    to on every road, with the images per second that this model of a GPU predicts. With ``arch`` (90 for sm_90
     ...) nothing runs: it is planned for a GPU of that architecture, for the one here if it is of it. ``training``,
     which needs an ``arch``: the forward of a training step. Without ``x``, the structure alone is judged.
 
@@ -122,10 +195,12 @@ def explain(
     if x is not None and arch is not None:
         model, x = copy.deepcopy(model).to("meta").train(training), x.to("meta")
     rows = {f.module: BlockRow(f.name, _class_name(f.module), *_judge(f)) for f in find(model)}
+    found = Explanation(list(rows.values()), ran=x is not None)
     if x is not None:
+        found.images = len(x)
         with nullcontext() if arch is None else dry_run(arch, present_gpu(arch)), torch.set_grad_enabled(training):
-            _observe(model, x, rows, training)
-    return Explanation(list(rows.values()), ran=x is not None)
+            found.rest = _observe(model, x, rows, training)
+    return found
 
 
 def _judge(found: Found) -> tuple[Way, str]:
@@ -138,8 +213,12 @@ def _class_name(module: nn.Module) -> str:
     return getattr(module, "original", type(module)).__qualname__
 
 
-def _observe(model: nn.Module, x: Tensor, rows: dict[nn.Module, BlockRow], training: bool) -> None:
-    """Run ``model`` once and note in ``rows`` what each block planned and launched, and why it ran eager if it did."""
+def _observe(model: nn.Module, x: Tensor, rows: dict[nn.Module, BlockRow], training: bool) -> list[Launch]:
+    """Run ``model`` once and note in ``rows`` what each block planned and launched, and why it ran eager if it did.
+
+    Returns what was launched outside of them.
+    """
+    inside: set[int] = set()
     starts: dict[nn.Module, tuple[int, int]] = {}
     modes = [(module, module.training) for module in model.modules()]
 
@@ -151,6 +230,7 @@ def _observe(model: nn.Module, x: Tensor, rows: dict[nn.Module, BlockRow], train
     def leave(module: nn.Module, args: Any, result: Any) -> None:
         launches, problems = starts[module]
         rows[module].launches += seen.launches[launches:]
+        inside.update(range(launches, len(seen.launches)))
         rows[module].problems += planned[problems:]
 
     handles = [h for b in rows for h in (b.register_forward_pre_hook(enter), b.register_forward_hook(leave))]
@@ -163,3 +243,4 @@ def _observe(model: nn.Module, x: Tensor, rows: dict[nn.Module, BlockRow], train
             handle.remove()
         for module, mode in modes:
             module.training = mode
+    return [launch for i, launch in enumerate(seen.launches) if i not in inside]

@@ -51,6 +51,31 @@ def test_a_plan_for_another_gpu_runs_nothing_and_leaves_the_model_alone():
     assert "predicted fastest" in text
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_totals_are_those_of_all_units_and_of_what_is_around_them(training):
+    network = model()
+    explanation = explain(network, x(), arch=90, training=training)
+    planned, fused, mixed, eager, roof = explanation.totals()
+    units, rest = explanation.problems, len(explanation.rest)
+    assert len(units) == 19
+    assert {"aten.convolution", "aten.max_pool2d_with_indices", "aten.addmm"} <= {x.name for x in explanation.rest}
+    assert [t.images for t in (planned, fused, mixed, eager, roof)] == [4] * 5
+    assert fused.launches == rest + (5 if training else 1) * len(units)
+    assert fused.bytes < mixed.bytes < eager.bytes
+    assert roof.seconds < min(planned.seconds, fused.seconds, mixed.seconds, eager.seconds)
+    assert roof.bytes <= fused.bytes
+    own = sum(decide(problem).seconds for problem in units)
+    around = planned.seconds - own
+    assert eager.seconds == pytest.approx(around + sum(dict(decide(p).alternatives)["eager"] for p in units))
+
+
+def test_the_interpreter_has_no_totals():
+    if torch.cuda.is_available():
+        pytest.skip("on a GPU there is something to predict")
+    with implementation("triton"):
+        assert explain(model().float(), x().float()).totals() == []
+
+
 def test_a_training_step_is_planned_with_its_prologues():
     rows = explain(model(), x(), arch=80, training=True).to_dict()
     assert all("training" in unit["unit"] for row in rows for unit in row["units"])
@@ -95,9 +120,14 @@ def test_command(capsys):
     assert "each once: bfloat16 inference" in printed
     assert "3x3 64->64 of 2x16x16" in printed
     assert main([*arguments, "--train", "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)
-    assert len(rows) == 8
-    assert rows[0]["units"]
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["blocks"]) == 8
+    assert found["blocks"][0]["units"]
+    assert [total["road"] for total in found["totals"]] == ["as planned", "fused", "mixed", "eager", "roof"]
+    planned = found["totals"][0]
+    assert planned["images_per_second"] == 2 / planned["seconds"]
+    assert planned["bytes_per_image"] == planned["bytes"] / 2
+    assert "images per second, predicted" in printed
 
 
 @pytest.mark.parametrize(

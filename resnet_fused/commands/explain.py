@@ -31,5 +31,7 @@ def main(options: argparse.Namespace) -> int:
         x = torch.empty(options.batch, 3, side, side, dtype=dtype)
         with chosen_input():
             explanation = explain(model, x, arch=pick_arch(options.arch), training=options.train)
-        print(json.dumps(explanation.to_dict(), indent=1) if options.json else explanation)
+        totals = [total.to_dict() for total in explanation.totals()]
+        found = {"blocks": explanation.to_dict(), "totals": totals}
+        print(json.dumps(found, indent=1) if options.json else explanation)
     return 0
