@@ -151,7 +151,7 @@ def check_geometry(problem: ConvProblem) -> None:
     """Raise ValueError for arguments of a convolution that leave it without a meaning, or without an output."""
     named = {"stride": (problem.stride, 1), "padding": (problem.padding, 0), "dilation": (problem.dilation, 1)}
     for name, (pair, least) in named.items():
-        if not isinstance(pair, tuple) or len(pair) != 2 or min(pair) < least:
+        if not isinstance(pair, tuple) or len(pair) != 2 or not all(isinstance(n, int) and n >= least for n in pair):
             raise ValueError(f"geometry.{name} must be two integers of at least {least}; got {pair}")
     if problem.groups < 1:
         raise ValueError(f"geometry.groups must be at least 1; got {problem.groups}")

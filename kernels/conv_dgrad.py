@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import conv_forward
 from .conv import RUNTIME_SIZES, ConvProblem, Geometry, Size, blocks, check_geometry, precision, sizes, vector
-from .epilogue import WHOLE, Added, Residual, added, fits, store_gradient
+from .epilogue import WHOLE, Added, Residual, added, fits, require_step, store_gradient
 from .launch import INTERPRETER, KEPT_LAYOUTS, Cost, Recipe, TileConfig, Vector, target_arch
 from .memory import (
     Layout,
@@ -508,8 +508,7 @@ def _check_shortcut(problem: ConvProblem, shortcut: Added) -> None:
     require_pixel_linear(shortcut=cut)
     if cut is None:
         return
-    if step < 1:
-        raise ValueError(f"shortcut.step must be at least 1; got {step}")
+    require_step("shortcut", shortcut)
     if not fits((problem.n, problem.ci, problem.h, problem.w), step, before, cut.shape):
         h, w = cdiv(problem.h, step), cdiv(problem.w, step)
         raise ValueError(

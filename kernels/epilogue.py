@@ -79,8 +79,7 @@ class Added(NamedTuple):
         """Raise ValueError where it cannot be added to a tensor of ``shape``."""
         if self.layout is None:
             return
-        if self.step < 1:
-            raise ValueError(f"residual.step must be at least 1; got {self.step}")
+        require_step("residual", self)
         if not fits(self.layout.shape, self.step, self.before, shape):
             raise ValueError(
                 f"residual must have shape {tuple(shape)}, or fit it with every {self.step}-th pixel from channel "
@@ -98,9 +97,20 @@ class Added(NamedTuple):
 NOTHING = Added(None, 1, 0)
 
 
+def require_step(argument: str, residual: Added) -> None:
+    """Raise ValueError for numbers that place no residual anywhere."""
+    for name, number, least in (("step", residual.step, 1), ("before", residual.before, 0)):
+        if not isinstance(number, int) or number < least:
+            raise ValueError(f"{argument}.{name} must be an integer of at least {least}; got {number!r}")
+
+
 def added(residual: Residual | None) -> Added:
     """``residual`` as a launch sees it."""
-    return NOTHING if residual is None else Added(layout(residual.tensor), residual.step, residual.before)
+    if residual is None:
+        return NOTHING
+    if not isinstance(residual, Residual):
+        raise TypeError(f"a residual or shortcut must be a Residual(tensor, step, before); got a {type(residual)}")
+    return Added(layout(residual.tensor), residual.step, residual.before)
 
 
 @triton.jit

@@ -222,8 +222,9 @@ def _reduce_recipe(
 ) -> Recipe:
     _require_alike(dz=dz, y=y, z=z, y2=y2, out=out)
     pixels, channels = sizes(dz)
-    # In 16 bits, with one batch norm, 64 registers are enough: the compiler would spill to do with fewer.
-    registers = 64 if y2 is None and dz.dtype.itemsize == 2 else None
+    # In 16 bits, with one batch norm, 64 registers are enough: the compiler would spill to do with fewer. Not for
+    # channels that it loads one by one.
+    registers = 64 if y2 is None and dz.dtype.itemsize == 2 and channels % 16 == 0 else None
     tile = config or replace(default_config(pixels, channels, arch), max_registers=registers)
     tiles = cdiv(pixels, tile.block_m * tile.block_k)
     g_stride = 0

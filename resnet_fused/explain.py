@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from itertools import chain
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from resnet_fused.engine.trace import Launch, trace
 from resnet_fused.kernels.launch import dry_run
 from resnet_fused.modules import FusedBlock
 from resnet_fused.plan import roofline, tuned
-from resnet_fused.plan.decide import Plan, decide, present_gpu, record
+from resnet_fused.plan.decide import Plan, decide, present_gpu, record, waited
 from resnet_fused.plan.problem import Problem, Tiles, Way
 from resnet_fused.table import render
 
@@ -69,7 +68,8 @@ def _plan(problem: Problem) -> Plan:
 class Total:
     """What one input of ``images`` takes on one ``road``: launches, bytes of device memory, and predicted seconds.
 
-    ``road``: "as planned", an implementation for all units, or "roof": every byte of :func:`roofline.compulsory` once.
+    ``road``: "as planned", an implementation for all units, or "roof": every byte of :func:`roofline.compulsory` once
+    and all arithmetic, at the GPU's nominal peaks.
     """
 
     road: str
@@ -88,12 +88,11 @@ class Total:
 class Explanation:
     """What :func:`explain` found; ``str()`` of it is a table of blocks, one of their units, and one of the totals.
 
-    ``ran``: whether there was an input, of ``images``; ``rest``: what was launched outside of the blocks.
+    ``ran``: whether there was an input; ``rest``: what was launched outside of the blocks, and in eager ones.
     """
 
     rows: list[BlockRow]
     ran: bool
-    images: int = 0
     rest: list[Launch] = field(default_factory=list)
 
     @property
@@ -102,30 +101,33 @@ class Explanation:
         return [problem for row in self.rows for problem in row.problems]
 
     def totals(self) -> list[Total]:
-        """What the model takes by its plan, by one implementation for all units, and at the least; empty without a GPU.
+        """What the model takes by its plan, by one implementation for all units, and at the least.
 
-        The rest counts as it is launched: in training its forward alone.
+        A unit outside of a CUDA graph takes what its launches or the host take, as for the plan. The rest counts as it
+        is launched. Empty where nothing can be predicted: without units, images or a GPU; and for a training step, of
+        which the forward alone is seen.
         """
         plans = [(problem, _plan(problem)) for problem in self.problems]
-        if not plans or not all(plan.alternatives for _, plan in plans):
+        if not all(p.m and p.direction != "training" and plan.alternatives for p, plan in plans) or not plans:
             return []
         beside = plans[0][0]
         sizes = [(x.name, x.flops, x.bytes_read + x.bytes_written) for x in self.rest]
         rest = [roofline.library(*size, beside) for size in sizes]
 
-        def launched(way: Way | None) -> list[roofline.PredictedLaunch]:
-            chosen = [(problem, way or plan.implementation, plan.tiles) for problem, plan in plans]
-            units = (roofline.predict(p, w, tiles if w == "fused" else Tiles()) for p, w, tiles in chosen)
-            return [*rest, *chain.from_iterable(units)]
+        def total(road: str, way: Way | None) -> Total:
+            launches, seconds = list(rest), sum(x.seconds for x in rest)
+            for problem, plan in plans:
+                chosen = way or plan.implementation
+                unit = roofline.predict(problem, chosen, plan.tiles if chosen == "fused" else Tiles())
+                launches += unit
+                seconds += waited(problem, chosen, sum(x.seconds for x in unit))
+            return Total(road, beside.n, len(launches), sum(x.bytes for x in launches), seconds)
 
-        roads = {"as planned": launched(None), **{way: launched(way) for way in roofline.PREDICTED}}
-        totals = [
-            Total(road, self.images, len(found), sum(x.bytes for x in found), sum(x.seconds for x in found))
-            for road, found in roads.items()
-        ]
-        flops = sum(x.flops for x in roads["fused"])
-        least = sum(x.bytes for x in rest) + sum(map(roofline.compulsory, self.problems))
-        return [*totals, Total("roof", self.images, 0, least, roofline.roof(flops, least, beside))]
+        products = (x.flops for p, _ in plans for x in roofline.predict(p, "fused", Tiles()))
+        flops = sum(x.flops for x in self.rest) + sum(products)
+        least = sum(size for *_, size in sizes) + sum(map(roofline.compulsory, self.problems))
+        roof = Total("roof", beside.n, 0, least, roofline.roof(flops, least, beside))
+        return [total("as planned", None), *(total(way, way) for way in roofline.PREDICTED), roof]
 
     def to_dict(self) -> list[dict[str, Any]]:
         """One dictionary per block."""
@@ -197,7 +199,6 @@ def explain(
     rows = {f.module: BlockRow(f.name, _class_name(f.module), *_judge(f)) for f in find(model)}
     found = Explanation(list(rows.values()), ran=x is not None)
     if x is not None:
-        found.images = len(x)
         with nullcontext() if arch is None else dry_run(arch, present_gpu(arch)), torch.set_grad_enabled(training):
             found.rest = _observe(model, x, rows, training)
     return found
@@ -216,7 +217,7 @@ def _class_name(module: nn.Module) -> str:
 def _observe(model: nn.Module, x: Tensor, rows: dict[nn.Module, BlockRow], training: bool) -> list[Launch]:
     """Run ``model`` once and note in ``rows`` what each block planned and launched, and why it ran eager if it did.
 
-    Returns what was launched outside of them.
+    Returns what was launched outside of those that planned something.
     """
     inside: set[int] = set()
     starts: dict[nn.Module, tuple[int, int]] = {}
@@ -230,7 +231,8 @@ def _observe(model: nn.Module, x: Tensor, rows: dict[nn.Module, BlockRow], train
     def leave(module: nn.Module, args: Any, result: Any) -> None:
         launches, problems = starts[module]
         rows[module].launches += seen.launches[launches:]
-        inside.update(range(launches, len(seen.launches)))
+        if len(planned) > problems:
+            inside.update(range(launches, len(seen.launches)))
         rows[module].problems += planned[problems:]
 
     handles = [h for b in rows for h in (b.register_forward_pre_hook(enter), b.register_forward_hook(leave))]

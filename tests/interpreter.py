@@ -52,9 +52,10 @@ def _once(patch: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return [value for value in function.__globals__.values() if value is tl or value is tl.core]
 
     def patched(function: Any) -> Any:
-        if any(tl.core.is_builtin(language.load) for language in languages(function)):
-            return patch(function)
-        return _AsItIs()
+        found = languages(function)
+        if found and not any(tl.core.is_builtin(language.load) for language in found):
+            return _AsItIs()
+        return patch(function)
 
     return patched
 

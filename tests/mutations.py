@@ -1109,4 +1109,46 @@ MUTATIONS = [
         "",
         "tests/kernels/test_launch.py -k 'in_a_dry_run'",
     ),
+    Mutation(
+        "kernels/conv.py",
+        "gcd(16 // problem.dtype.itemsize, *counts)",
+        "16 // problem.dtype.itemsize",
+        "tests/kernels/test_conv_forward.py -k geometry",
+    ),
+    Mutation(
+        "kernels/conv.py",
+        "1 if gcd(16, *counts) == 16 else gcd(16 // problem.dtype.itemsize, *counts)",
+        "1",
+        "tests/kernels/test_compiled_code.py",
+    ),
+    Mutation(
+        "kernels/conv_dgrad.py",
+        "mask=k_mask[:, None] & mask_n[None, :], other=0.0)",
+        "mask=k_mask[:, None], other=0.0)",
+        "tests/kernels/test_conv_dgrad.py -k reads_only",
+    ),
+    Mutation(
+        "kernels/conv_dgrad.py",
+        "EVEN_CI=ci % tile.block_n == 0,",
+        "EVEN_CI=True,",
+        "tests/kernels/test_conv_dgrad.py -k reads_only",
+    ),
+    Mutation(
+        "resnet_fused/plan/roofline.py",
+        "return rows + rows // 64 * columns",
+        "return rows + columns",
+        "tests/test_plan.py -k by_hand",
+    ),
+    Mutation(
+        "resnet_fused/explain.py",
+        "if i not in inside",
+        "if True",
+        "tests/test_explain.py -k totals",
+    ),
+    Mutation(
+        "tests/kernels/ledger.py",
+        'if x != ("LDGSTS", 128) and (x[1] < 32 or not unrolled)',
+        'if x != ("LDGSTS", 128) and x[1] < 32',
+        "tests/kernels/test_ledger.py",
+    ),
 ]

@@ -39,7 +39,7 @@ def cost(*arguments: str) -> str:
         patch.setattr("resnet_fused.commands.cost.find_problems", few)
         patch.setattr("resnet_fused.commands.cost.interpreting", lambda: False)
         patch.delenv("TRITON_INTERPRET", raising=False)
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        patch.setattr("resnet_fused.plan.decide.present_gpu", lambda arch: "")
         patch.setenv("RESNET_FUSED_CACHE", os.devnull)
         assert main(["cost", "--model", "resnet20", *arguments]) == 0
     return out.getvalue()

@@ -90,12 +90,12 @@ def launched(arch: int) -> dict[str, Kernel]:
 def _launched(arch: int) -> Iterator[Kernel]:
     yield from _modelled(arch)
     each_kind = arch in (80, 90)
-    # Of a tile with few columns, a thread holds one row.
-    narrow = Problem(
-        *(2, 9, 8, 16, 16, 3, 3, (1, 1), (1, 1), (1, 1), 1, torch.bfloat16, False, True, arch, "training", False)
-    )
-    for way in ("fused", "mixed"):
-        yield from (Kernel(arch, "bfloat16", call) for call in rehearse(narrow, Candidate(way))[0])
+    # Of a tile with few columns, a thread holds one row; 8 divides 24 and 40, 16 does not.
+    for n, ci, co, taps in ((2, 16, 16, 3), (32, 24, 40, 3), (32, 40, 24, 1)):
+        sizes = n, 28, 28, ci, co, taps, taps, (1, 1), (taps // 2, taps // 2), (1, 1), 1
+        unit = Problem(*sizes, torch.bfloat16, False, True, arch, "training", residual=False)
+        for way in ("fused", "mixed"):
+            yield from (Kernel(arch, "bfloat16", call) for call in rehearse(unit, Candidate(way))[0])
     for name in DTYPES:
         if name != "float16" or each_kind:
             yield from _calls(arch, name, MODELS, training=False)

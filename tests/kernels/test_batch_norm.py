@@ -371,8 +371,12 @@ def test_errors_name_the_argument():
         channel_moments(y.contiguous())
     with pytest.raises(ValueError, match=r"residual must have shape \(2, 20, 5, 3\), or fit it"):
         batch_norm_apply(y, stats, residual=Residual(random(2, 10, 9, 6), 2, 11))
-    with pytest.raises(ValueError, match=r"residual\.step must be at least 1; got 0"):
+    with pytest.raises(ValueError, match=r"residual\.step must be an integer of at least 1; got 0"):
         batch_norm_apply(y, stats, residual=Residual(y, step=0))
+    with pytest.raises(ValueError, match=r"residual\.before must be an integer of at least 0; got 1\.0"):
+        batch_norm_apply(y, stats, residual=Residual(y, before=1.0))
+    with pytest.raises(TypeError, match=r"must be a Residual\(tensor, step, before\); got a <class 'torch\.Tensor'>"):
+        batch_norm_apply(y, stats, residual=y)
     for residual in (None, Residual(random(2, 10, 5, 3))):
         with pytest.raises(ValueError, match="residual_stats need a residual of the shape of y"):
             batch_norm_apply(y, stats, residual=residual, residual_stats=stats)

@@ -402,7 +402,7 @@ def test_a_shortcut_that_does_not_fit(shape, step, before):
 
 
 def test_a_shortcut_without_a_step():
-    with pytest.raises(ValueError, match=r"shortcut\.step must be at least 1; got 0"):
+    with pytest.raises(ValueError, match=r"shortcut\.step must be an integer of at least 1; got 0"):
         conv_dgrad(
             random(2, 20, 3, 3), random(20, 16, 3, 3), (5, 5), shortcut=Residual(random(2, 16, 5, 5), step=0)
         )  # fmt: skip

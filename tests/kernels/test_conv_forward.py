@@ -353,7 +353,10 @@ def test_output_dtype():
             r"residual must have shape \(1, 8, 4, 4\).*got \(1, 8, 3, 4\)",
         ),
         (dict(residual=Residual(channels_last(torch.zeros(1, 9, 4, 4)))), r"residual must have shape \(1, 8, 4, 4\)"),
-        (dict(residual=Residual(channels_last(torch.zeros(1, 8, 4, 4)), step=0)), "residual.step must be at least 1"),
+        (
+            dict(residual=Residual(channels_last(torch.zeros(1, 8, 4, 4)), step=0)),
+            "residual.step must be an integer of at least 1",
+        ),
         (dict(x=channels_last(torch.zeros(1, 16, 4, 4)).double()), r"x must be \[N, C, H, W\], .* got torch.float64"),
         (dict(x=torch.zeros(16, 4, 4)), r"x must be \[N, C, H, W\], .* got torch.float32 \(16, 4, 4\)"),
         (dict(w=torch.zeros(8, 16, 3)), r"w must be \[CO, CI/groups, R, S\].* got torch.float32 \(8, 16, 3\)"),

@@ -17,9 +17,10 @@ import pytest
 import torch
 import triton
 
+from resnet_fused.commands.cost_machine_code import parse
 from resnet_fused.kernels.launch import Call, Cost, TileConfig
 from tests.kernels import ledger as module
-from tests.kernels.ledger import Figures, Ledger, digest, faults, main, settle
+from tests.kernels.ledger import Figures, Ledger, digest, faults, main, settle, slow_loads
 from tests.kernels.model_kernels import Kernel
 from tests.kernels.test_compiled_code import assert_good, warn_of
 
@@ -224,6 +225,32 @@ def said(*arguments: str) -> str:
     with redirect_stdout(io.StringIO()) as out:
         main(list(arguments))
     return out.getvalue()
+
+
+LOADS = """
+.L_x_1:
+        /*0100*/                   LDGSTS.E.BYPASS.LTC128B.128 [R1], desc[UR4][R2.64] ;
+        /*0110*/                   LDG.E.U16 R3, desc[UR4][R2.64] ;
+        /*0120*/                   LDGSTS.E [R1+0x10], desc[UR4][R2.64] ;
+        /*0130*/                   LDG.E.128 R8, desc[UR4][R2.64] ;
+        /*0140*/                   HMMA.16816.F32 R4, R4, R6, R4 ;
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "slow"),
+    [
+        ("        /*0150*/              @P0 BRA `(.L_x_1) ;", {"LDG 16": 1, "LDG 128": 1, "LDGSTS 32": 1}),
+        ("        /*0150*/                   EXIT ;", {}),
+    ],
+)
+def test_what_a_main_loop_loads_otherwise_than_by_16_bytes(end, slow):
+    assert slow_loads(parse(LOADS + end)) == slow
+
+
+def test_of_an_unrolled_loop_what_is_narrower_than_any_vector_counts():
+    products = "        /*0150*/                   HMMA.16816.F32 R4, R4, R6, R4 ;\n"
+    assert slow_loads(parse(products + LOADS + products)) == {"LDG 16": 1}
 
 
 @pytest.mark.parametrize(
