@@ -434,12 +434,15 @@ def default_config(problem: ConvProblem, epilogue: bool) -> TileConfig:
     """The tile where nothing was measured: that of the transposed product, lower where more is read."""
     transposed = _transposed(problem)
     tile = conv_forward.default_config(transposed)
-    if not (epilogue or transposed.prologue) or transposed.arch == INTERPRETER:
+    if not (epilogue or problem.prologue) or transposed.arch == INTERPRETER:
         return tile
     tile = replace(tile, block_m=min(tile.block_m, 64))  # its tensors need registers too
-    if problem.dtype == torch.float32 and not problem.tf32 and tile.block_n == 32:
-        # Told so, the compiler makes do with 128; else it takes up to 156, or spills.
-        return replace(tile, max_registers=144)
+    if problem.dtype == torch.float32 and not problem.tf32 and tile.block_n >= 32:
+        # By itself the compiler spills. Of 32 columns it makes do with 128, told so; else it takes up to 156.
+        return replace(tile, max_registers=144 if tile.block_n == 32 else 255)
+    if transposed.prologue and problem.arch in (86, 89) and tile.block_k == 64:
+        # Shared memory has no room for another program: to spill for one is in vain.
+        return replace(tile, max_registers=tile.max_registers or 160)
     wide = transposed.prologue and tile.block_m * tile.block_n == 64 * 64 and transposed.tile_channels[1] >= 128
     if wide and problem.dtype != torch.float32 and problem.arch in (80, 90, 100):
         return replace(tile, block_n=128, block_k=32, num_stages=4, max_registers=None)

@@ -11,6 +11,7 @@ from math import gcd
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import nn
 
 import resnet_fused
@@ -55,6 +56,8 @@ class Kernel(NamedTuple):
             return "few input channels: a chunk of K runs across taps"
         if form.MERGED:
             return "merged groups: narrower than a load"
+        if form.VECTOR > 1 and triton.__version__.startswith("3.6"):
+            return "Triton 3.6 does not see how far a mask of channels is constant"
         elements = 16 // DTYPES[self.number_format].itemsize
         return "" if gcd(elements, *widths) == elements else "channels that 16 bytes do not divide"
 
