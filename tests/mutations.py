@@ -1057,8 +1057,8 @@ MUTATIONS = [
     ),
     Mutation(
         "kernels/epilogue.py",
-        '        if self.step < 1:\n            raise ValueError(f"residual.step',
-        '        if self.step < 0:\n            raise ValueError(f"residual.step',
+        '("step", residual.step, 1)',
+        '("step", residual.step, 0)',
         "tests/kernels/test_conv_forward.py -k 'bad_arguments'",
     ),
     Mutation(

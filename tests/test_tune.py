@@ -482,8 +482,8 @@ def compilers(monkeypatch, *command: str) -> Compilers:
 
 
 def test_candidates_that_do_not_compile_are_told_apart(monkeypatch):
-    p = problem(n=8, h=28, w=28, ci=64, co=64, dtype=torch.bfloat16)
-    big = Candidate("fused", Tiles(forward=TileConfig(256, 256, 256, num_stages=4)))
+    p = problem(n=8, h=28, w=28, ci=64, co=64, dtype=torch.bfloat16, direction="inference", prologue=False)
+    big = Candidate("fused", Tiles(forward=TileConfig(64, 128, 512, num_stages=4)))
     compile_all = compilers(monkeypatch)
     try:
         failed = compile_all(p, [Candidate("fused"), big, Candidate("mixed")])
