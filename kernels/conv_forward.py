@@ -29,7 +29,10 @@ from .tile import PerTile, Pixels, Tile, all_finite, bound, dot, load_channels, 
 
 
 class Form(NamedTuple):
-    """What the compiled code depends on: the filter's size, and which of the kernel's cases it is."""
+    """What the compiled code depends on: the filter's size, and which of the kernel's cases it is.
+
+    ``VECTOR``: see :func:`resnet_fused.kernels.conv.vector`.
+    """
 
     R: int
     S: int

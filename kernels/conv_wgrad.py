@@ -20,7 +20,10 @@ from .tile import bound, dot, load_channels, relu
 
 
 class Form(NamedTuple):
-    """What the compiled code depends on: the filter's size, and which of the kernel's cases it is."""
+    """What the compiled code depends on: the filter's size, and which of the kernel's cases it is.
+
+    ``VECTOR``: see :func:`resnet_fused.kernels.conv.vector`.
+    """
 
     R: int
     S: int

@@ -39,7 +39,7 @@ def _tensor(half: float, tf32: float, fp32: float) -> dict[str, float]:
 # 70 % of 5120 bytes per clock (A100 whitepaper), of the others a rough estimate. Clocks: the same sources, or what the
 # peak comes to where they leave it out (H100, H200, B200).
 _TABLE = (
-    GPU("A100", 80, 108, 1.41, _tensor(312, 156, 19.5), 2039, 5000, 40, 166912, 167936, "A100 whitepaper"),
+    GPU("A100", 80, 108, 1.41, _tensor(312, 156, 19.5), 2039, 5000, 40, 166912, 167936, "A100 datasheet, whitepaper"),
     GPU("A40", 86, 84, 1.74, _tensor(149.7, 74.8, 37.4), 696, 2500, 6, 101376, 102400, "A40 datasheet"),
     GPU("RTX 3090", 86, 82, 1.695, _tensor(71, 35.6, 35.6), 936, 2500, 6, 101376, 102400, "GA102 whitepaper"),
     GPU("RTX 4090", 89, 128, 2.52, _tensor(165.2, 82.6, 82.6), 1008, 5000, 72, 101376, 102400, "AD102 whitepaper"),

@@ -173,9 +173,7 @@ def totals_table(totals: list[Total]) -> str:
         (t.road, t.launches or None, round(x["bytes_per_image"] / 1e6, 2), round(x["images_per_second"]))
         for t, x in ((t, t.to_dict()) for t in totals)
     ]
-    return render(
-        f"The model, {totals[0].images} images at a time; what is outside of the blocks as it runs", columns, rows
-    )
+    return render(f"The whole model, {totals[0].images} images at a time", columns, rows)
 
 
 def explain(
