@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any
 
 import triton.language as tl
+from torch import Tensor
 from triton.runtime import interpreter
 
 
@@ -38,6 +39,29 @@ def checked_for_overflow() -> Iterator[None]:
         yield
     finally:
         _check_overflow(False)
+
+
+@contextmanager
+def reads_only(*tensors: Tensor) -> Iterator[None]:
+    """A load inside the ``with`` block from anywhere but the storages of ``tensors`` raises."""
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    ranges = [(storage.data_ptr(), storage.data_ptr() + storage.nbytes()) for storage in storages]
+    whole = interpreter._interpreter
+
+    class Checked:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(whole, name)
+
+        def load(self, pointers: Any, mask: Any, *rest: Any) -> Any:
+            inside = sum((first <= pointers) & (pointers < end) for first, end in ranges)
+            assert (inside | ~mask.astype(bool)).all(), "a load from outside of the tensors"
+            return whole.load(pointers, mask, *rest)
+
+    interpreter._interpreter = Checked()
+    try:
+        yield
+    finally:
+        interpreter._interpreter = whole
 
 
 def _check_overflow(check: bool) -> None:

@@ -1125,13 +1125,13 @@ MUTATIONS = [
         "kernels/conv_dgrad.py",
         "mask=k_mask[:, None] & mask_n[None, :], other=0.0)",
         "mask=k_mask[:, None], other=0.0)",
-        "tests/kernels/test_conv_dgrad.py -k reads_only",
+        "tests/kernels/test_bounds.py",
     ),
     Mutation(
         "kernels/conv_dgrad.py",
         "EVEN_CI=ci % tile.block_n == 0,",
         "EVEN_CI=True,",
-        "tests/kernels/test_conv_dgrad.py -k reads_only",
+        "tests/kernels/test_bounds.py",
     ),
     Mutation(
         "resnet_fused/plan/roofline.py",
