@@ -129,7 +129,7 @@ def sizes(problem: ConvProblem) -> dict[str, int]:
     }
 
 
-def vector(problem: ConvProblem, *counts: int) -> int:
+def load_width(problem: ConvProblem, *counts: int) -> int:
     """Elements of the widest load, of 16 bytes at most, that fits ``counts`` of channels and strides between pixels.
 
     1 where all are multiples of 16, which the compiler sees by itself.
@@ -153,8 +153,8 @@ def check_geometry(problem: ConvProblem) -> None:
     for name, (pair, least) in named.items():
         if not isinstance(pair, tuple) or len(pair) != 2 or not all(isinstance(n, int) and n >= least for n in pair):
             raise ValueError(f"geometry.{name} must be two integers of at least {least}; got {pair}")
-    if problem.groups < 1:
-        raise ValueError(f"geometry.groups must be at least 1; got {problem.groups}")
+    if not isinstance(problem.groups, int) or problem.groups < 1:
+        raise ValueError(f"geometry.groups must be an integer of at least 1; got {problem.groups}")
     if problem.r < 1 or problem.s < 1 or problem.p < 1 or problem.q < 1:
         raise ValueError(
             f"a filter of {problem.r}x{problem.s} with dilation {problem.dilation} does not fit into an image of "

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import conv_forward
-from .conv import RUNTIME_SIZES, ConvProblem, Geometry, Size, blocks, check_geometry, precision, sizes, vector
+from .conv import RUNTIME_SIZES, ConvProblem, Geometry, Size, blocks, check_geometry, load_width, precision, sizes
 from .epilogue import WHOLE, Added, Residual, added, fits, require_step, store_gradient
 from .launch import INTERPRETER, KEPT_LAYOUTS, Cost, Recipe, TileConfig, Vector, target_arch
 from .memory import (
@@ -33,7 +33,7 @@ from .tile import PerTile, Pixels, Tile, all_finite, bound, dot, load_channels, 
 class Form(NamedTuple):
     """What the compiled code depends on: the filter's size, and which of the kernel's cases it is.
 
-    ``VECTOR``: see :func:`resnet_fused.kernels.conv.vector`.
+    ``VECTOR``: see :func:`resnet_fused.kernels.conv.load_width`.
     """
 
     R: int
@@ -487,7 +487,7 @@ def _form(
         STRIDED=problem.stride != (1, 1),
         CUT_SPARSE=sparse,
         INT64=far,
-        VECTOR=vector(problem, ci, co, widths.g, widths.w, widths.tap),
+        VECTOR=load_width(problem, ci, co, widths.g, widths.w, widths.tap),
         PRECISION=precision(problem),
     )
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .conv import RUNTIME_SIZES, ConvProblem, Geometry, Size, blocks, check_geometry, precision, sizes, vector
+from .conv import RUNTIME_SIZES, ConvProblem, Geometry, Size, blocks, check_geometry, load_width, precision, sizes
 from .epilogue import NOTHING, WHOLE, Added, Crop, Moments, Norm, Residual, added, store_output
 from .gpus import gpu_of
 from .launch import INTERPRETER, KEPT_LAYOUTS, Cost, Recipe, TileConfig, Vector, target_arch
@@ -31,7 +31,7 @@ from .tile import PerTile, Pixels, Tile, all_finite, bound, dot, load_channels, 
 class Form(NamedTuple):
     """What the compiled code depends on: the filter's size, and which of the kernel's cases it is.
 
-    ``VECTOR``: see :func:`resnet_fused.kernels.conv.vector`.
+    ``VECTOR``: see :func:`resnet_fused.kernels.conv.load_width`.
     """
 
     R: int
@@ -501,7 +501,7 @@ def _form(problem: ConvProblem, tile: TileConfig, widths: Widths, crop: Crop, re
         RES_PADDED=crop is not WHOLE,
         RELU=relu,
         INT64=far,
-        VECTOR=vector(problem, ci, co, widths.x, widths.w),
+        VECTOR=load_width(problem, ci, co, widths.x, widths.w),
         PRECISION=precision(problem),
     )
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .conv import RUNTIME_SIZES, ConvProblem, Geometry, blocks, check_geometry, precision, sizes, vector
+from .conv import RUNTIME_SIZES, ConvProblem, Geometry, blocks, check_geometry, load_width, precision, sizes
 from .gpus import gpu_of
 from .launch import INTERPRETER, KEPT_LAYOUTS, Cost, Recipe, TileConfig, Vector, target_arch
 from .memory import Layout, cdiv, layout, pixel_stride, require_pixel_linear, span, stride_of
@@ -22,7 +22,7 @@ from .tile import bound, dot, load_channels, relu
 class Form(NamedTuple):
     """What the compiled code depends on: the filter's size, and which of the kernel's cases it is.
 
-    ``VECTOR``: see :func:`resnet_fused.kernels.conv.vector`.
+    ``VECTOR``: see :func:`resnet_fused.kernels.conv.load_width`.
     """
 
     R: int
@@ -395,7 +395,7 @@ def _form(problem: ConvProblem, widths: Widths, far: bool) -> Form:
         PADDED=padded,
         FLAT=problem.flat,
         INT64=far,
-        VECTOR=vector(problem, widths.ci, widths.co, widths.g, widths.x),
+        VECTOR=load_width(problem, widths.ci, widths.co, widths.g, widths.x),
         PRECISION=precision(problem),
     )
 

@@ -50,7 +50,7 @@ def reports() -> list[dict]:
     return json.loads(cost(slice(None, None, 8), "--arch", "sm_90", "--implementation", "triton", "--json"))
 
 
-def test_every_unit_is_compiled(reports):
+def test_units_are_compiled(reports):
     (report,) = reports
     assert (report["arch"], report["gpu"]) == (90, "H100")
     assert len(report["units"]) == 2

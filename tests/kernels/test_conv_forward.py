@@ -387,8 +387,10 @@ BAD_GEOMETRIES = [
     (Geometry(padding=(0, -1)), r"geometry.padding must be two integers of at least 0; got \(0, -1\)"),
     (Geometry(padding=(1,)), r"geometry.padding must be two integers of at least 0; got \(1,\)"),
     (Geometry(dilation=(1, 0)), r"geometry.dilation must be two integers of at least 1; got \(1, 0\)"),
-    (Geometry(groups=0), r"geometry.groups must be at least 1; got 0"),
-    (Geometry(groups=-1), r"geometry.groups must be at least 1; got -1"),
+    (Geometry(stride=(2.0, 2.0)), r"geometry.stride must be two integers of at least 1; got \(2\.0, 2\.0\)"),
+    (Geometry(groups=2.0), r"geometry.groups must be an integer of at least 1; got 2\.0"),
+    (Geometry(groups=0), r"geometry.groups must be an integer of at least 1; got 0"),
+    (Geometry(groups=-1), r"geometry.groups must be an integer of at least 1; got -1"),
     (
         Geometry(dilation=(1, 2)),
         r"a filter of 3x3 with dilation \(1, 2\) does not fit into an image of 3x4 with padding",
