@@ -11,10 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import conv_box
 from .conv import RUNTIME_SIZES, ConvProblem, Geometry, Size, blocks, check_geometry, load_width, precision, sizes
-from .epilogue import NOTHING, WHOLE, Added, Crop, Moments, Norm, Residual, added, store_output
+from .epilogue import WHOLE, Added, Crop, Epilogue, Moments, Norm, Residual, added, store_output
 from .gpus import gpu_of
-from .launch import INTERPRETER, KEPT_LAYOUTS, Cost, Recipe, TileConfig, Vector, target_arch
+from .launch import INTERPRETER, KEPT_LAYOUTS, Cost, Recipe, TileConfig, Vector, dry_target, target_arch
 from .memory import (
     Layout,
     cdiv,
@@ -275,7 +276,6 @@ def conv_forward_kernel(
     res, y = Pixels(res_ptr, widths.res), Pixels(y_ptr, widths.y)
     number = (pid // tiles_n).to(OFFSET)
     moments = PerTile(moments_ptr, tl.cdiv(M, BLOCK_M), widths.channels, number)
-    count = tl.minimum(M - number * BLOCK_M, BLOCK_M).to(tl.float32)
     # Half a wide tile at a time: one whole would not leave room in the registers for the residual.
     PARTS: tl.constexpr = 2 if BLOCK_N >= 128 else 1
     WIDTH: tl.constexpr = BLOCK_N // PARTS
@@ -286,7 +286,7 @@ def conv_forward_kernel(
     for i in tl.static_range(PARTS):
         n = pid % tiles_n * BLOCK_N + i * WIDTH + tl.arange(0, WIDTH)
         tile = Tile(offs_m, group * CO + n, offs_m < M, n < CO)
-        store_output(parts[i], tile, bias_ptr, norm, res, crop, y, moments, count, size, RES_PADDED, RELU)
+        store_output(parts[i], tile, bias_ptr, norm, res, crop, y, moments, size, RES_PADDED, RELU)
 
 
 @lru_cache(maxsize=KEPT_LAYOUTS)
@@ -317,7 +317,9 @@ def default_config(problem: ConvProblem) -> TileConfig:
     elif not problem.flat and block_k == 64 and ci % 64 and ci % 32 == 0:
         block_k = 32
     multiprocessors = gpu_of(problem.arch).multiprocessors
-    while _programs(problem, block_m, block_n) < multiprocessors and block_m * block_n > 64 * 64:
+    # Half of the GPU with wide tiles is as fast as all of it with tiles of half the size, which load twice as much.
+    enough = multiprocessors if fp32 or problem.prologue else cdiv(multiprocessors, 2)
+    while _programs(problem, block_m, block_n) < enough and block_m * block_n > 64 * 64:
         if block_m >= block_n:
             block_m //= 2
         else:
@@ -363,14 +365,17 @@ def conv_forward(
     ``x`` [N, CI, H, W] and the residual are pixel-linear (channels_last, or a slice of its channels or images), ``w``
     [CO, CI/groups, R, S] is channels_last and has the dtype of ``x``. ``prologue`` = (scale, shift), fp32 vectors [CI]:
     the input becomes ``relu(scale*x + shift)``, and padding zero after it. ``out``: a pixel-linear tensor [N, CO, P, Q]
-    to write to. ``config``: the tile; without it, ``default_config``.
+    to write to. ``config``: the tile; without it, or where it has a box that TMA can not load of these tensors,
+    ``default_config``.
 
     Returns [N, CO, P, Q], channels_last, of ``out_dtype`` (that of ``x`` if not given). Raises ValueError for tensors
     that are not laid out so, RuntimeError where nothing can execute the kernel.
     """
     dtype = x.dtype if out_dtype is None else out_dtype
-    epilogue = _Epilogue(added(residual), 0.0 if norm is None else norm.eps, relu, layout(out) or dtype)
-    recipe = _recipe(layout(x), layout(w), geometry, prologue is not None, epilogue, tf32, target_arch(), config)
+    epilogue = Epilogue(added(residual), 0.0 if norm is None else norm.eps, relu, layout(out) or dtype)
+    recipe = _recipe(
+        layout(x), layout(w), geometry, prologue is not None, epilogue, tf32, target_arch(), _loadable(config, x, w)
+    )
     if out is None:
         out = _output(recipe, x, w, dtype)
     _run(recipe, x, w, prologue, bias, norm, residual, out, None)
@@ -391,13 +396,36 @@ def conv_forward_moments(
 
     Arguments as for :func:`conv_forward`. The moments are those of the rounded values.
     """
-    epilogue = _Epilogue(out=x.dtype)
-    recipe = _recipe(layout(x), layout(w), geometry, prologue is not None, epilogue, tf32, target_arch(), config)
+    epilogue = Epilogue(out=x.dtype)
+    chosen = _loadable(config, x, w)
+    recipe = _recipe(layout(x), layout(w), geometry, prologue is not None, epilogue, tf32, target_arch(), chosen)
     y = _output(recipe, x, w, x.dtype)
+    moments = _moments(recipe, y)
+    _run(recipe, x, w, prologue, bias, None, None, y, moments)
+    return y, moments
+
+
+def _loadable(config: TileConfig | None, x: Tensor, w: Tensor) -> TileConfig | None:
+    """``config``, or None where it has a box and TMA does not take an address."""
+    boxed = config is not None and config.box is not None
+    return None if boxed and (_address(x) % 16 or _address(w) % 16) else config
+
+
+def _address(tensor: Tensor) -> int:
+    """In a dry run, whose tensors may have no memory, from the start of their storage."""
+    return tensor.data_ptr() if dry_target() is None else tensor.storage_offset() * tensor.itemsize
+
+
+def _moments(recipe: Recipe, y: Tensor) -> Moments:
+    """Those of ``y``, for the launch to fill in."""
+    channels = y.shape[1]
+    if recipe.boxes:
+        tiles = conv_box.moment_tiles(recipe)
+        values = torch.empty(2, tiles, channels, dtype=torch.float32, device=y.device)
+        return Moments(values, 0, 0, values.new_empty(tiles))
     pixels, rows = recipe.scalars["M"], recipe.config.block_m
-    values = torch.empty(2, cdiv(pixels, rows), w.shape[0], dtype=torch.float32, device=x.device)
-    _run(recipe, x, w, prologue, bias, None, None, y, values)
-    return y, Moments(values, rows, pixels)
+    values = torch.empty(2, cdiv(pixels, rows), channels, dtype=torch.float32, device=y.device)
+    return Moments(values, rows, pixels)
 
 
 def _run(
@@ -409,15 +437,16 @@ def _run(
     norm: Norm | None,
     residual: Residual | None,
     y: Tensor,
-    moments: Tensor | None,
+    moments: Moments | None,
 ) -> None:
-    scale, shift = prologue or (None, None)
     mean, var, gamma, beta, _ = norm or (None, None, None, None, 0.0)
+    scale, shift = prologue or (None, None)
+    counts = None if moments is None else moments.counts
+    own = {"counts_ptr": counts} if recipe.boxes else {"scale_ptr": scale, "shift_ptr": shift}
     recipe.run(
+        **own,
         x_ptr=x,
         w_ptr=w,
-        scale_ptr=scale,
-        shift_ptr=shift,
         bias_ptr=bias,
         mean_ptr=mean,
         var_ptr=var,
@@ -425,17 +454,8 @@ def _run(
         beta_ptr=beta,
         res_ptr=None if residual is None else residual.tensor,
         y_ptr=y,
-        moments_ptr=moments,
+        moments_ptr=None if moments is None else moments.values,
     )
-
-
-class _Epilogue(NamedTuple):
-    """What follows the product, as far as the launch depends on it. ``out``: the output's layout, or its dtype."""
-
-    residual: Added = NOTHING
-    eps: float = 0.0
-    relu: bool = False
-    out: Layout | torch.dtype = torch.float32
 
 
 @lru_cache(maxsize=KEPT_LAYOUTS)
@@ -444,7 +464,7 @@ def _recipe(
     w: Layout,
     geometry: Geometry,
     prologue: bool,
-    epilogue: _Epilogue,
+    epilogue: Epilogue,
     tf32: bool,
     arch: int,
     config: TileConfig | None,
@@ -461,6 +481,12 @@ def _recipe(
     residual, res = epilogue.residual, epilogue.residual.layout
     require_pixel_linear(out=out, residual=res)
     _check(problem, w, out, residual)
+    cost, vectors = partial(_cost, problem), _vectors(ci, co, problem.prologue)
+    if config is not None and config.box is not None:
+        boxed = conv_box.recipe(problem, x, w, out, epilogue, config, cost, vectors)
+        if boxed is not None:
+            return boxed
+        config = None
     tile = config or default_config(problem)
     far = max(map(span, (x, out, res))) + tile.block_m >= 2**31
     crop = residual.crop(out.shape)
@@ -476,7 +502,7 @@ def _recipe(
     }
     tiles = cdiv(problem.m, tile.block_m) * cdiv(problem.tile_channels[1], tile.block_n)
     grid = (tiles, problem.groups // problem.merged)
-    return Recipe(conv_forward_kernel, grid, scalars, tile, partial(_cost, problem), _vectors(ci, co))
+    return Recipe(conv_forward_kernel, grid, scalars, tile, cost, vectors)
 
 
 def _widths(problem: ConvProblem, x: Layout, out: Layout, res: Layout | None) -> Widths:
@@ -506,11 +532,11 @@ def _form(problem: ConvProblem, tile: TileConfig, widths: Widths, crop: Crop, re
     )
 
 
-def _vectors(ci: int, co: int) -> dict[str, Vector]:
-    vectors = {
-        f"{name}_ptr": Vector(f"prologue[{i}]", (ci,), (torch.float32,)) for i, name in enumerate(("scale", "shift"))
-    }
-    vectors["bias_ptr"] = Vector("bias", (co,))
+def _vectors(ci: int, co: int, prologue: bool) -> dict[str, Vector]:
+    vectors = {"bias_ptr": Vector("bias", (co,))}
+    if prologue:
+        for i, name in enumerate(("scale_ptr", "shift_ptr")):
+            vectors[name] = Vector(f"prologue[{i}]", (ci,), (torch.float32,))
     return vectors | {f"{name}_ptr": Vector(f"norm.{name}", (co,)) for name in ("mean", "var", "gamma", "beta")}
 
 
@@ -536,10 +562,10 @@ def _cost(problem: ConvProblem, tensors: Mapping[str, Any]) -> Cost:
     x, y, res = tensors["x_ptr"], tensors["y_ptr"], tensors["res_ptr"]
     vectors = ("w_ptr", "scale_ptr", "shift_ptr", "bias_ptr", "mean_ptr", "var_ptr", "gamma_ptr", "beta_ptr")
     read = problem.pixels_read * problem.ci * x.element_size()
-    read += sum(tensors[name].nbytes for name in vectors if tensors[name] is not None)
+    read += sum(tensors[name].nbytes for name in vectors if tensors.get(name) is not None)
     if res is not None:
         read += problem.m * res.shape[1] * res.element_size()
     depth = problem.r * problem.s * problem.ci // problem.groups
-    moments = tensors["moments_ptr"]
-    written = y.nbytes + (0 if moments is None else moments.nbytes)
+    moments = (tensors["moments_ptr"], tensors.get("counts_ptr"))
+    written = y.nbytes + sum(t.nbytes for t in moments if t is not None)
     return Cost(2 * problem.m * problem.co * depth, read, written)

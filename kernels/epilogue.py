@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -97,6 +98,15 @@ class Added(NamedTuple):
 NOTHING = Added(None, 1, 0)
 
 
+class Epilogue(NamedTuple):
+    """What follows a product, as far as the launch depends on it. ``out``: the output's layout, or its dtype."""
+
+    residual: Added = NOTHING
+    eps: float = 0.0
+    relu: bool = False
+    out: Layout | torch.dtype = torch.float32
+
+
 def require_step(argument: str, residual: Added) -> None:
     """Raise ValueError for numbers that place no residual anywhere."""
     for name, number, least in (("step", residual.step, 1), ("before", residual.before, 0)):
@@ -114,14 +124,15 @@ def added(residual: Residual | None) -> Added:
 
 
 @triton.jit
-def store_moments(v, count, mean_ptrs, m2_step, mask_n):
-    """Per column, the mean of the first ``count`` rows; ``m2_step`` further, their squared deviations from it.
+def store_moments(v, mask_m, mean_ptrs, m2_step, mask_n):
+    """Per column, the mean of the rows of ``mask_m``; ``m2_step`` further, their squared deviations from it.
 
-    Both count from the first row: 1/sqrt(eps) would amplify a rounding of the mean where all rows are the same. Unless
-    that one is infinite, which would make the mean NaN.
+    Both count from the first row, which is one of them if any is: 1/sqrt(eps) would amplify a rounding of the mean
+    where all rows are the same. Unless that one is infinite, which would make the mean NaN.
     """
     row = tl.arange(0, v.shape[0])[:, None]
-    mask = row < count
+    mask = mask_m[:, None]
+    count = tl.sum(mask_m.to(tl.float32), 0)
     v = v.to(tl.float32)
     origin = tl.sum(tl.where(row == 0, v, 0.0), 0)
     origin = tl.where(finite(origin), origin, 0.0)
@@ -146,13 +157,11 @@ def load_residual(res, crop, tile, P, Q, PADDED: tl.constexpr):
 
 
 @triton.jit
-def store_output(
-    acc, tile, bias_ptr, norm, res, crop, y, moments, count, size, RES_PADDED: tl.constexpr, RELU: tl.constexpr
-):
+def store_output(acc, tile, bias_ptr, norm, res, crop, y, moments, size, RES_PADDED: tl.constexpr, RELU: tl.constexpr):
     """``y = relu((acc + bias - mean) * gamma/sqrt(var + eps) + beta + res)`` for one tile; each step is optional.
 
-    With ``moments``, also the mean of the tile's rounded values and the sum of squared deviations from it, over the
-    first ``count`` rows.
+    With ``moments``, also the mean of the tile's rounded values, as far as its rows exist, and the sum of squared
+    deviations from it.
     """
     v = acc
     if bias_ptr is not None:
@@ -172,7 +181,7 @@ def store_output(
     tl.store(y.ptr + (tile.m * y.stride)[:, None] + tile.c[None, :], rounded, mask=tile_mask(tile))
     if moments.ptr is not None:
         means = moments.ptr + moments.number * moments.channels + tile.c
-        store_moments(rounded, count, means, moments.tiles * moments.channels, tile.mask_c)
+        store_moments(rounded, tile.mask_m, means, moments.tiles * moments.channels, tile.mask_c)
 
 
 @triton.jit

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import cache, cached_property, partial
+from functools import cache, cached_property, lru_cache, partial
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime import driver
 from triton.runtime.jit import create_function_from_signature
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .gpus import ARCHITECTURES
 
@@ -36,6 +37,8 @@ class TileConfig:
     """How a kernel is cut into programs: the tile of one program, its warps and its software pipeline.
 
     ``max_registers`` per thread: without it, the compiler weighs spilling a few against one more program at a time.
+    ``box``: the images, rows and columns that the ``block_m`` pixels of a convolution's tile are, for TMA to load;
+    None: they follow each other, and every thread gathers its own.
     """
 
     block_m: int
@@ -44,6 +47,7 @@ class TileConfig:
     num_warps: int = 4
     num_stages: int = 3
     max_registers: int | None = None
+    box: tuple[int, int, int] | None = None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -134,6 +138,34 @@ class Vector(NamedTuple):
         )
 
 
+class Boxes(NamedTuple):
+    """How TMA sees a tensor: sizes, elements from one to the next in each dimension, and the box that a load brings.
+
+    The innermost dimension comes last. What lies outside of the sizes is loaded as zero.
+    """
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    box: tuple[int, ...]
+
+    def fits(self, itemsize: int) -> bool:
+        """Whether TMA takes it (CUDA driver API, cuTensorMapEncodeTiled), at an address that 16 bytes divide."""
+        dense = self.strides[-1] == 1
+        aligned = all(0 < stride * itemsize < 2**40 and stride * itemsize % 16 == 0 for stride in self.strides[:-1])
+        return dense and aligned and max(self.box) <= 256 and all(0 < size < 2**31 for size in self.shape)
+
+    def of(self, tensor: Tensor) -> TensorDescriptor:
+        """``tensor``, whose layout is the one that this was made for, as Triton takes it."""
+        descriptor = object.__new__(TensorDescriptor)  # its own checks of what is known take as long as a launch
+        vars(descriptor).update(vars(_template(self)), base=tensor)
+        return descriptor
+
+
+@lru_cache(maxsize=KEPT_LAYOUTS)
+def _template(boxes: Boxes) -> TensorDescriptor:
+    return TensorDescriptor(torch.empty(0, device="meta"), list(boxes.shape), list(boxes.strides), list(boxes.box))
+
+
 @dataclass(frozen=True, eq=False)
 class Recipe:
     """One launch of ``kernel`` but for its tensors: the grid, every other argument by name, and the configuration.
@@ -141,7 +173,7 @@ class Recipe:
     Launchers make one per problem and keep it, since it keeps the compiled code: Triton's JIT, which looks at every
     argument of every launch to find that code, takes several times as long as the launch itself. ``cost``: from the
     tensors by name. ``vectors``: what is asked of tensors, by name, in every launch; of all others the layout, on which
-    a recipe depends, was looked at when it was made.
+    a recipe depends, was looked at when it was made. ``boxes``: how TMA sees those tensors that it loads, by name.
     """
 
     kernel: Any
@@ -150,6 +182,7 @@ class Recipe:
     config: TileConfig
     cost: Callable[[Mapping[str, Any]], Cost]
     vectors: Mapping[str, Vector] = field(default_factory=dict)
+    boxes: Mapping[str, Boxes] = field(default_factory=dict)
     _compiled: dict[Any, Callable[..., None]] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
@@ -178,7 +211,11 @@ class Recipe:
             self.check(tensors)
         for callback in _observers:
             cost = partial(self.cost, tensors)
-            callback(Call(self.kernel, self.grid, {**tensors, **self.scalars}, self.config, cost))
+            callback(Call(self.kernel, self.grid, {**self._boxed(tensors), **self.scalars}, self.config, cost))
+
+    def _boxed(self, tensors: Mapping[str, Tensor | None]) -> dict[str, Any]:
+        """The ``tensors`` as the kernel takes them."""
+        return {**tensors, **{name: boxes.of(tensors[name]) for name, boxes in self.boxes.items()}}  # type: ignore[arg-type]
 
     def check(self, tensors: Mapping[str, Tensor | None]) -> None:
         """Raise ValueError for one of the ``tensors``, by name, that is not what the kernel takes for granted."""
@@ -192,7 +229,7 @@ class Recipe:
             self.check(tensors)
             # The interpreter moves data by PyTorch's operators, which are none that a caller may count or transform.
             with _disable_current_modes():
-                self.kernel[self.grid](**tensors, **self.scalars, **self.config.options)
+                self.kernel[self.grid](**self._boxed(tensors), **self.scalars, **self.config.options)
             return
         pointers = self._pointers(tensors)
         # What the compiled code depends on beside the scalars; and the size of vectors, which need no check again.
@@ -204,6 +241,8 @@ class Recipe:
             *[t if t is None else t.is_contiguous() and t.numel() for t in map(tensors.get, self.vectors)],
         )
         launch = self._compiled.get(key)
+        if self.boxes:
+            pointers = self._pointers(self._boxed(tensors))
         if launch is not None:
             launch(*pointers, *self._values, stream=active.get_current_stream(device))
             return

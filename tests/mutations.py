@@ -93,8 +93,8 @@ MUTATIONS = [
     ),
     Mutation(
         "resnet_fused/plan/decide.py",
-        'entry.tiles if entry is not None and entry.implementation == "fused" else Tiles()',
-        "entry.tiles if entry is not None else Tiles()",
+        'if entry is not None and entry.implementation == "fused":',
+        "if entry is not None:",
         "tests/test_plan.py -k force",
     ),
     Mutation(
@@ -1051,9 +1051,51 @@ MUTATIONS = [
     ),
     Mutation(
         "kernels/epilogue.py",
-        "    mask = row < count\n",
-        "    mask = row <= count\n",
+        "    mask = mask_m[:, None]\n",
+        "    mask = row >= 0\n",
         "tests/kernels/test_conv_forward.py -k 'moments_with_prologue'",
+    ),
+    Mutation(
+        "kernels/conv_box.py",
+        "(n < images) & (p < rows) & (q < columns)",
+        "(n < images) & (p < rows)",
+        "tests/kernels/test_conv_box.py -k 'geometry or moments'",
+    ),
+    Mutation(
+        "kernels/conv_box.py",
+        "w = tl.where(last, w + dil_w, w)",
+        "w = tl.where(last, w + 1, w)",
+        "tests/kernels/test_conv_box.py -k geometry",
+    ),
+    Mutation(
+        "kernels/conv_box.py",
+        "h = tl.where(wrap, h + dil_h, h)",
+        "h = tl.where(wrap, h + 1, h)",
+        "tests/kernels/test_conv_box.py -k geometry",
+    ),
+    Mutation(
+        "kernels/conv_box.py",
+        "(w & 1) * widths.x + channel",
+        "channel",
+        "tests/kernels/test_conv_box.py -k geometry",
+    ),
+    Mutation(
+        "kernels/conv_box.py",
+        "tl.sum(present.to(tl.float32), 0)",
+        "HEIGHT * 1.0",
+        "tests/kernels/test_conv_box.py -k moments",
+    ),
+    Mutation(
+        "kernels/conv_box.py",
+        "ci % tile.block_k or not _steps(problem)",
+        "not _steps(problem)",
+        "tests/kernels/test_conv_box.py -k fit",
+    ),
+    Mutation(
+        "kernels/conv_forward.py",
+        "boxed and (_address(x) % 16 or _address(w) % 16)",
+        "boxed and _address(w) % 16",
+        "tests/kernels/test_conv_box.py -k fit",
     ),
     Mutation(
         "kernels/epilogue.py",

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from resnet_fused.engine import forward, reference
-from resnet_fused.kernels import conv_dgrad, conv_forward, conv_wgrad
+from resnet_fused.kernels import conv_box, conv_dgrad, conv_forward, conv_wgrad
 from resnet_fused.kernels.gpus import ARCHITECTURES, gpu_of
 from resnet_fused.kernels.launch import FLOATS, TileConfig, interpreting, target_arch
 from resnet_fused.plan import decide, roofline
@@ -249,6 +249,17 @@ def test_more_bandwidth_and_less_work_take_less_time():
     assert seconds(inference, "fused") < seconds(inference, "mixed") < seconds(inference, "eager")
 
 
+def test_a_narrow_convolution_takes_as_long_in_cudnn_as_published():
+    """3x3 64->64 of 32x56x56 in bf16 on an H100: 31.2 us published, 24 % of the peak. Within 1.5 times of it."""
+    narrow = Problem(
+        *(32, 56, 56, 64, 64, 3, 3, (1, 1), (1, 1), (1, 1), 1, torch.bfloat16),
+        *(False, False, 90, "inference", False),
+    )
+    launch = roofline.predict(narrow, "mixed", Tiles())[0]
+    assert launch.kernel == "aten.convolution"
+    assert 31.2e-6 / 1.5 < launch.seconds < 31.2e-6 * 1.5, launch
+
+
 def seconds(problem: Problem, way: str) -> float:
     return sum(launch.seconds for launch in roofline.predict(problem, way, Tiles()))
 
@@ -276,4 +287,6 @@ def test_shared_memory_is_busy_as_long_as_counted_by_hand(arch, block_m, block_n
 @pytest.mark.parametrize("arch", [80, 89, 90, 100, 120])
 def test_plans_are_those_of_the_snapshot(arch):
     """``python -m tests.plans`` writes them anew: look at the difference."""
+    if arch == 120 and arch not in conv_box.TILES:
+        pytest.skip("this Triton has no boxes for sm_120, which the snapshot's plans choose")
     assert plans.text(arch) == plans.path(arch).read_text()

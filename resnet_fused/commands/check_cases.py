@@ -17,12 +17,14 @@ from torch import Tensor, nn
 
 from resnet_fused.engine import reference
 from resnet_fused.engine.request import implementation
+from resnet_fused.kernels import conv_box
 from resnet_fused.kernels.batch_norm import batch_norm_apply, batch_norm_stats, channel_moments, merge_moments
-from resnet_fused.kernels.conv import Geometry, output_size
+from resnet_fused.kernels.conv import ConvProblem, Geometry, output_size
 from resnet_fused.kernels.conv_dgrad import conv_dgrad
 from resnet_fused.kernels.conv_forward import conv_forward, conv_forward_moments
 from resnet_fused.kernels.conv_wgrad import conv_wgrad
 from resnet_fused.kernels.epilogue import Norm, Residual
+from resnet_fused.kernels.launch import TileConfig, target_arch
 from resnet_fused.kernels.norm_backward import batch_norm_backward, batch_norm_coefs, batch_norm_reduce, merge_sums
 from resnet_fused.modules import BasicBlock, Bottleneck, PaddedShortcut
 from resnet_fused.plan.problem import Request
@@ -87,6 +89,7 @@ LAYERS = {
     "groups": _layer((8, (56, 56), 128, 128, 32), (1, (4, 3), 32, 32, 8), taps=3),
     "wide groups": _layer((8, (7, 7), 1024, 1024, 32), (1, (3, 4), 80, 48, 2), taps=3),
     "strided": _layer((8, (56, 56), 128, 128), (2, (5, 4), 12, 16), taps=3, stride=2),
+    "widening": _layer((8, (56, 56), 64, 128), (2, (6, 4), 16, 24), taps=3, stride=2),
     "projection": _layer((8, (56, 56), 256, 512), (2, (5, 4), 20, 24), stride=2),
     "deep": _layer((8, (14, 14), 256, 1024), (1, (3, 3), 20, 136)),
     "last": _layer((64, (7, 7), 512, 512), (2, (2, 3), 40, 24), taps=3),
@@ -95,6 +98,10 @@ LAYERS = {
 CONV_FORWARD = (
     *(("stem", ""), ("middle", ""), ("wide", ""), ("groups", ""), ("wide groups", ""), ("strided", "")),
     *(("expand", "residual"), ("deep", "residual"), ("last", "padded residual"), ("projection", "no ReLU")),
+)
+CONV_BOX = (
+    *(("middle", "moments"), ("wide", ""), ("strided", "moments"), ("widening", "moments")),
+    *(("projection", ""), ("expand", "residual"), ("last", "padded residual"), ("last", "moments")),
 )
 CONV_MOMENTS = (
     *(("stem", ""), ("reduce", ""), ("projection", ""), ("middle", "prologue"), ("expand", "prologue")),
@@ -282,6 +289,42 @@ def _check_conv_forward(layer: CheckLayer, variant: str, draw: Draw) -> Comparis
         return {"y": torch.relu(z) if relu else z}
 
     return Comparison(ours, expected)
+
+
+def _check_conv_box(layer: CheckLayer, variant: str, draw: Draw) -> Comparison:
+    """By boxes, in every tile that may be chosen; gathered, where the GPU has no TMA."""
+    x, w, residual = draw.activations(layer.input), draw.filter(layer), _residual(layer, variant, draw)
+    product: dict[str, Any] = {"geometry": layer.geometry, "tf32": draw.tf32}
+    configs = {str(tile): {"config": tile, **product} for tile in _box_tiles(layer, draw)}
+
+    def ours() -> Results:
+        if variant != "moments":
+            return {t: conv_forward(x, w, residual=residual, relu=True, **p) for t, p in configs.items()}
+        results = {}
+        for name, config in configs.items():
+            results[name], moments = conv_forward_moments(x, w, **config)
+            results[f"mean, {name}"], results[f"squared deviations, {name}"] = merge_moments(moments)
+        return results
+
+    def expected(t: torch.dtype, ours: Results) -> Results:
+        z = F.conv2d(x.to(t), w.to(t), None, *layer.geometry)
+        if variant == "moments":
+            means = {f"{key}, {name}": v for name in configs for key, v in _moments(ours[name], t).items()}
+            return dict.fromkeys(configs, z) | means
+        if residual is not None:
+            z = z + _materialized(residual, layer.co, t)
+        return dict.fromkeys(configs, torch.relu(z))
+
+    return Comparison(ours, expected)
+
+
+def _box_tiles(layer: CheckLayer, draw: Draw) -> list[TileConfig | None]:
+    if draw.device.type == "cpu":
+        return [TileConfig(32, 16, 16, box=(2, 4, 4))]
+    n, ci, h, w = layer.input
+    sizes = n, h, w, ci, layer.co, layer.taps, layer.taps
+    problem = ConvProblem(*sizes, *layer.geometry, draw.dtype, draw.tf32, False, target_arch())
+    return [*conv_box.tiles(problem)] or [None]
 
 
 def _check_conv_moments(layer: CheckLayer, variant: str, draw: Draw) -> Comparison:
@@ -528,6 +571,7 @@ def cases(device_type: str) -> list[CheckCase]:
     applied = ("", "residual", "normalised residual", "padded residual", "fixed statistics")
     families: list[tuple[str, Callable[..., Comparison], Iterable[tuple[str, str]], bool]] = [
         ("conv_forward", _check_conv_forward, CONV_FORWARD, True),
+        ("conv_forward, boxes", _check_conv_box, CONV_BOX, True),
         ("conv_forward_moments", _check_conv_moments, CONV_MOMENTS, True),
         ("conv_dgrad", _check_conv_dgrad, CONV_DGRAD, True),
         ("conv_wgrad", _check_conv_wgrad, CONV_WGRAD, True),

@@ -180,7 +180,8 @@ def _inductor(problem: Problem, calls: Sequence[Call]) -> Kernel:
 
     The best: the fewest issue slots, of those that spill the least.
     """
-    own = next((call.config for call in calls if _name(call) == "conv_forward"), TileConfig(128, 128, 64))
+    convolutions = ("conv_forward", "conv_box")
+    own = next((call.config for call in calls if _name(call) in convolutions), TileConfig(128, 128, 64))
     try:
         filled = cost_inductor.fill_in(problem, own.block_m, own.block_n)
         read = [(cost_machine_code.read(t.compile(problem.arch), problem.arch), t) for t in filled]

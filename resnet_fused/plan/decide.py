@@ -9,6 +9,7 @@ from functools import cache, lru_cache
 
 import torch
 
+from resnet_fused.kernels import conv_box
 from resnet_fused.kernels.launch import INTERPRETER, KEPT_LAYOUTS, dry_target, interpreting
 from resnet_fused.plan import roofline
 from resnet_fused.plan.problem import Problem, Request, Tiles, Way
@@ -67,7 +68,10 @@ def decide(problem: Problem, request: Request = "auto", table: Table | None = No
     Pure: it looks at its arguments alone, and needs no GPU. The model: :mod:`resnet_fused.plan.roofline`.
     """
     entry = table.lookup(problem) if table is not None else None
-    tiles = entry.tiles if entry is not None and entry.implementation == "fused" else Tiles()
+    if entry is not None and entry.implementation == "fused":
+        tiles = entry.tiles
+    else:
+        tiles = Tiles() if problem.arch == INTERPRETER else roofline.best_tiles(problem)
     alternatives = () if problem.arch == INTERPRETER else roofline.compare(problem, tiles)
     if request != "auto":
         return Plan(_ROADS[request], tiles, None, "forced", f"implementation({request!r}) is in force", alternatives)
@@ -84,9 +88,16 @@ def _why(problem: Problem, best: Way, fastest: Way, tiles: Tiles) -> str:
     but = "" if best == fastest else f" but {fastest}, which would keep the host longer"
     reason = f"predicted fastest{but}; longest: {slowest.kernel}, bound by {slowest.bound}"
     if best == "fused":
-        return reason
+        return f"{reason}; {_road(problem, tiles)}" if problem.arch in conv_box.TILES else reason
     held_up = max(roofline.predict(problem, "fused", tiles), key=lambda launch: launch.seconds)
     return f"{reason}; fused: {held_up.kernel} {held_up.seconds * 1e6:.1f} us, bound by {held_up.bound}"
+
+
+def _road(problem: Problem, tiles: Tiles) -> str:
+    """How the forward's pixels come, on a GPU that has TMA."""
+    if tiles.forward is not None and tiles.forward.box is not None:
+        return "pixels by boxes of " + "x".join(map(str, tiles.forward.box))
+    return f"pixels gathered, since {conv_box.why_not(problem) or 'no box is predicted to be faster'}"
 
 
 _records: list[list[Problem]] = []

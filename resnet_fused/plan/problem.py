@@ -85,7 +85,7 @@ class Tiles:
         return _decode(code)
 
 
-_NUMBERS = 7
+_NUMBERS = 10
 _NO_TILE = [0] * _NUMBERS
 
 
@@ -93,14 +93,16 @@ def _encode(tile: TileConfig | WgradConfig | None) -> list[int]:
     if tile is None:
         return _NO_TILE
     t, splits = (tile.tile, tile.splits) if isinstance(tile, WgradConfig) else (tile, 0)
-    return [t.block_m, t.block_n, t.block_k, t.num_warps, t.num_stages, t.max_registers or 0, splits]
+    sizes = t.block_m, t.block_n, t.block_k, t.num_warps, t.num_stages, t.max_registers or 0
+    return [*sizes, *(t.box or (0, 0, 0)), splits]
 
 
 @lru_cache(maxsize=KEPT_LAYOUTS)
 def _decode(code: tuple[int, ...]) -> Tiles:
     tiles: list[TileConfig | None] = []
     for i in range(0, len(code), _NUMBERS):
-        m, n, k, warps, stages, registers, _ = code[i : i + _NUMBERS]
-        tiles.append(TileConfig(m, n, k, warps, stages, registers or None) if m else None)
+        m, n, k, warps, stages, registers, images, rows, columns, _ = code[i : i + _NUMBERS]
+        box = (images, rows, columns) if images else None
+        tiles.append(TileConfig(m, n, k, warps, stages, registers or None, box) if m else None)
     forward, dgrad, wgrad = tiles
     return Tiles(forward, dgrad, None if wgrad is None else WgradConfig(wgrad, code[-1]))

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from resnet_fused.kernels import conv_dgrad, conv_forward, conv_wgrad
+from resnet_fused.kernels import conv_box, conv_dgrad, conv_forward, conv_wgrad
 from resnet_fused.kernels.gpus import gpu_of
 from resnet_fused.kernels.launch import TileConfig
 from resnet_fused.plan.problem import Problem, Tiles, Way
 
 CUDNN_OF_PEAK = 0.70
-"""Of the tensor cores' dense peak, what cuDNN's convolutions reach where arithmetic bounds them."""
+"""Of the tensor cores' dense peak, what cuDNN's convolutions reach where arithmetic bounds a wide tile."""
 TRITON_OF_CUDNN = 0.80
 """Of cuDNN's speed, what convolutions in Triton reach (PyTorch forum, thread 201550: "always ~20% slower")."""
 MEMORY_OF_PEAK = 0.90
@@ -24,21 +24,26 @@ LAUNCH_SECONDS = 2e-6
 SHARED_BYTES_PER_CLOCK = 128
 """Of a multiprocessor's shared memory (CUDA C++ Programming Guide: 32 banks of 4 bytes)."""
 CUDNN_TILE = (128, 64)
+CUDNN_FULL_COLUMNS = 256
+"""Of the wide instructions of sm_90 and sm_100, which read both factors from shared memory: a narrower tile multiplies
+less per factor that it reads, and is taken to be slower by as much. One published time behind it: a 3x3 64->64 of
+32x56x56 in bf16 in 31.2 us on an H100, 24 % of its peak. Published throughputs of the RTX 4090 show no such loss."""
 CUDNN_GROUP_WIDTH = 32
 """Narrower groups cost cuDNN as much as groups of so many channels."""
 
 # Issue slots of the main loop per cycle of its tensor work, by architecture, for 1x1 and for wider filters: counted in
-# the machine code of the default tiles for 256 channels and many pixels in bf16 (Triton 3.8.0; the tests' ledger holds
-# them, python -m tests.kernels.ledger counts anew). At 1, issuing alone takes as long as the product. The filter's
-# gradient has both prologues; the input's has one where the filter is 1x1.
+# the machine code of the default tiles (of boxes: 128x128) for 256 channels and many pixels in bf16 (Triton 3.8.0; the
+# tests' ledger holds them, python -m tests.kernels.ledger counts anew). At 1, issuing alone takes as long as the
+# product. The filter's gradient has both prologues; the input's has one where the filter is 1x1.
 ISSUE_SLOTS = {
     "conv_forward": {
         **{80: (0.342, 0.293), 86: (0.171, 0.147), 89: (0.085, 0.074)},
-        **{90: (0.23, 0.295), 100: (0.898, 1.039), 120: (0.068, 0.07)},
+        **{90: (0.23, 0.295), 100: (0.898, 1.039), 120: (0.067, 0.07)},
     },
+    "conv_box": {90: (0.108, 0.117), 100: (0.201, 0.217), 120: (0.052, 0.054)},
     "conv_forward, prologue": {
-        **{80: (1.143, 1.359), 86: (0.562, 0.68), 89: (0.281, 0.34)},
-        **{90: (1.371, 2.73), 100: (3.453, 6.047), 120: (0.28, 0.334)},
+        **{80: (1.143, 1.357), 86: (0.562, 0.68), 89: (0.281, 0.34)},
+        **{90: (1.371, 2.738), 100: (3.453, 5.953), 120: (0.28, 0.334)},
     },
     "conv_wgrad": {
         **{80: (2.016, 2.504), 86: (1.363, 1.609), 89: (0.682, 0.805)},
@@ -93,6 +98,16 @@ def predict(problem: Problem, implementation: Way, tiles: Tiles) -> tuple[Predic
     if implementation == "fused":
         return tuple(model.fused())
     return tuple(model.mixed() if implementation == "mixed" else model.eager())
+
+
+def best_tiles(problem: Problem) -> Tiles:
+    """Those with which a fused unit's forward is predicted to be fastest: the kernel's own, or one of boxes.
+
+    Where neither issuing bounds, the one that issues less.
+    """
+    candidates = [Tiles(), *(Tiles(forward=tile) for tile in conv_box.tiles(problem))]
+    models = [_Model(problem, tiles) for tiles in candidates]
+    return min(models, key=lambda model: (model.forward().seconds, model.slots(model.forward_kernel))).tiles
 
 
 def compare(problem: Problem, tiles: Tiles) -> tuple[tuple[Way, float], ...]:
@@ -155,11 +170,7 @@ class _Model:
 
     def fused(self) -> list[PredictedLaunch]:
         p, b = self.problem, self.sizes
-        forward = self.triton(
-            "conv_forward, prologue" if p.prologue else "conv_forward",
-            self.forward_work(),
-            b.met + b.w + b.y + self.residual,
-        )
+        forward = self.forward()
         if p.direction != "training":
             return [forward]
         wide = p.r * p.s > 1  # then the filter's gradient keeps dy for the input's
@@ -172,6 +183,20 @@ class _Model:
             self.triton("conv_wgrad", self.wgrad_work(), wgrad),
             self.triton("conv_dgrad", self.dgrad_work(not wide), dgrad),
         ]
+
+    @property
+    def forward_kernel(self) -> str:
+        """Which of :data:`ISSUE_SLOTS`."""
+        if self.tiles.forward is not None and self.tiles.forward.box is not None:
+            return "conv_box"
+        return "conv_forward, prologue" if self.problem.prologue else "conv_forward"
+
+    def forward(self) -> PredictedLaunch:
+        b = self.sizes
+        return self.triton(self.forward_kernel, self.forward_work(), b.met + b.w + b.y + self.residual)
+
+    def slots(self, kernel: str) -> float:
+        return ISSUE_SLOTS[kernel][self.gpu.arch][self.problem.r * self.problem.s > 1]
 
     def mixed(self) -> list[PredictedLaunch]:
         p, b = self.problem, self.sizes
@@ -219,7 +244,8 @@ class _Model:
         ci, co = p.tile_channels
         taps = p.r * p.s
         depth = _up(taps * ci, tile.block_k) if p.flat else taps * _up(ci, tile.block_k)
-        programs = _tiles(p.m, tile.block_m) * _tiles(co, tile.block_n) * (p.groups // p.merged)
+        pixels = _tiles(p.m, tile.block_m) if tile.box is None else conv_box.count(p, tile.box)
+        programs = pixels * _tiles(co, tile.block_n) * (p.groups // p.merged)
         return self.work(programs, tile, depth)
 
     def dgrad_work(self, prologue: bool) -> _Work:
@@ -249,8 +275,7 @@ class _Model:
 
     def triton(self, kernel: str, work: _Work, size: int) -> PredictedLaunch:
         """``kernel``: which of :data:`ISSUE_SLOTS`."""
-        slots = ISSUE_SLOTS[kernel][self.gpu.arch][self.problem.r * self.problem.s > 1]
-        return self.product(kernel.removesuffix(", prologue"), work, size, slots)
+        return self.product(kernel.removesuffix(", prologue"), work, size, self.slots(kernel))
 
     def product(self, kernel: str, work: _Work, size: int, slots: float) -> PredictedLaunch:
         waves = _tiles(work.programs, self.gpu.multiprocessors)
@@ -259,7 +284,7 @@ class _Model:
             kernel,
             self.flops,
             size,
-            tensor=at_peak / (CUDNN_OF_PEAK * TRITON_OF_CUDNN),
+            tensor=at_peak / (self.efficiency * TRITON_OF_CUDNN),
             issue=at_peak * slots,
             shared=waves * work.shared_bytes / (SHARED_BYTES_PER_CLOCK * self.gpu.clock * 1e9),
             l2=work.programs * work.l2_bytes / (self.gpu.l2 * 1e9),
@@ -272,7 +297,7 @@ class _Model:
         else:
             ci, co = (max(width // p.groups, CUDNN_GROUP_WIDTH) for width in (p.ci, p.co))
             macs = _up(p.m, rows) * p.groups * co * p.r * p.s * ci
-        return self.longest(kernel, self.flops, size, tensor=2 * macs / (self.peak * CUDNN_OF_PEAK))
+        return self.longest(kernel, self.flops, size, tensor=2 * macs / (self.peak * self.efficiency))
 
     def stream(self, kernel: str, size: int) -> PredictedLaunch:
         return self.longest(kernel, 0, size)
@@ -288,6 +313,16 @@ class _Model:
         )
 
     @property
+    def efficiency(self) -> float:
+        """Of the peak, what cuDNN reaches at the unit's width."""
+        p, (rows, columns) = self.problem, CUDNN_TILE
+        if p.groups > 1 or self.gpu.arch not in (90, 100) or p.number_format == "float32":
+            return CUDNN_OF_PEAK
+        filled = min(_up(p.co, columns), CUDNN_FULL_COLUMNS)
+        reuse = filled / (rows + filled)
+        return CUDNN_OF_PEAK * reuse * (rows + CUDNN_FULL_COLUMNS) / CUDNN_FULL_COLUMNS
+
+    @property
     def peak(self) -> float:
         """FLOP/s of the tensor cores in the unit's number format."""
         return self.gpu.tensor[self.problem.number_format] * 1e12
@@ -299,7 +334,7 @@ def _operand_rows(arch: int, tile: TileConfig) -> int:
     wgmma (sm_90) takes 64 rows and all columns at a time, tcgen05 (sm_100) the tile. Else each warp reads what its part
     of the tile needs; the parts lie as Triton lays them (``warpsPerTileV2``): the longer side is halved first.
     """
-    rows, columns = tile.block_m, tile.block_n
+    rows, columns = (tile.block_m, tile.block_n) if tile.box is None else (tile.block_n, tile.block_m)
     if arch == 100 and rows >= 64:
         return rows + columns
     if arch == 90 and rows >= 64:

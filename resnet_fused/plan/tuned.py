@@ -9,12 +9,14 @@ import re
 import tempfile
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from resnet_fused.kernels import conv_box
 from resnet_fused.kernels.conv_dgrad import conv_dgrad
 from resnet_fused.kernels.conv_forward import conv_forward
 from resnet_fused.kernels.conv_wgrad import conv_wgrad
@@ -263,11 +265,18 @@ def legal(tile: TileConfig, problem: Problem) -> bool:
     return (
         all(size >= 16 and size & (size - 1) == 0 for size in sizes)
         and max(tile.block_m, tile.block_n) <= 256
-        and tile.num_warps == 4
+        and tile.num_warps in ((4,) if tile.box is None else (4, 8))
+        and (tile.box is None or _boxes(tile.box, tile, problem))
         and 1 <= tile.num_stages <= 8
         and (tile.max_registers is None or 32 <= tile.max_registers <= 255)
         and buffers <= gpu_of(problem.arch, problem.gpu).shared
     )
+
+
+def _boxes(box: tuple[int, int, int], tile: TileConfig, problem: Problem) -> bool:
+    """Whether ``box`` is one of the tile's pixels, for a problem that boxes fit."""
+    whole = all(size >= 1 and size & (size - 1) == 0 for size in box) and prod(box) == tile.block_m
+    return whole and conv_box.why_not(problem) is None and problem.tile_channels[0] % tile.block_k == 0
 
 
 def _rehearse(tiles: Tiles, problem: Problem) -> None:

@@ -18,8 +18,9 @@ import resnet_fused
 from benchmarks import shapes
 from resnet_fused import functional
 from resnet_fused.commands.tune_trial import Candidate, rehearse
+from resnet_fused.kernels import conv_box
 from resnet_fused.kernels.launch import Call, dry_run, observe
-from resnet_fused.plan.problem import Problem
+from resnet_fused.plan.problem import Problem, Tiles
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "tf32": torch.float32, "float32": torch.float32}
 MODELS = ["resnet20", "resnet18", "resnet50", "resnet101", "resnext50_32x4d", "wide_resnet50_2"]
@@ -54,6 +55,8 @@ class Kernel(NamedTuple):
             return ""
         if getattr(form, "FLAT", False):
             return "few input channels: a chunk of K runs across taps"
+        if self.call.config.box is not None:
+            return ""
         if form.MERGED:
             return "merged groups: narrower than a load"
         if form.VECTOR > 1 and triton.__version__.startswith("3.6"):
@@ -122,6 +125,11 @@ def _modelled(arch: int) -> Iterator[Kernel]:
                 yield Kernel(arch, "bfloat16", call, modelled=(name + ", prologue" * prologue, taps))
             elif name in ("conv_dgrad", "conv_wgrad") and prologue:
                 yield Kernel(arch, "bfloat16", call, modelled=(name, taps))
+        # Every tile that the plan or the tuner may choose.
+        for tile in conv_box.tiles(unit):
+            boxed, *_ = rehearse(unit, Candidate("fused", Tiles(forward=tile)))[0]
+            square = (tile.block_m, tile.block_n) == (128, 128)
+            yield Kernel(arch, "bfloat16", boxed, modelled=("conv_box", taps) if square else None)
 
 
 def _drawn(arch: int, draw: random.Random) -> Iterator[Kernel]:

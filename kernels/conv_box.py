@@ -1,0 +1,349 @@
+"""Convolution by boxes: TMA brings the pixels of a tile, for one tap and chunk of channels at a time, and the filter.
+
+No thread computes an address or a mask. The filter is the left factor of the product, so that the tensor cores read
+both factors from shared memory, where TMA put them; the other way round, the pixels would pass through registers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from math import prod
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .conv import ConvProblem, Size, blocks, precision, sizes
+from .epilogue import WHOLE, Epilogue, Norm, store_output
+from .gpus import gpu_of
+from .launch import Boxes, Cost, Recipe, TileConfig, Vector
+from .memory import Layout, cdiv, span, stride_of
+from .tile import PerTile, Pixels, Tile, bound, dot
+
+
+class Form(NamedTuple):
+    """What the compiled code depends on: the filter's size, and which of the kernel's cases it is."""
+
+    R: int
+    S: int
+    ONE_CHUNK: bool
+    STRIDED: bool
+    PARTS: int
+    RES_PADDED: bool
+    RELU: bool
+    INT64: bool
+    PRECISION: str
+
+
+class Widths(NamedTuple):
+    """Channels of a program's group and of all, and elements from one pixel to the next."""
+
+    ci: int
+    co: int
+    channels: int
+    x: int
+    y: int
+    res: int
+
+
+class Box(NamedTuple):
+    """Images, rows and columns of a tile of pixels."""
+
+    n: Any
+    h: Any
+    w: Any
+
+
+@triton.jit(do_not_specialize=["P", "Q", "images", "rows", "columns", "pad_h", "pad_w", "dil_h", "dil_w"])
+def conv_box_kernel(
+    x_ptr,
+    w_ptr,
+    bias_ptr,
+    mean_ptr,
+    var_ptr,
+    gamma_ptr,
+    beta_ptr,
+    res_ptr,
+    y_ptr,
+    moments_ptr,
+    counts_ptr,
+    P,
+    Q,
+    images,
+    rows,
+    columns,
+    pad_h,
+    pad_w,
+    dil_h,
+    dil_w,
+    eps,
+    crop,
+    widths,
+    form: tl.constexpr,
+    blocks: tl.constexpr,
+    box: tl.constexpr,
+):
+    """``y[m, co] = epilogue(sum over r, s, ci of w[co, r, s, ci] * x[pixel(m, r, s), ci])``.
+
+    One program computes a box of BLOCK_M pixels x BLOCK_N output channels of one group, out of images, rows and columns
+    of output. It walks K tap by tap, each tap in chunks of BLOCK_K channels, which divide the group's: a tap moves the
+    box of x, and what of it lies outside of the image comes as zero. ``counts``: of each tile of moments, its pixels.
+
+    STRIDED: by 2 along both axes. Then x comes as [N, H/2, 2, W/2, 2 pixels], and a tap's parity says which of two.
+    """
+    R: tl.constexpr = form.R
+    S: tl.constexpr = form.S
+    PARTS: tl.constexpr = form.PARTS
+    PRECISION: tl.constexpr = form.PRECISION
+    BLOCK_M: tl.constexpr = blocks.m
+    BLOCK_N: tl.constexpr = blocks.n
+    BLOCK_K: tl.constexpr = blocks.k
+    OFFSET: tl.constexpr = tl.int64 if form.INT64 else tl.int32
+    CI = widths.ci
+    CO = widths.co
+    tiles_n = tl.cdiv(CO, BLOCK_N)
+    tiles_h = tl.cdiv(rows, box.h)
+    tiles_w = tl.cdiv(columns, box.w)
+    pid = tl.program_id(0)
+    group = tl.program_id(1)
+    number = pid // tiles_n
+    n0 = number // tiles_w // tiles_h * box.n
+    h0 = number // tiles_w % tiles_h * box.h
+    w0 = number % tiles_w * box.w
+    co = pid % tiles_n * BLOCK_N
+
+    first = group * CI
+    end = first + CI
+    channel = first
+    k = 0
+    if form.STRIDED:
+        h = -pad_h
+        w = -pad_w
+    else:
+        h = h0 - pad_h
+        w = w0 - pad_w
+    w_first = w
+    w_end = w + S * dil_w
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for _ in range(0, bound(R * S * (CI // BLOCK_K))):
+        if form.STRIDED:
+            a = x_ptr.load([n0, h0 + (h >> 1), h & 1, w0 + (w >> 1), (w & 1) * widths.x + channel])
+        else:
+            a = x_ptr.load([n0, h, w, channel])
+        b = w_ptr.load([group * CO + co, k])
+        acc = dot(b, tl.trans(tl.reshape(a, (BLOCK_M, BLOCK_K))), acc, PRECISION)
+        k += BLOCK_K
+        channel += BLOCK_K
+        # By selection: where its loop branches, the assembler has each product wait for the one before.
+        if form.ONE_CHUNK:
+            channel = first
+            w += dil_w
+        elif R * S > 1:
+            last = channel == end
+            channel = tl.where(last, first, channel)
+            w = tl.where(last, w + dil_w, w)
+        if R * S > 1:
+            wrap = w == w_end
+            w = tl.where(wrap, w_first, w)
+            h = tl.where(wrap, h + dil_h, h)
+
+    norm = Norm(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps)
+    res, y = Pixels(res_ptr, widths.res), Pixels(y_ptr, widths.y)
+    # Half a high tile at a time: one whole would not leave room in the registers for the residual.
+    HEIGHT: tl.constexpr = BLOCK_M // PARTS
+    if PARTS == 2:
+        parts = tl.split(tl.permute(tl.reshape(acc, (BLOCK_N, 2, HEIGHT)), (0, 2, 1)))
+    else:
+        parts = (acc,)
+    c = co + tl.arange(0, BLOCK_N)
+    tiles = tl.num_programs(0) // tiles_n * PARTS
+    for i in tl.static_range(PARTS):
+        place = i * HEIGHT + tl.arange(0, HEIGHT)
+        n = n0 + place // (box.h * box.w)
+        p = h0 + place // box.w % box.h
+        q = w0 + place % box.w
+        present = (n < images) & (p < rows) & (q < columns)
+        tile = Tile((n.to(OFFSET) * rows + p) * columns + q, group * CO + c, present, c < CO)
+        moments = PerTile(moments_ptr, tiles, widths.channels, number * PARTS + i)
+        store_output(
+            tl.trans(parts[i]),
+            tile,
+            bias_ptr,
+            norm,
+            res,
+            crop,
+            y,
+            moments,
+            Size(0, 0, P, Q),
+            form.RES_PADDED,
+            form.RELU,
+        )
+        if counts_ptr is not None:
+            first_program = (pid % tiles_n == 0) & (group == 0)
+            tl.store(counts_ptr + moments.number, tl.sum(present.to(tl.float32), 0), mask=first_program)
+
+
+def why_not(problem: ConvProblem) -> str | None:
+    """Why a convolution is not computed by boxes, whatever the tile; None if it may be."""
+    ci, co = problem.tile_channels
+    if problem.arch not in TILES:
+        return "boxes are for " + ", ".join(f"sm_{arch}" for arch in TILES)
+    if problem.prologue:
+        return "its input is normalised on the way into the product"
+    if problem.dtype.itemsize == 4 and not problem.tf32:
+        return "fp32 is not multiplied by tensor cores"
+    if problem.merged > 1 or ci % MIN_CHANNELS or co < MIN_OUT_CHANNELS:
+        return f"it needs a multiple of {MIN_CHANNELS} input and at least {MIN_OUT_CHANNELS} output channels a group"
+    if not _steps(problem):
+        return f"TMA does not step by {problem.stride} over {problem.h}x{problem.w} pixels"
+    return None
+
+
+MIN_CHANNELS = 32
+"""In a group: with fewer, a box would be narrower than two sectors of memory."""
+MIN_OUT_CHANNELS = 64
+"""Rows of the shortest product of sm_90's and sm_100's wide instructions."""
+
+
+def _steps(problem: ConvProblem) -> bool:
+    even = problem.h % 2 == 0 and problem.w % 2 == 0
+    return problem.stride == (1, 1) or (problem.stride == (2, 2) and even)
+
+
+TILES: dict[int, tuple[tuple[int, int, int], ...]] = {
+    90: ((256, 64, 4), (128, 128, 4), (256, 128, 8), (128, 64, 4), (64, 128, 4), (64, 64, 4)),
+    100: ((128, 128, 4), (256, 128, 8), (128, 64, 4), (64, 128, 4), (64, 64, 4)),
+    120: ((128, 128, 4), (128, 64, 4), (64, 128, 4), (64, 64, 4)),
+}
+"""Per architecture with TMA, pixels, output channels and warps of the tiles that no configuration makes spill."""
+if triton.__version__.startswith("3.6."):
+    del TILES[120]  # its assembler stores to the stack around every load of a box
+
+
+BARRIERS = 2048
+"""Bytes of shared memory for what is no buffer of the pipeline."""
+
+
+def tiles(problem: ConvProblem) -> Iterator[TileConfig]:
+    """The tiles to choose from; none where :func:`why_not` has a reason."""
+    if why_not(problem) is not None:
+        return
+    ci, co = problem.tile_channels
+    element = problem.dtype.itemsize
+    room = gpu_of(problem.arch).shared - BARRIERS
+    for block_m, block_n, warps in TILES[problem.arch]:
+        if block_n > triton.next_power_of_2(co) or (element == 4 and (problem.arch, block_n) == (120, 128)):
+            continue
+        for block_k in (128, 64, 32) if element == 2 else (32,):
+            stages = min(4, room // ((block_m + block_n) * block_k * element))
+            if ci % block_k == 0 and stages >= 3:
+                # Of a low tile the compiler would spill, for one more program at a time.
+                registers = 255 if block_m == 64 else None
+                box = least_waste(problem, block_m)
+                yield TileConfig(block_m, block_n, block_k, warps, stages, registers, box)
+                break
+
+
+def least_waste(problem: ConvProblem, pixels: int) -> Box:
+    """The box of so many pixels, a power of two, that covers the output with the fewest of them outside.
+
+    Of several, that whose taps meet the fewest pixels of the input.
+    """
+    if _pointwise(problem):
+        return Box(1, 1, pixels)
+    powers = [2**i for i in range(pixels.bit_length())]
+    boxes = (Box(pixels // (h * w), h, w) for h in powers for w in powers if h * w <= pixels)
+
+    def waste(box: Box) -> tuple[int, int, int]:
+        met = box.n * (box.h + problem.r - 1) * (box.w + problem.s - 1)
+        return count(problem, box), met, box.n
+
+    return min(boxes, key=waste)
+
+
+def count(problem: ConvProblem, box: tuple[int, int, int]) -> int:
+    """Boxes that cover the output."""
+    return prod(map(cdiv, _extent(problem), box))
+
+
+def _extent(problem: ConvProblem) -> tuple[int, int, int]:
+    """Images, rows and columns that boxes cover: of a 1x1 convolution a single row of all pixels."""
+    return (1, 1, problem.m) if _pointwise(problem) else (problem.n, problem.p, problem.q)
+
+
+def _pointwise(problem: ConvProblem) -> bool:
+    return problem.r * problem.s == 1 and problem.stride == (1, 1) and problem.padding == (0, 0)
+
+
+def recipe(
+    problem: ConvProblem,
+    x: Layout,
+    w: Layout,
+    out: Layout,
+    epilogue: Epilogue,
+    tile: TileConfig,
+    cost: Callable[[Mapping[str, Any]], Cost],
+    vectors: Mapping[str, Vector],
+) -> Recipe | None:
+    """The launch of a convolution by boxes of ``tile``, or None where TMA does not take its tensors so.
+
+    Raises ValueError for a box that is not of ``block_m`` pixels.
+    """
+    assert tile.box is not None
+    if prod(tile.box) != tile.block_m:
+        raise ValueError(f"config.box must have block_m={tile.block_m} pixels; got {tile.box}")
+    box = Box(1, 1, tile.block_m) if _pointwise(problem) else Box(*tile.box)
+    pixels, filters = _pixels(problem, x, box, tile), _filters(problem, w, tile)
+    ci, co = problem.tile_channels
+    fits = pixels.fits(x.dtype.itemsize) and filters.fits(x.dtype.itemsize)
+    if problem.prologue or problem.merged > 1 or ci % tile.block_k or not _steps(problem) or not fits:
+        return None
+    res = epilogue.residual.layout
+    crop = epilogue.residual.crop(out.shape)
+    images, rows, columns = _extent(problem)
+    form = Form(
+        *(problem.r, problem.s),
+        ONE_CHUNK=ci == tile.block_k,
+        STRIDED=problem.stride != (1, 1),
+        PARTS=2 if tile.block_m >= 128 else 1,
+        RES_PADDED=crop is not WHOLE,
+        RELU=epilogue.relu,
+        INT64=max(map(span, (x, out, res))) + tile.block_m >= 2**31,
+        PRECISION=precision(problem),
+    )
+    runtime = sizes(problem)
+    scalars = {
+        **{name: runtime[name] for name in ("P", "Q", "pad_h", "pad_w", "dil_h", "dil_w")},
+        **{"images": images, "rows": rows, "columns": columns},
+        "eps": epilogue.eps,
+        "crop": crop,
+        "widths": Widths(ci, co, problem.co, stride_of(x), stride_of(out), stride_of(res)),
+        "form": form,
+        "blocks": blocks(tile),
+        "box": box,
+    }
+    grid = (count(problem, box) * cdiv(co, tile.block_n), problem.groups)
+    return Recipe(conv_box_kernel, grid, scalars, tile, cost, vectors, {"x_ptr": pixels, "w_ptr": filters})
+
+
+def moment_tiles(recipe: Recipe) -> int:
+    """Tiles of moments that the launch gives: a high box gives two."""
+    widths, form = recipe.scalars["widths"], recipe.scalars["form"]
+    return recipe.grid[0] // cdiv(widths.co, recipe.config.block_n) * form.PARTS
+
+
+def _pixels(problem: ConvProblem, x: Layout, box: Box, tile: TileConfig) -> Boxes:
+    n, channels, h, w = x.shape
+    step = stride_of(x)
+    if _pointwise(problem):
+        return Boxes((1, 1, problem.m, channels), (problem.m * step, problem.m * step, step, 1), (*box, tile.block_k))
+    if problem.stride == (1, 1):
+        return Boxes((n, h, w, channels), (h * w * step, w * step, step, 1), (*box, tile.block_k))
+    pairs = (n, h // 2, 2, w // 2, step + channels)
+    steps = (h * w * step, 2 * w * step, w * step, 2 * step, 1)
+    return Boxes(pairs, steps, (box.n, box.h, 1, box.w, tile.block_k))
+
+
+def _filters(problem: ConvProblem, w: Layout, tile: TileConfig) -> Boxes:
+    depth = prod(w.shape[1:])
+    return Boxes((problem.co, depth), (depth, 1), (tile.block_n, tile.block_k))
