@@ -413,7 +413,7 @@ def _loadable(config: TileConfig | None, x: Tensor, w: Tensor) -> TileConfig | N
 
 def _address(tensor: Tensor) -> int:
     """In a dry run, whose tensors may have no memory, from the start of their storage."""
-    return tensor.data_ptr() if dry_target() is None else tensor.storage_offset() * tensor.itemsize
+    return tensor.data_ptr() if dry_target() is None else int(tensor.storage_offset()) * tensor.itemsize
 
 
 def _moments(recipe: Recipe, y: Tensor) -> Moments:
