@@ -317,8 +317,9 @@ def default_config(problem: ConvProblem) -> TileConfig:
     elif not problem.flat and block_k == 64 and ci % 64 and ci % 32 == 0:
         block_k = 32
     multiprocessors = gpu_of(problem.arch).multiprocessors
-    # Half of the GPU with wide tiles is as fast as all of it with tiles of half the size, which load twice as much.
-    enough = multiprocessors if fp32 or problem.prologue else cdiv(multiprocessors, 2)
+    # Tiles of half the size load twice as much: where tensor cores outrun loads, wide ones on half of the GPU will do.
+    loads_bound = problem.arch in (80, 90, 100) and not (fp32 or problem.prologue)
+    enough = cdiv(multiprocessors, 2) if loads_bound else multiprocessors
     while _programs(problem, block_m, block_n) < enough and block_m * block_n > 64 * 64:
         if block_m >= block_n:
             block_m //= 2
@@ -373,9 +374,8 @@ def conv_forward(
     """
     dtype = x.dtype if out_dtype is None else out_dtype
     epilogue = Epilogue(added(residual), 0.0 if norm is None else norm.eps, relu, layout(out) or dtype)
-    recipe = _recipe(
-        layout(x), layout(w), geometry, prologue is not None, epilogue, tf32, target_arch(), _loadable(config, x, w)
-    )
+    chosen = _loadable(config, x, w)
+    recipe = _recipe(layout(x), layout(w), geometry, prologue is not None, epilogue, tf32, target_arch(), chosen)
     if out is None:
         out = _output(recipe, x, w, dtype)
     _run(recipe, x, w, prologue, bias, norm, residual, out, None)
@@ -418,14 +418,11 @@ def _address(tensor: Tensor) -> int:
 
 def _moments(recipe: Recipe, y: Tensor) -> Moments:
     """Those of ``y``, for the launch to fill in."""
-    channels = y.shape[1]
-    if recipe.boxes:
-        tiles = conv_box.moment_tiles(recipe)
-        values = torch.empty(2, tiles, channels, dtype=torch.float32, device=y.device)
-        return Moments(values, 0, 0, values.new_empty(tiles))
-    pixels, rows = recipe.scalars["M"], recipe.config.block_m
-    values = torch.empty(2, cdiv(pixels, rows), channels, dtype=torch.float32, device=y.device)
-    return Moments(values, rows, pixels)
+    n, channels, p, q = y.shape
+    rows = recipe.config.block_m
+    tiles = conv_box.moment_tiles(recipe) if recipe.boxes else cdiv(n * p * q, rows)
+    values = torch.empty(2, tiles, channels, dtype=torch.float32, device=y.device)
+    return Moments(values, rows, n * p * q, values.new_empty(tiles) if recipe.boxes else None)
 
 
 def _run(

@@ -28,7 +28,7 @@ class Moments(NamedTuple):
 
     ``values``: fp32 [2, T, C], the mean of each of T tiles of pixels, then the sum of squared deviations from it.
     ``rows``: pixels per tile, ``pixels``: of all tiles, so that the last may have fewer. ``counts``: fp32 [T], the
-    pixels of each tile where they differ otherwise (``rows`` and ``pixels`` do not count then).
+    pixels of each tile where they differ otherwise (``rows`` does not count then).
     """
 
     values: Tensor

@@ -260,6 +260,23 @@ def test_a_narrow_convolution_takes_as_long_in_cudnn_as_published():
     assert 31.2e-6 / 1.5 < launch.seconds < 31.2e-6 * 1.5, launch
 
 
+def test_boxes_are_chosen_and_the_reason_says_so():
+    """Or why pixels are gathered, where the GPU could load boxes; of others there is nothing to say."""
+    layer = Problem(
+        *(256, 56, 56, 64, 64, 3, 3, (1, 1), (1, 1), (1, 1), 1, torch.bfloat16),
+        *(False, False, 90, "inference", False),
+    )
+    boxed = decide.decide(layer)
+    assert boxed.tiles.forward.box == (4, 8, 8)
+    assert "pixels by boxes of 4x8x8" in boxed.reason
+    odd = decide.decide(replace(layer, h=57, w=57, stride=(2, 2)))
+    assert odd.tiles == Tiles()
+    raw = decide.decide(replace(layer, r=1, s=1, padding=(0, 0), prologue=True, direction="training"), "auto")
+    assert raw.tiles == Tiles()
+    assert "pixels gathered, since its input is normalised" in raw.reason
+    assert "pixels" not in decide.decide(replace(layer, arch=80)).reason
+
+
 def seconds(problem: Problem, way: str) -> float:
     return sum(launch.seconds for launch in roofline.predict(problem, way, Tiles()))
 

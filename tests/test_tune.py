@@ -162,6 +162,17 @@ def test_a_mixed_unit_that_keeps_the_host_longer_than_the_gpu_does_not_win(direc
     assert entry.implementation == winner
 
 
+def test_the_tile_of_the_plan_stays_unless_another_wins_by_more_than_the_spread():
+    """A box, where the plan without a measurement takes one."""
+    wide = problem(n=32, h=56, w=56, ci=64, co=64, dtype=torch.bfloat16, direction="frozen", prologue=False)
+    planned = decide.decide(wide)
+    assert planned.implementation == "fused"
+    assert planned.tiles.forward.box is not None
+    for spread, winner in ((1e-5, Tiles()), (2e-4, planned.tiles)):
+        entry = tune_problem(wide, FakeRunner({"fused": 0.9e-3}, spread=spread), nothing)
+        assert (entry.implementation, entry.tiles) == ("fused", winner)
+
+
 def test_a_default_that_is_wrong_is_replaced():
     default = default_of(problem())
     entry = tune_problem(problem(), FakeRunner(faults={("time", default): "crashed"}), nothing)

@@ -334,7 +334,8 @@ def tune_problem(problem: Problem, runner: Runner, compiled: Compiled) -> Entry:
         # Each kernel's best tile was found on its own: together they are a candidate like any other.
         rivals = [way for way in trial.timings if way.tiles == Tiles()]
         trial.play([Candidate("fused", best), *rivals])
-    default = Candidate(decide.decide(problem).implementation)
+    plan = decide.decide(problem)
+    default = Candidate(plan.implementation, plan.tiles if plan.implementation == "fused" else Tiles())
     return trial.entry(problem, default)
 
 

@@ -26,8 +26,8 @@ SHARED_BYTES_PER_CLOCK = 128
 CUDNN_TILE = (128, 64)
 CUDNN_FULL_COLUMNS = 256
 """Of the wide instructions of sm_90 and sm_100, which read both factors from shared memory: a narrower tile multiplies
-less per factor that it reads, and is taken to be slower by as much. One published time behind it: a 3x3 64->64 of
-32x56x56 in bf16 in 31.2 us on an H100, 24 % of its peak. Published throughputs of the RTX 4090 show no such loss."""
+less per factor that it reads, and is taken to be slower by as much, cuDNN's and Triton's alike. Assumed: behind it is
+one time, of a 3x3 64->64 of 32x56x56 in bf16 on an H100, 31.2 us or 24 % of its peak."""
 CUDNN_GROUP_WIDTH = 32
 """Narrower groups cost cuDNN as much as groups of so many channels."""
 

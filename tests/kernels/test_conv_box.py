@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 import triton
 
+from resnet_fused.engine import forward
 from resnet_fused.kernels import conv_box
-from resnet_fused.kernels.batch_norm import merge_moments
+from resnet_fused.kernels.batch_norm import batch_norm_stats, merge_moments
 from resnet_fused.kernels.conv import ConvProblem, Geometry
 from resnet_fused.kernels.conv_forward import conv_forward, conv_forward_moments
 from resnet_fused.kernels.epilogue import Moments, Residual
@@ -27,7 +28,7 @@ GEOMETRIES = {
         ci=16, co=16, size=(10, 8), filter=(3, 3), stride=(2, 2), padding=(3, 2), dilation=(3, 2)
     ),
     "every parameter differs by axis": layer(
-        ci=16, co=20, size=(11, 8), filter=(3, 2), padding=(1, 2), dilation=(1, 2)
+        ci=32, co=20, size=(11, 8), filter=(3, 2), padding=(1, 2), dilation=(1, 2)
     ),
     "no padding": layer(ci=16, co=16, size=(6, 9), filter=(2, 3)),
     "padding wider than the filter": layer(ci=16, co=16, size=(3, 4), filter=(2, 2), padding=(3, 3)),
@@ -124,6 +125,22 @@ def test_moments_count_the_pixels_of_the_image_alone(name):
             m2.double(), ((exact - exact.mean(1, keepdim=True)) ** 2).sum(1), rtol=1e-4, atol=1e-3
         )
         assert isinstance(expected, Moments) and expected.counts is None
+
+
+def test_processes_share_the_moments_of_boxes(monkeypatch):
+    """Of partial boxes too: each process tells how many pixels it has."""
+    x, w = random(3, 16, 9, 7), random(16, 16, 3, 3)
+    y, moments = conv_forward_moments(x, w, geometry=SAME, config=tile((2, 4, 4)))
+    monkeypatch.setattr(forward, "process_group", lambda name: None)
+    monkeypatch.setattr(forward.dist, "get_world_size", lambda group: 2)
+    monkeypatch.setattr(
+        forward.dist, "all_gather_into_tensor", lambda out, message, group: out.copy_(torch.cat([message, message]))
+    )
+    shared = forward._gather(moments, "two processes")
+    assert shared.counts.tolist() == [y.numel() / 16] * 2
+    mean, var = batch_norm_stats(shared, None, None, 0.0)[:2]
+    torch.testing.assert_close(mean, y.mean((0, 2, 3)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(var**-2, y.var((0, 2, 3), correction=0), rtol=1e-4, atol=1e-4)
 
 
 UNFIT = {
