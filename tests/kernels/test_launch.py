@@ -109,6 +109,42 @@ for round in range(2):
     assert lines == ["0 True"] * 12 + ["1 True"] * 12
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU that is launched on is a fake one here")
+def test_a_launch_of_boxes_describes_the_tensors_that_it_is_given():
+    """Each time, also without the JIT; and Triton's launcher makes TMA's descriptors of them."""
+    code = """
+from resnet_fused.kernels.conv_forward import conv_forward
+from resnet_fused.kernels.launch import TileConfig, observe
+from triton.backends.nvidia import driver
+from triton.runtime.jit import JITFunction
+
+tile = TileConfig(64, 64, 64, box=(1, 8, 8))
+run = JITFunction.run
+for round in range(3):
+    x = torch.zeros(2, 64, 8, 8, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    w = torch.zeros(64, 64, 1, 1, dtype=torch.bfloat16)
+    launched.clear()
+    calls = []
+    JITFunction.run = None if round else run
+    with observe(calls.append):
+        conv_forward(x[1:], w, config=tile)
+    JITFunction.run = run
+    (call,), (launch,) = calls, launched
+    jitted = call.kernel.warmup(grid=call.grid, **call.arguments, **call.config.options)
+    print(call.compile(90).hash == jitted.hash, launch[4] == jitted.function)
+    addresses = []
+    utils = type("Utils", (), {"__getattr__": lambda *_: lambda address, *rest: addresses.append(address)})()
+    driver.triton.runtime.driver.active.utils = utils
+    boxes = zip(launch[9:11], jitted.metadata.tensordesc_meta, strict=True)
+    sizes = [driver.make_tensordesc_arg(*box, *[None] * (triton.__version__ >= "3.7"))[1:] for box in boxes]
+    print(addresses == [x[1:].data_ptr(), w.data_ptr()], sizes)
+    driver.triton.runtime.driver.active.utils = stand_in._Utils
+"""
+    lines = compiler_on("import triton\n" + STAND_IN + code, check=True).stdout.splitlines()
+    sizes = [[1, 1, 64, 64, 64 * 64, 64 * 64, 64, 1], [64, 64, 64, 1]]
+    assert lines == ["True True", f"True {sizes}"] * 3
+
+
 STAND_IN = """
 import torch
 from resnet_fused.benchmarks import stand_in
