@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import _disable_current_modes
 
 from resnet_fused.engine import eligible
 from resnet_fused.modules import BlockLayout, UnitNames, traced_forward
@@ -161,14 +162,18 @@ def _trace(module: nn.Module, state: _State) -> fx.Graph:
 @contextmanager
 def _same_random_numbers() -> Iterator[None]:
     """Random states stay as they are; raises _NoBlock if the ``with`` block draws from them."""
-    python, states = random.getstate(), torch.get_rng_state()
+    with _disable_current_modes():  # in which a state would be a tensor without data
+        python, states = random.getstate(), torch.get_rng_state()
     try:
         yield
-        if random.getstate() != python or not torch.equal(torch.get_rng_state(), states):
+        with _disable_current_modes():
+            drawn = random.getstate() != python or not torch.equal(torch.get_rng_state(), states)
+        if drawn:
             raise _NoBlock("its forward draws random numbers")
     finally:
-        random.setstate(python)
-        torch.set_rng_state(states)
+        with _disable_current_modes():
+            random.setstate(python)
+            torch.set_rng_state(states)
 
 
 def _attributes(module: nn.Module) -> dict[tuple[str, str], Any]:

@@ -71,9 +71,22 @@ class TestCount:
         recompute = count(OURS[1], setting(BLOCK, BACKWARD, batch=64))
         assert recompute.saved < ours.saved < eager.saved
 
-    def test_resnet50_is_that_of_the_readme(self):
-        work = count(BASELINE, setting(NetworkCase("resnet50"), batch=32, dtype=torch.bfloat16))
-        assert (work.launches, round(work.moved / 32 / 1e6, 1)) == (174, 165.0)
+    @pytest.mark.parametrize(
+        ("peer", "model", "phase", "batch", "launches", "megabytes"),
+        [
+            (BASELINE, "resnet50", FORWARD, 32, 174, 165.0),
+            (OURS[0], "resnet50", FORWARD, 32, 68, 65.3),
+            (BASELINE, "resnet50", BACKWARD, 256, 405, 392.1),
+            (OURS[0], "resnet50", BACKWARD, 256, 443, 333.5),
+            (OURS[1], "resnet50", BACKWARD, 256, 472, 353.9),
+            (BASELINE, "resnet18", FORWARD, 32, 68, 37.4),
+            (OURS[0], "resnet18", FORWARD, 32, 35, 22.1),
+        ],
+    )
+    def test_whole_models_are_those_of_the_results(self, peer, model, phase, batch, launches, megabytes):
+        """docs/results.md and README.md."""
+        work = count(peer, setting(NetworkCase(model), phase, batch=batch, dtype=torch.bfloat16))
+        assert (work.launches, round(work.moved / batch / 1e6, 1)) == (launches, megabytes)
 
     def test_kinds(self):
         names = ("conv_wgrad", "aten.convolution_backward", "batch_norm_stats", "aten.relu_", "aten.addmm")
