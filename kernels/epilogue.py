@@ -157,22 +157,29 @@ def load_residual(res, crop, tile, P, Q, PADDED: tl.constexpr):
 
 
 @triton.jit
+def affine(acc, c, mask_c, bias_ptr, norm):
+    """``(acc + bias - mean) * gamma/sqrt(var + eps) + beta`` for columns that are the channels ``c``; all optional."""
+    v = acc
+    if bias_ptr is not None:
+        v += load_channels(bias_ptr, c, mask_c)[None, :]
+    if norm.mean is not None:
+        scale = 1.0 / tl.sqrt_rn(load_channels(norm.var, c, mask_c) + norm.eps)
+        if norm.gamma is not None:
+            scale *= load_channels(norm.gamma, c, mask_c)
+        v = (v - load_channels(norm.mean, c, mask_c)[None, :]) * scale[None, :]
+        if norm.beta is not None:
+            v += load_channels(norm.beta, c, mask_c)[None, :]
+    return v
+
+
+@triton.jit
 def store_output(acc, tile, bias_ptr, norm, res, crop, y, moments, size, RES_PADDED: tl.constexpr, RELU: tl.constexpr):
     """``y = relu((acc + bias - mean) * gamma/sqrt(var + eps) + beta + res)`` for one tile; each step is optional.
 
     With ``moments``, also the mean of the tile's rounded values, as far as its rows exist, and the sum of squared
     deviations from it.
     """
-    v = acc
-    if bias_ptr is not None:
-        v += load_channels(bias_ptr, tile.c, tile.mask_c)[None, :]
-    if norm.mean is not None:
-        scale = 1.0 / tl.sqrt_rn(load_channels(norm.var, tile.c, tile.mask_c) + norm.eps)
-        if norm.gamma is not None:
-            scale *= load_channels(norm.gamma, tile.c, tile.mask_c)
-        v = (v - load_channels(norm.mean, tile.c, tile.mask_c)[None, :]) * scale[None, :]
-        if norm.beta is not None:
-            v += load_channels(norm.beta, tile.c, tile.mask_c)[None, :]
+    v = affine(acc, tile.c, tile.mask_c, bias_ptr, norm)
     if res.ptr is not None:
         v += load_residual(res, crop, tile, size.P, size.Q, RES_PADDED)
     if RELU:
