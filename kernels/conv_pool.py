@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache, partial
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -206,7 +207,7 @@ def why_not(problem: ConvProblem) -> str | None:
         return f"it needs a filter of at most {RUN}x{RUN}"
     if problem.prologue:
         return "its input is normalised on the way into the product"
-    if problem.dtype == torch.float32 and not problem.tf32:
+    if problem.dtype == torch.float32 and not problem.tf32 and problem.arch != INTERPRETER:
         return "fp32 is not multiplied by tensor cores"
     return None
 
@@ -218,10 +219,33 @@ def pooled_size(size: int) -> int:
 
 
 def default_config(problem: ConvProblem) -> TileConfig:
-    """The tile: four parities of SIDE x SIDE pooled pixels."""
+    """The tile of the product: four parities of SIDE x SIDE pooled pixels."""
     widest, warps = (32, 4) if problem.arch == 100 and problem.dtype == torch.float32 else (64, 8)
     block_n = min(widest, max(16, triton.next_power_of_2(problem.co)))
     return TileConfig(4 * SIDE * SIDE, block_n, PIXEL * RUN, num_warps=warps)
+
+
+class Work(NamedTuple):
+    """What the launches of a problem come to: elements that are packed, programs that convolve, and the
+    multiply-accumulates of each, those of its halo and of zeros included."""
+
+    packed: int
+    programs: int
+    macs: int
+
+
+def work(problem: ConvProblem) -> Work:
+    """That of ``problem``."""
+    tile, (rows, columns) = default_config(problem), _packed_size(problem)
+    sides = (cdiv(pooled_size(size), SIDE - 1) for size in (problem.p, problem.q))
+    packed = problem.n * rows * columns * PIXEL
+    programs = problem.n * prod(sides) * cdiv(problem.co, tile.block_n)
+    return Work(packed, programs, tile.block_m * tile.block_n * problem.r * tile.block_k)
+
+
+def _packed_size(problem: ConvProblem) -> tuple[int, int]:
+    """Rows and columns of a packed image: those that the filter meets, of which each run has RUN columns."""
+    return 2 * (problem.p - 1) + problem.r, 2 * (problem.q - 1) + RUN
 
 
 def conv_pool(
@@ -274,7 +298,7 @@ class _Launches(NamedTuple):
 def _launches(x: Layout, w: Layout, geometry: Geometry, eps: float, tf32: bool, arch: int) -> _Launches:
     problem = _problem(x, w, geometry, tf32, arch)
     tile = default_config(problem)
-    rows, columns = 2 * (problem.p - 1) + problem.r, 2 * (problem.q - 1) + RUN
+    rows, columns = _packed_size(problem)
     filters = cdiv(problem.co, tile.block_n) * tile.block_n
     pooled_h, pooled_w = pooled_size(problem.p), pooled_size(problem.q)
     image = Layout((problem.n, rows, columns, PIXEL), (rows * columns * PIXEL, columns * PIXEL, PIXEL, 1), w.dtype)
@@ -317,7 +341,7 @@ def _problem(x: Layout, w: Layout, geometry: Geometry, tf32: bool, arch: int) ->
     (n, ci, h, width), (co, _, r, s) = x.shape, w.shape
     problem = ConvProblem(n, h, width, ci, co, r, s, *geometry, w.dtype, tf32, False, arch)
     check_geometry(problem)
-    if (reason := why_not(problem)) is not None and not (arch == INTERPRETER and w.dtype == torch.float32):
+    if (reason := why_not(problem)) is not None:
         raise ValueError(f"the convolution of {tuple(x.shape)} with {tuple(w.shape)}, {geometry}: {reason}")
     return problem
 

@@ -19,7 +19,7 @@ from resnet_fused.kernels.conv import output_size
 from resnet_fused.kernels.launch import FLOATS
 from resnet_fused.plan.problem import Request, Way
 
-__all__ = ["Layer", "PaddedIdentity", "Projection", "conv_bn_act", "residual_block"]
+__all__ = ["Layer", "PaddedIdentity", "Projection", "conv_bn_act", "conv_bn_act_pool", "residual_block"]
 
 
 class Projection(NamedTuple):
@@ -57,6 +57,51 @@ def conv_bn_act(
         return run(chain)
     eligible.report_once(chain)
     return reference.conv_bn_act(x, conv, bn, residual, relu)
+
+
+def conv_bn_act_pool(x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, pool: nn.MaxPool2d) -> Tensor:
+    """``pool(relu(bn(conv(x))))``: a ResNet's stem.
+
+    ``x``: as for :func:`conv_bn_act`. In evaluation mode without gradients it is two launches, the first of which packs
+    the image, if ``conv`` has stride 2, few input channels and a filter of at most 8x8, and ``pool`` is 3x3/2 with padding
+    1. Else ``pool`` itself runs behind :func:`conv_bn_act`. Raises what these raise.
+    """
+    _check(x, conv, bn, None)
+    found = pooled_unit(x, conv, bn, pool)
+    if isinstance(found, PooledUnit):
+        return run_pooled(x, found)
+    return pool(conv_bn_act(x, conv, bn))
+
+
+class PooledUnit(NamedTuple):
+    """A unit in inference with the pool behind it, and how they run."""
+
+    unit: Unit
+    dtype: torch.dtype
+    code: tuple[int, ...]
+
+
+def pooled_unit(x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, pool: nn.Module) -> PooledUnit | str:
+    """The unit of ``conv`` and ``bn`` with ``pool`` behind it as :func:`run_pooled` takes it, or why it does not."""
+    request = requested(conv)
+    if (reason := eligible.why_eager(x, [(conv, bn)], request) or eligible.why_not_pooled(pool)) is not None:
+        return reason
+    autocast = _autocast_dtype(x)
+    dtype = x.dtype if autocast is None else autocast
+    unit = eligible.unit(x, tuple(x.shape), autocast, Layer(conv, bn))
+    if isinstance(unit, str):
+        return unit
+    if not _is_fixed([unit], x):
+        return "the pool is fused in inference only"
+    implementation, code = _plan(tuple(x.shape), unit, dtype, request, "inference", pooled=True)
+    return "it was planned to run eager" if implementation == "eager" else PooledUnit(unit, dtype, code)
+
+
+def run_pooled(x: Tensor, found: PooledUnit) -> Tensor:
+    """What :func:`conv_bn_act_pool` returns."""
+    unit, dtype, code = found
+    w = laid_out(unit.w, dtype)
+    return ops.conv_bn_act_pool(plain(x), w, unit.bias, unit.mean, unit.var, unit.gamma, unit.beta, unit.eps, code)
 
 
 def residual_block(
@@ -176,7 +221,7 @@ def resolve(
 
 def run(chain: Chain, *, recompute: bool = False) -> Tensor:
     """What :func:`residual_block` returns."""
-    if _is_inference(chain):
+    if _is_fixed(chain.all_units, chain.x, chain.source):
         return _infer(chain)
     x = chain.x
     parts = list(_parts(chain))
@@ -199,13 +244,13 @@ def _shortcut(chain: Chain) -> Shortcut | None:
     return PaddedIdentity(chain.source, chain.step, chain.before)
 
 
-def _is_inference(chain: Chain) -> bool:
+def _is_fixed(units: Sequence[Unit], *inputs: Tensor | None) -> bool:
     """Whether nothing needs a gradient and no statistics are taken."""
-    if any(unit.batch_stats for unit in chain.all_units):
+    if any(unit.batch_stats for unit in units):
         return False
     if not torch.is_grad_enabled():
         return True
-    used = [chain.x, chain.source, *(t for unit in chain.all_units for t in (unit.w, unit.bias, unit.gamma, unit.beta))]
+    used = [*inputs, *(t for unit in units for t in (unit.w, unit.bias, unit.gamma, unit.beta))]
     return not any(t.requires_grad for t in used if t is not None)
 
 

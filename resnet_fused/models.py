@@ -75,7 +75,7 @@ class ResNet(nn.Module):
         return nn.Sequential(*blocks)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.maxpool(functional.conv_bn_act(x, self.conv1, self.bn1))  # type: ignore[arg-type]
+        x = functional.conv_bn_act_pool(x, self.conv1, self.bn1, self.maxpool)  # type: ignore[arg-type]
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(torch.flatten(self.avgpool(x), 1))
 

@@ -16,6 +16,7 @@ from torch.nn.modules import module as nn_module
 
 from resnet_fused.engine.request import requested
 from resnet_fused.kernels.conv import Geometry, output_size
+from resnet_fused.kernels.conv_pool import POOL
 from resnet_fused.kernels.launch import FLOATS, KEPT_LAYOUTS, dry_target
 from resnet_fused.plan.decide import why_too_old
 from resnet_fused.plan.problem import Request
@@ -371,6 +372,18 @@ def _why_kind(conv: nn.Module, bn: nn.Module) -> str | None:
     if conv.padding_mode != "zeros":
         return f"the convolution has padding_mode={conv.padding_mode!r}"
     return None
+
+
+def why_not_pooled(pool: nn.Module) -> str | None:
+    """Why ``pool`` is not the one that kernels do behind a unit, or None."""
+    if type(pool) is not nn.MaxPool2d:
+        return f"the pool is {_named(pool)}, not torch.nn.MaxPool2d itself"
+    numbers = [value if isinstance(value, tuple) else (value, value) for value in (pool.kernel_size, pool.stride, pool.padding)]
+    if numbers != [(size, size) for size in POOL] or pool.dilation not in (1, (1, 1)):
+        return f"the pool is {pool}"
+    if pool.ceil_mode or pool.return_indices:
+        return f"the pool has ceil_mode={pool.ceil_mode} and return_indices={pool.return_indices}"
+    return "hooks are registered on the pool" if hooked(pool) else None
 
 
 def _why_large(r: int, s: int) -> str | None:

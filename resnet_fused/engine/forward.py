@@ -12,16 +12,18 @@ from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed import distributed_c10d as c10d
 
 from resnet_fused.engine import reference
+from resnet_fused.kernels import conv_pool
 from resnet_fused.kernels.batch_norm import batch_norm_apply, batch_norm_stats, channel_moments, merge_moments
-from resnet_fused.kernels.conv import Geometry
+from resnet_fused.kernels.conv import ConvProblem, Geometry
 from resnet_fused.kernels.conv_forward import conv_forward, conv_forward_moments
 from resnet_fused.kernels.epilogue import Moments, Norm, Residual
-from resnet_fused.kernels.launch import KEPT_LAYOUTS
+from resnet_fused.kernels.launch import KEPT_LAYOUTS, target_arch
 from resnet_fused.plan import decide, tuned
 from resnet_fused.plan.problem import REQUESTS, Problem, Request, Tiles, Way
 
@@ -80,7 +82,7 @@ def decided(code: Sequence[int], x: Tensor, w: Tensor, direction: str, **options
     if code[7] < _UNDECIDED:
         return conv
     request = REQUESTS[code[7] - _UNDECIDED]
-    _, chosen = choose(tuple(x.shape), w.shape, conv.geometry, x.dtype, direction, x.device, request, **options)
+    _, chosen = choose(tuple(x.shape), w.shape, conv.geometry, w.dtype, direction, x.device, request, **options)
     return Convolution.decode(chosen)
 
 
@@ -94,13 +96,14 @@ def choose(
     request: Request,
     prologue: bool = False,
     residual: bool = False,
+    pooled: bool = False,
 ) -> Choice:
     """Who convolves an input of ``shape`` [N, CI, H, W] with a filter of ``w_shape`` on ``device``, and how.
 
-    ``direction``, ``prologue`` and ``residual``: see :class:`Problem`. Measurements count where the GPU was tuned.
+    ``direction``, ``prologue``, ``residual`` and ``pooled``: see :class:`Problem`. Measurements count where the GPU was tuned.
     """
     arch, gpu = decide.target(device)
-    options = dtype, decide.tf32(dtype), prologue, arch, direction, residual, gpu
+    options = dtype, decide.tf32(dtype), prologue, arch, direction, residual, gpu, pooled
     problem, way = _decided(shape, w_shape, geometry, options, request, tuned.load(gpu))
     decide.note(problem)
     return way
@@ -157,6 +160,21 @@ def inference(
         )
     y = convolve(x, None, w, bias, conv)
     return batch_norm_apply(y, norm, residual=residual, relu=relu, out_dtype=out_dtype)
+
+
+def inference_pooled(x: Tensor, w: Tensor, bias: Tensor | None, norm: Norm, conv: Convolution) -> Tensor:
+    """``max_pool(relu(norm(conv(x))))``, the pool 3x3/2 with padding 1; returns the dtype of ``w``.
+
+    Fused, a launch that packs and one for all else, where :func:`conv_pool.why_not` has no reason.
+    """
+    tf32 = decide.tf32(w.dtype)
+    if conv.fused:
+        (n, ci, h, width), (co, _, r, s) = x.shape, w.shape
+        problem = ConvProblem(n, h, width, ci, co, r, s, *conv.geometry, w.dtype, tf32, False, target_arch())
+        if conv_pool.why_not(problem) is None:
+            return conv_pool.conv_pool(x, w, geometry=conv.geometry, bias=bias, norm=norm, tf32=tf32)
+    x = x.to(w.dtype).contiguous(memory_format=torch.channels_last)
+    return F.max_pool2d(inference(x, w, bias, norm, None, conv, True, w.dtype), *conv_pool.POOL)
 
 
 def fold(w: Tensor, bias: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:

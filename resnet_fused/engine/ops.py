@@ -12,6 +12,7 @@ from resnet_fused.engine import backward, forward
 from resnet_fused.engine.trace import implementations
 from resnet_fused.kernels.batch_norm import batch_norm_apply
 from resnet_fused.kernels.conv import output_size
+from resnet_fused.kernels.conv_pool import pooled_size
 from resnet_fused.kernels.epilogue import Norm, Residual
 from resnet_fused.kernels.launch import dry_target
 
@@ -20,6 +21,10 @@ _library.define(
     "conv_bn_act(Tensor x, Tensor w, Tensor? bias, Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, float eps, "
     "Tensor? residual, int residual_step, int residual_before, int[] convolution, bool relu, "
     "ScalarType out_dtype) -> Tensor"
+)
+_library.define(
+    "conv_bn_act_pool(Tensor x, Tensor w, Tensor? bias, Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, "
+    "float eps, int[] convolution) -> Tensor"
 )
 _library.define(
     "unit_forward(Tensor x, Tensor? x_stats, Tensor w, Tensor? bias, Tensor? gamma, Tensor? beta, "
@@ -65,6 +70,30 @@ def _conv_bn_act_fake(x: Tensor, w: Tensor, *arguments: Any) -> Tensor:
         return _conv_bn_act(x, w, *arguments)
     shape = _output_shape(x, w, arguments[9])
     return torch.empty(shape, dtype=arguments[11], device=x.device, memory_format=torch.channels_last)
+
+
+def _conv_bn_act_pool(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    convolution: list[int],
+) -> Tensor:
+    conv = forward.decided(convolution, x, w, "inference", pooled=True)
+    with torch.cuda.device_of(x):
+        return forward.inference_pooled(x, w, bias, Norm(mean, var, gamma, beta, eps), conv)
+
+
+def _conv_bn_act_pool_fake(x: Tensor, w: Tensor, *arguments: Any) -> Tensor:
+    if dry_target() is not None:
+        return _conv_bn_act_pool(x, w, *arguments)
+    n, co, p, q = _output_shape(x, w, arguments[6])
+    shape = n, co, pooled_size(p), pooled_size(q)
+    return torch.empty(shape, dtype=w.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def _output_shape(x: Tensor, w: Tensor, convolution: list[int]) -> tuple[int, int, int, int]:
@@ -255,6 +284,7 @@ def _is_watched(arguments: tuple[Any, ...]) -> bool:
 
 
 conv_bn_act = _register("conv_bn_act", _conv_bn_act, _conv_bn_act_fake)
+conv_bn_act_pool = _register("conv_bn_act_pool", _conv_bn_act_pool, _conv_bn_act_pool_fake)
 unit_forward = _register("unit_forward", _unit_forward, _unit_forward_fake)
 join_forward = _register("join_forward", _join_forward, _join_forward_fake)
 _call_residual_backward = _register("residual_backward", _residual_backward, _residual_backward_fake)

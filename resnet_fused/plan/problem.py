@@ -43,12 +43,14 @@ class Problem(ConvProblem):
     ``direction``: "inference" (fixed statistics, no gradient); "frozen": that of a unit with a ReLU whose weights never
     change, so that batch norm may be folded into them; or "training": the forward and both gradients.
     ``prologue``: in training, the input is the raw output of the unit before, which is normalised on the way in.
-    ``residual``: in inference, one is added. ``gpu``: its name as PyTorch gives it, or "" for any of that architecture.
+    ``residual``: in inference, one is added. ``pooled``: in inference, a ReLU and a 3x3/2 max pool with padding 1 follow.
+    ``gpu``: its name as PyTorch gives it, or "" for any of that architecture.
     """
 
     direction: str
     residual: bool
     gpu: str = ""
+    pooled: bool = False
 
     @property
     def number_format(self) -> str:
@@ -61,7 +63,8 @@ class Problem(ConvProblem):
         size = f"{self.r}x{self.s}" + (f"/{self.stride[0]}" if self.stride != (1, 1) else "")
         groups = f" in {self.groups} groups" if self.groups > 1 else ""
         image = f"{self.n}x{self.h}x{self.w}"
-        return f"{size} {self.ci}->{self.co}{groups} of {image}"
+        pool = ", pooled" if self.pooled else ""
+        return f"{size} {self.ci}->{self.co}{groups} of {image}{pool}"
 
     def __str__(self) -> str:
         return f"{self.layer}, {self.number_format} {self.direction}"

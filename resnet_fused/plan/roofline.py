@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from resnet_fused.kernels import conv_box, conv_dgrad, conv_forward, conv_wgrad
+from resnet_fused.kernels import conv_box, conv_dgrad, conv_forward, conv_pool, conv_wgrad
 from resnet_fused.kernels.gpus import gpu_of
 from resnet_fused.kernels.launch import TileConfig
 from resnet_fused.plan.problem import Problem, Tiles, Way
@@ -55,6 +55,10 @@ ISSUE_SLOTS = {
     },
 }
 
+# The same of the whole of conv_pool, whose loop is short and unrolled, for 64 channels: its instructions, over the cycles
+# of its product.
+POOL_SLOTS = {80: 0.987, 86: 0.504, 89: 0.252, 90: 1.866, 100: 3.929, 120: 0.249}
+
 PREDICTED: tuple[Way, ...] = ("fused", "mixed", "eager")
 
 
@@ -84,12 +88,16 @@ class _Work:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Bytes of a unit's tensors: the input, as far as the filter meets it, and whole; the output; the filter."""
+    """Bytes of a unit's tensors: the input, as far as the filter meets it, and whole; the output; the filter.
+
+    ``pooled``: the output behind a pool.
+    """
 
     met: int
     x: int
     y: int
     w: int
+    pooled: int
 
 
 def predict(problem: Problem, implementation: Way, tiles: Tiles) -> tuple[PredictedLaunch, ...]:
@@ -105,6 +113,8 @@ def best_tiles(problem: Problem) -> Tiles:
 
     Where neither issuing bounds, the one that issues less.
     """
+    if problem.pooled and conv_pool.why_not(problem) is None:
+        return Tiles()
     candidates = [Tiles(), *(Tiles(forward=tile) for tile in conv_box.tiles(problem))]
     models = [_Model(problem, tiles) for tiles in candidates]
     return min(models, key=lambda model: (model.forward().seconds, model.slots(model.forward_kernel))).tiles
@@ -134,7 +144,7 @@ def compulsory(problem: Problem) -> int:
     """
     model = _Model(problem, Tiles())
     b = model.sizes
-    forward = b.met + b.w + b.y + model.residual
+    forward = b.met + b.w + (b.pooled if problem.pooled else b.y) + model.residual
     return forward if problem.direction != "training" else forward + 2 * b.y + b.met + b.x + 2 * b.w
 
 
@@ -165,14 +175,17 @@ class _Model:
             x=problem.n * problem.h * problem.w * problem.ci * e,
             y=problem.m * problem.co * e,
             w=problem.co * depth * e,
+            pooled=problem.n * conv_pool.pooled_size(problem.p) * conv_pool.pooled_size(problem.q) * problem.co * e,
         )
         self.residual = self.sizes.y if problem.residual else 0
 
     def fused(self) -> list[PredictedLaunch]:
         p, b = self.problem, self.sizes
+        if p.pooled and conv_pool.why_not(p) is None:
+            return self.pooled()
         forward = self.forward()
         if p.direction != "training":
-            return [forward]
+            return [forward, *self.pool()]
         wide = p.r * p.s > 1  # then the filter's gradient keeps dy for the input's
         wgrad = 2 * b.y + b.met + b.w + (b.y if wide else 0)
         dgrad = (b.y if wide else 2 * b.y) + b.w + b.x + (b.x if p.prologue else 0)
@@ -183,6 +196,27 @@ class _Model:
             self.triton("conv_wgrad", self.wgrad_work(), wgrad),
             self.triton("conv_dgrad", self.dgrad_work(not wide), dgrad),
         ]
+
+    def pooled(self) -> list[PredictedLaunch]:
+        p, b, work = self.problem, self.sizes, conv_pool.work(self.problem)
+        packed = work.packed * p.dtype.itemsize
+        seconds_per_program = work.macs * 2 / (self.peak / self.gpu.multiprocessors)
+        at_peak = _tiles(work.programs, self.gpu.multiprocessors) * seconds_per_program
+        return [
+            self.stream("conv_pack", b.x + b.w + packed),
+            self.longest(
+                "conv_pool",
+                self.flops,
+                packed + b.pooled,
+                tensor=at_peak / (self.efficiency * TRITON_OF_CUDNN),
+                issue=at_peak * POOL_SLOTS[self.gpu.arch],
+            ),
+        ]
+
+    def pool(self) -> list[PredictedLaunch]:
+        """PyTorch's, which stores where it found the largest values as integers of 8 bytes."""
+        size = self.sizes.pooled + self.sizes.pooled // self.problem.dtype.itemsize * 8
+        return [self.stream("aten.max_pool2d_with_indices", self.sizes.y + size)] if self.problem.pooled else []
 
     @property
     def forward_kernel(self) -> str:
@@ -202,7 +236,7 @@ class _Model:
         p, b = self.problem, self.sizes
         conv = self.cudnn("aten.convolution", b.met + b.w + b.y)
         if p.direction != "training":
-            return [conv, self.stream("batch_norm_apply", 2 * b.y + self.residual)]
+            return [conv, self.stream("batch_norm_apply", 2 * b.y + self.residual), *self.pool()]
         apply = [self.stream("batch_norm_apply", 2 * b.x)] if p.prologue else []
         return [
             *apply,
@@ -223,7 +257,8 @@ class _Model:
         conv = self.cudnn("aten.convolution", b.met + b.w + b.y)
         add = [self.stream("aten.add_", 2 * b.y + self.residual)] if p.residual else []
         if p.direction != "training":
-            return [conv, self.stream("aten.batch_norm", 2 * b.y), *add, self.stream("aten.relu_", 2 * b.y)]
+            relu = self.stream("aten.relu_", 2 * b.y)
+            return [conv, self.stream("aten.batch_norm", 2 * b.y), *add, relu, *self.pool()]
         return [
             *([self.stream("batch_norm_apply", 2 * b.x)] if p.prologue else []),
             conv,

@@ -231,7 +231,7 @@ def problem_in(fields: dict[str, Any]) -> Problem:
         not all(1 <= number < 2**31 for number in numbers)
         or any(len(pair) != 2 for pair in pairs.values())
         or min(problem.p, problem.q) < 1
-        or not all(type(flag) is bool for flag in (problem.tf32, problem.prologue, problem.residual))
+        or not all(type(flag) is bool for flag in (problem.tf32, problem.prologue, problem.residual, problem.pooled))
         or problem.direction not in DIRECTIONS
         or not isinstance(problem.gpu, str)
     ):
