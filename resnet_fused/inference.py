@@ -23,8 +23,9 @@ from resnet_fused.convert import unfuse
 from resnet_fused.engine import eligible, forward, ops, reference
 from resnet_fused.engine.ops import channels_last
 from resnet_fused.engine.request import requested
-from resnet_fused.functional import conv_bn_act
+from resnet_fused.functional import conv_bn_act, conv_bn_act_pool
 from resnet_fused.kernels.conv import Geometry, output_size
+from resnet_fused.kernels.conv_pool import POOL
 from resnet_fused.kernels.epilogue import Norm
 from resnet_fused.kernels.launch import FLOATS
 from resnet_fused.modules import traced_forward
@@ -304,6 +305,8 @@ def _for_onednn(geometry: Geometry) -> tuple[Any, ...]:
 class TritonConv(nn.Module):
     """``relu(bn(conv(x)) + residual)`` as one Triton launch with every argument at hand; see :class:`FoldedConv`.
 
+    ``pooled``: ``max_pool(relu(bn(conv(x))), 3, stride=2, padding=1)`` as two; see :func:`functional.conv_bn_act_pool`.
+
     Where that was measured to be faster, cuDNN does all of it instead, with batch norm folded into a second filter.
     """
 
@@ -332,11 +335,14 @@ class TritonConv(nn.Module):
         self.casts = True
         self.accumulates = False
         self.relu = False
+        self.pooled = False
         self._folded: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor, residual: Any = None) -> Tensor:
+        if self.pooled and self._launches(x, residual):
+            return self._pool(x)
         x = _cast(x, self.weight) if self.casts else x
-        if isinstance(x, fx.Proxy) or not self._launches(x, residual):
+        if not self._launches(x, residual):
             return self._aten(x, residual)
         x = channels_last(x.resolve_neg())
         if residual is not None:
@@ -357,9 +363,22 @@ class TritonConv(nn.Module):
         out_dtype = x.dtype if keeps else torch.promote_types(x.dtype, residual.dtype)
         return ops.conv_bn_act(x, self.weight, self.conv_bias, *norm, residual, 1, 0, code, self.relu, out_dtype)
 
+    def _pool(self, x: Tensor) -> Tensor:
+        target = self.weight.dtype, "frozen", x.device, requested()
+        implementation, code = functional.choose(
+            tuple(x.shape), tuple(self.weight.shape), self.geometry, *target, pooled=True
+        )
+        if implementation == "eager":
+            return self._aten(_cast(x, self.weight), None)
+        norm = self.mean, self.var, self.gamma, self.beta, self.eps
+        return ops.conv_bn_act_pool(x.resolve_neg(), self.weight, self.conv_bias, *norm, code)
+
     def _launches(self, x: Tensor, residual: Any) -> bool:
         """Whether a launch takes ``x`` and ``residual``; what it does not take, PyTorch is to judge."""
-        if not _is_like(x, self.weight) or x.dtype not in FLOATS or eligible.why_not_here(x) is not None:
+        if isinstance(x, fx.Proxy):
+            return False
+        casts = FLOATS if self.pooled and self.casts else ()
+        if not _is_like(x, self.weight, casts) or x.dtype not in FLOATS or eligible.why_not_here(x) is not None:
             return False
         shape = _output_shape(x.shape, self.weight, self.geometry)
         if residual is None or shape is None or x.shape[0] == 0:
@@ -391,7 +410,8 @@ class TritonConv(nn.Module):
         y = F.conv2d(x, self.weight, bias, *self.geometry)
         _check_normalised(y, self.weight)
         y = F.batch_norm(y, self.mean, self.var, self.gamma, self.beta, eps=self.eps)
-        return _finish(y, residual, self.accumulates, self.relu)
+        y = _finish(y, residual, self.accumulates, self.relu)
+        return F.max_pool2d(y, *POOL) if self.pooled else y
 
 
 def _check_normalised(y: Any, weight: Tensor) -> None:
@@ -621,6 +641,9 @@ class _FreezingTracer(fx.Tracer):
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> Any:
         if target is conv_bn_act:
             return reference.conv_bn_act(*args, **kwargs)
+        if target is conv_bn_act_pool:
+            x, conv, bn, pool = args
+            return pool(reference.conv_bn_act(x, conv, bn))
         return super().create_proxy(kind, target, args, kwargs, *rest, **named)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -678,7 +701,18 @@ def _fuse_unit(graph: fx.GraphModule, node: fx.Node, dtype: torch.dtype | None) 
     if after is not None and _is_relu(graph, after):
         unit.relu = True
         _absorb(after, node)
+        if isinstance(unit, TritonConv) and len(node.args) == 1:
+            _fuse_pool(graph, node, unit)
     return unit
+
+
+def _fuse_pool(graph: fx.GraphModule, node: fx.Node, unit: TritonConv) -> None:
+    pool = _only_user(node)
+    if pool is None or not _calls(graph, pool, nn.MaxPool2d):
+        return
+    if eligible.why_not_pooled(graph.get_submodule(str(pool.target))) is None:
+        unit.pooled = True
+        _absorb(pool, node)
 
 
 def _fuse_residual(graph: fx.GraphModule, node: fx.Node, unit: FoldedConv | TritonConv) -> None:
