@@ -11,17 +11,18 @@ from inspect import isroutine, signature
 from types import FunctionType
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from resnet_fused import functional
 from resnet_fused.engine import eligible
-from resnet_fused.modules import BlockLayout, FusedBlock, descendants
+from resnet_fused.modules import BlockLayout, FusedBlock, StemLayout, descendants
 from resnet_fused.plan import checked
-from resnet_fused.recognise import recognise
+from resnet_fused.recognise import recognise, recognise_stem
 
 Filter = Callable[[str, nn.Module], bool]
 
-_STATE = ("layout", "kinds", "plain", "memory")
+_STATE = ("layout", "kinds", "plain", "memory", "pooled_stem")
 MEMORY = ("default", "recompute")
 _CLAIMED = (*_STATE, "original", "why_eager", "why_unfusable", "eager_forward", "_resolve", "_layer", "_shortcut")
 
@@ -35,7 +36,7 @@ class Converted(FusedBlock):
         return self.original.forward(self, x)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        kind = ConvertedSequential if isinstance(self, ConvertedSequential) else ConvertedBlock
+        kind = next(kind for kind in (ConvertedSequential, ConvertedStem, ConvertedBlock) if isinstance(self, kind))
         return _blank, (kind, self.original), *cast(tuple[Any, ...], super().__reduce_ex__(protocol))[2:]
 
 
@@ -59,11 +60,91 @@ class ConvertedBlock(Converted):
     def _why_stale(self) -> str | None:
         if _kinds(self) != self.kinds:
             return "its submodules are not those that were recognised"
-        own = vars(self)
-        for name, value in self.plain:
-            if name not in own or (own[name] is not value and own[name] != value):
-                return f"its attribute {name!r} is not what it was when it was recognised"
-        return None
+        return _why_changed(self, self.plain)
+
+
+class ConvertedStem(Converted):
+    """A converted network that begins as ``pooled_stem`` says: in inference, up to its pool it is one call.
+
+    Its own forward runs, on a view of it whose first children pass on what was computed. One that was never recognised,
+    made by calling its class, has no stem.
+    """
+
+    pooled_stem: StemLayout | None = None
+    plain: tuple[tuple[str, Any], ...] = ()
+
+    def why_eager(self, x: Tensor) -> str | None:
+        found = self._unit(x)
+        return found if isinstance(found, str) else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self._unit(x)
+        if isinstance(found, str):
+            eligible.report_once(found)
+            return self.eager_forward(x)
+        assert self.pooled_stem is not None
+        parts = [_Part(self._modules[name]) for name in self.pooled_stem.parts]
+        for part, before in zip(parts[1:], parts, strict=False):
+            part.before = before
+        parts[0].unit = found
+        view = object.__new__(self.original)
+        vars(view).update(vars(self), _modules=self._modules | dict(zip(self.pooled_stem.parts, parts, strict=True)))
+        result = self.original.forward(view, x)
+        # Called by another name than its own, a part would not have passed the result on.
+        return result if all(part.result is not None for part in parts) else self.eager_forward(x)
+
+    def _unit(self, x: Tensor) -> functional.PooledUnit | str:
+        stem = self.pooled_stem
+        if torch.compiler.is_compiling():
+            return eligible.COMPILED
+        if stem is None:
+            return "it was never recognised"
+        if (reason := _why_changed(self, self.plain)) is not None:
+            return reason
+        try:
+            conv, norm, pool = (cast(Any, self.get_submodule(name)) for name in stem[:3])
+            parts = [self._modules[name] for name in stem.parts]
+        except (AttributeError, KeyError) as name:
+            return f"it has no submodule {name} any more"
+        for part in parts[:-1]:
+            if part is None or eligible.hooked(part):
+                return "hooks are registered on a submodule"
+            if part is not conv and part is not norm and type(part) is not nn.ReLU and not _is_unit(part, stem):
+                return f"{type(part).__qualname__} is not what was recognised"
+        return functional.pooled_unit(x, conv, norm, pool)
+
+
+def _is_unit(part: nn.Module, stem: StemLayout) -> bool:
+    """Whether ``part`` is a fused block of the stem's convolution, batch norm and ReLU, as it was recognised."""
+    if not isinstance(part, ConvertedBlock) or part.why_unfusable() is not None or part.layout is None:
+        return False
+    names = [f"{stem.parts[0]}.{name}" for unit in part.layout.all_units() for name in unit[:2]]
+    return names == [stem.conv, stem.norm]
+
+
+class _Part:
+    """What stands for a part of a stem in a view: to be called as it, it answers for all else as the ``module``.
+
+    The first, which has the ``unit``, computes all of the stem; the others return what the one ``before`` returned.
+    """
+
+    def __init__(self, module: nn.Module | None) -> None:
+        self.module = module
+        self.unit: functional.PooledUnit | None = None
+        self.before: _Part | None = None
+        self.result: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.unit is not None:
+            self.result = functional.run_pooled(x, self.unit)
+        elif self.before is not None and x is self.before.result:
+            self.result = x
+        else:
+            return cast(nn.Module, self.module)(x)
+        return self.result
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
 
 
 class ConvertedSequential(Converted):
@@ -105,15 +186,14 @@ def _converted(kind: type[Converted], original: type[nn.Module]) -> type[Convert
     if key not in _classes:
         attributes: dict[str, Any] = {"original": original, "__module__": __name__, "__doc__": kind.__doc__}
         _, parameter = signature(original.forward).parameters
-        if parameter != "x" and kind is ConvertedBlock:
-            attributes["forward"] = _taking(parameter)
+        if parameter != "x" and kind is not ConvertedSequential:
+            attributes["forward"] = _taking(kind.forward, parameter)
         _classes[key] = type(f"Fused{original.__name__}", key, attributes)
     return _classes[key]
 
 
-def _taking(parameter: str) -> FunctionType:
-    """FusedBlock's forward for callers who name its ``parameter`` as the original does."""
-    forward = FusedBlock.forward
+def _taking(forward: Any, parameter: str) -> FunctionType:
+    """``forward`` for callers who name its ``parameter`` as the original does."""
     own, _, *rest = forward.__code__.co_varnames
     return FunctionType(forward.__code__.replace(co_varnames=(own, parameter, *rest)), forward.__globals__, "forward")
 
@@ -137,6 +217,15 @@ def _plain(module: nn.Module) -> tuple[tuple[str, Any], ...]:
     """What a forward may branch on: attributes that are numbers, text, flags or functions, or hold some of these."""
     names = [name for name in vars(module) if name[0] != "_" and name != "training" and name not in _STATE]
     return tuple((name, copy.copy(vars(module)[name])) for name in names if _is_plain(vars(module)[name]))
+
+
+def _why_changed(module: nn.Module, plain: tuple[tuple[str, Any], ...]) -> str | None:
+    """Why ``module`` does not have the attributes of :func:`_plain` any more, or None."""
+    own = vars(module)
+    for name, value in plain:
+        if name not in own or (own[name] is not value and own[name] != value):
+            return f"its attribute {name!r} is not what it was when it was recognised"
+    return None
 
 
 def _is_plain(value: Any) -> bool:
@@ -208,7 +297,7 @@ class Found:
 
     name: str
     module: nn.Module
-    verdict: BlockLayout | bool | str
+    verdict: BlockLayout | StemLayout | bool | str
 
 
 def find(model: nn.Module) -> Iterator[Found]:
@@ -229,11 +318,13 @@ def find(model: nn.Module) -> Iterator[Found]:
             pending += [(f"{name}.{child}".lstrip("."), m) for child, m in module.named_children()]
 
 
-def _examine(module: nn.Module) -> BlockLayout | bool | str | None:
+def _examine(module: nn.Module) -> BlockLayout | StemLayout | bool | str | None:
     """The verdict on ``module``, or None if there is nothing to fuse in it."""
     if isinstance(module, ConvertedSequential):
         return True
-    if isinstance(module, FusedBlock) and not (isinstance(module, ConvertedBlock) and module.is_stale()):
+    if isinstance(module, FusedBlock) and not isinstance(module, ConvertedBlock | ConvertedStem):
+        return module.layout
+    if isinstance(module, ConvertedBlock) and not module.is_stale():
         return module.layout
     if isinstance(module, nn.Conv2d) or not any(isinstance(part, nn.Conv2d) for part in module.modules()):
         return None
@@ -242,7 +333,7 @@ def _examine(module: nn.Module) -> BlockLayout | bool | str | None:
     if type(module).forward is nn.Sequential.forward:
         children = list(module._modules.values())
         return any(_run_length(children[i : i + 3]) for i in range(len(children))) or None
-    return recognise(module)
+    return recognise_stem(module) or recognise(module)
 
 
 def _is_innermost(module: nn.Module) -> bool:
@@ -283,6 +374,9 @@ def _swap(found: Found, memory: str) -> None:
         for part in descendants(module):  # the block runs them itself
             _revert(part)
         state |= {"layout": verdict, "kinds": _kinds(module), "plain": _plain(module)}
+    elif isinstance(verdict, StemLayout):
+        kind = ConvertedStem
+        state = {"pooled_stem": verdict, "plain": _plain(module)}
     vars(module).update(state)
     if not isinstance(module, FusedBlock):
         module.__class__ = _converted(kind, type(module))

@@ -92,9 +92,9 @@ def pooled_unit(x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, pool: nn.Module)
     if isinstance(unit, str):
         return unit
     if not _is_fixed([unit], x):
-        return "the pool is fused in inference only"
+        return eligible.POOL_IN_TRAINING
     implementation, code = _plan(tuple(x.shape), unit, dtype, request, "inference", pooled=True)
-    return "it was planned to run eager" if implementation == "eager" else PooledUnit(unit, dtype, code)
+    return eligible.PLANNED_EAGER if implementation == "eager" else PooledUnit(unit, dtype, code)
 
 
 def run_pooled(x: Tensor, found: PooledUnit) -> Tensor:

@@ -44,6 +44,18 @@ class BlockLayout(NamedTuple):
         return (*self.units, self.shortcut) if isinstance(self.shortcut, UnitNames) else self.units
 
 
+class StemLayout(NamedTuple):
+    """How a network begins: ``pool(relu(bn(conv(x))))``, by the dotted names of ``conv``, ``norm`` and ``pool``.
+
+    ``parts``: the children that are called for it, one on the result of the other, the first on the network's input.
+    """
+
+    conv: str
+    norm: str
+    pool: str
+    parts: tuple[str, ...]
+
+
 class PaddedShortcut(nn.Module):
     """The shortcut without parameters: every ``stride``-th pixel, zero channels split evenly on both sides.
 

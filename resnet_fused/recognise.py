@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import _disable_current_modes
 
 from resnet_fused.engine import eligible
-from resnet_fused.modules import BlockLayout, UnitNames, traced_forward
+from resnet_fused.modules import BlockLayout, FusedBlock, StemLayout, UnitNames, traced_forward
 
 _PARTS = {"conv": nn.Conv2d, "norm": _BatchNorm, "relu": nn.ReLU, "identity": nn.Identity, "pool": nn.AvgPool2d}
 _EXACT = (nn.ReLU, nn.Identity, nn.AvgPool2d)
@@ -53,6 +53,55 @@ def recognise(module: nn.Module) -> BlockLayout | str:
     except _NoBlock as reason:
         return str(reason)
     return layout
+
+
+def recognise_stem(module: nn.Module) -> StemLayout | None:
+    """How ``module`` begins, if it begins with a convolution, batch norm, ReLU and max pool that run fused; else None.
+
+    Its forward is traced as by :func:`recognise`, but for its children, which are called as they are: the first of them
+    on the input alone, each on the result of the one before, and none of them twice. A child may be a block of a
+    convolution, batch norm and ReLU. What comes behind the pool does not matter.
+    """
+    if not any(eligible.why_not_pooled(child) is None for child in module.children()):
+        return None
+    state = _State(training=False)
+    try:
+        with torch.no_grad():
+            stem = _match_stem(module, _trace(module, state, _StemTracer))
+        with torch.enable_grad():
+            return stem if stem == _match_stem(module, _trace(module, state, _StemTracer)) else None
+    except _NoBlock:
+        return None
+
+
+def _match_stem(module: nn.Module, graph: fx.Graph) -> StemLayout | None:
+    called = [str(node.target) for node in graph.nodes if node.op == "call_module"]
+    before = next(node for node in graph.nodes if node.op == "placeholder")
+    parts: list[str] = []
+    while len(before.users) == 1 and (node := next(iter(before.users))).op == "call_module":
+        if node.args != (before,) or node.kwargs or called.count(str(node.target)) > 1:
+            break
+        parts.append(str(node.target))
+        if eligible.why_not_pooled(module.get_submodule(parts[-1])) is None:
+            return _stem(module, parts)
+        before = node
+    return None
+
+
+def _stem(module: nn.Module, parts: list[str]) -> StemLayout | None:
+    *unit, pool = parts
+    if len(unit) == 3:
+        conv, norm, relu = map(module.get_submodule, unit)
+        fits = eligible.why_unfusable(conv, norm) is None and type(relu) is nn.ReLU
+        return StemLayout(unit[0], unit[1], pool, tuple(parts)) if fits else None
+    if len(unit) != 1:
+        return None
+    block = module.get_submodule(unit[0])
+    layout = block.layout if isinstance(block, FusedBlock) else recognise(block)
+    if not isinstance(layout, BlockLayout) or layout.residual or len(layout.units) != 1 or not layout.units[0].relu:
+        return None
+    conv_name, norm_name = (f"{unit[0]}.{name}" for name in layout.units[0][:2])
+    return StemLayout(conv_name, norm_name, pool, tuple(parts))
 
 
 def _check_parts(module: nn.Module, prefix: str = "") -> None:
@@ -98,6 +147,41 @@ class _BlockTracer(fx.Tracer):
         return super().create_node(*args, **kwargs)
 
 
+class _StemTracer(_BlockTracer):
+    """Calls every child of the root as it is. The input has as many channels as the first convolution takes."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        if node.op != "placeholder":
+            return super().proxy(node)
+        convs = (m for m in cast(nn.Module, self.root).modules() if isinstance(m, nn.Conv2d))
+        return _Image(node, self, next((conv.in_channels for conv in convs), 0))
+
+
+class _Image(_BlockProxy):
+    """A network's input, of which a forward may ask the number of channels, and no other size."""
+
+    def __init__(self, node: fx.Node, tracer: fx.Tracer, channels: int) -> None:
+        super().__init__(node, tracer)
+        self.channels = channels
+
+    @property
+    def shape(self) -> Any:
+        return _Shape(self.channels)
+
+
+class _Shape:
+    def __init__(self, channels: int) -> None:
+        self.channels = channels
+
+    def __getitem__(self, i: Any) -> Any:
+        if i != 1:
+            raise _NoBlock("its forward looks at the size of its input")
+        return self.channels
+
+
 def _modes() -> tuple[Any, ...]:
     """What a forward may switch for a part of itself."""
     return (
@@ -133,7 +217,7 @@ def _compare(module: nn.Module, layout: BlockLayout, state: _State) -> None:
         raise _NoBlock(f"its forward {state} is not that in evaluation")
 
 
-def _trace(module: nn.Module, state: _State) -> fx.Graph:
+def _trace(module: nn.Module, state: _State, tracer: type[_BlockTracer] = _BlockTracer) -> fx.Graph:
     if "forward" in vars(module):
         raise _NoBlock("its forward is replaced on the instance")
     parameters = list(signature(_own_class(module).forward).parameters.values())[1:]
@@ -145,7 +229,7 @@ def _trace(module: nn.Module, state: _State) -> fx.Graph:
         try:
             twin = _twin(module, state, twins)
             before = [_attributes(part) for part in twins.values()]
-            graph = _BlockTracer().trace(twin)
+            graph = tracer().trace(twin)
         except _NoBlock as reason:
             failure = str(reason)
         except Exception as error:  # whatever the forward of a stranger may raise
