@@ -126,6 +126,7 @@ def conv_pool_kernel(
     eps,
     CO,
     R: tl.constexpr,
+    S: tl.constexpr,
     SIDE: tl.constexpr,
     INT64: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -162,8 +163,14 @@ def conv_pool_kernel(
     x_at = image_ptr + (pixel // 2 * 8)[:, None] + k[None, :]
     w_at = filter_ptr + (c * (R * BLOCK_K))[None, :] + k[:, None]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # Zeros of the filter do not hide what is not finite in the pixels beyond it.
+    met = (k < S * 4)[None, :]
     for _ in range(R):
-        acc = dot(tl.load(x_at), tl.load(w_at), acc, PRECISION)
+        if S * 4 < BLOCK_K:
+            a = tl.load(x_at, mask=met, other=0.0)
+        else:
+            a = tl.load(x_at)
+        acc = dot(a, tl.load(w_at), acc, PRECISION)
         x_at += columns // 2 * 8
         w_at += BLOCK_K
 
@@ -270,17 +277,16 @@ def conv_pool(
         torch.empty_strided(like.shape, like.strides, dtype=like.dtype, device=x.device)
         for like in (launches.image, launches.filters, launches.y)
     )
+    vectors = {
+        "bias_ptr": bias,
+        "mean_ptr": norm.mean,
+        "var_ptr": norm.var,
+        "gamma_ptr": norm.gamma,
+        "beta_ptr": norm.beta,
+    }
+    launches.pool.check(vectors)  # before anything is launched
     launches.pack.run(x_ptr=x, w_ptr=w, image_ptr=image, filter_ptr=filters)
-    launches.pool.run(
-        image_ptr=image,
-        filter_ptr=filters,
-        bias_ptr=bias,
-        mean_ptr=norm.mean,
-        var_ptr=norm.var,
-        gamma_ptr=norm.gamma,
-        beta_ptr=norm.beta,
-        y_ptr=y,
-    )
+    launches.pool.run(image_ptr=image, filter_ptr=filters, y_ptr=y, **vectors)
     return y
 
 
@@ -318,7 +324,7 @@ def _launches(x: Layout, w: Layout, geometry: Geometry, eps: float, tf32: bool, 
     pools = {
         **{"P": problem.p, "Q": problem.q, "rows": rows, "columns": columns},
         **{"pooled_h": pooled_h, "pooled_w": pooled_w, "tiles_h": tiles_h, "tiles_w": tiles_w},
-        **{"eps": eps, "CO": problem.co, "R": problem.r, "SIDE": SIDE},
+        **{"eps": eps, "CO": problem.co, "R": problem.r, "S": problem.s, "SIDE": SIDE},
         **{"INT64": packed * PIXEL >= 2**31 or span(y) >= 2**31, "PRECISION": precision(problem), "blocks": blocks(tile)},
     }
     grid = (problem.n * tiles_h * tiles_w * (filters // tile.block_n),)

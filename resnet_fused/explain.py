@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resnet_fused.convert import Found, find
+from resnet_fused.convert import ConvertedStem, Found, find
 from resnet_fused.engine.request import requested
 from resnet_fused.engine.trace import Launch, trace
 from resnet_fused.kernels.launch import dry_run
-from resnet_fused.modules import FusedBlock
+from resnet_fused.modules import FusedBlock, StemLayout
 from resnet_fused.plan import roofline, tuned
 from resnet_fused.plan.decide import Plan, decide, present_gpu, record, waited
 from resnet_fused.plan.problem import Problem, Tiles, Way
@@ -194,7 +194,7 @@ def explain(
         raise ValueError("training=True needs an arch: a training step is planned, not run")
     if x is not None and arch is not None:
         model, x = copy.deepcopy(model).to("meta").train(training), x.to("meta")
-    rows = {f.module: BlockRow(f.name, _class_name(f.module), *_judge(f)) for f in find(model)}
+    rows = {f.module: BlockRow(*_named(f), *_judge(f)) for f in find(model)}
     found = Explanation(list(rows.values()), ran=x is not None)
     if x is not None:
         with nullcontext() if arch is None else dry_run(arch, present_gpu(arch)), torch.set_grad_enabled(training):
@@ -208,26 +208,34 @@ def _judge(found: Found) -> tuple[Way, str]:
     return "eager", found.verdict if isinstance(found.verdict, str) else "not converted: call fuse(model)"
 
 
-def _class_name(module: nn.Module) -> str:
-    return getattr(module, "original", type(module)).__qualname__
+def _named(found: Found) -> tuple[str, str]:
+    """The name of a block and that of its class; of a stem, which is a part of its network, its first part's."""
+    kind = getattr(found.module, "original", type(found.module)).__qualname__
+    if not isinstance(found.verdict, StemLayout):
+        return found.name, kind
+    return f"{found.name}.{found.verdict.parts[0]}".lstrip("."), f"{kind}, up to its pool"
 
 
 def _observe(model: nn.Module, x: Tensor, rows: dict[nn.Module, BlockRow], training: bool) -> list[Launch]:
     """Run ``model`` once and note in ``rows`` what each block planned and launched, and why it ran eager if it did.
 
-    Returns what was launched outside of those that planned something.
+    Returns what was launched outside of those that planned something. A stem lasts until the first block begins.
     """
     inside: set[int] = set()
     starts: dict[nn.Module, tuple[int, int]] = {}
     modes = [(module, module.training) for module in model.modules()]
 
     def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+        for stem in [open_ for open_ in starts if isinstance(open_, ConvertedStem)]:
+            leave(stem, args, None)
         starts[module] = len(seen.launches), len(planned)
         if isinstance(module, FusedBlock) and (reason := module.why_eager(args[0])) is not None:
             rows[module].implementation, rows[module].reason = "eager", reason
 
     def leave(module: nn.Module, args: Any, result: Any) -> None:
-        launches, problems = starts[module]
+        if module not in starts:
+            return
+        launches, problems = starts.pop(module)
         rows[module].launches += seen.launches[launches:]
         if len(planned) > problems:
             inside.update(range(launches, len(seen.launches)))

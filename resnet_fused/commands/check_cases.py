@@ -16,18 +16,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resnet_fused.engine import reference
+from resnet_fused.engine.forward import Convolution, inference_pooled
 from resnet_fused.engine.request import implementation
 from resnet_fused.kernels import conv_box
 from resnet_fused.kernels.batch_norm import batch_norm_apply, batch_norm_stats, channel_moments, merge_moments
 from resnet_fused.kernels.conv import ConvProblem, Geometry, output_size
 from resnet_fused.kernels.conv_dgrad import conv_dgrad
 from resnet_fused.kernels.conv_forward import conv_forward, conv_forward_moments
+from resnet_fused.kernels.conv_pool import POOL
 from resnet_fused.kernels.conv_wgrad import conv_wgrad
 from resnet_fused.kernels.epilogue import Norm, Residual
 from resnet_fused.kernels.launch import TileConfig, target_arch
 from resnet_fused.kernels.norm_backward import batch_norm_backward, batch_norm_coefs, batch_norm_reduce, merge_sums
 from resnet_fused.modules import BasicBlock, Bottleneck, PaddedShortcut
-from resnet_fused.plan.problem import Request
+from resnet_fused.plan.problem import Request, Tiles
 
 FORMATS = {"float32": torch.float32, "tf32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 """The number formats of a convolution's factors, and the dtype of its tensors."""
@@ -287,6 +289,24 @@ def _check_conv_forward(layer: CheckLayer, variant: str, draw: Draw) -> Comparis
         if residual is not None:
             z = z + _materialized(residual, layer.co, t)
         return {"y": torch.relu(z) if relu else z}
+
+    return Comparison(ours, expected)
+
+
+def _check_conv_pool(layer: CheckLayer, variant: str, draw: Draw) -> Comparison:
+    """Inference: a stem up to its pool, in two launches; in one less where tensor cores do not multiply fp32."""
+    x, w = draw.activations(layer.input), draw.filter(layer)
+    norm = Norm(draw.normal(layer.co), draw.uniform(0.5, 1.5, layer.co), draw.signs(layer.co), draw.normal(layer.co), 1e-5)
+    fused = Convolution(layer.geometry, True, Tiles())
+
+    def ours() -> Results:
+        return {"y": inference_pooled(x, w, None, norm, fused)}
+
+    def expected(t: torch.dtype, _: Results) -> Results:
+        y = F.conv2d(x.to(t), w.to(t), None, *layer.geometry)
+        mean, var, gamma, beta = (v.to(_wide(t)) for v in norm[:4] if v is not None)
+        z = torch.relu(F.batch_norm(y.to(_wide(t)), mean, var, gamma, beta, eps=norm.eps)).to(t)
+        return {"y": F.max_pool2d(z, *POOL)}
 
     return Comparison(ours, expected)
 
@@ -572,6 +592,7 @@ def cases(device_type: str) -> list[CheckCase]:
     families: list[tuple[str, Callable[..., Comparison], Iterable[tuple[str, str]], bool]] = [
         ("conv_forward", _check_conv_forward, CONV_FORWARD, True),
         ("conv_forward, boxes", _check_conv_box, CONV_BOX, True),
+        ("conv_pool", _check_conv_pool, [("stem", "")], True),
         ("conv_forward_moments", _check_conv_moments, CONV_MOMENTS, True),
         ("conv_dgrad", _check_conv_dgrad, CONV_DGRAD, True),
         ("conv_wgrad", _check_conv_wgrad, CONV_WGRAD, True),

@@ -18,6 +18,7 @@ from resnet_fused.engine.tolerance import deterministic, error_ratio, products, 
 from resnet_fused.engine.trace import Launch, trace
 from resnet_fused.kernels import conv_box, conv_dgrad, conv_forward, conv_wgrad
 from resnet_fused.kernels.batch_norm import batch_norm_apply
+from resnet_fused.kernels.conv_pool import POOL
 from resnet_fused.kernels.epilogue import Norm, Residual
 from resnet_fused.kernels.launch import Call, TileConfig, dry_run, observe
 from resnet_fused.kernels.norm_backward import batch_norm_reduce
@@ -62,6 +63,8 @@ def _short(tile: Any) -> str:
 def candidates(problem: Problem) -> list[Candidate]:
     """Every way to try: fused with the default tiles first, then with one kernel's tile varied, then the others."""
     found = [Candidate("fused")]
+    if problem.pooled:
+        return [*found, Candidate("mixed"), Candidate("eager")]
     found += [Candidate("fused", Tiles(forward=t)) for t in _variants(conv_forward.default_config(problem), problem)]
     found += [Candidate("fused", Tiles(forward=t)) for t in conv_box.tiles(problem)]
     if problem.direction == "training":
@@ -169,6 +172,8 @@ class Trial:
         if candidate.implementation == "cudnn":
             w, bias = forward.fold(self.w, None, norm)
             return lambda: {"z": forward.cudnn_conv_relu(self.x, w, bias, self.residual, p.geometry)}
+        if p.pooled:
+            return lambda: {"z": forward.inference_pooled(self.x, self.w, None, norm, conv)}
         residual = None if self.residual is None else Residual(self.residual)
         return lambda: {"z": forward.inference(self.x, self.w, None, norm, residual, conv, True, p.dtype)}
 
@@ -189,7 +194,8 @@ class Trial:
     def _eager_inference(self) -> dict[str, Tensor]:
         y = F.conv2d(self.x, self.w, None, *self.problem.geometry)
         z = F.batch_norm(y, self.mean, self.var, self.gamma, self.beta, eps=EPS)
-        return {"z": F.relu_(z if self.residual is None else z.add_(self.residual))}
+        z = F.relu_(z if self.residual is None else z.add_(self.residual))
+        return {"z": F.max_pool2d(z, *POOL) if self.problem.pooled else z}
 
     def _eager_training(self) -> dict[str, Tensor]:
         """With the passes that cutting a fused chain in front of the unit takes."""
@@ -220,8 +226,8 @@ class Trial:
             work = torch.promote_types(dtype, torch.float32)
             mean, var, gamma, beta = (v.to(work)[:, None, None] for v in (self.mean, self.var, self.gamma, self.beta))
             z = (y.to(work) - mean) * torch.rsqrt(var + EPS) * gamma + beta
-            z = z if self.residual is None else z + self.residual.to(work)
-            return {"z": F.relu(z).to(dtype)}
+            z = F.relu(z if self.residual is None else z + self.residual.to(work))
+            return {"z": (F.max_pool2d(z, *POOL) if p.pooled else z).to(dtype)}
         work = torch.promote_types(dtype, torch.float32)
         stats, coefs = self.statistics(y.to(work)), reference.batch_norm_coefs(self.sums.to(work), self.stats.to(work))
         dy = reference.batch_norm_gradient(self.g.to(work), self.y.to(work), coefs).to(dtype)

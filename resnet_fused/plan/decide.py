@@ -9,7 +9,7 @@ from functools import cache, lru_cache
 
 import torch
 
-from resnet_fused.kernels import conv_box
+from resnet_fused.kernels import conv_box, conv_pool
 from resnet_fused.kernels.launch import INTERPRETER, KEPT_LAYOUTS, dry_target, interpreting
 from resnet_fused.plan import roofline
 from resnet_fused.plan.problem import Problem, Request, Tiles, Way
@@ -88,6 +88,9 @@ def _why(problem: Problem, best: Way, fastest: Way, tiles: Tiles) -> str:
     but = "" if best == fastest else f" but {fastest}, which would keep the host longer"
     reason = f"predicted fastest{but}; longest: {slowest.kernel}, bound by {slowest.bound}"
     if best == "fused":
+        if problem.pooled:
+            why = conv_pool.why_not(problem)
+            return f"{reason}; the image is packed first" if why is None else f"{reason}; the pool stays apart: {why}"
         return f"{reason}; {_road(problem, tiles)}" if problem.arch in conv_box.TILES else reason
     held_up = max(roofline.predict(problem, "fused", tiles), key=lambda launch: launch.seconds)
     return f"{reason}; fused: {held_up.kernel} {held_up.seconds * 1e6:.1f} us, bound by {held_up.bound}"

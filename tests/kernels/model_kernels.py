@@ -50,6 +50,8 @@ class Kernel(NamedTuple):
     @property
     def narrow(self) -> str:
         """Why its main loop may load less than 16 bytes at a time from global memory; "" where it must not."""
+        if self.name == "conv_pool_kernel":
+            return "the last pixel of a run is masked, and vectors are loaded among the products of its unrolled loop"
         form, widths = self.call.arguments.get("form"), self.call.arguments.get("widths")
         if form is None:
             return ""

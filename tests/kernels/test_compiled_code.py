@@ -20,7 +20,10 @@ from resnet_fused.plan import roofline
 ROOT = Path(__file__).parents[2]
 TENSOR_CORE = {80: "mma.sync", 86: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05.mma", 120: "mma.sync"}
 
-TENSOR_CORE_KERNELS = ("conv_forward_kernel", "conv_dgrad_kernel", "conv_wgrad_kernel", "conv_box_kernel")
+TENSOR_CORE_KERNELS = (
+    *("conv_forward_kernel", "conv_dgrad_kernel", "conv_wgrad_kernel", "conv_box_kernel"),
+    "conv_pool_kernel",
+)
 
 
 def test_no_spills_and_tensor_cores():
