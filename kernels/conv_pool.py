@@ -245,8 +245,10 @@ def work(problem: ConvProblem) -> Work:
     """That of ``problem``."""
     tile, (rows, columns) = default_config(problem), _packed_size(problem)
     sides = (cdiv(pooled_size(size), SIDE - 1) for size in (problem.p, problem.q))
-    packed = problem.n * rows * columns * PIXEL
-    programs = problem.n * prod(sides) * cdiv(problem.co, tile.block_n)
+    channel_tiles = cdiv(problem.co, tile.block_n)
+    filters = channel_tiles * tile.block_n * problem.r * RUN
+    packed = (problem.n * rows * columns + filters) * PIXEL
+    programs = problem.n * prod(sides) * channel_tiles
     return Work(packed, programs, tile.block_m * tile.block_n * problem.r * tile.block_k)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resnet_fused.engine import eligible, ops, reference
@@ -16,6 +17,7 @@ from resnet_fused.engine.ops import channels_last
 from resnet_fused.engine.reference import PaddedIdentity
 from resnet_fused.engine.request import requested
 from resnet_fused.kernels.conv import output_size
+from resnet_fused.kernels.conv_pool import POOL
 from resnet_fused.kernels.launch import FLOATS
 from resnet_fused.plan.problem import Request, Way
 
@@ -74,11 +76,11 @@ def conv_bn_act_pool(x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, pool: nn.Ma
 
 
 class PooledUnit(NamedTuple):
-    """A unit in inference with the pool behind it, and how they run."""
+    """A unit in inference, with the pool behind it. ``dtype``: in which is convolved."""
 
     unit: Unit
     dtype: torch.dtype
-    code: tuple[int, ...]
+    request: Request
 
 
 def pooled_unit(x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, pool: nn.Module) -> PooledUnit | str:
@@ -93,13 +95,15 @@ def pooled_unit(x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, pool: nn.Module)
         return unit
     if not _is_fixed([unit], x):
         return eligible.POOL_IN_TRAINING
-    implementation, code = _plan(tuple(x.shape), unit, dtype, request, "inference", pooled=True)
-    return eligible.PLANNED_EAGER if implementation == "eager" else PooledUnit(unit, dtype, code)
+    return PooledUnit(unit, dtype, request)
 
 
 def run_pooled(x: Tensor, found: PooledUnit) -> Tensor:
     """What :func:`conv_bn_act_pool` returns."""
-    unit, dtype, code = found
+    unit, dtype, request = found
+    implementation, code = _plan(tuple(x.shape), unit, dtype, request, "inference", pooled=True)
+    if implementation == "eager":
+        return channels_last(F.max_pool2d(reference.conv_bn_act(x, unit.layer.conv, unit.layer.bn), *POOL))
     w = laid_out(unit.w, dtype)
     return ops.conv_bn_act_pool(plain(x), w, unit.bias, unit.mean, unit.var, unit.gamma, unit.beta, unit.eps, code)
 

@@ -528,17 +528,17 @@ def test_explain_with_an_input():
     model.layer3.train()
     x = torch.randn(1, 3, 32, 32)
     with implementation("triton"):
-        assert explain(model, x).to_dict()[1]["launches"] == 5, "two filters are laid out on the way"
+        assert explain(model, x).to_dict()[2]["launches"] == 5, "two filters are laid out on the way"
         explanation = explain(model.to(memory_format=torch.channels_last), x)
     rows = explanation.to_dict()
-    assert [row["implementation"] for row in rows] == ["fused"] * 4
-    assert rows[1]["launches"] == 3
-    assert rows[1]["bytes"] > 0
-    assert rows[1]["tiles"]
+    assert [row["implementation"] for row in rows] == ["fused"] * 5
+    assert rows[2]["launches"] == 3
+    assert rows[2]["bytes"] > 0
+    assert rows[2]["tiles"]
     assert model.layer3.training, "training flags are restored"
     assert not model.layer1.training
     assert not any(m._forward_hooks for m in model.modules())
-    assert "4 of 4 blocks fused" in str(explanation)
+    assert "5 of 5 blocks fused" in str(explanation)
     assert "not converted" in str(explain(small()))
 
 

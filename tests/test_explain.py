@@ -36,7 +36,8 @@ def test_a_plan_for_another_gpu_runs_nothing_and_leaves_the_model_alone():
     assert all(torch.equal(value, state[key]) for key, value in network.state_dict().items())
     assert all(parameter.device.type == "cpu" for parameter in network.parameters())
     rows = explanation.to_dict()
-    assert [len(row["units"]) for row in rows] == [2, 2, 3, 2, 3, 2, 3, 2]
+    assert [len(row["units"]) for row in rows] == [1, 2, 2, 3, 2, 3, 2, 3, 2]
+    assert (rows[0]["name"], rows[0]["block"]) == ("conv1", "ResNet, up to its pool")
     for row in rows:
         assert row["launches"] > 0
         for unit in row["units"]:
@@ -56,10 +57,10 @@ def test_totals_are_those_of_all_units_and_of_what_is_around_them():
     explanation = explain(network, x(), arch=90)
     planned, fused, mixed, eager, roof = explanation.totals()
     units, rest = explanation.problems, len(explanation.rest)
-    assert len(units) == 19
-    assert {"aten.convolution", "aten.max_pool2d_with_indices", "aten.addmm"} <= {x.name for x in explanation.rest}
+    assert len(units) == 20
+    assert {"aten.mean", "aten.addmm"} <= {x.name for x in explanation.rest}
     assert [t.images for t in (planned, fused, mixed, eager, roof)] == [4] * 5
-    assert fused.launches == rest + len(units)
+    assert fused.launches == rest + len(units) + 1, "the stem packs its image first"
     assert fused.bytes < mixed.bytes < eager.bytes
     assert planned.seconds <= min(fused.seconds, mixed.seconds, eager.seconds)
     assert roof.seconds < planned.seconds
@@ -74,8 +75,6 @@ def test_totals_are_what_is_launched():
         explanation = explain(network, images, arch=90)
         planned = explanation.totals()[0]
     seen = [launch for row in explanation.rows for launch in row.launches] + explanation.rest
-    # On the meta device pooling forgets channels_last, and the first block lays its input out anew.
-    seen = [launch for launch in seen if launch.name != "aten.clone"]
     assert planned.launches == len(seen)
     assert planned.bytes == pytest.approx(sum(x.bytes_read + x.bytes_written for x in seen), rel=2e-3)
 
@@ -85,7 +84,7 @@ def test_a_block_that_runs_eager_counts_as_it_runs():
     whole = explain(network, x(), arch=90).totals()
     network.layer1[0].conv1.register_forward_hook(lambda *_: None)
     explanation = explain(network, x(), arch=90)
-    assert explanation.rows[0].implementation == "eager"
+    assert explanation.rows[1].implementation == "eager"
     for before, after in zip(whole[:4], explanation.totals()[:4], strict=True):
         assert after.bytes >= before.bytes, after.road
 

@@ -42,10 +42,7 @@ COMPILED = "a compiler sees its own forward"
 POOL_IN_TRAINING = "a pool is fused in inference alone"
 
 
-PLANNED_EAGER = "eager is predicted, or was measured, to be fastest"
-
-
-_EXPECTED = (FORCED, NO_GPU, TRACED, COMPILED, POOL_IN_TRAINING, PLANNED_EAGER)
+_EXPECTED = (FORCED, NO_GPU, TRACED, COMPILED, POOL_IN_TRAINING)
 
 
 def why_not_here(x: Tensor, request: Request | None = None) -> str | None:
