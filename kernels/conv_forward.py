@@ -591,7 +591,7 @@ def _launches(
         raise ValueError(f"config.splits must be at least 1 and at most {most}; got {tile.splits}")
     if tile.splits == 1:
         return _Launches(_product(problem, x, out, epilogue, tile))
-    parts = channels_last(out.shape, torch.float32)
+    parts = channels_last((n, co, problem.p, problem.q), torch.float32)
     return _Launches(_product(problem, x, parts, Epilogue(), tile), _total(problem, out, epilogue, tile.splits))
 
 

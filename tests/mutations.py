@@ -99,7 +99,7 @@ MUTATIONS = [
     ),
     Mutation(
         "resnet_fused/plan/decide.py",
-        "key=lambda way: (waited(problem, *way), way[1])",
+        "key=lambda way: (waited(problem, *way, tiles), way[1])",
         "key=lambda way: way[1]",
         "tests/test_plan.py -k host",
     ),
@@ -187,8 +187,8 @@ MUTATIONS = [
     ),
     Mutation(
         "resnet_fused/plan/tuned.py",
-        "1 <= tiles.wgrad.splits <= 2 * gpu",
-        "0 <= tiles.wgrad.splits <= 2 * gpu",
+        "1 <= tile.splits <= 2 * gpu",
+        "0 <= tile.splits <= 2 * gpu",
         "tests/test_tuned.py::test_a_bad_table_is_refused_with_one_message_and_ignored",
     ),
     Mutation(

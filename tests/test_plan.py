@@ -96,7 +96,7 @@ def test_every_plan_is_pure_and_legal(problem):
     assert first.seconds == predicted[first.implementation]
     assert list(predicted.values()) == sorted(predicted.values())
     assert min(predicted.values()) > 0
-    waits = {way: decide.waited(problem, way, seconds) for way, seconds in predicted.items()}
+    waits = {way: decide.waited(problem, way, seconds, first.tiles) for way, seconds in predicted.items()}
     assert waits[first.implementation] == min(waits.values())
     assert first.implementation == first.alternatives[0][0] or "keep the host longer" in first.reason
     assert {way for way, _ in first.alternatives} == {"fused", "mixed", "eager"}
@@ -235,7 +235,11 @@ def test_problems_are_recorded_as_they_are_planned():
 
 def test_tiles_survive_the_operators_schema():
     wgrad = conv_wgrad.WgradConfig(TileConfig(64, 32, 32, num_stages=2), 7)
-    for tiles in (Tiles(), Tiles(dgrad=TileConfig(16, 32, 64, 4, 3, 255)), Tiles(TileConfig(16, 16, 16), None, wgrad)):
+    for tiles in (
+        Tiles(),
+        Tiles(dgrad=TileConfig(16, 32, 64, 4, 3, 255)),
+        Tiles(TileConfig(16, 16, 16, splits=5), None, wgrad),
+    ):
         assert Tiles.decode(tuple(tiles.encode())) == tiles
 
 

@@ -457,6 +457,7 @@ def test_candidates_are_legal_and_distinct():
         {"dtype": torch.bfloat16, "ci": 256, "co": 512},
         {"groups": 4},
         {"direction": "inference"},
+        {"direction": "inference", "prologue": False, "ci": 512, "co": 512},
         MERGED,
     ):
         p = problem(**change)

@@ -265,6 +265,7 @@ def legal(tile: TileConfig, problem: Problem) -> bool:
     return (
         all(size >= 16 and size & (size - 1) == 0 for size in sizes)
         and max(tile.block_m, tile.block_n) <= 256
+        and (tile.splits == 1 or (tile.box is None and problem.direction != "training"))
         and tile.num_warps in ((4,) if tile.box is None else (4, 8))
         and (tile.box is None or _boxes(tile.box, tile, problem))
         and 1 <= tile.num_stages <= 8
@@ -285,9 +286,10 @@ def _rehearse(tiles: Tiles, problem: Problem) -> None:
     They check everything before they look at the images, of which there are none: nothing is launched.
     """
     p, gpu = problem, gpu_of(problem.arch)
-    # More would be partial filters in memory, and no programs that run at the same time.
-    if tiles.wgrad is not None and not 1 <= tiles.wgrad.splits <= 2 * gpu.multiprocessors:
-        raise ValueError(f"an entry has {tiles.wgrad.splits} splits; legal are 1 to {2 * gpu.multiprocessors}")
+    # More would be parts of sums in memory, and no programs that run at the same time.
+    for tile in (tiles.forward, tiles.wgrad):
+        if tile is not None and not 1 <= tile.splits <= 2 * gpu.multiprocessors:
+            raise ValueError(f"an entry has {tile.splits} splits; legal are 1 to {2 * gpu.multiprocessors}")
     product: dict[str, Any] = {"geometry": p.geometry, "tf32": p.tf32}
 
     def tensor(*shape: int) -> torch.Tensor:
