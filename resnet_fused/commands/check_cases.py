@@ -303,7 +303,8 @@ def _check_conv_tiles(
     product: dict[str, Any] = {"geometry": layer.geometry, "tf32": draw.tf32}
     sizes = layer.n, *layer.size, layer.ci, layer.co, layer.taps, layer.taps
     problem = ConvProblem(*sizes, *layer.geometry, draw.dtype, draw.tf32, False, target_arch())
-    configs = {str(tile): {"config": tile, **product} for tile in tiles(problem) or [None]}
+    chosen: list[TileConfig | None] = [*tiles(problem)] or [None]
+    configs = {str(tile): {"config": tile, **product} for tile in chosen}
 
     def ours() -> Results:
         if variant != "moments":

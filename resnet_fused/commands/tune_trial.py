@@ -53,7 +53,7 @@ class Candidate:
 
 
 def _short(tile: TileConfig | WgradConfig) -> str:
-    t: TileConfig = getattr(tile, "tile", tile)
+    t = tile.tile if isinstance(tile, WgradConfig) else tile
     text = f"{t.block_m}x{t.block_n}x{t.block_k} in {t.num_stages} stages"
     text += f", {t.max_registers} registers" if t.max_registers else ""
     text += ", boxes of " + "x".join(map(str, t.box)) if t.box else ""

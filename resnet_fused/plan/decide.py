@@ -50,7 +50,8 @@ HOST_SECONDS: dict[Way, float] = {"fused": 45e-6, "mixed": 75e-6, "eager": 45e-6
 """What the host takes to launch a unit in inference, as ``python -m resnet_fused.benchmarks.host`` measured it without
 a GPU (docs/results.md): eager PyTorch's launches on one are not in it."""
 HOST_SPLIT_SECONDS = 10e-6
-"""What a fused unit takes the host longer where its sum is split: a second launch, and memory for the parts."""
+"""What a fused unit takes the host longer where its sum is split, by the same command: a second launch, and memory for
+the parts."""
 
 
 def waited(problem: Problem, implementation: Way, seconds: float, tiles: Tiles) -> float:
@@ -99,7 +100,7 @@ def decide(problem: Problem, request: Request = "auto", table: Table | None = No
         return Plan(entry.implementation, tiles, entry.seconds, "tuned", entry.reason, alternatives)
     if not alternatives:
         return Plan("fused", tiles, None, "model", "the interpreter has no speed to predict", ())
-    best, seconds = min(alternatives, key=lambda way: (waited(problem, *way, tiles), way[1]))
+    best, seconds = min(alternatives, key=lambda way: (waited(problem, way[0], way[1], tiles), way[1]))
     return Plan(best, tiles, seconds, "model", _why(problem, best, alternatives[0][0], tiles), alternatives)
 
 
@@ -127,19 +128,19 @@ def _spread(problem: Problem, tiles: Tiles) -> str:
     few = 2 * programs < whole
     if tiles.splits > 1:
         why = ", since more are not predicted to be faster" if few else ""
-        return f"sums split in {tiles.splits}, for {programs} programs of {whole} multiprocessors{why}"
+        return f"sums split in {tiles.splits}, for {programs} programs on {whole} multiprocessors{why}"
     if not few:
         return ""
     split = [roofline.forward(problem, other)[0] for other in roofline.choices(problem) if other.splits > 1]
     if problem.direction == "training":
         why = "sums are split in inference alone"
     elif not split:
-        why = "each takes a single step, which leaves nothing to split"
+        why = "each sum is a single step, which leaves nothing to split"
     elif min(split) < roofline.forward(problem, tiles)[0]:
         why = "a second launch would keep the host longer"
     else:
         why = "no split sum is predicted to be faster"
-    return f"{programs} programs for {whole} multiprocessors, since {why}"
+    return f"{programs} programs on {whole} multiprocessors, since {why}"
 
 
 _records: list[list[Problem]] = []

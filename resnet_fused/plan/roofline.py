@@ -23,13 +23,13 @@ LAUNCH_SECONDS = 2e-6
 """From the end of a kernel to the start of the next, with its ramp up and down."""
 SHARED_BYTES_PER_CLOCK = 128
 """Of a multiprocessor's shared memory (CUDA C++ Programming Guide: 32 banks of 4 bytes)."""
+PART_BYTES = 4
+"""Of an element of a split sum's parts."""
 CUDNN_TILE = (128, 64)
 CUDNN_FULL_COLUMNS = 256
 """Of the wide instructions of sm_90 and sm_100, which read both factors from shared memory: a narrower tile multiplies
 less per factor that it reads, and is taken to be slower by as much, cuDNN's and Triton's alike. Assumed: behind it is
 one time, of a 3x3 64->64 of 32x56x56 in bf16 on an H100, 31.2 us or 24 % of its peak."""
-PART_BYTES = 4
-"""Of an element of a split sum's parts."""
 CUDNN_GROUP_WIDTH = 32
 """Narrower groups cost cuDNN as much as groups of so many channels."""
 
