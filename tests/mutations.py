@@ -1233,7 +1233,7 @@ MUTATIONS = [
         "kernels/conv_forward.py",
         "first // chunks // S * dil_h * W * pitch",
         "first // chunks // S * W * pitch",
-        "tests/kernels/test_conv_forward.py -k 'wherever_its_steps_fall and every'",
+        "tests/kernels/test_conv_forward.py -k 'wherever_its_steps_fall and dilated'",
     ),
     Mutation(
         "kernels/conv_forward.py",

@@ -75,6 +75,7 @@ GEOMETRIES = {
     "every parameter differs by axis": layer(
         ci=18, co=20, size=(11, 8), filter=(3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2)
     ),
+    "dilated along rows": layer(ci=20, co=16, size=(9, 6), filter=(3, 2), dilation=(2, 1)),
     "no padding": layer(ci=16, co=16, size=(6, 9), filter=(2, 3)),
     "padding wider than the filter": layer(ci=16, co=16, size=(3, 4), filter=(2, 2), padding=(3, 3)),
     "5x5": layer(ci=16, co=16, size=(7, 6), filter=(5, 5), padding=(2, 2)),
