@@ -306,15 +306,16 @@ def test_offsets_beyond_32_bits():
     residual = torch.as_strided(buffer, (1, 16, 1, 3), (3 * step, 1, 3 * step, step), 48)
     x.copy_(random(1, 16, 1, 3))
     residual.copy_(random(1, 16, 1, 3))
-    for taps in (1, 3):
+    for taps, config in ((1, None), (3, None), (3, TileConfig(16, 16, 16, splits=4))):
         w = random(16, 16, taps, taps, dtype=torch.float16)
         geometry = Geometry(padding=(taps // 2, taps // 2))
         seen = []
         with observe(seen.append):
-            conv_forward(x, w, geometry=geometry, residual=Residual(residual), out=out, relu=True)
+            conv_forward(x, w, geometry=geometry, residual=Residual(residual), out=out, relu=True, config=config)
         assert seen[0].arguments["form"].INT64
+        assert seen[-1] is seen[0] or seen[1].arguments["INT64"]
         near = Residual(channels_last(residual))
-        small = conv_forward(channels_last(x), w, geometry=geometry, residual=near, relu=True)
+        small = conv_forward(channels_last(x), w, geometry=geometry, residual=near, relu=True, config=config)
         assert torch.equal(out, small)
 
 
