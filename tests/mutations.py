@@ -1319,4 +1319,16 @@ MUTATIONS = [
         "splits=tiles.forward.splits",
         "tests/test_tune.py::test_nothing_is_compiled_side_by_side_with_itself",
     ),
+    Mutation(
+        "resnet_fused/plan/tuned.py",
+        "or tile in wide_tiles(problem)",
+        "or tile.num_warps == 8",
+        "tests/test_tuned.py::test_eight_warps_are_legal_for_the_wide_tiles_of_the_forward_and_of_boxes",
+    ),
+    Mutation(
+        "resnet_fused/commands/tune_trial.py",
+        'f", {t.num_warps} warps" if t.num_warps != 4 else ""',
+        '""',
+        "tests/test_tune.py::test_candidates_are_legal_and_distinct",
+    ),
 ]

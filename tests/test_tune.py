@@ -449,6 +449,10 @@ def test_a_frozen_unit_may_be_cudnns(residual, dtype, monkeypatch):
 
 
 DEEP = {"direction": "inference", "prologue": False, "ci": 512, "co": 512}
+WIDE = {
+    **{"direction": "inference", "prologue": False, "dtype": torch.bfloat16, "arch": 80, "gpu": ""},
+    **{"n": 256, "h": 28, "w": 28, "ci": 128, "co": 128},
+}
 MERGED = {"groups": 8, "ci": 128, "co": 128, "dtype": torch.bfloat16}
 
 
@@ -459,17 +463,21 @@ def test_candidates_are_legal_and_distinct():
         {"groups": 4},
         {"direction": "inference"},
         DEEP,
+        WIDE,
         MERGED,
     ):
         p = problem(**change)
         ways = candidates(p)
-        assert len(set(ways)) == len(ways) > 5
+        assert len(set(ways)) == len(set(map(str, ways))) == len(ways) > 5
         assert ways[0] == Candidate("fused")
         assert {way.implementation for way in ways} == {"fused", "mixed", "eager"}
         for way in ways:
             tiles = (way.tiles.forward, way.tiles.dgrad, way.tiles.wgrad and way.tiles.wgrad.tile)
             tuned._rehearse(way.tiles, p)  # so that what wins can be kept
             assert all(tuned.legal(tile, p) and tile.num_stages >= 2 for tile in tiles if tile is not None)
+        assert any(way.tiles.splits > 1 for way in ways) == (p.direction == "inference" and p.n == 1)
+        eight_warps = [way for way in ways if "8 warps" in str(way) and "boxes" not in str(way)]
+        assert bool(eight_warps) == (change is WIDE)
         # The default is tried as such, first of all.
         assert conv_wgrad.default_config(replace(p, prologue=True)) not in {way.tiles.wgrad for way in ways}
 

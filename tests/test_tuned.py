@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from resnet_fused import BasicBlock, fuse, implementation, trace
+from resnet_fused.kernels import conv_box, conv_forward
 from resnet_fused.kernels.conv_wgrad import WgradConfig
 from resnet_fused.kernels.launch import TileConfig
 from resnet_fused.plan import cache, checked, decide, tuned
@@ -247,6 +248,17 @@ def test_limits_are_legal():
     large = replace(ENTRY, problem=replace(PROBLEM, n=2**31 - 1))
     assert tuned.parse(tuned.render(Table(GPU, (large,))), GPU).lookup(PROBLEM) == large
     assert Table(GPU, (large,)).lookup(replace(PROBLEM, n=0)) == large, "an empty batch has a plan too"
+
+
+def test_eight_warps_are_legal_for_the_wide_tiles_of_the_forward_and_of_boxes():
+    a100 = replace(PROBLEM, n=256, gpu="", arch=80, prologue=False, direction="inference")
+    (wide,) = conv_forward.wide_tiles(a100)
+    assert tuned.legal(wide, a100)
+    for other in (replace(wide, block_m=128), replace(wide, block_k=64), replace(wide, num_warps=2)):
+        assert not tuned.legal(other, a100)
+    h100 = replace(a100, arch=90)
+    assert not tuned.legal(wide, h100)
+    assert tuned.legal(next(tile for tile in conv_box.tiles(h100) if tile.num_warps == 8), h100)
 
 
 def test_nobody_sees_the_rehearsal():

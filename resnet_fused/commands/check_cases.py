@@ -21,7 +21,7 @@ from resnet_fused.kernels import conv_box
 from resnet_fused.kernels.batch_norm import batch_norm_apply, batch_norm_stats, channel_moments, merge_moments
 from resnet_fused.kernels.conv import ConvProblem, Geometry, output_size
 from resnet_fused.kernels.conv_dgrad import conv_dgrad
-from resnet_fused.kernels.conv_forward import conv_forward, conv_forward_moments, default_config, steps
+from resnet_fused.kernels.conv_forward import conv_forward, conv_forward_moments, default_config, steps, wide_tiles
 from resnet_fused.kernels.conv_wgrad import conv_wgrad
 from resnet_fused.kernels.epilogue import Norm, Residual
 from resnet_fused.kernels.launch import INTERPRETER, TileConfig, target_arch
@@ -107,6 +107,7 @@ CONV_SPLIT = (
     *(("stem", ""), ("groups", ""), ("wide groups", ""), ("strided", "residual")),
     *(("deep", "residual"), ("last", "padded residual")),
 )
+CONV_WIDE = (("wide", ""), ("expand", "residual"), ("last", "padded residual"), ("last", "moments"))
 CONV_MOMENTS = (
     *(("stem", ""), ("reduce", ""), ("projection", ""), ("middle", "prologue"), ("expand", "prologue")),
     *(("groups", "prologue"), ("wide groups", "prologue"), ("strided", "prologue"), ("deep", "prologue")),
@@ -340,6 +341,11 @@ def _split_tiles(problem: ConvProblem) -> list[TileConfig]:
     if problem.arch == INTERPRETER and problem.merged == 1:
         tile = replace(tile, block_k=16)
     return [replace(tile, splits=splits) for splits in (2, 3, 8) if splits <= steps(problem, tile)]
+
+
+def _wide_tiles(problem: ConvProblem) -> list[TileConfig]:
+    """Of 256 pixels, for which the interpreter has no use."""
+    return [*wide_tiles(problem)]
 
 
 def _check_conv_moments(layer: CheckLayer, variant: str, draw: Draw) -> Comparison:
@@ -588,6 +594,7 @@ def cases(device_type: str) -> list[CheckCase]:
         ("conv_forward", _check_conv_forward, CONV_FORWARD, True),
         ("conv_forward, boxes", partial(_check_conv_tiles, _box_tiles), CONV_BOX, True),
         ("conv_forward, split", partial(_check_conv_tiles, _split_tiles), CONV_SPLIT, True),
+        ("conv_forward, wide", partial(_check_conv_tiles, _wide_tiles), CONV_WIDE, True),
         ("conv_forward_moments", _check_conv_moments, CONV_MOMENTS, True),
         ("conv_dgrad", _check_conv_dgrad, CONV_DGRAD, True),
         ("conv_wgrad", _check_conv_wgrad, CONV_WGRAD, True),

@@ -55,6 +55,7 @@ class Candidate:
 def _short(tile: TileConfig | WgradConfig) -> str:
     t = tile.tile if isinstance(tile, WgradConfig) else tile
     text = f"{t.block_m}x{t.block_n}x{t.block_k} in {t.num_stages} stages"
+    text += f", {t.num_warps} warps" if t.num_warps != 4 else ""
     text += f", {t.max_registers} registers" if t.max_registers else ""
     text += ", boxes of " + "x".join(map(str, t.box)) if t.box else ""
     return text if tile.splits == 1 else f"{text}, {tile.splits} splits"
@@ -65,6 +66,7 @@ def candidates(problem: Problem) -> list[Candidate]:
     default, *others = roofline.choices(problem)
     found = [Candidate("fused", default)]
     found += [Candidate("fused", Tiles(forward=t)) for t in _variants(conv_forward.default_config(problem), problem)]
+    found += [Candidate("fused", Tiles(forward=t)) for t in conv_forward.wide_tiles(problem)]
     found += [Candidate("fused", tiles) for tiles in others]
     if problem.direction == "training":
         behind = replace(problem, prologue=problem.r * problem.s == 1)

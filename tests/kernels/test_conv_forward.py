@@ -14,7 +14,14 @@ from torch import Tensor
 from resnet_fused.engine import reference
 from resnet_fused.kernels import conv_forward as module
 from resnet_fused.kernels.conv import ConvProblem, Geometry
-from resnet_fused.kernels.conv_forward import conv_forward, conv_forward_moments, default_config, split_tiles, steps
+from resnet_fused.kernels.conv_forward import (
+    conv_forward,
+    conv_forward_moments,
+    default_config,
+    split_tiles,
+    steps,
+    wide_tiles,
+)
 from resnet_fused.kernels.epilogue import Norm, Residual
 from resnet_fused.kernels.launch import INTERPRETER, Cost, TileConfig, dry_run, observe
 from resnet_fused.kernels.memory import layout, pixel_stride
@@ -686,6 +693,14 @@ def test_a_split_sum_is_not_begun_for_vectors_that_its_end_would_refuse():
     with observe(seen.append), pytest.raises(ValueError, match="bias must be contiguous"):
         conv_forward(x, w, geometry=SAME, bias=random(15), config=SPLIT)
     assert not seen
+
+
+def test_a_wide_tile_is_the_widest_default_with_twice_the_pixels_and_warps():
+    widest = default_config(problem(arch=80, n=256))
+    assert list(wide_tiles(problem(arch=80, n=256))) == [replace(widest, block_m=256, num_warps=8)]
+    others = {"arch": 90}, {"arch": 100}, {"n": 1}, {"co": 64}, {"prologue": True}, {"dtype": torch.float32}
+    for change in others:
+        assert not list(wide_tiles(problem(**{"arch": 80, "n": 256, **change}))), change
 
 
 def test_splits_to_choose_from_fill_a_gpu():
