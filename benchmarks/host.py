@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from resnet_fused import Bottleneck, implementation
 from resnet_fused.commands.machine import describe
-from resnet_fused.kernels.launch import interpreting
+from resnet_fused.kernels.conv_forward import conv_forward
+from resnet_fused.kernels.launch import TileConfig, interpreting
 from resnet_fused.plan.problem import Request
 from resnet_fused.table import render
 
 from . import stand_in
 
-BLOCKS, ROUNDS, REPEATS = 16, 30, 5
+BLOCKS, ROUNDS, REPEATS, LAUNCHES = 16, 30, 5, 48
 ROADS: tuple[Request, ...] = ("eager", "triton", "mixed")
 
 
@@ -38,6 +39,7 @@ def main() -> int:
     rows = [(road, *(round(_microseconds(road, training, device), 1) for training in (False, True))) for road in ROADS]
     title = f"Microseconds of the host per unit of {BLOCKS} bottlenecks, fp32, median of {ROUNDS}"
     print(render(title, ["implementation", "inference", "forward and backward"], rows))
+    print(f"a convolution whose sum is split takes {_second_launch(device):.1f} microseconds longer")
     print("\n".join(f"{name}: {value}" for name, value in describe(device).items()))
     return 0
 
@@ -51,6 +53,24 @@ def _microseconds(road: Request, training: bool, device: torch.device) -> float:
     x = x.to(memory_format=torch.channels_last).requires_grad_(training)
     with implementation(road), torch.set_grad_enabled(training):
         return 1e6 / (3 * BLOCKS) * _seconds(lambda: _step(blocks, x), device)
+
+
+def _second_launch(device: torch.device) -> float:
+    """Microseconds that a split sum adds to a convolution: its launch, and memory for the parts."""
+    with device:
+        x, w = torch.randn(2, 32, 2, 2), torch.randn(32, 32, 1, 1)
+    x = x.to(memory_format=torch.channels_last)
+
+    def seconds(splits: int) -> float:
+        tile = TileConfig(16, 16, 16, splits=splits)
+
+        def work() -> None:
+            for _ in range(LAUNCHES):
+                conv_forward(x, w, config=tile)
+
+        return _seconds(work, device)
+
+    return 1e6 / LAUNCHES * (seconds(2) - seconds(1))
 
 
 def _step(blocks: nn.Module, x: Tensor) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from .memory import (
     span,
     stride_of,
 )
-from .tile import PerTile, Pixels, Tile, all_finite, bound, dot, load_channels, relu, tap_mask
+from .tile import PerTile, Pixels, Tile, all_finite, bound, dot, load_channels, load_pixels, relu, tap_mask, tile_mask
 
 
 class Form(NamedTuple):
@@ -45,6 +46,7 @@ class Form(NamedTuple):
     ONE_CHUNK: bool
     RES_PADDED: bool
     RELU: bool
+    SPLIT: bool
     INT64: bool
     VECTOR: int
     PRECISION: str
@@ -63,14 +65,16 @@ class Widths(NamedTuple):
 
 
 @triton.jit
-def product_by_group(x, w, scale_ptr, shift_ptr, row, mask_m, co, size, geometry, group_ci, group_co, taps):
-    """The product of a tile, each column ``co`` from the input channels of its own group alone: slow, but apart."""
-    R, S = taps
+def product_by_group(x, w, scale_ptr, shift_ptr, row, mask_m, co, size, geometry, group_ci, group_co, S, share):
+    """The product of a tile, each column ``co`` from the input channels of its own group alone: slow, but apart.
+
+    ``S``: the filter's columns. ``share``: the first of its taps, and the one behind the last.
+    """
     h0 = row // size.Q % size.P * geometry.stride[0] - geometry.padding[0]
     w0 = row % size.Q * geometry.stride[1] - geometry.padding[1]
     image = row // (size.P * size.Q) * size.H
     acc = tl.zeros((row.shape[0], co.shape[0]), tl.float32)
-    for k in range(0, bound(R * S * group_ci)):
+    for k in range(bound(share[0] * group_ci), bound(share[1] * group_ci)):
         tap = k // group_ci
         h = h0 + tap // S * geometry.dilation[0]
         column = w0 + tap % S * geometry.dilation[1]
@@ -128,6 +132,8 @@ def conv_forward_kernel(
 
     FLAT: so few input channels that a chunk runs across taps: K = (r, s, ci) is cut every BLOCK_K wherever that falls.
     MERGED: CI and CO hold several groups of group_ci and group_co channels each, and the filter is block-diagonal.
+    SPLIT: the programs of the grid's third axis share a tile's steps through K; each stores its part of the sum, in y
+    [splits, M, channels], for conv_forward_sum_kernel.
     """
     R: tl.constexpr = form.R
     S: tl.constexpr = form.S
@@ -139,6 +145,7 @@ def conv_forward_kernel(
     ONE_CHUNK: tl.constexpr = form.ONE_CHUNK
     RES_PADDED: tl.constexpr = form.RES_PADDED
     RELU: tl.constexpr = form.RELU
+    SPLIT: tl.constexpr = form.SPLIT
     VECTOR: tl.constexpr = form.VECTOR
     PRECISION: tl.constexpr = form.PRECISION
     BLOCK_M: tl.constexpr = blocks.m
@@ -202,6 +209,25 @@ def conv_forward_kernel(
         s = 0
     x_step = tl.full((), 0, OFFSET)
     w_step = 0
+    first = 0
+    if SPLIT:
+        # The steps follow each other through all taps: a share may begin and end within one.
+        split = tl.program_id(2)
+        first = trips * split // tl.num_programs(2)
+        trips = trips * (split + 1) // tl.num_programs(2) - first
+        if FLAT:
+            w_step = first * BLOCK_K
+            c = (w_step + offs_k) % CI
+            s = (w_step + offs_k) // CI % S
+            r = (w_step + offs_k) // CI // S
+        else:
+            chunk = first % chunks
+            s = first // chunks % S
+            x_step = first // chunks // S * dil_h * W * pitch + s * tap_step + chunk * BLOCK_K
+            w_step = first // chunks * (group_ci if MERGED else CI) + chunk * BLOCK_K
+            if PADDED:
+                tap = tap << (first // chunks)
+        y_ptr += split.to(tl.int64) * M * widths.y
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for _ in range(0, bound(trips)):
         if FLAT:
@@ -268,8 +294,9 @@ def conv_forward_kernel(
             geometry = Geometry((stride_h, stride_w), (pad_h, pad_w), (dil_h, dil_w), 1)
             x, w = Pixels(x_ptr, x_stride), Pixels(w_ptr, w_stride)
             channel = group * CO + col
+            share = (first, first + trips)
             acc = product_by_group(
-                x, w, scale_ptr, shift_ptr, row, mask_m, channel, size, geometry, group_ci, group_co, (R, S)
+                x, w, scale_ptr, shift_ptr, row, mask_m, channel, size, geometry, group_ci, group_co, S, share
             )
 
     norm = Norm(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps)
@@ -287,6 +314,52 @@ def conv_forward_kernel(
         n = pid % tiles_n * BLOCK_N + i * WIDTH + tl.arange(0, WIDTH)
         tile = Tile(offs_m, group * CO + n, offs_m < M, n < CO)
         store_output(parts[i], tile, bias_ptr, norm, res, crop, y, moments, size, RES_PADDED, RELU)
+
+
+@triton.jit(do_not_specialize=["M", "P", "Q", "splits"])
+def conv_forward_sum_kernel(
+    partial_ptr,
+    bias_ptr,
+    mean_ptr,
+    var_ptr,
+    gamma_ptr,
+    beta_ptr,
+    res_ptr,
+    y_ptr,
+    M,
+    P,
+    Q,
+    splits,
+    eps,
+    crop,
+    channels,
+    y_stride,
+    res_stride,
+    RES_PADDED: tl.constexpr,
+    RELU: tl.constexpr,
+    INT64: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """``y[m, co] = epilogue(sum over splits of partial[split, m, co])``, added in order.
+
+    One program computes BLOCK_M pixels x BLOCK_N output channels.
+    """
+    OFFSET: tl.constexpr = tl.int64 if INT64 else tl.int32
+    tiles_n = tl.cdiv(channels, BLOCK_N)
+    pid = tl.program_id(0)
+    offs_m = (pid // tiles_n).to(OFFSET) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    tile = Tile(offs_m, offs_n, offs_m < M, offs_n < channels)
+    mask = tile_mask(tile)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # Four loads at a time, since each would wait for memory.
+    for split in tl.range(0, bound(splits), loop_unroll_factor=4):
+        part = partial_ptr + tl.cast(split, tl.int64) * M * channels
+        acc += load_pixels(part, offs_m, channels, offs_n, mask)
+    norm = Norm(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps)
+    res, y = Pixels(res_ptr, res_stride), Pixels(y_ptr, y_stride)
+    store_output(acc, tile, bias_ptr, norm, res, crop, y, PerTile(None, 0, 0, 0), Size(0, 0, P, Q), RES_PADDED, RELU)
 
 
 @lru_cache(maxsize=KEPT_LAYOUTS)
@@ -341,6 +414,32 @@ def _registers(problem: ConvProblem, block_m: int, block_n: int, block_k: int) -
     return None
 
 
+def steps(problem: ConvProblem, tile: TileConfig) -> int:
+    """Of a program of ``tile`` through K, tap by tap and chunk by chunk: what can be split."""
+    taps, ci = problem.r * problem.s, problem.tile_channels[0]
+    return cdiv(taps * ci, tile.block_k) if problem.flat else taps * cdiv(ci, tile.block_k)
+
+
+def split_tiles(problem: ConvProblem) -> Iterator[TileConfig]:
+    """The default tile with its sum split in 2, 4 ..., until programs fill the GPU or each has a single step."""
+    tile = default_config(problem)
+    alone, most, splits = _programs(problem, tile.block_m, tile.block_n), steps(problem, tile), 2
+    while splits <= most and alone * splits < 2 * gpu_of(problem.arch).multiprocessors:
+        yield replace(tile, splits=splits)
+        splits *= 2
+
+
+WIDE = (80, 86, 89)
+"""Architectures without TMA, whose compiler does not spill for :func:`wide_tiles`."""
+
+
+def wide_tiles(problem: ConvProblem) -> Iterator[TileConfig]:
+    """The widest default tile with twice the pixels and warps, whose products read less of shared memory; or none."""
+    tile = default_config(problem)
+    if problem.arch in WIDE and (tile.block_m, tile.block_n) == (128, 128):
+        yield replace(tile, block_m=256, num_warps=8)
+
+
 def _programs(problem: ConvProblem, block_m: int, block_n: int) -> int:
     co = problem.tile_channels[1]
     return cdiv(problem.m, block_m) * cdiv(co, block_n) * (problem.groups // problem.merged)
@@ -361,7 +460,9 @@ def conv_forward(
     out_dtype: torch.dtype | None = None,
     config: TileConfig | None = None,
 ) -> Tensor:
-    """``relu(norm(conv(prologue(x)) + bias) + residual)`` in one launch; every step but the convolution is optional.
+    """``relu(norm(conv(prologue(x)) + bias) + residual)``; every step but the convolution is optional.
+
+    In one launch; or in two, where ``config`` splits the sum over K: one for its parts, one for what follows them.
 
     ``x`` [N, CI, H, W] and the residual are pixel-linear (channels_last, or a slice of its channels or images), ``w``
     [CO, CI/groups, R, S] is channels_last and has the dtype of ``x``. ``prologue`` = (scale, shift), fp32 vectors [CI]:
@@ -375,10 +476,10 @@ def conv_forward(
     dtype = x.dtype if out_dtype is None else out_dtype
     epilogue = Epilogue(added(residual), 0.0 if norm is None else norm.eps, relu, layout(out) or dtype)
     chosen = _loadable(config, x, w)
-    recipe = _recipe(layout(x), layout(w), geometry, prologue is not None, epilogue, tf32, target_arch(), chosen)
+    launches = _launches(layout(x), layout(w), geometry, prologue is not None, epilogue, tf32, target_arch(), chosen)
     if out is None:
-        out = _output(recipe, x, w, dtype)
-    _run(recipe, x, w, prologue, bias, norm, residual, out, None)
+        out = _output(launches.product, x, w, dtype)
+    _run(launches, x, w, prologue, bias, norm, residual, out, None)
     return out
 
 
@@ -394,14 +495,17 @@ def conv_forward_moments(
 ) -> tuple[Tensor, Moments]:
     """``y = conv(prologue(x)) + bias`` [N, CO, P, Q] as it is, and the moments of its channels, in one launch.
 
-    Arguments as for :func:`conv_forward`. The moments are those of the rounded values.
+    Arguments as for :func:`conv_forward`, but that ``config`` may not split the sum. The moments are those of the
+    rounded values.
     """
+    if config is not None and config.splits != 1:
+        raise ValueError(f"config.splits must be 1 where moments are taken; got {config.splits}")
     epilogue = Epilogue(out=x.dtype)
     chosen = _loadable(config, x, w)
-    recipe = _recipe(layout(x), layout(w), geometry, prologue is not None, epilogue, tf32, target_arch(), chosen)
-    y = _output(recipe, x, w, x.dtype)
-    moments = _moments(recipe, y)
-    _run(recipe, x, w, prologue, bias, None, None, y, moments)
+    launches = _launches(layout(x), layout(w), geometry, prologue is not None, epilogue, tf32, target_arch(), chosen)
+    y = _output(launches.product, x, w, x.dtype)
+    moments = _moments(launches.product, y)
+    _run(launches, x, w, prologue, bias, None, None, y, moments)
     return y, moments
 
 
@@ -425,8 +529,15 @@ def _moments(recipe: Recipe, y: Tensor) -> Moments:
     return Moments(values, rows, n * p * q, values.new_empty(tiles) if recipe.boxes else None)
 
 
+class _Launches(NamedTuple):
+    """Of the product; and where it is split, of the sum of its parts, behind which the epilogue comes."""
+
+    product: Recipe
+    total: Recipe | None = None
+
+
 def _run(
-    recipe: Recipe,
+    launches: _Launches,
     x: Tensor,
     w: Tensor,
     prologue: tuple[Tensor, Tensor] | None,
@@ -438,25 +549,25 @@ def _run(
 ) -> None:
     mean, var, gamma, beta, _ = norm or (None, None, None, None, 0.0)
     scale, shift = prologue or (None, None)
+    epilogue: dict[str, Tensor | None] = {
+        **{"bias_ptr": bias, "mean_ptr": mean, "var_ptr": var, "gamma_ptr": gamma, "beta_ptr": beta},
+        "res_ptr": None if residual is None else residual.tensor,
+    }
+    product, total = launches
     counts = None if moments is None else moments.counts
-    own = {"counts_ptr": counts} if recipe.boxes else {"scale_ptr": scale, "shift_ptr": shift}
-    recipe.run(
-        **own,
-        x_ptr=x,
-        w_ptr=w,
-        bias_ptr=bias,
-        mean_ptr=mean,
-        var_ptr=var,
-        gamma_ptr=gamma,
-        beta_ptr=beta,
-        res_ptr=None if residual is None else residual.tensor,
-        y_ptr=y,
-        moments_ptr=None if moments is None else moments.values,
-    )
+    own = {"counts_ptr": counts} if product.boxes else {"scale_ptr": scale, "shift_ptr": shift}
+    own |= {"x_ptr": x, "w_ptr": w, "moments_ptr": None if moments is None else moments.values}
+    if total is None:
+        product.run(**own, **epilogue, y_ptr=y)
+        return
+    total.check(epilogue)
+    parts = torch.empty(product.grid[2], *y.shape, dtype=torch.float32, device=y.device)
+    product.run(**own, **dict.fromkeys(epilogue), y_ptr=parts)
+    total.run(**epilogue, partial_ptr=parts, y_ptr=y)
 
 
 @lru_cache(maxsize=KEPT_LAYOUTS)
-def _recipe(
+def _launches(
     x: Layout,
     w: Layout,
     geometry: Geometry,
@@ -465,7 +576,7 @@ def _recipe(
     tf32: bool,
     arch: int,
     config: TileConfig | None,
-) -> Recipe:
+) -> _Launches:
     require_pixel_linear(x=x)
     require_channels_last_filter(w)
     n, ci, h, width = x.shape
@@ -475,18 +586,29 @@ def _recipe(
     out = epilogue.out
     if not isinstance(out, Layout):
         out = channels_last((n, co, problem.p, problem.q), out)
-    residual, res = epilogue.residual, epilogue.residual.layout
-    require_pixel_linear(out=out, residual=res)
-    _check(problem, w, out, residual)
-    cost, vectors = partial(_cost, problem), _vectors(ci, co, problem.prologue)
+    require_pixel_linear(out=out, residual=epilogue.residual.layout)
+    _check(problem, w, out, epilogue.residual)
     if config is not None and config.box is not None:
-        boxed = conv_box.recipe(problem, x, w, out, epilogue, config, cost, vectors)
+        if config.splits != 1:
+            raise ValueError(f"config.splits must be 1 for a tile of boxes; got {config.splits}")
+        vectors = _vectors(ci, co, prologue=False)
+        boxed = conv_box.recipe(problem, x, w, out, epilogue, config, partial(_cost, problem), vectors)
         if boxed is not None:
-            return boxed
+            return _Launches(boxed)
         config = None
     tile = config or default_config(problem)
-    far = max(map(span, (x, out, res))) + tile.block_m >= 2**31
-    crop = residual.crop(out.shape)
+    if not 1 <= tile.splits <= max(steps(problem, tile), 1):
+        most = f"the steps of its tile through K, which are {steps(problem, tile)}"
+        raise ValueError(f"config.splits must be at least 1 and at most {most}; got {tile.splits}")
+    if tile.splits == 1:
+        return _Launches(_product(problem, x, out, epilogue, tile))
+    parts = channels_last((n, co, problem.p, problem.q), torch.float32)
+    return _Launches(_product(problem, x, parts, Epilogue(), tile), _total(problem, out, epilogue, tile.splits))
+
+
+def _product(problem: ConvProblem, x: Layout, out: Layout, epilogue: Epilogue, tile: TileConfig) -> Recipe:
+    res, crop = epilogue.residual.layout, epilogue.residual.crop(out.shape)
+    far = _far(tile, x, out, res)
     widths = _widths(problem, x, out, res)
     scalars = {
         "M": problem.m,
@@ -498,8 +620,31 @@ def _recipe(
         "blocks": blocks(tile),
     }
     tiles = cdiv(problem.m, tile.block_m) * cdiv(problem.tile_channels[1], tile.block_n)
-    grid = (tiles, problem.groups // problem.merged)
-    return Recipe(conv_forward_kernel, grid, scalars, tile, cost, vectors)
+    grid = (tiles, problem.groups // problem.merged, *([tile.splits] if tile.splits > 1 else []))
+    vectors = _vectors(problem.ci, problem.co, problem.prologue)
+    return Recipe(conv_forward_kernel, grid, scalars, tile, partial(_cost, problem), vectors)
+
+
+def _total(problem: ConvProblem, out: Layout, epilogue: Epilogue, splits: int) -> Recipe:
+    block_n = min(64, max(16, triton.next_power_of_2(problem.co)))
+    tile = TileConfig(1024 // block_n, block_n, 1)
+    res, crop = epilogue.residual.layout, epilogue.residual.crop(out.shape)
+    scalars = {
+        **{"M": problem.m, "P": problem.p, "Q": problem.q, "splits": splits},
+        **{"eps": epilogue.eps, "crop": crop, "channels": problem.co},
+        **{"y_stride": stride_of(out), "res_stride": stride_of(res)},
+        **{"RES_PADDED": crop is not WHOLE, "RELU": epilogue.relu},
+        "INT64": _far(tile, out, res),
+        **{"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n},
+    }
+    grid = (cdiv(problem.m, tile.block_m) * cdiv(problem.co, tile.block_n),)
+    vectors = _vectors(problem.ci, problem.co, prologue=False)
+    return Recipe(conv_forward_sum_kernel, grid, scalars, tile, partial(_total_cost, problem), vectors)
+
+
+def _far(tile: TileConfig, *tensors: Layout | None) -> bool:
+    """Whether an offset into one of the ``tensors``, all pixels of the last tile counted, passes 32 bits."""
+    return max(map(span, tensors)) + tile.block_m >= 2**31
 
 
 def _widths(problem: ConvProblem, x: Layout, out: Layout, res: Layout | None) -> Widths:
@@ -523,6 +668,7 @@ def _form(problem: ConvProblem, tile: TileConfig, widths: Widths, crop: Crop, re
         ONE_CHUNK=not problem.flat and ci <= tile.block_k,
         RES_PADDED=crop is not WHOLE,
         RELU=relu,
+        SPLIT=tile.splits > 1,
         INT64=far,
         VECTOR=load_width(problem, ci, co, widths.x, widths.w),
         PRECISION=precision(problem),
@@ -556,13 +702,21 @@ def _check(problem: ConvProblem, w: Layout, out: Layout, residual: Added) -> Non
 
 
 def _cost(problem: ConvProblem, tensors: Mapping[str, Any]) -> Cost:
-    x, y, res = tensors["x_ptr"], tensors["y_ptr"], tensors["res_ptr"]
-    vectors = ("w_ptr", "scale_ptr", "shift_ptr", "bias_ptr", "mean_ptr", "var_ptr", "gamma_ptr", "beta_ptr")
-    read = problem.pixels_read * problem.ci * x.element_size()
+    x, y = tensors["x_ptr"], tensors["y_ptr"]
+    vectors = ("w_ptr", "scale_ptr", "shift_ptr")
+    read = problem.pixels_read * problem.ci * x.element_size() + _epilogue_reads(problem, tensors)
     read += sum(tensors[name].nbytes for name in vectors if tensors.get(name) is not None)
-    if res is not None:
-        read += problem.m * res.shape[1] * res.element_size()
     depth = problem.r * problem.s * problem.ci // problem.groups
     moments = (tensors["moments_ptr"], tensors.get("counts_ptr"))
     written = y.nbytes + sum(t.nbytes for t in moments if t is not None)
     return Cost(2 * problem.m * problem.co * depth, read, written)
+
+
+def _total_cost(problem: ConvProblem, tensors: Mapping[str, Any]) -> Cost:
+    return Cost(0, tensors["partial_ptr"].nbytes + _epilogue_reads(problem, tensors), tensors["y_ptr"].nbytes)
+
+
+def _epilogue_reads(problem: ConvProblem, tensors: Mapping[str, Any]) -> int:
+    vectors, res = ("bias_ptr", "mean_ptr", "var_ptr", "gamma_ptr", "beta_ptr"), tensors["res_ptr"]
+    read = sum(tensors[name].nbytes for name in vectors if tensors[name] is not None)
+    return read if res is None else read + problem.m * res.shape[1] * res.element_size()

@@ -268,8 +268,8 @@ def conv_pool(
 ) -> Tensor:
     """``max_pool(relu(norm(conv(x) + bias)), 3, stride=2, padding=1)`` in two launches, of which the first packs.
 
-    ``x`` [N, CI <= 4, H, W] in any layout and floating-point dtype; it is rounded to that of ``w`` [CO, CI, R, S], which
-    is channels_last. Stride 2, R and S at most 8. NaN wins, as in PyTorch's pool.
+    ``x`` [N, CI <= 4, H, W]: in any layout, fp32, fp16 or bf16; it is rounded to the dtype of ``w`` [CO, CI, R, S],
+    which is channels_last. Stride 2, R and S at most 8. NaN wins, as in PyTorch's pool.
 
     Returns [N, CO, P', Q'], channels_last, in the dtype of ``w``. Raises ValueError for anything else, RuntimeError
     where nothing can execute the kernels.
@@ -293,7 +293,7 @@ def conv_pool(
 
 
 class _Launches(NamedTuple):
-    """Of one stem: what packs, what convolves and pools, and the layouts of the packed image and filter and of ``y``."""
+    """Of one stem: what packs, what convolves and pools; the layouts of the packed image and filter, and of ``y``."""
 
     pack: Recipe
     pool: Recipe
@@ -327,7 +327,11 @@ def _launches(x: Layout, w: Layout, geometry: Geometry, eps: float, tf32: bool, 
         **{"P": problem.p, "Q": problem.q, "rows": rows, "columns": columns},
         **{"pooled_h": pooled_h, "pooled_w": pooled_w, "tiles_h": tiles_h, "tiles_w": tiles_w},
         **{"eps": eps, "CO": problem.co, "R": problem.r, "S": problem.s, "SIDE": SIDE},
-        **{"INT64": packed * PIXEL >= 2**31 or span(y) >= 2**31, "PRECISION": precision(problem), "blocks": blocks(tile)},
+        **{
+            "INT64": packed * PIXEL >= 2**31 or span(y) >= 2**31,
+            "PRECISION": precision(problem),
+            "blocks": blocks(tile),
+        },
     }
     grid = (problem.n * tiles_h * tiles_w * (filters // tile.block_n),)
     vectors = {f"{name}_ptr": Vector(f"norm.{name}", (problem.co,)) for name in ("mean", "var", "gamma", "beta")}

@@ -38,7 +38,8 @@ class TileConfig:
 
     ``max_registers`` per thread: without it, the compiler weighs spilling a few against one more program at a time.
     ``box``: the images, rows and columns that the ``block_m`` pixels of a convolution's tile are, for TMA to load;
-    None: they follow each other, and every thread gathers its own.
+    None: they follow each other, and every thread gathers its own. ``splits``: how many programs share the sum that a
+    tile of ``conv_forward`` is; a second launch adds up their parts.
     """
 
     block_m: int
@@ -48,6 +49,7 @@ class TileConfig:
     num_stages: int = 3
     max_registers: int | None = None
     box: tuple[int, int, int] | None = None
+    splits: int = 1
 
     @property
     def options(self) -> dict[str, Any]:

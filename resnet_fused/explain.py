@@ -118,9 +118,10 @@ class Explanation:
             launches, seconds = list(rest), sum(x.seconds for x in rest)
             for problem, plan in plans:
                 chosen = way or plan.implementation
-                unit = roofline.predict(problem, chosen, plan.tiles if chosen == "fused" else Tiles())
+                tiles = plan.tiles if chosen == "fused" else Tiles()
+                unit = roofline.predict(problem, chosen, tiles)
                 launches += unit
-                seconds += waited(problem, chosen, sum(x.seconds for x in unit))
+                seconds += waited(problem, chosen, sum(x.seconds for x in unit), tiles)
             return Total(road, beside.n, len(launches), sum(x.bytes for x in launches), seconds)
 
         products = (x.flops for p, _ in plans for x in roofline.predict(p, "fused", Tiles()))

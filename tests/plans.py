@@ -11,7 +11,7 @@ from resnet_fused.plan.decide import decide
 from resnet_fused.plan.problem import Problem
 
 ARCHITECTURES = (80, 89, 90, 100, 120)
-BATCHES = {"inference": (1, 32), "training": (128,)}
+BATCHES = {"inference": (1, 32), "frozen": (1,), "training": (128,)}
 
 
 def path(arch: int) -> Path:

@@ -81,6 +81,8 @@ def test_every_kernel_is_checked_in_every_number_format():
     convolutions = {
         "conv_forward",
         "conv_forward, boxes",
+        "conv_forward, split",
+        "conv_forward, wide",
         "conv_forward_moments",
         "conv_pool",
         "conv_dgrad",

@@ -17,7 +17,7 @@ from resnet_fused.commands import cost_inductor
 from resnet_fused.commands.cost_inductor import Unavailable, fill_in
 from resnet_fused.commands.tune import find_problems
 from resnet_fused.commands.tune_trial import Candidate, rehearse
-from resnet_fused.plan import roofline
+from resnet_fused.plan import decide, roofline
 from resnet_fused.plan.problem import Problem
 
 LAYER = Problem(
@@ -75,7 +75,7 @@ def test_bytes_of_a_fused_unit_are_the_compulsory_ones_and_batch_norms_vectors(r
 def test_times_are_the_plans(reports):
     unit = next(unit for unit in reports[0]["units"] if unit["layer"] == "3x3 64->64 of 32x8x8")
     problem = replace(LAYER, n=32, h=8, w=8, co=64)
-    (launch,) = roofline.predict(problem, "fused", roofline.best_tiles(problem))
+    (launch,) = roofline.predict(problem, "fused", decide.best_tiles(problem))
     assert unit["predicted"] == [vars(launch)]
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import prod
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.shapes import layers
+from resnet_fused.commands.tune_trial import Candidate, rehearse
 from resnet_fused.engine import forward, reference
 from resnet_fused.kernels import conv_box, conv_dgrad, conv_forward, conv_wgrad
 from resnet_fused.kernels.gpus import ARCHITECTURES, gpu_of
@@ -96,7 +99,7 @@ def test_every_plan_is_pure_and_legal(problem):
     assert first.seconds == predicted[first.implementation]
     assert list(predicted.values()) == sorted(predicted.values())
     assert min(predicted.values()) > 0
-    waits = {way: decide.waited(problem, way, seconds) for way, seconds in predicted.items()}
+    waits = {way: decide.waited(problem, way, seconds, first.tiles) for way, seconds in predicted.items()}
     assert waits[first.implementation] == min(waits.values())
     assert first.implementation == first.alternatives[0][0] or "keep the host longer" in first.reason
     assert {way for way, _ in first.alternatives} == {"fused", "mixed", "eager"}
@@ -235,7 +238,11 @@ def test_problems_are_recorded_as_they_are_planned():
 
 def test_tiles_survive_the_operators_schema():
     wgrad = conv_wgrad.WgradConfig(TileConfig(64, 32, 32, num_stages=2), 7)
-    for tiles in (Tiles(), Tiles(dgrad=TileConfig(16, 32, 64, 4, 3, 255)), Tiles(TileConfig(16, 16, 16), None, wgrad)):
+    for tiles in (
+        Tiles(),
+        Tiles(dgrad=TileConfig(16, 32, 64, 4, 3, 255)),
+        Tiles(TileConfig(16, 16, 16, splits=5), None, wgrad),
+    ):
         assert Tiles.decode(tuple(tiles.encode())) == tiles
 
 
@@ -275,6 +282,104 @@ def test_boxes_are_chosen_and_the_reason_says_so():
     assert raw.tiles == Tiles()
     assert "pixels gathered, since its input is normalised" in raw.reason
     assert "pixels" not in decide.decide(replace(layer, arch=80)).reason
+
+
+DEEP = Problem(
+    *(1, 7, 7, 512, 512, 3, 3, (1, 1), (1, 1), (1, 1), 1, torch.bfloat16, False, False, 90, "frozen", True),
+)
+"""On an H100 a launch of 8 programs, each of which walks through 72 steps."""
+
+
+def test_sums_are_split_where_a_second_launch_pays():
+    assert decide.best_tiles(DEEP).splits > 1
+    for direction in ("inference", "training"):
+        assert decide.best_tiles(replace(DEEP, direction=direction)).splits == 1, direction
+    # Of a slow GPU the host does not wait for the second launch.
+    wide = replace(DEEP, ci=1024, co=1024, arch=89, direction="inference")
+    assert decide.best_tiles(wide).splits > 1
+    assert decide.best_tiles(replace(DEEP, n=256)).splits == 1
+    assert decide.best_tiles(replace(DEEP, r=1, s=1, padding=(0, 0), ci=64)).splits == 1
+
+
+def test_the_host_waits_for_every_launch_of_a_unit():
+    split = Tiles(forward=TileConfig(64, 64, 64, splits=2))
+    waits = [decide.waited(replace(DEEP, direction="inference"), "fused", 1e-6, tiles) for tiles in (Tiles(), split)]
+    assert waits == [decide.HOST_SECONDS["fused"], decide.HOST_SECONDS["fused"] + decide.HOST_SPLIT_SECONDS]
+    assert decide.waited(replace(DEEP, direction="inference"), "eager", 1e-6, split) == decide.HOST_SECONDS["eager"]
+    assert decide.waited(DEEP, "fused", 1e-6, split) == 1e-6
+
+
+def test_both_launches_of_a_split_sum_are_predicted_and_their_bytes_are_those_that_run():
+    tiles = Tiles(forward=TileConfig(64, 64, 64, splits=8))
+    product, total = roofline.predict(DEEP, "fused", tiles)
+    calls, _ = rehearse(DEEP, Candidate("fused", tiles))
+    first, second = (call.cost() for call in calls)
+    assert (product.kernel, total.kernel) == ("conv_forward", "conv_forward_sum")
+    assert (product.flops, product.bytes) == (first.flops, first.bytes_read + first.bytes_written)
+    vectors = 4 * 4 * DEEP.co
+    assert (total.flops, total.bytes) == (second.flops, second.bytes_read + second.bytes_written - vectors)
+    assert roofline.programs(DEEP, tiles) == prod(calls[0].grid) == 64
+
+
+def test_what_l2_can_not_keep_of_the_parts_takes_memory_twice():
+    tiles = Tiles(forward=TileConfig(64, 64, 64, splits=8))
+    for images, bound in ((64, "l2"), (2048, "memory")):
+        large = replace(DEEP, n=images)
+        _, total = roofline.predict(large, "fused", tiles)
+        assert total.bound == bound
+    from_memory = (total.bytes - 50e6) / (3350e9 * roofline.MEMORY_OF_PEAK)
+    assert total.seconds == pytest.approx(from_memory + roofline.LAUNCH_SECONDS)
+
+
+def resnet50_at_batch_1(direction: str) -> list[Problem]:
+    return [
+        Problem(
+            *(1, layer.height, layer.width, layer.in_channels, layer.out_channels, layer.kernel, layer.kernel),
+            *((layer.stride,) * 2, (layer.padding,) * 2, (1, 1), layer.groups, torch.bfloat16),
+            *(False, False, 90, direction, False),
+        )
+        for layer in dict.fromkeys(layers("resnet50"))
+    ]
+
+
+@pytest.mark.parametrize("direction", ["inference", "frozen"])
+def test_at_batch_1_half_of_an_h100_has_a_program_or_the_plan_says_why_not(direction):
+    for problem in resnet50_at_batch_1(direction):
+        plan = decide.decide(problem)
+        (call, *_), _ = rehearse(problem, Candidate("fused", plan.tiles))
+        programs = prod(call.grid)
+        assert programs == roofline.programs(problem, plan.tiles)
+        if plan.implementation == "fused" and programs < 66:
+            assert f"{programs} programs on 132 multiprocessors, since" in plan.reason, plan.reason
+        else:
+            assert "since no split" not in plan.reason
+
+
+def test_every_layer_of_more_than_a_step_can_be_split_over_an_h100():
+    single = 0
+    for problem in resnet50_at_batch_1("frozen"):
+        counts = [roofline.programs(problem, tiles) for tiles in roofline.choices(problem)]
+        single += max(counts) < 66
+        assert max(counts) >= 66 or conv_forward.steps(problem, conv_forward.default_config(problem)) == 1
+    assert single == 1, "1x1 64->64 of 56x56 pixels"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({}, "sums split in 8, for 64 programs on 132 multiprocessors, since more are not predicted to be faster"),
+        ({"direction": "inference"}, "8 programs on 132 multiprocessors, since a second launch would keep the host"),
+        ({"direction": "training"}, "programs on 132 multiprocessors, since sums are split in inference alone"),
+        ({"ci": 128, "r": 1, "s": 1, "padding": (0, 0)}, "since no split sum is predicted to be faster"),
+        ({"ci": 64, "r": 1, "s": 1, "padding": (0, 0)}, "since each sum is a single step, which leaves nothing to"),
+        ({"n": 256}, ""),
+    ],
+)
+def test_the_reason_tells_how_a_few_programs_fill_a_gpu(change, told):
+    problem = replace(DEEP, **change)
+    reason = decide._spread(problem, decide.best_tiles(problem))
+    assert told in reason
+    assert told or not reason
 
 
 def seconds(problem: Problem, way: str) -> float:

@@ -15,8 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 import resnet_fused
 from resnet_fused import Bottleneck, fuse, implementation, optimize_for_inference
+from resnet_fused.kernels.conv import Geometry
 from resnet_fused.kernels.conv_forward import conv_forward
-from resnet_fused.kernels.launch import Call, observe
+from resnet_fused.kernels.launch import Call, TileConfig, observe
 from tests.rule import assert_within_rule
 from tests.training import DEVICE, check, draw, step
 from tests.zoo import randomise_norms
@@ -88,6 +89,24 @@ def test_unaligned_slices(slice_and_filter):
     again = channels_last(x.clone())  # the same kernel, specialised for aligned tensors
     assert_within_rule(conv_forward(again, w), F.conv2d(x, w), F.conv2d(x.double(), w.double()))
     assert torch.equal(conv_forward(x, w), conv_forward(x, w))
+
+
+def test_a_split_sum():
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float16
+    x, w = channels_last(torch.randn(1, 64, 7, 7).to(dtype)), channels_last(torch.randn(64, 64, 3, 3).to(dtype))
+    split = partial(conv_forward, x, w, geometry=Geometry(padding=(1, 1)), config=TileConfig(64, 64, 64, splits=4))
+    eager, exact = F.conv2d(x, w, padding=1), F.conv2d(x.double(), w.double(), padding=1)
+    expected = split()
+    assert_within_rule(expected, eager, exact)
+    assert torch.equal(split(), expected)
+    if DEVICE == "cuda":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = split()
+        for _ in range(2):
+            found.fill_(float("nan"))
+            graph.replay()
+            assert torch.equal(found, expected)
 
 
 @gpu

@@ -448,6 +448,11 @@ def test_a_frozen_unit_may_be_cudnns(residual, dtype, monkeypatch):
     assert trial.ratio(candidate) > 1
 
 
+DEEP = {"direction": "inference", "prologue": False, "ci": 512, "co": 512}
+WIDE = {
+    **{"direction": "inference", "prologue": False, "dtype": torch.bfloat16, "arch": 80, "gpu": ""},
+    **{"n": 256, "h": 28, "w": 28, "ci": 128, "co": 128},
+}
 MERGED = {"groups": 8, "ci": 128, "co": 128, "dtype": torch.bfloat16}
 
 
@@ -457,17 +462,22 @@ def test_candidates_are_legal_and_distinct():
         {"dtype": torch.bfloat16, "ci": 256, "co": 512},
         {"groups": 4},
         {"direction": "inference"},
+        DEEP,
+        WIDE,
         MERGED,
     ):
         p = problem(**change)
         ways = candidates(p)
-        assert len(set(ways)) == len(ways) > 5
+        assert len(set(ways)) == len(set(map(str, ways))) == len(ways) > 5
         assert ways[0] == Candidate("fused")
         assert {way.implementation for way in ways} == {"fused", "mixed", "eager"}
         for way in ways:
             tiles = (way.tiles.forward, way.tiles.dgrad, way.tiles.wgrad and way.tiles.wgrad.tile)
             tuned._rehearse(way.tiles, p)  # so that what wins can be kept
             assert all(tuned.legal(tile, p) and tile.num_stages >= 2 for tile in tiles if tile is not None)
+        assert any(way.tiles.splits > 1 for way in ways) == (p.direction == "inference" and p.n == 1)
+        eight_warps = [way for way in ways if "8 warps" in str(way) and "boxes" not in str(way)]
+        assert bool(eight_warps) == (change is WIDE)
         # The default is tried as such, first of all.
         assert conv_wgrad.default_config(replace(p, prologue=True)) not in {way.tiles.wgrad for way in ways}
 
@@ -505,17 +515,20 @@ def test_candidates_that_do_not_compile_are_told_apart(monkeypatch):
         compile_all.close()
 
 
-def test_nothing_is_compiled_side_by_side_with_itself(monkeypatch):
+@pytest.mark.parametrize("unit", [problem(), problem(**DEEP)], ids=["training", "split"])
+def test_nothing_is_compiled_side_by_side_with_itself(unit):
     """The default tiles come first, alone; candidates that differ in splits alone, from one process."""
     compile_all = Compilers(["nothing runs"])
     compile_all.runners = [Compiler() for _ in range(4)]
-    ways = candidates(problem())
-    assert compile_all(problem(), ways) == {}
+    Compiler.log.clear()
+    ways = candidates(unit)
+    assert compile_all(unit, ways) == {}
     assert [event[1:] for event in Compiler.log[:2]] == [("begins", ways[0]), ("ends", ways[0])]
     compiled = [(compiler, way) for compiler, event, way in Compiler.log if event == "ends"]
     by_tile = {}
     for compiler, way in compiled:
-        tile = way.tiles.forward, way.tiles.dgrad, way.tiles.wgrad and way.tiles.wgrad.tile
+        forward = way.tiles.forward and replace(way.tiles.forward, splits=min(way.tiles.forward.splits, 2))
+        tile = forward, way.tiles.dgrad, way.tiles.wgrad and way.tiles.wgrad.tile
         by_tile.setdefault(tile, set()).add(compiler)
     fused = [way for way in ways if way.implementation == "fused"]
     assert len(compiled) == len(fused)

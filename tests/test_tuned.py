@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from resnet_fused import BasicBlock, fuse, implementation, trace
+from resnet_fused.kernels import conv_box, conv_forward
 from resnet_fused.kernels.conv_wgrad import WgradConfig
 from resnet_fused.kernels.launch import TileConfig
 from resnet_fused.plan import cache, checked, decide, tuned
@@ -109,9 +110,10 @@ def test_the_cache_directory(own, xdg, monkeypatch, tmp_path):
     assert cache.cache_dir() == tmp_path / expected
 
 
-def document(change) -> str:
+def document(*changes) -> str:
     content = json.loads(tuned.render(Table(GPU, (ENTRY,))))
-    change(content)
+    for change in changes:
+        change(content)
     return json.dumps(content)
 
 
@@ -170,7 +172,17 @@ BAD = {
     "no split": (lambda: document(put("entries", 0, "tiles", 29, 0)), "has 0 splits; legal are 1 to 264"),
     "less than no split": (lambda: document(put("entries", 0, "tiles", 29, -5)), "has -5 splits"),
     "splits without end": (lambda: document(put("entries", 0, "tiles", 29, 10**6)), "has 1000000 splits"),
-    "splits of the forward": (lambda: document(put("entries", 0, "tiles", 9, 2)), "not to be told from"),
+    "splits of a forward with moments": (lambda: document(put("entries", 0, "tiles", 9, 2)), "is not legal"),
+    "splits of boxes": (
+        lambda: document(of_inference, put("entries", 0, "tiles", slice(6, 10), [1, 8, 8, 2])),
+        "not legal",
+    ),
+    "splits of no step": (
+        lambda: document(of_inference, put("entries", 0, "tiles", 9, 37)),
+        "config.splits must be .* 36; got",
+    ),
+    "no split of the forward": (lambda: document(of_inference, put("entries", 0, "tiles", 9, 0)), "has 0 splits"),
+    "splits of the input's gradient": (lambda: document(put("entries", 0, "tiles", 19, 2)), "not to be told from"),
     "a tile without rows": (lambda: document(put("entries", 0, "tiles", 0, 0)), "not to be told from"),
     "rows of an odd number": (lambda: document(put("entries", 0, "tiles", 0, 48)), "is not legal"),
     "rows below a tensor core's": (lambda: document(put("entries", 0, "tiles", 0, 8)), "is not legal"),
@@ -199,7 +211,11 @@ def filter_of(size: int):
 def merged_groups(content) -> None:
     """Groups of 16 channels share a tile of 32, which a block_k of 16 does not hold."""
     content["entries"][0]["problem"] |= {"groups": 8}
-    content["entries"][0]["tiles"] = [64, 64, 16, 4, 3] + 25 * [0]
+    content["entries"][0]["tiles"] = [64, 64, 16, 4, 3, 0, 0, 0, 0, 1] + 20 * [0]
+
+
+def of_inference(content) -> None:
+    content["entries"][0]["problem"] |= {"direction": "inference", "prologue": False}
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -224,11 +240,25 @@ def test_limits_are_legal():
     for tile in (TileConfig(16, 256, 16, num_stages=1), TileConfig(256, 16, 16, num_stages=8, max_registers=255)):
         entry = replace(ENTRY, tiles=Tiles(tile, tile, WgradConfig(tile, 264)))
         assert tuned.parse(tuned.render(Table(GPU, (entry,))), GPU).entries == (entry,)
+    split = replace(ENTRY, problem=replace(PROBLEM, direction="frozen", prologue=False))
+    split = replace(split, tiles=Tiles(TileConfig(64, 64, 32, splits=36)))
+    assert tuned.parse(tuned.render(Table(GPU, (split,))), GPU).entries == (split,)
     steady = replace(ENTRY, spread=0.0)
     assert tuned.parse(tuned.render(Table(GPU, (steady,))), GPU).entries == (steady,)
     large = replace(ENTRY, problem=replace(PROBLEM, n=2**31 - 1))
     assert tuned.parse(tuned.render(Table(GPU, (large,))), GPU).lookup(PROBLEM) == large
     assert Table(GPU, (large,)).lookup(replace(PROBLEM, n=0)) == large, "an empty batch has a plan too"
+
+
+def test_eight_warps_are_legal_for_the_wide_tiles_of_the_forward_and_of_boxes():
+    a100 = replace(PROBLEM, n=256, gpu="", arch=80, prologue=False, direction="inference")
+    (wide,) = conv_forward.wide_tiles(a100)
+    assert tuned.legal(wide, a100)
+    for other in (replace(wide, block_m=128), replace(wide, block_k=64), replace(wide, num_warps=2)):
+        assert not tuned.legal(other, a100)
+    h100 = replace(a100, arch=90)
+    assert not tuned.legal(wide, h100)
+    assert tuned.legal(next(tile for tile in conv_box.tiles(h100) if tile.num_warps == 8), h100)
 
 
 def test_nobody_sees_the_rehearsal():

@@ -6,7 +6,7 @@ import copy
 import math
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from typing import Any
@@ -22,11 +22,11 @@ from resnet_fused.kernels import conv_box
 from resnet_fused.kernels.batch_norm import batch_norm_apply, batch_norm_stats, channel_moments, merge_moments
 from resnet_fused.kernels.conv import ConvProblem, Geometry, output_size
 from resnet_fused.kernels.conv_dgrad import conv_dgrad
-from resnet_fused.kernels.conv_forward import conv_forward, conv_forward_moments
+from resnet_fused.kernels.conv_forward import conv_forward, conv_forward_moments, default_config, steps, wide_tiles
 from resnet_fused.kernels.conv_pool import POOL
 from resnet_fused.kernels.conv_wgrad import conv_wgrad
 from resnet_fused.kernels.epilogue import Norm, Residual
-from resnet_fused.kernels.launch import TileConfig, target_arch
+from resnet_fused.kernels.launch import INTERPRETER, TileConfig, target_arch
 from resnet_fused.kernels.norm_backward import batch_norm_backward, batch_norm_coefs, batch_norm_reduce, merge_sums
 from resnet_fused.modules import BasicBlock, Bottleneck, PaddedShortcut
 from resnet_fused.plan.problem import Request, Tiles
@@ -105,6 +105,11 @@ CONV_BOX = (
     *(("middle", "moments"), ("wide", ""), ("strided", "moments"), ("widening", "moments")),
     *(("projection", ""), ("expand", "residual"), ("last", "padded residual"), ("last", "moments")),
 )
+CONV_SPLIT = (
+    *(("stem", ""), ("groups", ""), ("wide groups", ""), ("strided", "residual")),
+    *(("deep", "residual"), ("last", "padded residual")),
+)
+CONV_WIDE = (("wide", ""), ("expand", "residual"), ("last", "padded residual"), ("last", "moments"))
 CONV_MOMENTS = (
     *(("stem", ""), ("reduce", ""), ("projection", ""), ("middle", "prologue"), ("expand", "prologue")),
     *(("groups", "prologue"), ("wide groups", "prologue"), ("strided", "prologue"), ("deep", "prologue")),
@@ -296,7 +301,9 @@ def _check_conv_forward(layer: CheckLayer, variant: str, draw: Draw) -> Comparis
 def _check_conv_pool(layer: CheckLayer, variant: str, draw: Draw) -> Comparison:
     """Inference: a stem up to its pool, in two launches; in one less where tensor cores do not multiply fp32."""
     x, w = draw.activations(layer.input), draw.filter(layer)
-    norm = Norm(draw.normal(layer.co), draw.uniform(0.5, 1.5, layer.co), draw.signs(layer.co), draw.normal(layer.co), 1e-5)
+    norm = Norm(
+        draw.normal(layer.co), draw.uniform(0.5, 1.5, layer.co), draw.signs(layer.co), draw.normal(layer.co), 1e-5
+    )
     fused = Convolution(layer.geometry, True, Tiles())
 
     def ours() -> Results:
@@ -311,11 +318,16 @@ def _check_conv_pool(layer: CheckLayer, variant: str, draw: Draw) -> Comparison:
     return Comparison(ours, expected)
 
 
-def _check_conv_box(layer: CheckLayer, variant: str, draw: Draw) -> Comparison:
-    """By boxes, in every tile that may be chosen; gathered, where the GPU has no TMA."""
+def _check_conv_tiles(
+    tiles: Callable[[ConvProblem], list[TileConfig]], layer: CheckLayer, variant: str, draw: Draw
+) -> Comparison:
+    """In each of the ``tiles``; without any, in that of the launcher."""
     x, w, residual = draw.activations(layer.input), draw.filter(layer), _residual(layer, variant, draw)
     product: dict[str, Any] = {"geometry": layer.geometry, "tf32": draw.tf32}
-    configs = {str(tile): {"config": tile, **product} for tile in _box_tiles(layer, draw)}
+    sizes = layer.n, *layer.size, layer.ci, layer.co, layer.taps, layer.taps
+    problem = ConvProblem(*sizes, *layer.geometry, draw.dtype, draw.tf32, False, target_arch())
+    chosen: list[TileConfig | None] = [*tiles(problem)] or [None]
+    configs = {str(tile): {"config": tile, **product} for tile in chosen}
 
     def ours() -> Results:
         if variant != "moments":
@@ -338,13 +350,24 @@ def _check_conv_box(layer: CheckLayer, variant: str, draw: Draw) -> Comparison:
     return Comparison(ours, expected)
 
 
-def _box_tiles(layer: CheckLayer, draw: Draw) -> list[TileConfig | None]:
-    if draw.device.type == "cpu":
+def _box_tiles(problem: ConvProblem) -> list[TileConfig]:
+    """Every one of boxes that may be chosen; none where the GPU has no TMA."""
+    if problem.arch == INTERPRETER:
         return [TileConfig(32, 16, 16, box=(2, 4, 4))]
-    n, ci, h, w = layer.input
-    sizes = n, h, w, ci, layer.co, layer.taps, layer.taps
-    problem = ConvProblem(*sizes, *layer.geometry, draw.dtype, draw.tf32, False, target_arch())
-    return [*conv_box.tiles(problem)] or [None]
+    return [*conv_box.tiles(problem)]
+
+
+def _split_tiles(problem: ConvProblem) -> list[TileConfig]:
+    """The launcher's with its sum split, evenly and not."""
+    tile = default_config(problem)
+    if problem.arch == INTERPRETER and problem.merged == 1:
+        tile = replace(tile, block_k=16)
+    return [replace(tile, splits=splits) for splits in (2, 3, 8) if splits <= steps(problem, tile)]
+
+
+def _wide_tiles(problem: ConvProblem) -> list[TileConfig]:
+    """Of 256 pixels, for which the interpreter has no use."""
+    return [*wide_tiles(problem)]
 
 
 def _check_conv_moments(layer: CheckLayer, variant: str, draw: Draw) -> Comparison:
@@ -591,7 +614,9 @@ def cases(device_type: str) -> list[CheckCase]:
     applied = ("", "residual", "normalised residual", "padded residual", "fixed statistics")
     families: list[tuple[str, Callable[..., Comparison], Iterable[tuple[str, str]], bool]] = [
         ("conv_forward", _check_conv_forward, CONV_FORWARD, True),
-        ("conv_forward, boxes", _check_conv_box, CONV_BOX, True),
+        ("conv_forward, boxes", partial(_check_conv_tiles, _box_tiles), CONV_BOX, True),
+        ("conv_forward, split", partial(_check_conv_tiles, _split_tiles), CONV_SPLIT, True),
+        ("conv_forward, wide", partial(_check_conv_tiles, _wide_tiles), CONV_WIDE, True),
         ("conv_pool", _check_conv_pool, [("stem", "")], True),
         ("conv_forward_moments", _check_conv_moments, CONV_MOMENTS, True),
         ("conv_dgrad", _check_conv_dgrad, CONV_DGRAD, True),

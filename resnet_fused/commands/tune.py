@@ -195,7 +195,8 @@ class Compilers:
 def _compiled(way: Candidate) -> tuple[Any, ...]:
     """What of a fused candidate the compiler sees."""
     tiles = way.tiles
-    return tiles.forward, tiles.dgrad, tiles.wgrad and tiles.wgrad.tile
+    forward = tiles.forward and replace(tiles.forward, splits=min(tiles.forward.splits, 2))
+    return forward, tiles.dgrad, tiles.wgrad and tiles.wgrad.tile
 
 
 def _forward(stream: Iterable[str], answers: queue.Queue[str | None]) -> None:
@@ -393,7 +394,7 @@ class _Tournament:
             reasons = "; ".join(f"{way}: {reason}" for way, reason in self.quarantined.items())
             raise Failure(f"no candidate came through: {reasons}")
         waits = {
-            way: CandidateTime(decide.waited(problem, way.implementation, timing.median), timing.spread)
+            way: CandidateTime(decide.waited(problem, way.implementation, timing.median, way.tiles), timing.spread)
             for way, timing in self.timings.items()
         }
         best = min(waits, key=lambda way: (waits[way].median, self.timings[way].median))

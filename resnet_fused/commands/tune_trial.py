@@ -16,12 +16,14 @@ from resnet_fused.engine.backward import Needs, UnitBackward, Wanted
 from resnet_fused.engine.forward import Convolution, Running
 from resnet_fused.engine.tolerance import deterministic, error_ratio, products, references
 from resnet_fused.engine.trace import Launch, trace
-from resnet_fused.kernels import conv_box, conv_dgrad, conv_forward, conv_wgrad
+from resnet_fused.kernels import conv_dgrad, conv_forward, conv_wgrad
 from resnet_fused.kernels.batch_norm import batch_norm_apply
 from resnet_fused.kernels.conv_pool import POOL
+from resnet_fused.kernels.conv_wgrad import WgradConfig
 from resnet_fused.kernels.epilogue import Norm, Residual
 from resnet_fused.kernels.launch import Call, TileConfig, dry_run, observe
 from resnet_fused.kernels.norm_backward import batch_norm_reduce
+from resnet_fused.plan import roofline
 from resnet_fused.plan.problem import Problem, Tiles, Way
 from resnet_fused.plan.tuned import legal
 
@@ -51,22 +53,24 @@ class Candidate:
         return " ".join([self.implementation, *own])
 
 
-def _short(tile: Any) -> str:
-    splits = getattr(tile, "splits", None)
-    t: TileConfig = getattr(tile, "tile", tile)
+def _short(tile: TileConfig | WgradConfig) -> str:
+    t = tile.tile if isinstance(tile, WgradConfig) else tile
     text = f"{t.block_m}x{t.block_n}x{t.block_k} in {t.num_stages} stages"
+    text += f", {t.num_warps} warps" if t.num_warps != 4 else ""
     text += f", {t.max_registers} registers" if t.max_registers else ""
     text += ", boxes of " + "x".join(map(str, t.box)) if t.box else ""
-    return text if splits is None else f"{text}, {splits} splits"
+    return text if tile.splits == 1 else f"{text}, {tile.splits} splits"
 
 
 def candidates(problem: Problem) -> list[Candidate]:
     """Every way to try: fused with the default tiles first, then with one kernel's tile varied, then the others."""
-    found = [Candidate("fused")]
+    default, *others = roofline.choices(problem)
+    found = [Candidate("fused", default)]
     if problem.pooled:
         return [*found, Candidate("mixed"), Candidate("eager")]
     found += [Candidate("fused", Tiles(forward=t)) for t in _variants(conv_forward.default_config(problem), problem)]
-    found += [Candidate("fused", Tiles(forward=t)) for t in conv_box.tiles(problem)]
+    found += [Candidate("fused", Tiles(forward=t)) for t in conv_forward.wide_tiles(problem)]
+    found += [Candidate("fused", tiles) for tiles in others]
     if problem.direction == "training":
         behind = replace(problem, prologue=problem.r * problem.s == 1)
         dgrad = conv_dgrad.default_config(behind, epilogue=problem.prologue)

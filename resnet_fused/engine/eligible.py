@@ -384,7 +384,9 @@ def why_not_pooled(pool: nn.Module) -> str | None:
     """Why ``pool`` is not the one that kernels do behind a unit, or None."""
     if type(pool) is not nn.MaxPool2d:
         return f"the pool is {_named(pool)}, not torch.nn.MaxPool2d itself"
-    numbers = [value if isinstance(value, tuple) else (value, value) for value in (pool.kernel_size, pool.stride, pool.padding)]
+    numbers = [
+        value if isinstance(value, tuple) else (value, value) for value in (pool.kernel_size, pool.stride, pool.padding)
+    ]
     if numbers != [(size, size) for size in POOL] or pool.dilation not in (1, (1, 1)):
         return f"the pool is {pool}"
     if pool.ceil_mode or pool.return_indices:

@@ -100,7 +100,8 @@ def choose(
 ) -> Choice:
     """Who convolves an input of ``shape`` [N, CI, H, W] with a filter of ``w_shape`` on ``device``, and how.
 
-    ``direction``, ``prologue``, ``residual`` and ``pooled``: see :class:`Problem`. Measurements count where the GPU was tuned.
+    ``direction``, ``prologue``, ``residual`` and ``pooled``: see :class:`Problem`. Measurements count where the GPU was
+    tuned.
     """
     arch, gpu = decide.target(device)
     options = dtype, decide.tf32(dtype), prologue, arch, direction, residual, gpu, pooled

@@ -10,6 +10,7 @@ from functools import cache, lru_cache
 import torch
 
 from resnet_fused.kernels import conv_box, conv_pool
+from resnet_fused.kernels.gpus import gpu_of
 from resnet_fused.kernels.launch import INTERPRETER, KEPT_LAYOUTS, dry_target, interpreting
 from resnet_fused.plan import roofline
 from resnet_fused.plan.problem import Problem, Request, Tiles, Way
@@ -48,14 +49,34 @@ class Plan:
 HOST_SECONDS: dict[Way, float] = {"fused": 45e-6, "mixed": 75e-6, "eager": 45e-6}
 """What the host takes to launch a unit in inference, as ``python -m resnet_fused.benchmarks.host`` measured it without
 a GPU (docs/results.md): eager PyTorch's launches on one are not in it."""
+HOST_SPLIT_SECONDS = 10e-6
+"""What a fused unit takes the host longer where its sum is split, by the same command: a second launch, and memory for
+the parts."""
 
 
-def waited(problem: Problem, implementation: Way, seconds: float) -> float:
+def waited(problem: Problem, implementation: Way, seconds: float, tiles: Tiles) -> float:
     """``seconds`` of the GPU, or those of the host where it takes longer: in inference outside of a CUDA graph.
 
-    Not in a frozen model, which replays one; nor in training, where the batches are large as a rule.
+    Not in a frozen model, which replays one; nor in training, where the batches are large as a rule. ``tiles``: those
+    of the fused unit.
     """
-    return max(seconds, HOST_SECONDS[implementation]) if problem.direction == "inference" else seconds
+    if problem.direction != "inference":
+        return seconds
+    split = implementation == "fused" and tiles.splits > 1
+    return max(seconds, HOST_SECONDS[implementation] + split * HOST_SPLIT_SECONDS)
+
+
+def best_tiles(problem: Problem) -> Tiles:
+    """Those with which a fused unit's forward is predicted to be done first.
+
+    Of several, those that take the GPU less time, and where issuing does not bound them, those that issue less.
+    """
+
+    def order(tiles: Tiles) -> tuple[float, ...]:
+        seconds, slots = roofline.forward(problem, tiles)
+        return waited(problem, "fused", seconds, tiles), seconds, slots
+
+    return min(roofline.choices(problem), key=order)
 
 
 _ROADS: dict[Request, Way] = {"triton": "fused", "mixed": "mixed", "eager": "eager"}
@@ -71,7 +92,7 @@ def decide(problem: Problem, request: Request = "auto", table: Table | None = No
     if entry is not None and entry.implementation == "fused":
         tiles = entry.tiles
     else:
-        tiles = Tiles() if problem.arch == INTERPRETER else roofline.best_tiles(problem)
+        tiles = Tiles() if problem.arch == INTERPRETER else best_tiles(problem)
     alternatives = () if problem.arch == INTERPRETER else roofline.compare(problem, tiles)
     if request != "auto":
         return Plan(_ROADS[request], tiles, None, "forced", f"implementation({request!r}) is in force", alternatives)
@@ -79,7 +100,7 @@ def decide(problem: Problem, request: Request = "auto", table: Table | None = No
         return Plan(entry.implementation, tiles, entry.seconds, "tuned", entry.reason, alternatives)
     if not alternatives:
         return Plan("fused", tiles, None, "model", "the interpreter has no speed to predict", ())
-    best, seconds = min(alternatives, key=lambda way: (waited(problem, *way), way[1]))
+    best, seconds = min(alternatives, key=lambda way: (waited(problem, way[0], way[1], tiles), way[1]))
     return Plan(best, tiles, seconds, "model", _why(problem, best, alternatives[0][0], tiles), alternatives)
 
 
@@ -91,7 +112,8 @@ def _why(problem: Problem, best: Way, fastest: Way, tiles: Tiles) -> str:
         if problem.pooled:
             why = conv_pool.why_not(problem)
             return f"{reason}; the image is packed first" if why is None else f"{reason}; the pool stays apart: {why}"
-        return f"{reason}; {_road(problem, tiles)}" if problem.arch in conv_box.TILES else reason
+        told = (_road(problem, tiles) if problem.arch in conv_box.TILES else "", _spread(problem, tiles))
+        return "; ".join(filter(None, (reason, *told)))
     held_up = max(roofline.predict(problem, "fused", tiles), key=lambda launch: launch.seconds)
     return f"{reason}; fused: {held_up.kernel} {held_up.seconds * 1e6:.1f} us, bound by {held_up.bound}"
 
@@ -101,6 +123,27 @@ def _road(problem: Problem, tiles: Tiles) -> str:
     if tiles.forward is not None and tiles.forward.box is not None:
         return "pixels by boxes of " + "x".join(map(str, tiles.forward.box))
     return f"pixels gathered, since {conv_box.why_not(problem) or 'no box is predicted to be faster'}"
+
+
+def _spread(problem: Problem, tiles: Tiles) -> str:
+    """How the forward's programs are to fill the GPU, or why they do not; "" where they do without more ado."""
+    programs, whole = roofline.programs(problem, tiles), gpu_of(problem.arch, problem.gpu).multiprocessors
+    few = 2 * programs < whole
+    if tiles.splits > 1:
+        why = ", since more are not predicted to be faster" if few else ""
+        return f"sums split in {tiles.splits}, for {programs} programs on {whole} multiprocessors{why}"
+    if not few:
+        return ""
+    split = [roofline.forward(problem, other)[0] for other in roofline.choices(problem) if other.splits > 1]
+    if problem.direction == "training":
+        why = "sums are split in inference alone"
+    elif not split:
+        why = "each sum is a single step, which leaves nothing to split"
+    elif min(split) < roofline.forward(problem, tiles)[0]:
+        why = "a second launch would keep the host longer"
+    else:
+        why = "no split sum is predicted to be faster"
+    return f"{programs} programs on {whole} multiprocessors, since {why}"
 
 
 _records: list[list[Problem]] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal, get_args
 
@@ -43,8 +43,8 @@ class Problem(ConvProblem):
     ``direction``: "inference" (fixed statistics, no gradient); "frozen": that of a unit with a ReLU whose weights never
     change, so that batch norm may be folded into them; or "training": the forward and both gradients.
     ``prologue``: in training, the input is the raw output of the unit before, which is normalised on the way in.
-    ``residual``: in inference, one is added. ``pooled``: in inference, a ReLU and a 3x3/2 max pool with padding 1 follow.
-    ``gpu``: its name as PyTorch gives it, or "" for any of that architecture.
+    ``residual``: in inference, one is added. ``pooled``: in inference, a ReLU and a 3x3/2 max pool with padding 1
+    follow. ``gpu``: its name as PyTorch gives it, or "" for any of that architecture.
     """
 
     direction: str
@@ -78,6 +78,11 @@ class Tiles:
     dgrad: TileConfig | None = None
     wgrad: WgradConfig | None = None
 
+    @property
+    def splits(self) -> int:
+        """How many programs share the sum of one tile of the forward."""
+        return 1 if self.forward is None else self.forward.splits
+
     def encode(self) -> list[int]:
         """As integers, for the schema of an operator."""
         return [n for tile in (self.forward, self.dgrad, self.wgrad) for n in _encode(tile)]
@@ -95,17 +100,17 @@ _NO_TILE = [0] * _NUMBERS
 def _encode(tile: TileConfig | WgradConfig | None) -> list[int]:
     if tile is None:
         return _NO_TILE
-    t, splits = (tile.tile, tile.splits) if isinstance(tile, WgradConfig) else (tile, 0)
+    t = tile.tile if isinstance(tile, WgradConfig) else tile
     sizes = t.block_m, t.block_n, t.block_k, t.num_warps, t.num_stages, t.max_registers or 0
-    return [*sizes, *(t.box or (0, 0, 0)), splits]
+    return [*sizes, *(t.box or (0, 0, 0)), tile.splits]
 
 
 @lru_cache(maxsize=KEPT_LAYOUTS)
 def _decode(code: tuple[int, ...]) -> Tiles:
     tiles: list[TileConfig | None] = []
     for i in range(0, len(code), _NUMBERS):
-        m, n, k, warps, stages, registers, images, rows, columns, _ = code[i : i + _NUMBERS]
+        m, n, k, warps, stages, registers, images, rows, columns, splits = code[i : i + _NUMBERS]
         box = (images, rows, columns) if images else None
-        tiles.append(TileConfig(m, n, k, warps, stages, registers or None, box) if m else None)
+        tiles.append(TileConfig(m, n, k, warps, stages, registers or None, box, splits) if m else None)
     forward, dgrad, wgrad = tiles
-    return Tiles(forward, dgrad, None if wgrad is None else WgradConfig(wgrad, code[-1]))
+    return Tiles(forward, dgrad, None if wgrad is None else WgradConfig(replace(wgrad, splits=1), wgrad.splits))

@@ -23,6 +23,8 @@ LAUNCH_SECONDS = 2e-6
 """From the end of a kernel to the start of the next, with its ramp up and down."""
 SHARED_BYTES_PER_CLOCK = 128
 """Of a multiprocessor's shared memory (CUDA C++ Programming Guide: 32 banks of 4 bytes)."""
+PART_BYTES = 4
+"""Of an element of a split sum's parts."""
 CUDNN_TILE = (128, 64)
 CUDNN_FULL_COLUMNS = 256
 """Of the wide instructions of sm_90 and sm_100, which read both factors from shared memory: a narrower tile multiplies
@@ -55,8 +57,8 @@ ISSUE_SLOTS = {
     },
 }
 
-# The same of the whole of conv_pool, whose loop is short and unrolled, for 64 channels: its instructions, over the cycles
-# of its product.
+# The same of the whole of conv_pool, whose loop is short and unrolled, for 64 channels: all of its instructions over the
+# cycles of its product.
 POOL_SLOTS = {80: 1.004, 86: 0.516, 89: 0.258, 90: 1.911, 100: 3.964, 120: 0.254}
 
 PREDICTED: tuple[Way, ...] = ("fused", "mixed", "eager")
@@ -108,16 +110,23 @@ def predict(problem: Problem, implementation: Way, tiles: Tiles) -> tuple[Predic
     return tuple(model.mixed() if implementation == "mixed" else model.eager())
 
 
-def best_tiles(problem: Problem) -> Tiles:
-    """Those with which a fused unit's forward is predicted to be fastest: the kernel's own, or one of boxes.
-
-    Where neither issuing bounds, the one that issues less.
-    """
+def choices(problem: Problem) -> list[Tiles]:
+    """Those that a fused unit's forward has: the kernel's own, boxes, and in inference sums that are split."""
     if problem.pooled and conv_pool.why_not(problem) is None:
-        return Tiles()
-    candidates = [Tiles(), *(Tiles(forward=tile) for tile in conv_box.tiles(problem))]
-    models = [_Model(problem, tiles) for tiles in candidates]
-    return min(models, key=lambda model: (model.forward().seconds, model.slots(model.forward_kernel))).tiles
+        return [Tiles()]
+    split = () if problem.direction == "training" else conv_forward.split_tiles(problem)
+    return [Tiles(), *(Tiles(forward=tile) for tile in (*conv_box.tiles(problem), *split))]
+
+
+def forward(problem: Problem, tiles: Tiles) -> tuple[float, float]:
+    """Predicted seconds of a fused unit's forward, and the issue slots of its main loop per tensor cycle."""
+    model = _Model(problem, tiles)
+    return sum(launch.seconds for launch in model.forward()), model.slots(model.forward_kernel)
+
+
+def programs(problem: Problem, tiles: Tiles) -> int:
+    """How many compute the product of a fused unit's forward."""
+    return _Model(problem, tiles).forward_work().programs
 
 
 def compare(problem: Problem, tiles: Tiles) -> tuple[tuple[Way, float], ...]:
@@ -185,12 +194,12 @@ class _Model:
             return self.pooled()
         forward = self.forward()
         if p.direction != "training":
-            return [forward, *self.pool()]
+            return [*forward, *self.pool()]
         wide = p.r * p.s > 1  # then the filter's gradient keeps dy for the input's
         wgrad = 2 * b.y + b.met + b.w + (b.y if wide else 0)
         dgrad = (b.y if wide else 2 * b.y) + b.w + b.x + (b.x if p.prologue else 0)
         return [
-            forward,
+            *forward,
             self.vectors("batch_norm_stats"),
             self.vectors("batch_norm_coefs"),
             self.triton("conv_wgrad", self.wgrad_work(), wgrad),
@@ -225,9 +234,18 @@ class _Model:
             return "conv_box"
         return "conv_forward, prologue" if self.problem.prologue else "conv_forward"
 
-    def forward(self) -> PredictedLaunch:
-        b = self.sizes
-        return self.triton(self.forward_kernel, self.forward_work(), b.met + b.w + b.y + self.residual)
+    def forward(self) -> list[PredictedLaunch]:
+        b, work = self.sizes, self.forward_work()
+        behind = b.y + self.residual
+        if self.tiles.splits == 1:
+            return [self.triton(self.forward_kernel, work, b.met + b.w + behind)]
+        parts = self.tiles.splits * self.problem.m * self.problem.co * PART_BYTES
+        kept = min(parts, int(self.gpu.l2_size * 1e6))
+        l2 = (parts + behind) / (self.gpu.l2 * 1e9)
+        return [
+            self.triton(self.forward_kernel, work, b.met + b.w + parts, kept),
+            self.longest("conv_forward_sum", 0, parts + behind, kept, l2=l2),
+        ]
 
     def slots(self, kernel: str) -> float:
         return ISSUE_SLOTS[kernel][self.gpu.arch][self.problem.r * self.problem.s > 1]
@@ -276,12 +294,12 @@ class _Model:
     def forward_work(self) -> _Work:
         p = self.problem
         tile = self.tiles.forward or conv_forward.default_config(p)
-        ci, co = p.tile_channels
-        taps = p.r * p.s
-        depth = _up(taps * ci, tile.block_k) if p.flat else taps * _up(ci, tile.block_k)
+        depth = _tiles(conv_forward.steps(p, tile), tile.splits) * tile.block_k
         pixels = _tiles(p.m, tile.block_m) if tile.box is None else conv_box.count(p, tile.box)
-        programs = pixels * _tiles(co, tile.block_n) * (p.groups // p.merged)
-        return self.work(programs, tile, depth)
+        programs = pixels * _tiles(p.tile_channels[1], tile.block_n) * (p.groups // p.merged) * tile.splits
+        work = self.work(programs, tile, depth)
+        part = tile.block_m * tile.block_n * PART_BYTES if tile.splits > 1 else 0
+        return replace(work, l2_bytes=work.l2_bytes + part)
 
     def dgrad_work(self, prologue: bool) -> _Work:
         p = self.problem
@@ -308,17 +326,18 @@ class _Model:
         read = _operand_rows(self.gpu.arch, tile) * depth * e
         return _Work(programs, rows * columns * depth, loaded, loaded + read)
 
-    def triton(self, kernel: str, work: _Work, size: int) -> PredictedLaunch:
+    def triton(self, kernel: str, work: _Work, size: int, kept: int = 0) -> PredictedLaunch:
         """``kernel``: which of :data:`ISSUE_SLOTS`."""
-        return self.product(kernel.removesuffix(", prologue"), work, size, self.slots(kernel))
+        return self.product(kernel.removesuffix(", prologue"), work, size, self.slots(kernel), kept)
 
-    def product(self, kernel: str, work: _Work, size: int, slots: float) -> PredictedLaunch:
+    def product(self, kernel: str, work: _Work, size: int, slots: float, kept: int = 0) -> PredictedLaunch:
         waves = _tiles(work.programs, self.gpu.multiprocessors)
         at_peak = waves * 2 * work.macs / (self.peak / self.gpu.multiprocessors)
         return self.longest(
             kernel,
             self.flops,
             size,
+            kept,
             tensor=at_peak / (self.efficiency * TRITON_OF_CUDNN),
             issue=at_peak * slots,
             shared=waves * work.shared_bytes / (SHARED_BYTES_PER_CLOCK * self.gpu.clock * 1e9),
@@ -340,8 +359,9 @@ class _Model:
     def vectors(self, kernel: str) -> PredictedLaunch:
         return self.longest(kernel, 0, 0)
 
-    def longest(self, kernel: str, flops: int, size: int, **resources: float) -> PredictedLaunch:
-        resources["memory"] = size / (self.gpu.memory * 1e9 * MEMORY_OF_PEAK)
+    def longest(self, kernel: str, flops: int, size: int, kept: int = 0, **resources: float) -> PredictedLaunch:
+        """``kept``: of the ``size``, what L2 keeps from one launch to the next."""
+        resources["memory"] = (size - kept) / (self.gpu.memory * 1e9 * MEMORY_OF_PEAK)
         bound, seconds = max(resources.items(), key=lambda item: item[1])
         return PredictedLaunch(
             kernel, flops, size, seconds + LAUNCH_SECONDS, bound if seconds > LAUNCH_SECONDS else "launch"

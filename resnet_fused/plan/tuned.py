@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from resnet_fused.kernels import conv_box
 from resnet_fused.kernels.conv_dgrad import conv_dgrad
-from resnet_fused.kernels.conv_forward import conv_forward
+from resnet_fused.kernels.conv_forward import conv_forward, wide_tiles
 from resnet_fused.kernels.conv_wgrad import conv_wgrad
 from resnet_fused.kernels.gpus import gpu_of
 from resnet_fused.kernels.launch import TileConfig, dry_run
@@ -265,7 +265,8 @@ def legal(tile: TileConfig, problem: Problem) -> bool:
     return (
         all(size >= 16 and size & (size - 1) == 0 for size in sizes)
         and max(tile.block_m, tile.block_n) <= 256
-        and tile.num_warps in ((4,) if tile.box is None else (4, 8))
+        and (tile.splits == 1 or (tile.box is None and problem.direction != "training"))
+        and (tile.num_warps == 4 or (tile.num_warps == 8 and tile.box is not None) or tile in wide_tiles(problem))
         and (tile.box is None or _boxes(tile.box, tile, problem))
         and 1 <= tile.num_stages <= 8
         and (tile.max_registers is None or 32 <= tile.max_registers <= 255)
@@ -285,9 +286,10 @@ def _rehearse(tiles: Tiles, problem: Problem) -> None:
     They check everything before they look at the images, of which there are none: nothing is launched.
     """
     p, gpu = problem, gpu_of(problem.arch)
-    # More would be partial filters in memory, and no programs that run at the same time.
-    if tiles.wgrad is not None and not 1 <= tiles.wgrad.splits <= 2 * gpu.multiprocessors:
-        raise ValueError(f"an entry has {tiles.wgrad.splits} splits; legal are 1 to {2 * gpu.multiprocessors}")
+    # More would be parts of sums in memory, and no programs that run at the same time.
+    for tile in (tiles.forward, tiles.wgrad):
+        if tile is not None and not 1 <= tile.splits <= 2 * gpu.multiprocessors:
+            raise ValueError(f"an entry has {tile.splits} splits; legal are 1 to {2 * gpu.multiprocessors}")
     product: dict[str, Any] = {"geometry": p.geometry, "tf32": p.tf32}
 
     def tensor(*shape: int) -> torch.Tensor:

@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterable, Iterator
 from functools import cache
 from hashlib import sha256
-from itertools import product
+from itertools import islice, product
 from math import gcd
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from benchmarks import shapes
 from resnet_fused import functional
 from resnet_fused.commands.tune_trial import Candidate, rehearse
 from resnet_fused.kernels import conv_box
+from resnet_fused.kernels.conv_forward import split_tiles, wide_tiles
 from resnet_fused.kernels.launch import Call, dry_run, observe
 from resnet_fused.plan.problem import Problem, Tiles
 
@@ -107,6 +108,7 @@ def _launched(arch: int) -> Iterator[Kernel]:
     for name in DTYPES:
         if name != "float16" or each_kind:
             yield from _calls(arch, name, MODELS, training=False)
+            yield from _tried(arch, name)
         if name == "bfloat16":
             yield from _calls(arch, name, TRAINED if each_kind else TRAINED[:3], training=True)
         elif name != "float16" and each_kind:
@@ -128,10 +130,28 @@ def _modelled(arch: int) -> Iterator[Kernel]:
             elif name in ("conv_dgrad", "conv_wgrad") and prologue:
                 yield Kernel(arch, "bfloat16", call, modelled=(name, taps))
         # Every tile that the plan or the tuner may choose.
-        for tile in conv_box.tiles(unit):
+        for tile in (*conv_box.tiles(unit), *wide_tiles(unit)):
             boxed, *_ = rehearse(unit, Candidate("fused", Tiles(forward=tile)))[0]
             square = (tile.block_m, tile.block_n) == (128, 128)
             yield Kernel(arch, "bfloat16", boxed, modelled=("conv_box", taps) if square else None)
+
+
+def _tried(arch: int, number_format: str) -> Iterator[Kernel]:
+    """What the plan or the tuner may take for the default tiles: wide ones, and sums of few images that are split.
+
+    In how many parts, no code depends on.
+    """
+    torch.backends.cudnn.allow_tf32 = number_format == "tf32"
+    layers = dict.fromkeys(layer for name in MODELS for layer in shapes.layers(name))
+    for batch, layer, residual in product(BATCHES, layers, (False, True)):
+        unit = Problem(
+            *(batch, layer.height, layer.width, layer.in_channels, layer.out_channels, layer.kernel, layer.kernel),
+            *((layer.stride,) * 2, (layer.padding,) * 2, (1, 1), layer.groups),
+            *(DTYPES[number_format], number_format == "tf32", False, arch, "frozen", residual),
+        )
+        for tile in (*islice(split_tiles(unit), 1), *wide_tiles(unit)):
+            calls, _ = rehearse(unit, Candidate("fused", Tiles(forward=tile)))
+            yield from (Kernel(arch, number_format, call) for call in calls)
 
 
 def _drawn(arch: int, draw: random.Random) -> Iterator[Kernel]:

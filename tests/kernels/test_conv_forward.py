@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
+from math import prod
 
 import pytest
 import torch
@@ -12,9 +14,16 @@ from torch import Tensor
 from resnet_fused.engine import reference
 from resnet_fused.kernels import conv_forward as module
 from resnet_fused.kernels.conv import ConvProblem, Geometry
-from resnet_fused.kernels.conv_forward import conv_forward, conv_forward_moments, default_config
+from resnet_fused.kernels.conv_forward import (
+    conv_forward,
+    conv_forward_moments,
+    default_config,
+    split_tiles,
+    steps,
+    wide_tiles,
+)
 from resnet_fused.kernels.epilogue import Norm, Residual
-from resnet_fused.kernels.launch import INTERPRETER, TileConfig, dry_run, observe
+from resnet_fused.kernels.launch import INTERPRETER, Cost, TileConfig, dry_run, observe
 from resnet_fused.kernels.memory import layout, pixel_stride
 from tests.rule import assert_within_rule
 
@@ -73,6 +82,7 @@ GEOMETRIES = {
     "every parameter differs by axis": layer(
         ci=18, co=20, size=(11, 8), filter=(3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2)
     ),
+    "dilated along rows": layer(ci=20, co=16, size=(9, 6), filter=(3, 2), dilation=(2, 1)),
     "no padding": layer(ci=16, co=16, size=(6, 9), filter=(2, 3)),
     "padding wider than the filter": layer(ci=16, co=16, size=(3, 4), filter=(2, 2), padding=(3, 3)),
     "5x5": layer(ci=16, co=16, size=(7, 6), filter=(5, 5), padding=(2, 2)),
@@ -303,15 +313,16 @@ def test_offsets_beyond_32_bits():
     residual = torch.as_strided(buffer, (1, 16, 1, 3), (3 * step, 1, 3 * step, step), 48)
     x.copy_(random(1, 16, 1, 3))
     residual.copy_(random(1, 16, 1, 3))
-    for taps in (1, 3):
+    for taps, config in ((1, None), (3, None), (3, TileConfig(16, 16, 16, splits=4))):
         w = random(16, 16, taps, taps, dtype=torch.float16)
         geometry = Geometry(padding=(taps // 2, taps // 2))
         seen = []
         with observe(seen.append):
-            conv_forward(x, w, geometry=geometry, residual=Residual(residual), out=out, relu=True)
+            conv_forward(x, w, geometry=geometry, residual=Residual(residual), out=out, relu=True, config=config)
         assert seen[0].arguments["form"].INT64
+        assert seen[-1] is seen[0] or seen[1].arguments["INT64"]
         near = Residual(channels_last(residual))
-        small = conv_forward(channels_last(x), w, geometry=geometry, residual=near, relu=True)
+        small = conv_forward(channels_last(x), w, geometry=geometry, residual=near, relu=True, config=config)
         assert torch.equal(out, small)
 
 
@@ -550,3 +561,151 @@ def test_moments_repeat_to_the_bit_and_cost_what_is_written():
         conv_forward(x, w, config=TILES[1])
     assert seen[-1].cost().bytes_written == y.nbytes
     assert seen[-1].cost().bytes_read == seen[0].cost().bytes_read
+
+
+SPLIT = TileConfig(16, 16, 16, splits=3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", sorted(set(GEOMETRIES) - {"1x1 with three channels", "1x1 padded", "one channel"}))
+def test_a_sum_is_split_wherever_its_steps_fall(name, dtype):
+    """Shares of different length, which begin and end within a tap, and of one step each."""
+    ci, co, size, taps, geometry = GEOMETRIES[name]
+    x, w = random(2, ci, *size, dtype=dtype), random(co, ci // geometry.groups, *taps, dtype=dtype)
+    tile = TileConfig(16, 32, 32 if geometry.groups > 2 else 16)
+    most = steps(problem_of(x, w, geometry), tile)
+    for splits in sorted({2, min(3, most), min(7, most), most}):
+        check(x, w, norm=random_norm(co), relu=True, config=replace(tile, splits=splits), geometry=geometry)
+
+
+def problem_of(x: Tensor, w: Tensor, geometry: Geometry) -> ConvProblem:
+    (n, ci, h, width), (co, _, r, s) = x.shape, w.shape
+    return ConvProblem(n, h, width, ci, co, r, s, *geometry, x.dtype, False, False, INTERPRETER)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("bias", "norm", "residual", "relu"), list(product((False, True), repeat=4)))
+def test_every_epilogue_follows_the_sum_of_all_parts(bias, norm, residual, relu, dtype):
+    x, w = random(2, 16, 5, 6, dtype=dtype), random(72, 16, 3, 3, dtype=dtype)
+    check(
+        x,
+        w,
+        geometry=SAME,
+        bias=random(72, dtype=dtype) if bias else None,
+        norm=random_norm(72) if norm else None,
+        residual=Residual(random(2, 72, 5, 6, dtype=dtype)) if residual else None,
+        relu=relu,
+        config=SPLIT,
+    )
+
+
+@pytest.mark.parametrize(("step", "before", "size"), [(2, 4, (9, 7)), (1, 6, (5, 4))])
+def test_a_padded_identity_is_added_to_a_split_sum(step, before, size):
+    p, q = (-(-s // step) for s in size)
+    check(
+        random(2, 16, p, q), random(20, 16, 3, 3), geometry=SAME, norm=random_norm(20), relu=True,
+        residual=Residual(random(2, 10, *size), step, before), config=SPLIT,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["3x3", "stem", "narrow groups"])
+def test_a_split_sum_of_normalised_inputs(name):
+    ci, co, size, taps, geometry = GEOMETRIES[name]
+    x, w = random(2, ci, *size), random(co, ci // geometry.groups, *taps)
+    config = TileConfig(16, 16, 32, splits=2)
+    check(x, w, prologue=(random(ci), random(ci) + 100), geometry=geometry, config=config)
+
+
+@pytest.mark.parametrize("name", MERGED)
+def test_what_is_not_finite_stays_in_its_group_when_split(name):
+    """A group apart from its tile, and only the taps of the split: the others are added by the others."""
+    ci, co, size, taps, geometry = GEOMETRIES[name]
+    x, w = random(2, ci, *size), random(co, ci // geometry.groups, *taps)
+    x[0, 5, 2, 2] = float("inf")
+    ours = conv_forward(x, w, geometry=geometry, config=TileConfig(16, 16, 32, splits=4))
+    eager = specification(x, w, geometry=geometry, dtype=x.dtype)
+    touched = ~eager.isfinite()
+    assert torch.equal(ours.isnan(), eager.isnan())
+    assert torch.equal(ours.isinf(), eager.isinf())
+    assert touched.any()
+    exact = specification(x, w, geometry=geometry, dtype=torch.float64)
+    assert_within_rule(*(t.masked_fill(touched, 0.0) for t in (ours, eager, exact)))
+
+
+@pytest.mark.parametrize("name", ["3x3 stride 2, odd size", "stem", "two groups", "depthwise"])
+def test_a_split_sum_touches_its_own_memory_alone(name, monkeypatch):
+    """Between guards, in buffers of NaN, of which every element is written; and twice to the same bits."""
+    ci, co, size, taps, geometry = GEOMETRIES[name]
+    x, w = random(2, ci, *size), random(co, ci // geometry.groups, *taps)
+    empty, buffers, config = torch.empty, [], TileConfig(16, 16, 32, splits=2)
+    want = conv_forward(x, w, geometry=geometry, config=config)
+
+    def guarded(*shape, **options):
+        buffers.append(torch.full((prod(shape) + 64,), 7.0, device=DEVICE))
+        return buffers[-1][32:-32].view(shape).fill_(float("nan"))
+
+    out = embed(torch.full_like(want, float("nan")), 7.0)
+    monkeypatch.setattr(module.torch, "empty", guarded)
+    got = conv_forward(embed(x, float("nan")), embed_flat(w, float("nan")), geometry=geometry, out=out, config=config)
+    monkeypatch.setattr(module.torch, "empty", empty)
+    assert got is out
+    assert torch.equal(got, want)
+    (parts,) = buffers
+    assert not parts.isnan().any()
+    assert (parts == 7.0).sum() == 64
+    storage = torch.as_strided(out, (out.untyped_storage().nbytes() // 4,), (1,), 0)
+    assert (storage == 7.0).sum() == storage.numel() - got.numel()
+
+
+def test_a_split_sum_takes_two_launches_and_counts_their_bytes():
+    x, w, seen = random(2, 16, 5, 6, dtype=torch.float16), random(72, 16, 3, 3, dtype=torch.float16), []
+    residual, norm = Residual(random(2, 72, 5, 6, dtype=torch.float16)), random_norm(72)
+    with observe(seen.append):
+        y = conv_forward(x, w, geometry=SAME, norm=norm, residual=residual, config=SPLIT)
+    parts = 3 * y.numel() * 4
+    product, total = (call.cost() for call in seen)
+    assert [call.kernel.__name__ for call in seen] == ["conv_forward_kernel", "conv_forward_sum_kernel"]
+    assert seen[0].grid == (4 * 5, 1, 3)
+    assert product == Cost(2 * y.numel() * 16 * 9, x.nbytes + w.nbytes, parts)
+    assert total == Cost(0, parts + 4 * 72 * 4 + residual.tensor.nbytes, y.nbytes)
+
+
+def test_no_images_are_not_split():
+    assert conv_forward(random(0, 16, 5, 5), random(20, 16, 3, 3), geometry=SAME, config=SPLIT).shape == (0, 20, 5, 5)
+
+
+@pytest.mark.parametrize("splits", [0, -1, 10])
+def test_splits_are_no_more_than_there_are_steps(splits):
+    with pytest.raises(ValueError, match=rf"config.splits must be at least 1 and at most .* are 9; got {splits}"):
+        conv_forward(random(1, 16, 4, 4), random(8, 16, 3, 3), geometry=SAME, config=replace(SPLIT, splits=splits))
+
+
+def test_only_gathered_sums_without_moments_are_split():
+    x, w = random(1, 16, 4, 4), random(16, 16, 3, 3)
+    with pytest.raises(ValueError, match=r"config.splits must be 1 for a tile of boxes; got 3"):
+        conv_forward(x, w, geometry=SAME, config=replace(SPLIT, box=(1, 4, 4)))
+    with pytest.raises(ValueError, match=r"config.splits must be 1 where moments are taken; got 3"):
+        conv_forward_moments(x, w, geometry=SAME, config=SPLIT)
+
+
+def test_a_split_sum_is_not_begun_for_vectors_that_its_end_would_refuse():
+    x, w, seen = random(1, 16, 4, 4), random(16, 16, 3, 3), []
+    with observe(seen.append), pytest.raises(ValueError, match="bias must be contiguous"):
+        conv_forward(x, w, geometry=SAME, bias=random(15), config=SPLIT)
+    assert not seen
+
+
+def test_a_wide_tile_is_the_widest_default_with_twice_the_pixels_and_warps():
+    widest = default_config(problem(arch=80, n=256))
+    assert list(wide_tiles(problem(arch=80, n=256))) == [replace(widest, block_m=256, num_warps=8)]
+    others = {"arch": 90}, {"arch": 100}, {"n": 1}, {"co": 64}, {"prologue": True}, {"dtype": torch.float32}
+    for change in others:
+        assert not list(wide_tiles(problem(**{"arch": 80, "n": 256, **change}))), change
+
+
+def test_splits_to_choose_from_fill_a_gpu():
+    deep = problem(n=1, h=7, w=7, ci=512, co=512)
+    assert [tile.splits for tile in split_tiles(deep)] == [2, 4, 8, 16, 32]
+    assert {replace(tile, splits=1) for tile in split_tiles(deep)} == {default_config(deep)}
+    assert [tile.splits for tile in split_tiles(problem(n=1, h=7, w=7, r=1, s=1, padding=(0, 0)))] == [2, 4]
+    assert not list(split_tiles(problem(n=256)))

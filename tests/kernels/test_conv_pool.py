@@ -1,4 +1,4 @@
-"""conv_pool against the fp64 reference: geometry, layouts, what PyTorch's pool does with numbers that are none, cost."""
+"""conv_pool against the fp64 reference: geometry, layouts, NaN and infinity as PyTorch's pool has them, cost."""
 
 from __future__ import annotations
 
@@ -80,7 +80,9 @@ def test_the_input_is_rounded_to_the_dtype_of_the_filter():
 @pytest.mark.parametrize("missing", ["gamma", "beta", "both"])
 def test_a_bias_and_norms_without_parameters(missing):
     norm = random_norm(16)
-    norm = norm._replace(gamma=norm.gamma if missing == "beta" else None, beta=norm.beta if missing == "gamma" else None)
+    norm = norm._replace(
+        gamma=norm.gamma if missing == "beta" else None, beta=norm.beta if missing == "gamma" else None
+    )
     check(random(1, 3, 16, 20), random(16, 3, 7, 7), norm, geometry=STEM, bias=random(16))
 
 

@@ -164,7 +164,8 @@ def test_the_loops_of_kernels_end_at_a_bound(path):
     ]
     loops = [node for function in functions for node in ast.walk(function) if isinstance(node, ast.For)]
     ends = [ast.unparse(loop.iter) for loop in loops if not ast.unparse(loop.iter).startswith("tl.static_range(")]
-    assert all(re.fullmatch(r"range\((0, )?bound\(.*\)(, BLOCK_T)?\)", end) for end in ends), ends
+    start, step = r"(0, |bound\(.*\), )?", r"(, BLOCK_T|, loop_unroll_factor=\d)?"
+    assert all(re.fullmatch(rf"(tl\.)?range\({start}bound\(.*\){step}\)", end) for end in ends), ends
 
 
 def test_a_dry_run_is_that_of_its_thread():
