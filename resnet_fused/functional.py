@@ -65,8 +65,8 @@ def conv_bn_act_pool(x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, pool: nn.Ma
     """``pool(relu(bn(conv(x))))``: a ResNet's stem.
 
     ``x``: as for :func:`conv_bn_act`. In evaluation mode without gradients it is two launches, the first of which packs
-    the image, if ``conv`` has stride 2 and at most 4 input channels, and ``pool`` is 3x3/2 with padding 1. Else ``pool``
-    itself runs behind :func:`conv_bn_act`. Raises what these raise.
+    the image, if ``conv`` has stride 2 and at most 4 input channels, and ``pool`` is 3x3/2 with padding 1. Else it is
+    :func:`conv_bn_act` with ``pool`` behind it. Raises what these raise.
     """
     _check(x, conv, bn, None)
     found = pooled_unit(x, conv, bn, pool)

@@ -57,7 +57,7 @@ ISSUE_SLOTS = {
     },
 }
 
-# The same of the whole of conv_pool, whose loop is short and unrolled, for 64 channels: all of its instructions over the
+# The same of the whole of conv_pool, whose loop is short and unrolled, for 64 channels: all its instructions over the
 # cycles of its product.
 POOL_SLOTS = {80: 1.004, 86: 0.516, 89: 0.258, 90: 1.911, 100: 3.964, 120: 0.254}
 
