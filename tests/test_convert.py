@@ -16,7 +16,7 @@ from torchvision.models.resnet import BasicBlock
 
 import resnet_fused
 from resnet_fused import explain, fuse, implementation, unfuse
-from resnet_fused.convert import ConvertedBlock, ConvertedSequential
+from resnet_fused.convert import ConvertedBlock, ConvertedSequential, ConvertedStem
 from tests import zoo
 
 pytestmark = pytest.mark.usefixtures("on_device")
@@ -548,3 +548,162 @@ def test_compiles_in_one_graph():
         want = model(x)
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(compiled(x), want)
+
+
+STEMS = {
+    "torchvision": small,
+    "timm": lambda: timm.create_model("resnet18", pretrained=False).eval(),
+    "Hugging Face": lambda: zoo.build("Hugging Face"),
+}
+
+
+def stems(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if isinstance(m, ConvertedStem)]
+
+
+def launched(model: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, list[str]]:
+    """The logits, and what was launched for them."""
+    with torch.no_grad(), implementation("triton"), resnet_fused.trace() as trace:
+        return zoo.logits(model, x), [launch.name for launch in trace.launches if launch.grid]
+
+
+@pytest.mark.parametrize("name", STEMS)
+def test_a_stem_is_fused_up_to_its_pool_and_nothing_else_changes(name):
+    model = STEMS[name]()
+    kinds, keys = [type(m) for m in model.modules()], list(model.state_dict())
+    x = torch.randn(2, 3, 40, 24)
+    with torch.no_grad():
+        want = zoo.logits(model, x)
+    (stem,) = stems(fuse(model))
+    got, names = launched(model, x)
+    assert names[:2] == ["conv_pack", "conv_pool"]
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    twin = pickle.loads(pickle.dumps(model))
+    assert len(stems(twin)) == 1
+    assert launched(twin, x)[1] == names
+    assert list(model.state_dict()) == keys
+    assert "pooled_stem" in vars(stem)
+    assert [type(m) for m in unfuse(model).modules()] == kinds
+    assert "pooled_stem" not in vars(stem)
+
+
+@pytest.mark.parametrize("part", ["conv1", "bn1", "relu", "maxpool"])
+def test_a_hook_on_a_part_of_a_stem_sees_what_it_saw(part):
+    model, x = small(), torch.randn(1, 3, 32, 32)
+    seen: list[torch.Tensor] = []
+    model.get_submodule(part).register_forward_hook(lambda m, args, out: seen.append(out.clone()))
+    launched(model, x)
+    _, names = launched(fuse(model), x)
+    assert "conv_pool" not in names
+    torch.testing.assert_close(*seen)
+
+
+def _other_pool(model: nn.Module) -> None:
+    model.maxpool = nn.MaxPool2d(3, 2, 1, ceil_mode=True)
+
+
+def _twice(model: nn.Module) -> None:
+    """Another relu is called behind the pool, by the same module."""
+    own = type(model)
+    model.__class__ = type("Twice", (own,), {"forward": lambda self, x: own.forward(self, x + 0 * self.relu(x))})
+
+
+def _between(model: nn.Module) -> None:
+    def forward(self, x):
+        return self.maxpool(self.relu(self.bn1(self.conv1(x)) + 1))
+
+    model.__class__ = type("Between", (type(model),), {"forward": forward})
+
+
+def _twice_read(model: nn.Module) -> None:
+    def forward(self, x):
+        y = self.relu(self.bn1(self.conv1(x)))
+        return self.maxpool(y).sum() + y.sum()
+
+    model.__class__ = type("TwiceRead", (type(model),), {"forward": forward})
+
+
+@pytest.mark.parametrize("change", [_other_pool, _twice, _between, _twice_read])
+def test_what_is_no_stem_is_none(change):
+    model, x = small(), torch.randn(1, 3, 32, 32)
+    change(model)
+    with torch.no_grad():
+        want = model(x)
+    assert stems(fuse(model)) == []
+    torch.testing.assert_close(launched(model, x)[0], want, rtol=1e-4, atol=1e-4)
+
+
+def _replaced_norm(model: nn.Module) -> None:
+    model.bn1 = nn.InstanceNorm2d(64)
+
+
+def _replaced_activation(model: nn.Module) -> None:
+    model.relu = nn.SiLU()
+
+
+def _replaced_pool(model: nn.Module) -> None:
+    model.maxpool = nn.AvgPool2d(3, 2, 1)
+
+
+def _wider_stride(model: nn.Module) -> None:
+    model.maxpool.stride = 3
+
+
+def _own_forward(model: nn.Module) -> None:
+    model.relu.forward = lambda x: x + 1
+
+
+@pytest.mark.parametrize(
+    "surgery",
+    [_replaced_norm, _replaced_activation, _replaced_pool, _wider_stride, _own_forward],
+    ids=lambda f: f.__name__,
+)
+def test_a_stem_that_was_operated_on_does_what_it_is_now(surgery):
+    model, x = fuse(small()), torch.randn(1, 3, 32, 32)
+    surgery(model)
+    got, names = launched(model, x)
+    assert "conv_pool" not in names
+    with torch.no_grad():
+        torch.testing.assert_close(got, unfuse(model)(x), rtol=1e-4, atol=1e-4)
+
+
+def test_methods_beside_the_forward_see_every_value():
+    model, x = timm.create_model("resnet18", pretrained=False).eval(), torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        want = model.forward_intermediates(x, intermediates_only=True)
+        fuse(model)
+        with implementation("triton"):
+            got = model.forward_intermediates(x, intermediates_only=True)
+    for ours, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_stem_in_training_runs_its_own_modules():
+    model, twin, x = fuse(small()).train(), small().train(), torch.randn(2, 3, 32, 32)
+    twin.load_state_dict(model.state_dict())
+    with implementation("triton"), resnet_fused.trace() as trace:
+        loss = model(x).square().mean()
+    assert not {"conv_pool", "conv_pack"} & {launch.name for launch in trace.launches}
+    expected = twin(x).square().mean()
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    expected.backward()
+    ours, theirs = model.conv1.weight.grad, twin.conv1.weight.grad
+    torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-2 * theirs.abs().max().item())
+    torch.testing.assert_close(model.bn1.running_mean, twin.bn1.running_mean)
+
+
+def test_a_forward_that_reaches_a_part_by_another_way_runs_eager():
+    model, x = small(), torch.randn(1, 3, 32, 32)
+    model.order = [model.conv1, model.bn1, model.relu, model.maxpool]
+    own = type(model)
+
+    def forward(self, x):
+        for part in self.order:
+            x = part(x)
+        return self.fc(torch.flatten(self.avgpool(self.layer4(self.layer3(self.layer2(self.layer1(x))))), 1))
+
+    model.__class__ = type("Listed", (own,), {"forward": forward})
+    with torch.no_grad():
+        want = model(x)
+    torch.testing.assert_close(launched(fuse(model), x)[0], want, rtol=1e-4, atol=1e-4)

@@ -270,6 +270,20 @@ def test_the_triton_plan_is_the_same_plan():
     _check(frozen, model, x)
 
 
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+def test_the_stem_takes_its_pool_along(dtype):
+    model = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=5)
+    model, x = _randomised(model), torch.randn(2, 3, 40, 32)
+    with resnet_fused.implementation("triton"):
+        frozen = optimize_for_inference(model, dtype=dtype)
+        with resnet_fused.trace() as trace:
+            frozen(x)
+    assert [launch.name for launch in trace.launches][:2] == ["conv_pack", "conv_pool"], "and no cast before them"
+    assert not any(isinstance(m, nn.MaxPool2d) for m in frozen.modules())
+    if dtype is None:
+        _check(frozen, model, x)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
