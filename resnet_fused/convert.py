@@ -125,7 +125,8 @@ def _is_unit(part: nn.Module, stem: StemLayout) -> bool:
 class _Part:
     """What stands for a part of a stem in a view: to be called as it, it answers for all else as the ``module``.
 
-    The first, which has the ``unit``, computes all of the stem; the others return what the one ``before`` returned.
+    The first, which has the ``unit``, computes all of the stem; the others return what the one ``before`` returned. A
+    part that is called again, with something else, is its module.
     """
 
     def __init__(self, module: nn.Module | None) -> None:
@@ -135,7 +136,7 @@ class _Part:
         self.result: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.unit is not None:
+        if self.unit is not None and self.result is None:
             self.result = functional.run_pooled(x, self.unit)
         elif self.before is not None and x is self.before.result:
             self.result = x

@@ -59,8 +59,8 @@ def recognise_stem(module: nn.Module) -> StemLayout | None:
     """How ``module`` begins, if it begins with a convolution, batch norm, ReLU and max pool that run fused; else None.
 
     Its forward is traced as by :func:`recognise`, but for its children, which are called as they are: the first of them
-    on the input alone, each on the result of the one before, and none of them twice. A child may be a block of a
-    convolution, batch norm and ReLU. What comes behind the pool does not matter.
+    on the input alone, each on the result of the one before. A child may be a block of a convolution, batch norm and ReLU.
+    What comes behind the pool does not matter.
     """
     if not any(eligible.why_not_pooled(child) is None for child in module.children()):
         return None
@@ -75,11 +75,10 @@ def recognise_stem(module: nn.Module) -> StemLayout | None:
 
 
 def _match_stem(module: nn.Module, graph: fx.Graph) -> StemLayout | None:
-    called = [str(node.target) for node in graph.nodes if node.op == "call_module"]
     before = next(node for node in graph.nodes if node.op == "placeholder")
     parts: list[str] = []
     while len(before.users) == 1 and (node := next(iter(before.users))).op == "call_module":
-        if node.args != (before,) or node.kwargs or called.count(str(node.target)) > 1:
+        if node.args != (before,) or node.kwargs:
             break
         parts.append(str(node.target))
         if eligible.why_not_pooled(module.get_submodule(parts[-1])) is None:
