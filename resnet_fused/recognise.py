@@ -59,8 +59,8 @@ def recognise_stem(module: nn.Module) -> StemLayout | None:
     """How ``module`` begins, if it begins with a convolution, batch norm, ReLU and max pool that run fused; else None.
 
     Its forward is traced as by :func:`recognise`, but for its children, which are called as they are: the first of them
-    on the input alone, each on the result of the one before. A child may be a block of a convolution, batch norm and ReLU.
-    What comes behind the pool does not matter.
+    on the input alone, each on the result of the one before. One of them may be a block of a convolution, batch norm
+    and ReLU. What comes behind the pool does not matter.
     """
     if not any(eligible.why_not_pooled(child) is None for child in module.children()):
         return None
