@@ -1194,6 +1194,30 @@ MUTATIONS = [
         "tests/test_explain.py -k totals",
     ),
     Mutation(
+        "resnet_fused/explain.py",
+        "result.register_hook(lambda _: start",
+        "result.register_hook(lambda _: None and start",
+        "tests/test_explain.py -k as_they_are_launched",
+    ),
+    Mutation(
+        "resnet_fused/explain.py",
+        "            model.zero_grad()\n",
+        "",
+        "tests/test_explain.py -k as_they_are_launched",
+    ),
+    Mutation(
+        "resnet_fused/plan/roofline.py",
+        "if splits > 1 else 0  # in fp32",
+        "if splits < 1 else 0  # in fp32",
+        "tests/test_explain.py -k as_they_are_launched",
+    ),
+    Mutation(
+        "resnet_fused/plan/roofline.py",
+        "launches * LAUNCH_SECONDS + flops /",
+        "launches * LAUNCH_SECONDS + 0 * flops /",
+        "tests/test_explain.py -k computed_again",
+    ),
+    Mutation(
         "tests/kernels/ledger.py",
         'if x != ("LDGSTS", 128) and (x[1] < 32 or not unrolled)',
         'if x != ("LDGSTS", 128) and x[1] < 32',

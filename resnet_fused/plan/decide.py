@@ -58,7 +58,7 @@ def waited(problem: Problem, implementation: Way, seconds: float) -> float:
     return max(seconds, HOST_SECONDS[implementation]) if problem.direction == "inference" else seconds
 
 
-_ROADS: dict[Request, Way] = {"triton": "fused", "mixed": "mixed", "eager": "eager"}
+ROADS: dict[Request, Way] = {"triton": "fused", "mixed": "mixed", "eager": "eager"}
 
 
 @lru_cache(maxsize=KEPT_LAYOUTS)
@@ -74,7 +74,7 @@ def decide(problem: Problem, request: Request = "auto", table: Table | None = No
         tiles = Tiles() if problem.arch == INTERPRETER else roofline.best_tiles(problem)
     alternatives = () if problem.arch == INTERPRETER else roofline.compare(problem, tiles)
     if request != "auto":
-        return Plan(_ROADS[request], tiles, None, "forced", f"implementation({request!r}) is in force", alternatives)
+        return Plan(ROADS[request], tiles, None, "forced", f"implementation({request!r}) is in force", alternatives)
     if entry is not None:
         return Plan(entry.implementation, tiles, entry.seconds, "tuned", entry.reason, alternatives)
     if not alternatives:

@@ -55,12 +55,19 @@ ISSUE_SLOTS = {
     },
 }
 
+CALLS_KERNELS = {"aten._native_batch_norm_legit": (2, 3 / 2), "aten.native_batch_norm_backward": (2, 5 / 3)}
+"""Calls of PyTorch's that launch more than one kernel: how many, and the bytes that these move over those of the
+operands, each once. Batch norm's statistics, and its gradient's sums, take a pass of their own."""
+
 PREDICTED: tuple[Way, ...] = ("fused", "mixed", "eager")
 
 
 @dataclass(frozen=True)
 class PredictedLaunch:
-    """One launch as the model sees it. ``bound``: tensor, issue, shared, l2 or memory; launch if all are shorter."""
+    """One launch, or call of PyTorch's, as the model sees it; ``bytes``: every operand once.
+
+    ``bound``: tensor, issue, shared, l2 or memory; launch if all are shorter.
+    """
 
     kernel: str
     flops: int
@@ -148,9 +155,18 @@ def roof(flops: int, size: int, beside: Problem) -> float:
 
 
 def library(kernel: str, flops: int, size: int, beside: Problem) -> PredictedLaunch:
-    """A call of PyTorch's outside of all units; ``beside``: see :func:`roof`."""
+    """A launch outside of all units; ``beside``: see :func:`roof`."""
+    return _Model(beside, Tiles()).call(kernel, flops, size)
+
+
+def correction(launches: int, flops: int, size: int, beside: Problem) -> float:
+    """Seconds for so many launches, so much arithmetic and so many bytes more than units are predicted to take.
+
+    Or less, where they are negative. They are what blocks add to their units: the shortcut's addition and its gradient,
+    and what is computed again; ``beside``: see :func:`roof`.
+    """
     model = _Model(beside, Tiles())
-    return model.longest(kernel, flops, size, tensor=flops / (model.peak * CUDNN_OF_PEAK))
+    return launches * LAUNCH_SECONDS + flops / (model.peak * CUDNN_OF_PEAK) + size / model.bandwidth
 
 
 class _Model:
@@ -174,13 +190,16 @@ class _Model:
         if p.direction != "training":
             return [forward]
         wide = p.r * p.s > 1  # then the filter's gradient keeps dy for the input's
-        wgrad = 2 * b.y + b.met + b.w + (b.y if wide else 0)
+        splits = self.wgrad_config.splits
+        parts = 4 * splits * b.w // p.dtype.itemsize if splits > 1 else 0  # in fp32
+        wgrad = 2 * b.y + b.met + (parts or b.w) + (b.y if wide else 0)
         dgrad = (b.y if wide else 2 * b.y) + b.w + b.x + (b.x if p.prologue else 0)
         return [
             forward,
             self.vectors("batch_norm_stats"),
             self.vectors("batch_norm_coefs"),
             self.triton("conv_wgrad", self.wgrad_work(), wgrad),
+            *([self.call("sum_splits", 0, parts + b.w)] if parts else []),
             self.triton("conv_dgrad", self.dgrad_work(not wide), dgrad),
         ]
 
@@ -200,43 +219,50 @@ class _Model:
 
     def mixed(self) -> list[PredictedLaunch]:
         p, b = self.problem, self.sizes
-        conv = self.cudnn("aten.convolution", b.met + b.w + b.y)
         if p.direction != "training":
-            return [conv, self.stream("batch_norm_apply", 2 * b.y + self.residual)]
-        apply = [self.stream("batch_norm_apply", 2 * b.x)] if p.prologue else []
+            return [self.convolution(), self.call("batch_norm_apply", 0, 2 * b.y + self.residual)]
+        apply = [self.call("batch_norm_apply", 0, 2 * b.x)] if p.prologue else []
         return [
             *apply,
-            conv,
-            self.stream("channel_moments", b.y),
+            self.convolution(),
+            self.call("channel_moments", 0, b.y),
             self.vectors("batch_norm_stats"),
             self.vectors("batch_norm_coefs"),
-            self.stream("batch_norm_backward", 3 * b.y),
+            self.call("batch_norm_backward", 0, 3 * b.y),
             *apply,
-            self.cudnn("aten.convolution_backward (filter)", b.y + b.met + b.w),
-            self.cudnn("aten.convolution_backward (input)", b.y + b.w + b.x),
-            *([self.stream("batch_norm_reduce", 3 * b.x)] if p.prologue else []),
+            self.convolution_backward(),
+            *([self.call("batch_norm_reduce", 0, 3 * b.x)] if p.prologue else []),
         ]
 
     def eager(self) -> list[PredictedLaunch]:
         """Between units that are not eager, the chain must be cut in front of this one: its input is materialised."""
         p, b = self.problem, self.sizes
-        conv = self.cudnn("aten.convolution", b.met + b.w + b.y)
-        add = [self.stream("aten.add_", 2 * b.y + self.residual)] if p.residual else []
+        add = [self.call("aten.add_", 0, 2 * b.y + self.residual)] if p.residual else []
         if p.direction != "training":
-            return [conv, self.stream("aten.batch_norm", 2 * b.y), *add, self.stream("aten.relu_", 2 * b.y)]
+            norm = self.call("aten._native_batch_norm_legit_no_training", 0, 2 * b.y)
+            return [self.convolution(), norm, *add, self.call("aten.relu_", 0, 2 * b.y)]
         return [
-            *([self.stream("batch_norm_apply", 2 * b.x)] if p.prologue else []),
-            conv,
-            self.stream("aten.batch_norm (statistics)", b.y),
-            self.stream("aten.batch_norm", 2 * b.y),
-            self.stream("aten.relu_", 2 * b.y),
-            self.stream("aten.threshold_backward", 3 * b.y),
-            self.stream("aten.batch_norm_backward (sums)", 2 * b.y),
-            self.stream("aten.batch_norm_backward", 3 * b.y),
-            self.cudnn("aten.convolution_backward (filter)", b.y + b.met + b.w),
-            self.cudnn("aten.convolution_backward (input)", b.y + b.w + b.x),
-            *([self.stream("batch_norm_reduce", 3 * b.x)] if p.prologue else []),
+            *([self.call("batch_norm_apply", 0, 2 * b.x)] if p.prologue else []),
+            self.convolution(),
+            self.call("aten._native_batch_norm_legit", 0, 2 * b.y),
+            self.call("aten.relu_", 0, 2 * b.y),
+            self.call("aten.threshold_backward", 0, 3 * b.y),
+            self.call("aten.native_batch_norm_backward", 0, 3 * b.y),
+            self.convolution_backward(),
+            *([self.call("batch_norm_reduce", 0, 3 * b.x)] if p.prologue else []),
         ]
+
+    def convolution(self) -> PredictedLaunch:
+        b = self.sizes
+        return self.cudnn("aten.convolution", b.met + b.w + b.y)
+
+    def convolution_backward(self) -> PredictedLaunch:
+        """One call of two kernels, the gradients of the filter and of the input."""
+        b, name = self.sizes, "aten.convolution_backward"
+        parts = [self.cudnn(name, size) for size in (b.y + b.met + b.w, b.y + b.w + b.x)]
+        longest = max(parts, key=lambda part: part.seconds)
+        size = b.y + b.met + b.x + 2 * b.w
+        return PredictedLaunch(name, 2 * self.flops, size, sum(part.seconds for part in parts), longest.bound)
 
     def forward_work(self) -> _Work:
         p = self.problem
@@ -258,9 +284,13 @@ class _Model:
         programs = parities * _tiles(rows, tile.block_m) * _tiles(ci, tile.block_n) * (p.groups // p.merged)
         return self.work(programs, tile, depth, tensors=2 if prologue else 1)
 
+    @property
+    def wgrad_config(self) -> conv_wgrad.WgradConfig:
+        return self.tiles.wgrad or conv_wgrad.default_config(replace(self.problem, prologue=True))
+
     def wgrad_work(self) -> _Work:
         p = self.problem
-        chosen = self.tiles.wgrad or conv_wgrad.default_config(replace(p, prologue=True))
+        chosen = self.wgrad_config
         tile = chosen.tile
         depth = _up(_tiles(p.m, chosen.splits), tile.block_k)
         programs = conv_wgrad.filter_tiles(p, tile) * chosen.splits
@@ -299,14 +329,18 @@ class _Model:
             macs = _up(p.m, rows) * p.groups * co * p.r * p.s * ci
         return self.longest(kernel, self.flops, size, tensor=2 * macs / (self.peak * self.efficiency))
 
-    def stream(self, kernel: str, size: int) -> PredictedLaunch:
-        return self.longest(kernel, 0, size)
+    def call(self, kernel: str, flops: int, size: int) -> PredictedLaunch:
+        """Of a kernel that streams, or of PyTorch's."""
+        kernels, moved = CALLS_KERNELS.get(kernel, (1, 1.0))
+        tensor = flops / (self.peak * CUDNN_OF_PEAK)
+        launch = self.longest(kernel, flops, int(size * moved), tensor=tensor)
+        return replace(launch, bytes=size, seconds=launch.seconds + (kernels - 1) * LAUNCH_SECONDS)
 
     def vectors(self, kernel: str) -> PredictedLaunch:
         return self.longest(kernel, 0, 0)
 
     def longest(self, kernel: str, flops: int, size: int, **resources: float) -> PredictedLaunch:
-        resources["memory"] = size / (self.gpu.memory * 1e9 * MEMORY_OF_PEAK)
+        resources["memory"] = size / self.bandwidth
         bound, seconds = max(resources.items(), key=lambda item: item[1])
         return PredictedLaunch(
             kernel, flops, size, seconds + LAUNCH_SECONDS, bound if seconds > LAUNCH_SECONDS else "launch"
@@ -321,6 +355,11 @@ class _Model:
         filled = min(_up(p.co, columns), CUDNN_FULL_COLUMNS)
         reuse = filled / (rows + filled)
         return CUDNN_OF_PEAK * reuse * (rows + CUDNN_FULL_COLUMNS) / CUDNN_FULL_COLUMNS
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes per second of device memory that a kernel which streams reaches."""
+        return self.gpu.memory * 1e9 * MEMORY_OF_PEAK
 
     @property
     def peak(self) -> float:
