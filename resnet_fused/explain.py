@@ -18,6 +18,7 @@ from resnet_fused.engine.trace import Launch, trace
 from resnet_fused.kernels.launch import dry_run, interpreting
 from resnet_fused.modules import FusedBlock
 from resnet_fused.plan import roofline, tuned
+from resnet_fused.plan.constants import ASSUMED, Constants
 from resnet_fused.plan.decide import ROADS, Plan, arch_of, decide, present_gpu, record, waited
 from resnet_fused.plan.problem import Problem, Tiles, Way
 from resnet_fused.table import render
@@ -128,6 +129,12 @@ class Explanation:
         """The units of all blocks, each as often as it comes up."""
         return [problem for row in self.rows for problem in row.problems]
 
+    @property
+    def constants(self) -> Constants | None:
+        """Those measured of the planned GPU; None where the model's own are assumed."""
+        table = tuned.load(self.problems[0].gpu) if self.problems else None
+        return None if table is None else table.constants
+
     def totals(self) -> list[Total]:
         """What the model takes by its plan, by one implementation for all units, and at the least.
 
@@ -139,18 +146,20 @@ class Explanation:
         plans = [(problem, _plan(problem)) for problem in self.problems]
         if not self.steps or not plans or not all(p.m and plan.alternatives for p, plan in plans):
             return []
-        beside = plans[0][0]
+        beside, constants = plans[0][0], self.constants or ASSUMED
 
         def total(road: str, way: Way | None) -> Total:
-            step, units, seconds = self.steps[road], [], 0.0
+            step, seconds = self.steps[road], 0.0
+            units: list[roofline.PredictedLaunch] = []
             for problem, plan in plans:
                 chosen = way or plan.implementation
-                unit = roofline.predict(problem, chosen, plan.tiles if chosen == "fused" else Tiles())
-                seconds += waited(problem, chosen, sum(x.seconds for x in unit))
+                unit = roofline.predict(problem, chosen, plan.tiles if chosen == "fused" else Tiles(), constants)
+                seconds += waited(problem, chosen, sum(x.seconds for x in unit), constants)
                 units += unit
             more = len(step.inside) - len(units), _flops(step.inside) - sum(x.flops for x in units)
-            seconds += roofline.correction(*more, _bytes(step.inside) - sum(x.bytes for x in units), beside)
-            seconds += sum(roofline.library(x.name, x.flops, _bytes([x]), beside).seconds for x in step.outside)
+            seconds += roofline.correction(*more, _bytes(step.inside) - sum(x.bytes for x in units), beside, constants)
+            rest = (roofline.library(x.name, x.flops, _bytes([x]), beside, constants) for x in step.outside)
+            seconds += sum(x.seconds for x in rest)
             both = (*step.inside, *step.outside)
             return Total(road, beside.n, len(both), _bytes(both), seconds)
 
@@ -181,7 +190,7 @@ class Explanation:
         if problems := list(dict.fromkeys(self.problems)):
             tables.append(units_table(problems))
         if totals := self.totals():
-            tables.append(totals_table(totals))
+            tables += [totals_table(totals), _source(self.constants)]
         return "\n".join(tables)
 
 
@@ -196,6 +205,15 @@ def units_table(problems: list[Problem]) -> str:
         rows.append((problem.layer, plan.implementation, *times, plan.reason))
     kinds = dict.fromkeys(f"{problem.number_format} {problem.direction}" for problem in problems)
     return render(f"Units, each once: {', '.join(kinds)}", columns, rows)
+
+
+def _source(constants: Constants | None) -> str:
+    if constants is None:
+        return "Predicted with assumed efficiencies: python -m resnet_fused tune measures those of a GPU."
+    shares = (
+        f"{constants.memory_of_peak:.0%} of the bandwidth, in cuDNN {constants.cudnn_of_peak:.0%} of a product's speed"
+    )
+    return f"Predicted with what tune measured of this GPU: {shares}, {constants.launch_seconds * 1e6:.1f} us a launch."
 
 
 def totals_table(totals: list[Total]) -> str:

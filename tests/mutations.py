@@ -99,7 +99,7 @@ MUTATIONS = [
     ),
     Mutation(
         "resnet_fused/plan/decide.py",
-        "key=lambda way: (waited(problem, *way), way[1])",
+        "key=lambda way: (waited(problem, way[0], way[1], constants), way[1])",
         "key=lambda way: way[1]",
         "tests/test_plan.py -k host",
     ),
@@ -1213,9 +1213,33 @@ MUTATIONS = [
     ),
     Mutation(
         "resnet_fused/plan/roofline.py",
-        "launches * LAUNCH_SECONDS + flops /",
-        "launches * LAUNCH_SECONDS + 0 * flops /",
+        "launches * constants.launch_seconds + flops /",
+        "launches * constants.launch_seconds + 0 * flops /",
         "tests/test_explain.py -k computed_again",
+    ),
+    Mutation(
+        "resnet_fused/commands/tune_constants.py",
+        "return 2 * COPIED /",
+        "return COPIED /",
+        "tests/test_constants.py -k made_of",
+    ),
+    Mutation(
+        "resnet_fused/plan/decide.py",
+        "return ASSUMED if table is None or table.constants is None else table.constants",
+        "return ASSUMED",
+        "tests/test_constants.py -k not_tuned",
+    ),
+    Mutation(
+        "resnet_fused/plan/tuned.py",
+        "return replace(self, entries=(*others, entry))",
+        "return Table(self.gpu, (*others, entry))",
+        "tests/test_constants.py -k kept_beside",
+    ),
+    Mutation(
+        "resnet_fused/plan/constants.py",
+        "or not (math.isfinite(value) and 1e-9 < value <= most)",
+        "or not value <= most",
+        "tests/test_constants.py -k bad_constants",
     ),
     Mutation(
         "tests/kernels/ledger.py",

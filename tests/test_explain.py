@@ -14,8 +14,10 @@ from resnet_fused import explain, fuse, implementation
 from resnet_fused.__main__ import main
 from resnet_fused.engine.trace import trace
 from resnet_fused.explain import Total
+from resnet_fused.kernels.gpus import gpu_of
 from resnet_fused.plan import roofline, tuned
-from resnet_fused.plan.decide import HOST_SECONDS, Plan, decide
+from resnet_fused.plan.constants import ASSUMED
+from resnet_fused.plan.decide import Plan, decide
 from resnet_fused.plan.problem import Problem, Tiles
 
 
@@ -45,7 +47,7 @@ def test_a_plan_for_another_gpu_runs_nothing_and_leaves_the_model_alone():
         for unit in row["units"]:
             predicted = unit["predicted_seconds"]
             assert set(predicted) == {"fused", "mixed", "eager"}
-            waits = {way: (max(seconds, HOST_SECONDS[way]), seconds) for way, seconds in predicted.items()}
+            waits = {way: (max(seconds, ASSUMED.host_seconds[way]), seconds) for way, seconds in predicted.items()}
             assert unit["implementation"] == min(waits, key=waits.get)
             assert unit["source"] == "model"
             assert "inference" in unit["unit"]
@@ -68,8 +70,8 @@ def test_totals_are_those_of_all_units_and_of_what_is_around_them():
     assert planned.seconds <= min(fused.seconds, mixed.seconds, 1.01 * eager.seconds)
     assert roof.seconds < planned.seconds
     assert roof.bytes <= fused.bytes
-    waits = sum(min(max(s, HOST_SECONDS[way]) for way, s in decide(problem).alternatives) for problem in units)
-    assert planned.seconds - waits == pytest.approx(fused.seconds - len(units) * HOST_SECONDS["fused"])
+    waits = sum(min(max(s, ASSUMED.host_seconds[way]) for way, s in decide(problem).alternatives) for problem in units)
+    assert planned.seconds - waits == pytest.approx(fused.seconds - len(units) * ASSUMED.host_seconds["fused"])
 
 
 BESIDE = {
@@ -135,14 +137,21 @@ def test_a_training_step_has_totals(arch):
 
 
 def test_what_is_computed_again_takes_longer():
-    def step(memory: str) -> Total:
+    """By its arithmetic at the least."""
+
+    def step(memory: str) -> tuple[Total, int]:
         with torch.device("meta"):
             network = fuse(torchvision.models.resnet50(), memory=memory).bfloat16()
-            return explain(network, torch.empty(64, 3, 224, 224).bfloat16(), arch=90, training=True).totals()[1]
+            found = explain(network, torch.empty(64, 3, 224, 224).bfloat16(), arch=90, training=True)
+        return found.totals()[1], sum(launch.flops for launch in found.steps["fused"].inside)
 
-    kept, again = step("default"), step("recompute")
+    (kept, flops), (again, more) = step("default"), step("recompute")
     assert again.launches > kept.launches
-    assert again.seconds > kept.seconds
+    assert more > 1.05 * flops
+    streamed = (again.bytes - kept.bytes) / (gpu_of(90).memory * 1e9 * ASSUMED.memory_of_peak)
+    computed = (more - flops) / (gpu_of(90).tensor["bfloat16"] * 1e12 * ASSUMED.cudnn_of_peak)
+    gaps = (again.launches - kept.launches) * ASSUMED.launch_seconds
+    assert again.seconds - kept.seconds == pytest.approx(streamed + computed + gaps)
 
 
 def test_a_block_that_runs_eager_counts_as_it_runs():
@@ -185,6 +194,8 @@ def test_a_forced_road_is_the_reason():
 
 def test_a_measurement_is_the_reason(monkeypatch):
     class Table:
+        constants = None
+
         def lookup(self, problem: Problem) -> Plan:
             return Plan("mixed", Tiles(), 12e-6, "tuned", "measured: 12 us", ())
 

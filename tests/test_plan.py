@@ -20,6 +20,7 @@ from resnet_fused.kernels import conv_box, conv_dgrad, conv_forward, conv_wgrad
 from resnet_fused.kernels.gpus import ARCHITECTURES, gpu_of
 from resnet_fused.kernels.launch import FLOATS, TileConfig, interpreting, target_arch
 from resnet_fused.plan import decide, roofline
+from resnet_fused.plan.constants import ASSUMED
 from resnet_fused.plan.problem import REQUESTS, Problem, Tiles
 from resnet_fused.plan.roofline import PREDICTED
 from tests import plans
@@ -171,6 +172,7 @@ class Measured:
     tiles: Tiles
     seconds: float = 1e-3
     reason: str = "measured so"
+    constants: None = None
 
     def lookup(self, problem: Problem) -> Measured:
         return self
@@ -296,7 +298,7 @@ def test_shared_memory_is_busy_as_long_as_counted_by_hand(arch, block_m, block_n
     """Cycles of shared memory for each cycle of the tensor cores at peak."""
     unit = replace(LAYER, arch=arch, direction="inference", prologue=False)
     tile = TileConfig(block_m, block_n, 64, num_warps)
-    work = roofline._Model(unit, Tiles(forward=tile)).forward_work()
+    work = roofline._Model(unit, Tiles(forward=tile), ASSUMED).forward_work()
     per_cycle = {80: 1024, 90: 2048}[arch]
     assert (work.shared_bytes / 128) / (work.macs / per_cycle) == cycles
 

@@ -11,16 +11,9 @@ from dataclasses import dataclass, replace
 from resnet_fused.kernels import conv_box, conv_dgrad, conv_forward, conv_wgrad
 from resnet_fused.kernels.gpus import gpu_of
 from resnet_fused.kernels.launch import TileConfig
+from resnet_fused.plan.constants import ASSUMED, Constants
 from resnet_fused.plan.problem import Problem, Tiles, Way
 
-CUDNN_OF_PEAK = 0.70
-"""Of the tensor cores' dense peak, what cuDNN's convolutions reach where arithmetic bounds a wide tile."""
-TRITON_OF_CUDNN = 0.80
-"""Of cuDNN's speed, what convolutions in Triton reach (PyTorch forum, thread 201550: "always ~20% slower")."""
-MEMORY_OF_PEAK = 0.90
-"""Of the nominal bandwidth, what a kernel that streams reaches."""
-LAUNCH_SECONDS = 2e-6
-"""From the end of a kernel to the start of the next, with its ramp up and down."""
 SHARED_BYTES_PER_CLOCK = 128
 """Of a multiprocessor's shared memory (CUDA C++ Programming Guide: 32 banks of 4 bytes)."""
 CUDNN_TILE = (128, 64)
@@ -99,36 +92,38 @@ class _Sizes:
     w: int
 
 
-def predict(problem: Problem, implementation: Way, tiles: Tiles) -> tuple[PredictedLaunch, ...]:
+def predict(
+    problem: Problem, implementation: Way, tiles: Tiles, constants: Constants = ASSUMED
+) -> tuple[PredictedLaunch, ...]:
     """Every launch of the unit, in order: of its forward, and in training of its backward too."""
-    model = _Model(problem, tiles)
+    model = _Model(problem, tiles, constants)
     if implementation == "fused":
         return tuple(model.fused())
     return tuple(model.mixed() if implementation == "mixed" else model.eager())
 
 
-def best_tiles(problem: Problem) -> Tiles:
+def best_tiles(problem: Problem, constants: Constants = ASSUMED) -> Tiles:
     """Those with which a fused unit's forward is predicted to be fastest: the kernel's own, or one of boxes.
 
     Where neither issuing bounds, the one that issues less.
     """
     candidates = [Tiles(), *(Tiles(forward=tile) for tile in conv_box.tiles(problem))]
-    models = [_Model(problem, tiles) for tiles in candidates]
+    models = [_Model(problem, tiles, constants) for tiles in candidates]
     return min(models, key=lambda model: (model.forward().seconds, model.slots(model.forward_kernel))).tiles
 
 
-def compare(problem: Problem, tiles: Tiles) -> tuple[tuple[Way, float], ...]:
+def compare(problem: Problem, tiles: Tiles, constants: Constants = ASSUMED) -> tuple[tuple[Way, float], ...]:
     """Every implementation with its predicted seconds, fastest first; ``tiles`` are those of the fused one."""
-    seconds = {way: sum(launch.seconds for launch in predict(problem, way, tiles)) for way in PREDICTED}
+    seconds = {way: sum(x.seconds for x in predict(problem, way, tiles, constants)) for way in PREDICTED}
     return tuple(sorted(seconds.items(), key=lambda item: item[1]))
 
 
-def template(problem: Problem, tile: TileConfig, slots: float) -> PredictedLaunch:
+def template(problem: Problem, tile: TileConfig, slots: float, constants: Constants = ASSUMED) -> PredictedLaunch:
     """The convolution alone of a fused unit's forward, as any kernel in Triton with ``tile`` would run it.
 
     ``slots``: issue slots per tensor cycle of its main loop.
     """
-    model = _Model(problem, Tiles(forward=tile))
+    model = _Model(problem, Tiles(forward=tile), constants)
     size = model.sizes.met + model.sizes.w + model.sizes.y
     return model.product("template", model.forward_work(), size, slots)
 
@@ -139,7 +134,7 @@ def compulsory(problem: Problem) -> int:
     Forward, what is read and the output, once each; in training then the output and its gradient, input and filter,
     and the gradients of these two.
     """
-    model = _Model(problem, Tiles())
+    model = _Model(problem, Tiles(), ASSUMED)
     b = model.sizes
     forward = b.met + b.w + b.y + model.residual
     return forward if problem.direction != "training" else forward + 2 * b.y + b.met + b.x + 2 * b.w
@@ -150,28 +145,28 @@ def roof(flops: int, size: int, beside: Problem) -> float:
 
     Of the GPU, and in the number format, of the problem ``beside``.
     """
-    model = _Model(beside, Tiles())
+    model = _Model(beside, Tiles(), ASSUMED)
     return max(flops / model.peak, size / (model.gpu.memory * 1e9))
 
 
-def library(kernel: str, flops: int, size: int, beside: Problem) -> PredictedLaunch:
+def library(kernel: str, flops: int, size: int, beside: Problem, constants: Constants = ASSUMED) -> PredictedLaunch:
     """A launch outside of all units; ``beside``: see :func:`roof`."""
-    return _Model(beside, Tiles()).call(kernel, flops, size)
+    return _Model(beside, Tiles(), constants).call(kernel, flops, size)
 
 
-def correction(launches: int, flops: int, size: int, beside: Problem) -> float:
+def correction(launches: int, flops: int, size: int, beside: Problem, constants: Constants = ASSUMED) -> float:
     """Seconds for so many launches, so much arithmetic and so many bytes more than units are predicted to take.
 
     Or less, where they are negative. They are what blocks add to their units: the shortcut's addition and its gradient,
     and what is computed again; ``beside``: see :func:`roof`.
     """
-    model = _Model(beside, Tiles())
-    return launches * LAUNCH_SECONDS + flops / (model.peak * CUDNN_OF_PEAK) + size / model.bandwidth
+    model = _Model(beside, Tiles(), constants)
+    return launches * constants.launch_seconds + flops / (model.peak * constants.cudnn_of_peak) + size / model.bandwidth
 
 
 class _Model:
-    def __init__(self, problem: Problem, tiles: Tiles) -> None:
-        self.problem, self.tiles = problem, tiles
+    def __init__(self, problem: Problem, tiles: Tiles, constants: Constants) -> None:
+        self.problem, self.tiles, self.constants = problem, tiles, constants
         self.gpu = gpu_of(problem.arch, problem.gpu)
         e = problem.dtype.itemsize
         depth = problem.r * problem.s * problem.ci // problem.groups
@@ -314,7 +309,7 @@ class _Model:
             kernel,
             self.flops,
             size,
-            tensor=at_peak / (self.efficiency * TRITON_OF_CUDNN),
+            tensor=at_peak / (self.efficiency * self.constants.triton_of_cudnn),
             issue=at_peak * slots,
             shared=waves * work.shared_bytes / (SHARED_BYTES_PER_CLOCK * self.gpu.clock * 1e9),
             l2=work.programs * work.l2_bytes / (self.gpu.l2 * 1e9),
@@ -331,10 +326,11 @@ class _Model:
 
     def call(self, kernel: str, flops: int, size: int) -> PredictedLaunch:
         """Of a kernel that streams, or of PyTorch's."""
+        gap = self.constants.launch_seconds
         kernels, moved = CALLS_KERNELS.get(kernel, (1, 1.0))
-        tensor = flops / (self.peak * CUDNN_OF_PEAK)
+        tensor = flops / (self.peak * self.constants.cudnn_of_peak)
         launch = self.longest(kernel, flops, int(size * moved), tensor=tensor)
-        return replace(launch, bytes=size, seconds=launch.seconds + (kernels - 1) * LAUNCH_SECONDS)
+        return replace(launch, bytes=size, seconds=launch.seconds + (kernels - 1) * gap)
 
     def vectors(self, kernel: str) -> PredictedLaunch:
         return self.longest(kernel, 0, 0)
@@ -342,29 +338,33 @@ class _Model:
     def longest(self, kernel: str, flops: int, size: int, **resources: float) -> PredictedLaunch:
         resources["memory"] = size / self.bandwidth
         bound, seconds = max(resources.items(), key=lambda item: item[1])
-        return PredictedLaunch(
-            kernel, flops, size, seconds + LAUNCH_SECONDS, bound if seconds > LAUNCH_SECONDS else "launch"
-        )
+        gap = self.constants.launch_seconds
+        return PredictedLaunch(kernel, flops, size, seconds + gap, bound if seconds > gap else "launch")
 
     @property
     def efficiency(self) -> float:
         """Of the peak, what cuDNN reaches at the unit's width."""
-        p, (rows, columns) = self.problem, CUDNN_TILE
-        if p.groups > 1 or self.gpu.arch not in (90, 100) or p.number_format == "float32":
-            return CUDNN_OF_PEAK
+        p, (rows, columns), widest = self.problem, CUDNN_TILE, self.constants.cudnn_of_peak
+        if p.groups > 1 or p.number_format == "float32":
+            return widest
+        if (measured := self.constants.cudnn(p.co)) is not None:
+            return measured
+        if self.gpu.arch not in (90, 100):
+            return widest
         filled = min(_up(p.co, columns), CUDNN_FULL_COLUMNS)
         reuse = filled / (rows + filled)
-        return CUDNN_OF_PEAK * reuse * (rows + CUDNN_FULL_COLUMNS) / CUDNN_FULL_COLUMNS
+        return widest * reuse * (rows + CUDNN_FULL_COLUMNS) / CUDNN_FULL_COLUMNS
 
     @property
     def bandwidth(self) -> float:
         """Bytes per second of device memory that a kernel which streams reaches."""
-        return self.gpu.memory * 1e9 * MEMORY_OF_PEAK
+        return self.gpu.memory * 1e9 * self.constants.memory_of_peak
 
     @property
     def peak(self) -> float:
         """FLOP/s of the tensor cores in the unit's number format."""
-        return self.gpu.tensor[self.problem.number_format] * 1e12
+        number_format = self.problem.number_format
+        return self.gpu.tensor[number_format] * 1e12 * self.constants.tensor_of_peak[number_format]
 
 
 def _operand_rows(arch: int, tile: TileConfig) -> int:
