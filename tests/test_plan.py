@@ -262,6 +262,23 @@ def test_a_narrow_convolution_takes_as_long_in_cudnn_as_published():
     assert 31.2e-6 / 1.5 < launch.seconds < 31.2e-6 * 1.5, launch
 
 
+@pytest.mark.parametrize("direction", ["inference", "training"])
+def test_the_first_layer_is_predicted_with_its_own_issue_slots(direction):
+    """Where a chunk of K runs across taps, a cycle of the tensor cores takes several slots."""
+    first = Problem(
+        *(256, 224, 224, 3, 64, 7, 7, (2, 2), (3, 3), (1, 1), 1, torch.bfloat16),
+        *(False, False, 90, direction, False),
+    )
+    for arch, slots, bound in ((80, 2.336, "issue"), (90, 4.469, "l2"), (100, 8.594, "issue")):
+        problem = replace(first, arch=arch)
+        forward = roofline.predict(problem, "fused", Tiles())[0]
+        assert (forward.kernel, forward.bound) == ("conv_forward", bound)
+        assert forward.seconds > slots * forward.flops / (gpu_of(arch).tensor["bfloat16"] * 1e12)
+        if direction == "training":
+            (wgrad,) = (x for x in roofline.predict(problem, "fused", Tiles()) if x.kernel == "conv_wgrad")
+            assert wgrad.seconds > 1.5 * forward.seconds
+
+
 def test_boxes_are_chosen_and_the_reason_says_so():
     """Or why pixels are gathered, where the GPU could load boxes; of others there is nothing to say."""
     layer = Problem(

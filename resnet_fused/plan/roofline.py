@@ -27,7 +27,8 @@ CUDNN_GROUP_WIDTH = 32
 # Issue slots of the main loop per cycle of its tensor work, by architecture, for 1x1 and for wider filters: counted in
 # the machine code of the default tiles (of boxes: 128x128) for 256 channels and many pixels in bf16 (Triton 3.8.0; the
 # tests' ledger holds them, python -m tests.kernels.ledger counts anew). At 1, issuing alone takes as long as the
-# product. The filter's gradient has both prologues; the input's has one where the filter is 1x1.
+# product. The filter's gradient has both prologues; the input's has one where the filter is 1x1. Flat: of a network's
+# first layer, 7x7/2 3->64, whose channels are so few that a chunk of K runs across taps; one figure.
 ISSUE_SLOTS = {
     "conv_forward": {
         **{80: (0.342, 0.293), 86: (0.171, 0.147), 89: (0.085, 0.074)},
@@ -46,6 +47,8 @@ ISSUE_SLOTS = {
         **{80: (1.957, 0.426), 86: (1.049, 0.213), 89: (0.524, 0.106)},
         **{90: (1.617, 0.504), 100: (3.203, 1.07), 120: (0.493, 0.105)},
     },
+    "conv_forward, flat": {80: (2.336,), 86: (1.336,), 89: (0.668,), 90: (4.469,), 100: (8.594,), 120: (0.617,)},
+    "conv_wgrad, flat": {80: (3.703,), 86: (2.176,), 89: (1.088,), 90: (8.312,), 100: (20.719,), 120: (1.023,)},
 }
 
 CALLS_KERNELS = {"aten._native_batch_norm_legit": (2, 3 / 2), "aten.native_batch_norm_backward": (2, 5 / 3)}
@@ -193,7 +196,7 @@ class _Model:
             forward,
             self.vectors("batch_norm_stats"),
             self.vectors("batch_norm_coefs"),
-            self.triton("conv_wgrad", self.wgrad_work(), wgrad),
+            self.triton("conv_wgrad, flat" if p.flat else "conv_wgrad", self.wgrad_work(), wgrad),
             *([self.call("sum_splits", 0, parts + b.w)] if parts else []),
             self.triton("conv_dgrad", self.dgrad_work(not wide), dgrad),
         ]
@@ -203,6 +206,8 @@ class _Model:
         """Which of :data:`ISSUE_SLOTS`."""
         if self.tiles.forward is not None and self.tiles.forward.box is not None:
             return "conv_box"
+        if self.problem.flat:
+            return "conv_forward, flat"
         return "conv_forward, prologue" if self.problem.prologue else "conv_forward"
 
     def forward(self) -> PredictedLaunch:
@@ -210,7 +215,8 @@ class _Model:
         return self.triton(self.forward_kernel, self.forward_work(), b.met + b.w + b.y + self.residual)
 
     def slots(self, kernel: str) -> float:
-        return ISSUE_SLOTS[kernel][self.gpu.arch][self.problem.r * self.problem.s > 1]
+        pointwise, *wider = ISSUE_SLOTS[kernel][self.gpu.arch]
+        return wider[0] if wider and self.problem.r * self.problem.s > 1 else pointwise
 
     def mixed(self) -> list[PredictedLaunch]:
         p, b = self.problem, self.sizes
@@ -300,7 +306,8 @@ class _Model:
 
     def triton(self, kernel: str, work: _Work, size: int) -> PredictedLaunch:
         """``kernel``: which of :data:`ISSUE_SLOTS`."""
-        return self.product(kernel.removesuffix(", prologue"), work, size, self.slots(kernel))
+        name, _, _ = kernel.partition(", ")
+        return self.product(name, work, size, self.slots(kernel))
 
     def product(self, kernel: str, work: _Work, size: int, slots: float) -> PredictedLaunch:
         waves = _tiles(work.programs, self.gpu.multiprocessors)
