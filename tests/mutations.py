@@ -1237,6 +1237,12 @@ MUTATIONS = [
     ),
     Mutation(
         "resnet_fused/plan/constants.py",
+        "memory_of_peak: float = 0.90",
+        "memory_of_peak: float = 0.50",
+        "tests/test_published.py",
+    ),
+    Mutation(
+        "resnet_fused/plan/constants.py",
         "or not (math.isfinite(value) and 1e-9 < value <= most)",
         "or not value <= most",
         "tests/test_constants.py -k bad_constants",
