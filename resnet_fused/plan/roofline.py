@@ -29,7 +29,7 @@ CUDNN_GROUP_WIDTH = 32
 # tests' ledger holds them, python -m tests.kernels.ledger counts anew). At 1, issuing alone takes as long as the
 # product. The filter's gradient has both prologues; the input's has one where the filter is 1x1. Flat: of a network's
 # first layer, 7x7/2 3->64, whose channels are so few that a chunk of K runs across taps; one figure.
-ISSUE_SLOTS = {
+ISSUE_SLOTS: dict[str, dict[int, tuple[float, ...]]] = {
     "conv_forward": {
         **{80: (0.342, 0.293), 86: (0.171, 0.147), 89: (0.085, 0.074)},
         **{90: (0.23, 0.295), 100: (0.898, 1.039), 120: (0.067, 0.07)},
