@@ -157,8 +157,8 @@ MUTATIONS = [
     ),
     Mutation(
         "resnet_fused/plan/tuned.py",
-        "        load.cache_clear()\n        table = (load",
-        "        table = (load",
+        "        load.cache_clear()\n        table = changed(load",
+        "        table = changed(load",
         "tests/test_tuned.py::test_what_another_process_saved_since_the_table_was_loaded_stays",
     ),
     Mutation(
