@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
 from resnet_fused.convert import ConvertedStem, Found, find
-from resnet_fused.engine.request import requested
+from resnet_fused.engine.request import implementation, requested
 from resnet_fused.engine.trace import Launch, trace
-from resnet_fused.kernels.launch import dry_run
+from resnet_fused.kernels.launch import dry_run, interpreting
 from resnet_fused.modules import FusedBlock, StemLayout
 from resnet_fused.plan import roofline, tuned
-from resnet_fused.plan.decide import Plan, decide, present_gpu, record, waited
+from resnet_fused.plan.constants import ASSUMED, Constants
+from resnet_fused.plan.decide import ROADS, Plan, arch_of, decide, present_gpu, record, waited
 from resnet_fused.plan.problem import Problem, Tiles, Way
 from resnet_fused.table import render
 
@@ -42,8 +45,8 @@ class BlockRow:
             "implementation": self.implementation,
             "tiles": tiles,
             "launches": len(self.launches),
-            "bytes": sum(x.bytes_read + x.bytes_written for x in self.launches),
-            "flops": sum(x.flops for x in self.launches),
+            "bytes": _bytes(self.launches),
+            "flops": _flops(self.launches),
             "reason": self.reason,
             "units": [_unit(problem) for problem in self.problems],
         }
@@ -65,11 +68,25 @@ def _plan(problem: Problem) -> Plan:
 
 
 @dataclass(frozen=True)
+class Step:
+    """What one input launches: ``inside`` blocks that plan units, and ``outside`` of them."""
+
+    inside: tuple[Launch, ...]
+    outside: tuple[Launch, ...]
+
+    @classmethod
+    def of(cls, rows: Sequence[BlockRow], rest: Sequence[Launch], planning: Container[str]) -> Step:
+        """That of all ``rows`` and of the ``rest``; ``planning``: the names of the blocks that plan units."""
+        inside = [x for row in rows if row.name in planning for x in row.launches]
+        return cls(tuple(inside), (*rest, *(x for row in rows if row.name not in planning for x in row.launches)))
+
+
+@dataclass(frozen=True)
 class Total:
     """What one input of ``images`` takes on one ``road``: launches, bytes of device memory, and predicted seconds.
 
-    ``road``: "as planned", an implementation for all units, or "roof": every byte of :func:`roofline.compulsory` once
-    and all arithmetic, at the GPU's nominal peaks.
+    Launches and bytes, every operand once, are counted. ``road``: "as planned", an implementation for all units, or
+    "roof": every byte of :func:`roofline.compulsory` once and all arithmetic, at the GPU's nominal peaks.
     """
 
     road: str
@@ -84,51 +101,75 @@ class Total:
         return asdict(self) | {"bytes_per_image": self.bytes / self.images, "images_per_second": images_per_second}
 
 
+PLANNED = "as planned"
+"""The road of each unit's own plan."""
+
+
+def _flops(launches: Iterable[Launch]) -> int:
+    return sum(launch.flops for launch in launches)
+
+
+def _bytes(launches: Iterable[Launch]) -> int:
+    return sum(launch.bytes_read + launch.bytes_written for launch in launches)
+
+
 @dataclass
 class Explanation:
     """What :func:`explain` found; ``str()`` of it is a table of blocks, one of their units, and one of the totals.
 
-    ``ran``: whether there was an input; ``rest``: what was launched outside of the blocks, and in eager ones.
+    ``ran``: whether there was an input; ``steps``: by road, what it launches on the planned GPU; empty without one.
     """
 
     rows: list[BlockRow]
     ran: bool
-    rest: list[Launch] = field(default_factory=list)
+    steps: dict[str, Step] = field(default_factory=dict)
 
     @property
     def problems(self) -> list[Problem]:
         """The units of all blocks, each as often as it comes up."""
         return [problem for row in self.rows for problem in row.problems]
 
+    @property
+    def constants(self) -> Constants | None:
+        """Those measured of the planned GPU; None where the model's own are assumed."""
+        table = tuned.load(self.problems[0].gpu) if self.problems else None
+        return None if table is None else table.constants
+
     def totals(self) -> list[Total]:
         """What the model takes by its plan, by one implementation for all units, and at the least.
 
-        A unit outside of a CUDA graph takes what its launches or the host take, as for the plan. The rest counts as it
-        is launched. Empty where nothing can be predicted: without units, images or a GPU; and for a training step, of
-        which the forward alone is seen.
+        Launches and bytes are those of a dry run on each road; in training, of the forward and the backward. Units
+        take the time that is predicted for them; outside of a CUDA graph, what their launches or the host take, as for
+        the plan. What blocks launch beside their units, and the rest of the model, takes that of its bytes and
+        arithmetic. Empty where nothing can be predicted: without units, images or a GPU.
         """
         plans = [(problem, _plan(problem)) for problem in self.problems]
-        if not all(p.m and p.direction != "training" and plan.alternatives for p, plan in plans) or not plans:
+        if not self.steps or not plans or not all(p.m and plan.alternatives for p, plan in plans):
             return []
-        beside = plans[0][0]
-        sizes = [(x.name, x.flops, x.bytes_read + x.bytes_written) for x in self.rest]
-        rest = [roofline.library(*size, beside) for size in sizes]
+        beside, constants = plans[0][0], self.constants or ASSUMED
 
         def total(road: str, way: Way | None) -> Total:
-            launches, seconds = list(rest), sum(x.seconds for x in rest)
+            step, seconds = self.steps[road], 0.0
+            units: list[roofline.PredictedLaunch] = []
             for problem, plan in plans:
                 chosen = way or plan.implementation
                 tiles = plan.tiles if chosen == "fused" else Tiles()
-                unit = roofline.predict(problem, chosen, tiles)
-                launches += unit
-                seconds += waited(problem, chosen, sum(x.seconds for x in unit), tiles)
-            return Total(road, beside.n, len(launches), sum(x.bytes for x in launches), seconds)
+                unit = roofline.predict(problem, chosen, tiles, constants)
+                seconds += waited(problem, chosen, sum(x.seconds for x in unit), tiles, constants)
+                units += unit
+            more = len(step.inside) - len(units), _flops(step.inside) - sum(x.flops for x in units)
+            seconds += roofline.correction(*more, _bytes(step.inside) - sum(x.bytes for x in units), beside, constants)
+            rest = (roofline.library(x.name, x.flops, _bytes([x]), beside, constants) for x in step.outside)
+            seconds += sum(x.seconds for x in rest)
+            both = (*step.inside, *step.outside)
+            return Total(road, beside.n, len(both), _bytes(both), seconds)
 
+        outside = self.steps[PLANNED].outside
         products = (x.flops for p, _ in plans for x in roofline.predict(p, "fused", Tiles()))
-        flops = sum(x.flops for x in self.rest) + sum(products)
-        least = sum(size for *_, size in sizes) + sum(map(roofline.compulsory, self.problems))
+        flops = _flops(outside) + sum(products)
+        least = _bytes(outside) + sum(map(roofline.compulsory, self.problems))
         roof = Total("roof", beside.n, 0, least, roofline.roof(flops, least, beside))
-        return [total("as planned", None), *(total(way, way) for way in roofline.PREDICTED), roof]
+        return [total(PLANNED, None), *(total(way, way) for way in roofline.PREDICTED), roof]
 
     def to_dict(self) -> list[dict[str, Any]]:
         """One dictionary per block."""
@@ -150,7 +191,7 @@ class Explanation:
         if problems := list(dict.fromkeys(self.problems)):
             tables.append(units_table(problems))
         if totals := self.totals():
-            tables.append(totals_table(totals))
+            tables += [totals_table(totals), _source(self.constants)]
         return "\n".join(tables)
 
 
@@ -165,6 +206,15 @@ def units_table(problems: list[Problem]) -> str:
         rows.append((problem.layer, plan.implementation, *times, plan.reason))
     kinds = dict.fromkeys(f"{problem.number_format} {problem.direction}" for problem in problems)
     return render(f"Units, each once: {', '.join(kinds)}", columns, rows)
+
+
+def _source(constants: Constants | None) -> str:
+    if constants is None:
+        return "Predicted with assumed efficiencies: python -m resnet_fused tune measures those of a GPU."
+    shares = (
+        f"{constants.memory_of_peak:.0%} of the bandwidth, in cuDNN {constants.cudnn_of_peak:.0%} of a product's speed"
+    )
+    return f"Predicted with what tune measured of this GPU: {shares}, {constants.launch_seconds * 1e6:.1f} us a launch."
 
 
 def totals_table(totals: list[Total]) -> str:
@@ -187,26 +237,47 @@ def explain(
     the model of :mod:`resnet_fused.plan.roofline` predicts for it and its alternatives; and what the whole model comes
     to on every road, with the images per second that this model of a GPU predicts. With ``arch`` (90 for sm_90
     ...) nothing runs: it is planned for a GPU of that architecture, for the one here if it is of it. ``training``,
-    which needs an ``arch``: the forward of a training step. Without ``x``, the structure alone is judged.
+    which needs an ``arch``: a training step, from the input to the gradients of all parameters, given the gradient of
+    what the model returns: without the loss and the optimizer. Without ``x``, the structure alone is judged.
 
     Raises ValueError for ``training`` without ``arch``.
     """
     if training and arch is None:
         raise ValueError("training=True needs an arch: a training step is planned, not run")
-    if x is not None and arch is not None:
-        model, x = copy.deepcopy(model).to("meta").train(training), x.to("meta")
-    rows = {f.module: BlockRow(*_named(f), *_judge(f)) for f in find(model)}
-    found = Explanation(list(rows.values()), ran=x is not None)
-    if x is not None:
-        with nullcontext() if arch is None else dry_run(arch, present_gpu(arch)), torch.set_grad_enabled(training):
-            found.rest = _observe(model, x, rows, training)
-    return found
+    if x is None:
+        return Explanation([_row(found) for found in find(model)], ran=False)
+    if arch is not None:
+        return _planned(model, x, arch, training)
+    with torch.no_grad():
+        rows, _ = _observe(model, x, list(find(model)), training=False)
+    on_gpu = x.device.type == "cuda" and not interpreting()
+    steps = _planned(model, x, arch_of(x.device), training=False).steps if on_gpu else {}
+    return Explanation(rows, ran=True, steps=steps)
 
 
-def _judge(found: Found) -> tuple[Way, str]:
+def _planned(model: nn.Module, x: Tensor, arch: int, training: bool) -> Explanation:
+    """What is launched on every road, on tensors without data."""
+    # As of a CPU: on the meta device pooling forgets channels_last.
+    model = copy.deepcopy(model).to_empty(device="cpu")
+    blocks = list(find(model))
+    seen: dict[str, tuple[list[BlockRow], list[Launch]]] = {}
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake, dry_run(arch, present_gpu(arch)), torch.set_grad_enabled(training):
+        x = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cpu")
+        for road, request in ((PLANNED, requested()), *((way, request) for request, way in ROADS.items())):
+            model.zero_grad()
+            with implementation(request):
+                seen[road] = _observe(model, x, blocks, training)
+    rows, _ = seen[PLANNED]
+    planning = {row.name for row in rows if row.problems}
+    return Explanation(rows, ran=True, steps={road: Step.of(*found, planning) for road, found in seen.items()})
+
+
+def _row(found: Found) -> BlockRow:
     if isinstance(found.module, FusedBlock):
-        return "fused", ""
-    return "eager", found.verdict if isinstance(found.verdict, str) else "not converted: call fuse(model)"
+        return BlockRow(*_named(found), "fused")
+    reason = found.verdict if isinstance(found.verdict, str) else "not converted: call fuse(model)"
+    return BlockRow(*_named(found), "eager", reason)
 
 
 def _named(found: Found) -> tuple[str, str]:
@@ -217,39 +288,62 @@ def _named(found: Found) -> tuple[str, str]:
     return f"{found.name}.{found.verdict.parts[0]}".lstrip("."), f"{kind}, up to its pool"
 
 
-def _observe(model: nn.Module, x: Tensor, rows: dict[nn.Module, BlockRow], training: bool) -> list[Launch]:
-    """Run ``model`` once and note in ``rows`` what each block planned and launched, and why it ran eager if it did.
+def _observe(
+    model: nn.Module, x: Tensor, blocks: Sequence[Found], training: bool
+) -> tuple[list[BlockRow], list[Launch]]:
+    """Run ``model`` once, in training backward too: what each block planned and launched, or why it ran eager.
 
-    Returns what was launched outside of those that planned something. A stem lasts until the first block begins.
+    And what was launched outside of them. A block's backward is what runs between the gradients of its output and its
+    input. A stem lasts until the first block begins.
     """
-    inside: set[int] = set()
-    starts: dict[nn.Module, tuple[int, int]] = {}
+    rows = {found.module: _row(found) for found in blocks}
+    spans: dict[tuple[nn.Module, str], list[int]] = {}
+    problems: dict[nn.Module, int] = {}
     modes = [(module, module.training) for module in model.modules()]
 
+    def start(module: nn.Module, way: str) -> None:
+        spans[module, way] = [len(seen.launches)]
+
+    def stop(module: nn.Module, way: str) -> None:
+        spans[module, way].append(len(seen.launches))
+
+    def close(module: nn.Module) -> None:
+        stop(module, "forward")
+        rows[module].problems += planned[problems[module] :]
+
     def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
-        for stem in [open_ for open_ in starts if isinstance(open_, ConvertedStem)]:
-            leave(stem, args, None)
-        starts[module] = len(seen.launches), len(planned)
+        for stem in [m for (m, _), span in spans.items() if isinstance(m, ConvertedStem) and len(span) == 1]:
+            close(stem)
+        start(module, "forward")
+        problems[module] = len(planned)
         if isinstance(module, FusedBlock) and (reason := module.why_eager(args[0])) is not None:
             rows[module].implementation, rows[module].reason = "eager", reason
 
-    def leave(module: nn.Module, args: Any, result: Any) -> None:
-        if module not in starts:
+    def leave(module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+        if isinstance(module, ConvertedStem) and len(spans[module, "forward"]) == 2:
             return
-        launches, problems = starts.pop(module)
-        rows[module].launches += seen.launches[launches:]
-        if len(planned) > problems:
-            inside.update(range(launches, len(seen.launches)))
-        rows[module].problems += planned[problems:]
+        close(module)
+        if training and result.requires_grad:
+            result.register_hook(lambda _: start(module, "backward"))
+            if args[0].requires_grad:
+                args[0].register_hook(lambda _: stop(module, "backward"))
 
     handles = [h for b in rows for h in (b.register_forward_pre_hook(enter), b.register_forward_hook(leave))]
     try:
         model.train(training)
         with trace() as seen, record() as planned:
-            model(x)
+            result = model(x)
+            if training:
+                ends = [t for t in tree_leaves(result) if isinstance(t, Tensor) and t.requires_grad]
+                torch.autograd.backward(ends, [torch.empty_like(t) for t in ends])
     finally:
         for handle in handles:
             handle.remove()
         for module, mode in modes:
             module.training = mode
-    return [launch for i, launch in enumerate(seen.launches) if i not in inside]
+    inside: set[int] = set()
+    for (module, _), (first, *last) in spans.items():
+        span = range(first, last[0] if last else len(seen.launches))
+        rows[module].launches += [seen.launches[i] for i in span]
+        inside.update(span)
+    return list(rows.values()), [launch for i, launch in enumerate(seen.launches) if i not in inside]

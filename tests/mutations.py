@@ -101,7 +101,7 @@ MUTATIONS = [
     ),
     Mutation(
         "resnet_fused/plan/decide.py",
-        "key=lambda way: (waited(problem, way[0], way[1], tiles), way[1])",
+        "key=lambda way: (waited(problem, way[0], way[1], tiles, constants), way[1])",
         "key=lambda way: way[1]",
         "tests/test_plan.py -k host",
     ),
@@ -159,8 +159,8 @@ MUTATIONS = [
     ),
     Mutation(
         "resnet_fused/plan/tuned.py",
-        "        load.cache_clear()\n        table = (load",
-        "        table = (load",
+        "        load.cache_clear()\n        table = changed(load",
+        "        table = changed(load",
         "tests/test_tuned.py::test_what_another_process_saved_since_the_table_was_loaded_stays",
     ),
     Mutation(
@@ -1196,6 +1196,60 @@ MUTATIONS = [
         "tests/test_explain.py -k totals",
     ),
     Mutation(
+        "resnet_fused/explain.py",
+        "result.register_hook(lambda _: start",
+        "result.register_hook(lambda _: None and start",
+        "tests/test_explain.py -k as_they_are_launched",
+    ),
+    Mutation(
+        "resnet_fused/explain.py",
+        "            model.zero_grad()\n",
+        "",
+        "tests/test_explain.py -k as_they_are_launched",
+    ),
+    Mutation(
+        "resnet_fused/plan/roofline.py",
+        "if splits > 1 else 0  # in fp32",
+        "if splits < 1 else 0  # in fp32",
+        "tests/test_explain.py -k as_they_are_launched",
+    ),
+    Mutation(
+        "resnet_fused/plan/roofline.py",
+        "launches * constants.launch_seconds + flops /",
+        "launches * constants.launch_seconds + 0 * flops /",
+        "tests/test_explain.py -k computed_again",
+    ),
+    Mutation(
+        "resnet_fused/commands/tune_constants.py",
+        "return 2 * COPIED /",
+        "return COPIED /",
+        "tests/test_constants.py -k made_of",
+    ),
+    Mutation(
+        "resnet_fused/plan/decide.py",
+        "return ASSUMED if table is None or table.constants is None else table.constants",
+        "return ASSUMED",
+        "tests/test_constants.py -k not_tuned",
+    ),
+    Mutation(
+        "resnet_fused/plan/tuned.py",
+        "return replace(self, entries=(*others, entry))",
+        "return Table(self.gpu, (*others, entry))",
+        "tests/test_constants.py -k kept_beside",
+    ),
+    Mutation(
+        "resnet_fused/plan/constants.py",
+        "memory_of_peak: float = 0.90",
+        "memory_of_peak: float = 0.50",
+        "tests/test_published.py",
+    ),
+    Mutation(
+        "resnet_fused/plan/constants.py",
+        "or not (math.isfinite(value) and 1e-9 < value <= most)",
+        "or not value <= most",
+        "tests/test_constants.py -k bad_constants",
+    ),
+    Mutation(
         "tests/kernels/ledger.py",
         'if x != ("LDGSTS", 128) and (x[1] < 32 or not unrolled)',
         'if x != ("LDGSTS", 128) and x[1] < 32',
@@ -1275,8 +1329,8 @@ MUTATIONS = [
     ),
     Mutation(
         "resnet_fused/plan/decide.py",
-        "HOST_SECONDS[implementation] + split * HOST_SPLIT_SECONDS",
-        "HOST_SECONDS[implementation]",
+        "constants.host(implementation) + split * HOST_SPLIT_SECONDS",
+        "constants.host(implementation)",
         "tests/test_plan.py -k 'every_launch_of_a_unit'",
     ),
     Mutation(

@@ -15,6 +15,7 @@ from resnet_fused.__main__ import main
 from resnet_fused.commands import demo
 from resnet_fused.commands.shared import UserError, python, require_writable
 from resnet_fused.commands.tune import Compilers, Runner
+from resnet_fused.plan.tuned import Table
 from tests.test_tune import problem
 
 BAD_NUMBERS = ["0", "-3", "1.5", "many", "", "1e3", "9" * 30, "9" * 9999]
@@ -205,12 +206,19 @@ def test_workers_import_nothing_from_the_current_directory(trap, monkeypatch):
 def test_the_measuring_process_is_started_so_too(a_gpu, trap, monkeypatch):
     tune = sys.modules["resnet_fused.commands.tune"]  # the package's attribute of that name is the function
     commands = []
-    monkeypatch.setattr(tune, "tune_problems", lambda problems, gpu, runner, compiled: commands.append(runner.command))
+
+    def measured(problems, gpu, runner, compiled):
+        commands.append(runner.command)
+        return tune.TuneReport(Table(gpu))
+
+    monkeypatch.setattr(tune, "tune_problems", measured)
+    monkeypatch.setattr(tune, "keep_constants", lambda arch, gpu, runner: commands.append(runner.command) or "kept")
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     with torch.device("meta"):
         model = resnet_fused.resnet18()
-    resnet_fused.tune(model, (1, 3, 64, 64))
-    assert commands == [python("resnet_fused.commands.tune_worker", "cuda:0", "--cudnn-benchmark")]
+    report = resnet_fused.tune(model, (1, 3, 64, 64))
+    assert commands == 2 * [python("resnet_fused.commands.tune_worker", "cuda:0", "--cudnn-benchmark")]
+    assert str(report).endswith("kept")
 
 
 def test_the_restart_imports_nothing_from_the_current_directory(trap):

@@ -23,6 +23,7 @@ from resnet_fused.kernels import conv_box, conv_dgrad, conv_forward, conv_wgrad
 from resnet_fused.kernels.gpus import ARCHITECTURES, gpu_of
 from resnet_fused.kernels.launch import FLOATS, TileConfig, interpreting, target_arch
 from resnet_fused.plan import decide, roofline
+from resnet_fused.plan.constants import ASSUMED
 from resnet_fused.plan.problem import REQUESTS, Problem, Tiles
 from resnet_fused.plan.roofline import PREDICTED
 from tests import plans
@@ -174,6 +175,7 @@ class Measured:
     tiles: Tiles
     seconds: float = 1e-3
     reason: str = "measured so"
+    constants: None = None
 
     def lookup(self, problem: Problem) -> Measured:
         return self
@@ -267,6 +269,23 @@ def test_a_narrow_convolution_takes_as_long_in_cudnn_as_published():
     assert 31.2e-6 / 1.5 < launch.seconds < 31.2e-6 * 1.5, launch
 
 
+@pytest.mark.parametrize("direction", ["inference", "training"])
+def test_the_first_layer_is_predicted_with_its_own_issue_slots(direction):
+    """Where a chunk of K runs across taps, a cycle of the tensor cores takes several slots."""
+    first = Problem(
+        *(256, 224, 224, 3, 64, 7, 7, (2, 2), (3, 3), (1, 1), 1, torch.bfloat16),
+        *(False, False, 90, direction, False),
+    )
+    for arch, slots, bound in ((80, 2.336, "issue"), (90, 4.469, "l2"), (100, 8.594, "issue")):
+        problem = replace(first, arch=arch)
+        forward = roofline.predict(problem, "fused", Tiles())[0]
+        assert (forward.kernel, forward.bound) == ("conv_forward", bound)
+        assert forward.seconds > slots * forward.flops / (gpu_of(arch).tensor["bfloat16"] * 1e12)
+        if direction == "training":
+            (wgrad,) = (x for x in roofline.predict(problem, "fused", Tiles()) if x.kernel == "conv_wgrad")
+            assert wgrad.seconds > 1.5 * forward.seconds
+
+
 def test_boxes_are_chosen_and_the_reason_says_so():
     """Or why pixels are gathered, where the GPU could load boxes; of others there is nothing to say."""
     layer = Problem(
@@ -304,8 +323,8 @@ def test_sums_are_split_where_a_second_launch_pays():
 def test_the_host_waits_for_every_launch_of_a_unit():
     split = Tiles(forward=TileConfig(64, 64, 64, splits=2))
     waits = [decide.waited(replace(DEEP, direction="inference"), "fused", 1e-6, tiles) for tiles in (Tiles(), split)]
-    assert waits == [decide.HOST_SECONDS["fused"], decide.HOST_SECONDS["fused"] + decide.HOST_SPLIT_SECONDS]
-    assert decide.waited(replace(DEEP, direction="inference"), "eager", 1e-6, split) == decide.HOST_SECONDS["eager"]
+    assert waits == [ASSUMED.host_seconds["fused"], ASSUMED.host_seconds["fused"] + decide.HOST_SPLIT_SECONDS]
+    assert decide.waited(replace(DEEP, direction="inference"), "eager", 1e-6, split) == ASSUMED.host_seconds["eager"]
     assert decide.waited(DEEP, "fused", 1e-6, split) == 1e-6
 
 
@@ -401,7 +420,7 @@ def test_shared_memory_is_busy_as_long_as_counted_by_hand(arch, block_m, block_n
     """Cycles of shared memory for each cycle of the tensor cores at peak."""
     unit = replace(LAYER, arch=arch, direction="inference", prologue=False)
     tile = TileConfig(block_m, block_n, 64, num_warps)
-    work = roofline._Model(unit, Tiles(forward=tile)).forward_work()
+    work = roofline._Model(unit, Tiles(forward=tile), ASSUMED).forward_work()
     per_cycle = {80: 1024, 90: 2048}[arch]
     assert (work.shared_bytes / 128) / (work.macs / per_cycle) == cycles
 

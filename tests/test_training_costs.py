@@ -45,6 +45,8 @@ def megabytes(launches: list[Launch]) -> float:
 class WideFiltersMixed:
     """A table by which PyTorch convolves with wide filters of stride 1 and over 66 channels, Triton everything else."""
 
+    constants = None
+
     def lookup(self, problem: Problem) -> Plan:
         mixed = problem.r > 1 and problem.stride == (1, 1) and problem.ci > 66
         return replace(decide(problem), implementation="mixed" if mixed else "fused")

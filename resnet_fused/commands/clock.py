@@ -14,6 +14,7 @@ class ColdClock:
     """Events on the current stream of ``device``, after a write that leaves nothing in L2."""
 
     def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.flushed = torch.empty(FLUSHED, dtype=torch.uint8, device=device)
 
     def flush(self) -> None:

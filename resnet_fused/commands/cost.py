@@ -29,6 +29,7 @@ from resnet_fused.engine.trace import Launch
 from resnet_fused.kernels.gpus import gpu_of
 from resnet_fused.kernels.launch import Call, TileConfig, interpreting
 from resnet_fused.plan import decide, roofline, tuned
+from resnet_fused.plan.constants import Constants
 from resnet_fused.plan.problem import Problem, Request, Way
 from resnet_fused.table import render
 
@@ -137,9 +138,10 @@ def _micro(seconds: float) -> float:
 
 def examine(problem: Problem, request: Request) -> UnitCost:
     """Compile what the plan of ``problem`` launches, and Inductor's template for the same layer; needs no GPU."""
-    chosen = decide.decide(problem, request, tuned.load(problem.gpu))
+    table = tuned.load(problem.gpu)
+    chosen, constants = decide.decide(problem, request, table), decide.constants_of(table)
     calls, launches = rehearse(problem, Candidate(chosen.implementation, chosen.tiles))
-    predicted = roofline.predict(problem, chosen.implementation, chosen.tiles)
+    predicted = roofline.predict(problem, chosen.implementation, chosen.tiles, constants)
     by_name = {launch.kernel: launch for launch in predicted}
     distinct = {call.specialization(): call for call in calls}.values()
     return UnitCost(
@@ -150,7 +152,10 @@ def examine(problem: Problem, request: Request) -> UnitCost:
         bytes=sum(_bytes(launch) for launch in launches),
         compulsory_bytes=roofline.compulsory(problem),
         predicted=predicted,
-        kernels=(*(_compiled(call, problem, by_name.get(_name(call))) for call in distinct), _inductor(problem, calls)),
+        kernels=(
+            *(_compiled(call, problem, by_name.get(_name(call))) for call in distinct),
+            _inductor(problem, calls, constants),
+        ),
     )
 
 
@@ -175,7 +180,7 @@ def _occupancy(code: MachineCode, arch: int) -> Occupancy:
     return occupancy(code.registers, code.shared, code.warps, arch, code.tensor_memory)
 
 
-def _inductor(problem: Problem, calls: Sequence[Call]) -> Kernel:
+def _inductor(problem: Problem, calls: Sequence[Call], constants: Constants) -> Kernel:
     """The template's convolution alone, with the best of the configurations near our tile (or, without one, 128x128).
 
     The best: the fewest issue slots, of those that spill the least.
@@ -189,7 +194,7 @@ def _inductor(problem: Problem, calls: Sequence[Call]) -> Kernel:
         return Kernel(TEMPLATE, "", 0, 0, None, None, None, str(reason))
     code, best = min(read, key=lambda pair: (pair[0].spilled, pair[0].issue_slots or float("inf")))
     tile = TileConfig(*best.tile, best.num_warps, best.num_stages)
-    predicted = None if code.issue_slots is None else roofline.template(problem, tile, code.issue_slots)
+    predicted = None if code.issue_slots is None else roofline.template(problem, tile, code.issue_slots, constants)
     flops, size = (0, 0) if predicted is None else (predicted.flops, predicted.bytes)
     name = "x".join(map(str, best.tile))
     return Kernel(TEMPLATE, name, flops, size, code, _occupancy(code, problem.arch), predicted, code.reason)

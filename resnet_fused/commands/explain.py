@@ -32,6 +32,7 @@ def main(options: argparse.Namespace) -> int:
         with chosen_input():
             explanation = explain(model, x, arch=pick_arch(options.arch), training=options.train)
         totals = [total.to_dict() for total in explanation.totals()]
-        found = {"blocks": explanation.to_dict(), "totals": totals}
+        constants = None if explanation.constants is None else explanation.constants.to_dict()
+        found = {"blocks": explanation.to_dict(), "totals": totals, "measured_constants": constants}
         print(json.dumps(found, indent=1) if options.json else explanation)
     return 0

@@ -33,6 +33,7 @@ from resnet_fused.inference import optimize_for_inference
 from resnet_fused.kernels.launch import dry_run, interpreting
 from resnet_fused.models import MODELS
 from resnet_fused.plan import decide, tuned
+from resnet_fused.plan.constants import ASSUMED, Constants
 from resnet_fused.plan.problem import Problem, Tiles
 from resnet_fused.plan.tuned import DIRECTIONS, Entry, Table
 from resnet_fused.table import render
@@ -91,6 +92,15 @@ class Runner:
         self._revive()
         reason = self._ask({"compile": candidate.encode()})["reason"]
         return None if reason is None else str(reason)
+
+    def constants(self, arch: int, gpu: str) -> Constants:
+        """What the model of the plan takes for granted, as measured."""
+        if self.process is None:
+            self._start()
+        try:
+            return Constants.from_dict(self._ask({"constants": [arch, gpu]})["constants"])
+        except ValueError as error:
+            raise Failure(str(error)) from error
 
     def close(self) -> None:
         """Nothing will be asked any more."""
@@ -215,12 +225,16 @@ class CandidateTime:
 
 @dataclass
 class TuneReport:
-    """What :func:`tune` did; ``str()`` of it is a table. ``failed``: problems that could not be set up, and why."""
+    """What :func:`tune` did; ``str()`` of it is a table. ``failed``: problems that could not be set up, and why.
+
+    ``constants``: what came of measuring those of the plan's model, in words.
+    """
 
     table: Table
     tuned: list[Entry] = field(default_factory=list)
     known: list[Entry] = field(default_factory=list)
     failed: list[tuple[Problem, str]] = field(default_factory=list)
+    constants: str = ""
 
     def __str__(self) -> str:
         columns = ["unit", "runs", "us", "+- us", "quarantined", "because"]
@@ -238,7 +252,8 @@ class TuneReport:
         rows += [(str(problem), "", None, None, None, f"not tuned: {reason}") for problem, reason in self.failed]
         bad = [f"  {e.problem}: {way}: {reason}" for e in self.tuned for way, reason in e.quarantined]
         title = f"{len(self.tuned)} units tuned, {len(self.known)} known before, on {self.table.gpu}"
-        return "\n".join([render(title, columns, rows), *(["Quarantined:"] if bad else []), *bad])
+        constants = [self.constants] if self.constants else []
+        return "\n".join([render(title, columns, rows), *constants, *(["Quarantined:"] if bad else []), *bad])
 
 
 def tune(
@@ -249,6 +264,8 @@ def tune(
     device: torch.device | str = "cuda",
 ) -> TuneReport:
     """Measure every distinct unit of ``model`` on inputs of the given shapes, and keep the results for the plan.
+
+    And, once, the constants of the GPU by which the plan's model predicts units that were not measured.
 
     ``shapes`` [N, 3, H, W]: batches as they will come. ``dtype``: that of the model's input (default: of its first
     parameter). ``direction``: "inference", "frozen" (that of ``optimize_for_inference``, which cuDNN may do whole) or
@@ -278,9 +295,29 @@ def tune(
     runner = Runner(python("resnet_fused.commands.tune_worker", str(device), *options))
     compilers = Compilers()
     try:
-        return tune_problems(problems, gpu, runner, compiled=compilers)
+        constants = keep_constants(arch, gpu, runner)
+        report = tune_problems(problems, gpu, runner, compiled=compilers)
     finally:
+        runner.close()
         compilers.close()
+    report.constants = constants
+    return report
+
+
+def keep_constants(arch: int, gpu: str, runner: Runner) -> str:
+    """Measure those constants of ``gpu`` that the user's table lacks, and save them; returns what came of it, in words.
+
+    Raises OSError where the table cannot be written, before anything is measured.
+    """
+    tuned.require_writable(gpu)
+    if (table := tuned.load(gpu)) is not None and table.constants is not None:
+        return "The constants of the plan's model were measured before."
+    try:
+        constants = runner.constants(arch, gpu)
+    except Failure as failure:
+        return f"The constants of the plan's model stay assumed: {failure}"
+    tuned.change(gpu, lambda table: replace(table, constants=constants))
+    return "The constants of the plan's model were measured."
 
 
 def find_problems(
@@ -312,7 +349,7 @@ def tune_problems(problems: Sequence[Problem], gpu: str, runner: Runner, *, comp
                 report.known.append(entry)
                 continue
             try:
-                entry = tune_problem(problem, runner, compiled)
+                entry = tune_problem(problem, runner, compiled, decide.constants_of(report.table))
             except Failure as failure:
                 report.failed.append((problem, str(failure)))
                 continue
@@ -323,8 +360,11 @@ def tune_problems(problems: Sequence[Problem], gpu: str, runner: Runner, *, comp
     return report
 
 
-def tune_problem(problem: Problem, runner: Runner, compiled: Compiled) -> Entry:
-    """Verify, then time, every candidate for ``problem``. Raises Failure where not one of them came through."""
+def tune_problem(problem: Problem, runner: Runner, compiled: Compiled, constants: Constants = ASSUMED) -> Entry:
+    """Verify, then time, every candidate for ``problem``. Raises Failure where not one of them came through.
+
+    ``constants``: by which the plan's model names the default.
+    """
     trial = _Tournament(runner)
     ways = candidates(problem)
     trial.quarantined = compiled(problem, ways)
@@ -335,9 +375,9 @@ def tune_problem(problem: Problem, runner: Runner, compiled: Compiled) -> Entry:
         # Each kernel's best tile was found on its own: together they are a candidate like any other.
         rivals = [way for way in trial.timings if way.tiles == Tiles()]
         trial.play([Candidate("fused", best), *rivals])
-    plan = decide.decide(problem)
+    plan = decide.decide(problem, table=Table(problem.gpu, constants=constants))
     default = Candidate(plan.implementation, plan.tiles if plan.implementation == "fused" else Tiles())
-    return trial.entry(problem, default)
+    return trial.entry(problem, default, constants)
 
 
 class _Tournament:
@@ -388,13 +428,15 @@ class _Tournament:
         best = min(own, key=lambda way: own[way].median, default=None)
         return getattr(best.tiles, kernel) if best and (base is None or _beats(own[best], base)) else None
 
-    def entry(self, problem: Problem, default: Candidate) -> Entry:
+    def entry(self, problem: Problem, default: Candidate, constants: Constants) -> Entry:
         """The winner: the fastest, if it beats the default by more than the spread; the host's time counts too."""
         if not self.timings:
             reasons = "; ".join(f"{way}: {reason}" for way, reason in self.quarantined.items())
             raise Failure(f"no candidate came through: {reasons}")
         waits = {
-            way: CandidateTime(decide.waited(problem, way.implementation, timing.median, way.tiles), timing.spread)
+            way: CandidateTime(
+                decide.waited(problem, way.implementation, timing.median, way.tiles, constants), timing.spread
+            )
             for way, timing in self.timings.items()
         }
         best = min(waits, key=lambda way: (waits[way].median, self.timings[way].median))

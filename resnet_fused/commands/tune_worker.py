@@ -6,6 +6,7 @@ It reads a line of JSON, answers with lines of JSON, and goes on until its input
     {"compile": candidate}              {"reason": null}            or why its kernels do not compile
     {"verify": candidate}               {"ratio": 0.3}              at most 1 is right
     {"time": [candidate, ...]}          {"at": 0} {"at": 1} ... {"samples": [[seconds, ...], ...]}
+    {"constants": [arch, name]}         {"constants": {...}}        of the GPU, which needs no problem
 
 or {"error": "...", "fatal": false} where that failed, true where no more can be asked; "at" says which candidate runs
 first from here on.
@@ -15,13 +16,16 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import sys
+import time
 from collections.abc import Callable, Iterable
 from typing import Any, TextIO
 
 import torch
 
 from resnet_fused.commands.clock import ColdClock
+from resnet_fused.commands.tune_constants import measure
 from resnet_fused.commands.tune_trial import Candidate, Trial, rehearse
 from resnet_fused.kernels.gpus import gpu_of
 from resnet_fused.plan.problem import Problem
@@ -29,6 +33,7 @@ from resnet_fused.plan.tuned import problem_in
 
 WARM_UPS = 3
 ROUNDS = 25
+HOST_CALLS = 20
 GRAPH_BELOW = 5e-3
 """Shorter work is timed inside a CUDA graph, so that the host's own time for its launches does not count."""
 
@@ -61,10 +66,23 @@ class Clock(ColdClock):
 
         return replay
 
+    def host_seconds(self, work: Work) -> float:
+        """How long the host takes for one call: the median of ROUNDS, while the device has nothing else to do."""
+        for _ in range(WARM_UPS):
+            work()
+        samples = []
+        for _ in range(ROUNDS):
+            torch.cuda.synchronize(self.device)
+            start = time.perf_counter()
+            for _ in range(HOST_CALLS):
+                work()
+            samples.append((time.perf_counter() - start) / HOST_CALLS)
+        return statistics.median(samples)
+
     def usable(self) -> bool:
         """Whether the device still works, after an error."""
         try:
-            torch.cuda.synchronize(self.flushed.device)
+            torch.cuda.synchronize(self.device)
         except RuntimeError:
             return False
         return not self.capturing
@@ -87,6 +105,11 @@ def serve(lines: Iterable[str], out: TextIO, make_trial: Callable[[Problem], Tri
                 torch.backends.cudnn.conv.fp32_precision = "tf32" if problem.tf32 else "ieee"  # type: ignore[attr-defined]
                 trial = make_trial(problem)
                 answer({})
+            elif "constants" in request:
+                if clock is None:
+                    raise ValueError("constants are measured on a CUDA GPU, and there is none here")
+                trial = None
+                answer({"constants": measure(gpu_of(*request["constants"]), clock).to_dict()})
             elif trial is None:
                 raise ValueError("there is no problem yet")
             elif "compile" in request:

@@ -13,6 +13,7 @@ from resnet_fused.kernels import conv_box, conv_pool
 from resnet_fused.kernels.gpus import gpu_of
 from resnet_fused.kernels.launch import INTERPRETER, KEPT_LAYOUTS, dry_target, interpreting
 from resnet_fused.plan import roofline
+from resnet_fused.plan.constants import ASSUMED, Constants
 from resnet_fused.plan.problem import Problem, Request, Tiles, Way
 from resnet_fused.plan.tuned import Table
 
@@ -46,15 +47,14 @@ class Plan:
     alternatives: tuple[tuple[Way, float], ...]
 
 
-HOST_SECONDS: dict[Way, float] = {"fused": 45e-6, "mixed": 75e-6, "eager": 45e-6}
-"""What the host takes to launch a unit in inference, as ``python -m resnet_fused.benchmarks.host`` measured it without
-a GPU (docs/results.md): eager PyTorch's launches on one are not in it."""
 HOST_SPLIT_SECONDS = 10e-6
 """What a fused unit takes the host longer where its sum is split, by the same command: a second launch, and memory for
 the parts."""
 
 
-def waited(problem: Problem, implementation: Way, seconds: float, tiles: Tiles) -> float:
+def waited(
+    problem: Problem, implementation: Way, seconds: float, tiles: Tiles, constants: Constants = ASSUMED
+) -> float:
     """``seconds`` of the GPU, or those of the host where it takes longer: in inference outside of a CUDA graph.
 
     Not in a frozen model, which replays one; nor in training, where the batches are large as a rule. ``tiles``: those
@@ -63,49 +63,57 @@ def waited(problem: Problem, implementation: Way, seconds: float, tiles: Tiles) 
     if problem.direction != "inference":
         return seconds
     split = implementation == "fused" and tiles.splits > 1
-    return max(seconds, HOST_SECONDS[implementation] + split * HOST_SPLIT_SECONDS)
+    return max(seconds, constants.host(implementation) + split * HOST_SPLIT_SECONDS)
 
 
-def best_tiles(problem: Problem) -> Tiles:
+def best_tiles(problem: Problem, constants: Constants = ASSUMED) -> Tiles:
     """Those with which a fused unit's forward is predicted to be done first.
 
     Of several, those that take the GPU less time, and where issuing does not bound them, those that issue less.
     """
 
     def order(tiles: Tiles) -> tuple[float, ...]:
-        seconds, slots = roofline.forward(problem, tiles)
-        return waited(problem, "fused", seconds, tiles), seconds, slots
+        seconds, slots = roofline.forward(problem, tiles, constants)
+        return waited(problem, "fused", seconds, tiles, constants), seconds, slots
 
     return min(roofline.choices(problem), key=order)
 
 
-_ROADS: dict[Request, Way] = {"triton": "fused", "mixed": "mixed", "eager": "eager"}
+ROADS: dict[Request, Way] = {"triton": "fused", "mixed": "mixed", "eager": "eager"}
 
 
 @lru_cache(maxsize=KEPT_LAYOUTS)
 def decide(problem: Problem, request: Request = "auto", table: Table | None = None) -> Plan:
     """The plan for ``problem``: what the user forces, else what was measured, else what the model predicts.
 
+    With the constants of the ``table``, if they were measured.
+
     Pure: it looks at its arguments alone, and needs no GPU. The model: :mod:`resnet_fused.plan.roofline`.
     """
     entry = table.lookup(problem) if table is not None else None
+    constants = constants_of(table)
     if entry is not None and entry.implementation == "fused":
         tiles = entry.tiles
     else:
-        tiles = Tiles() if problem.arch == INTERPRETER else best_tiles(problem)
-    alternatives = () if problem.arch == INTERPRETER else roofline.compare(problem, tiles)
+        tiles = Tiles() if problem.arch == INTERPRETER else best_tiles(problem, constants)
+    alternatives = () if problem.arch == INTERPRETER else roofline.compare(problem, tiles, constants)
     if request != "auto":
-        return Plan(_ROADS[request], tiles, None, "forced", f"implementation({request!r}) is in force", alternatives)
+        return Plan(ROADS[request], tiles, None, "forced", f"implementation({request!r}) is in force", alternatives)
     if entry is not None:
         return Plan(entry.implementation, tiles, entry.seconds, "tuned", entry.reason, alternatives)
     if not alternatives:
         return Plan("fused", tiles, None, "model", "the interpreter has no speed to predict", ())
-    best, seconds = min(alternatives, key=lambda way: (waited(problem, way[0], way[1], tiles), way[1]))
-    return Plan(best, tiles, seconds, "model", _why(problem, best, alternatives[0][0], tiles), alternatives)
+    best, seconds = min(alternatives, key=lambda way: (waited(problem, way[0], way[1], tiles, constants), way[1]))
+    return Plan(best, tiles, seconds, "model", _why(problem, best, alternatives[0][0], tiles, constants), alternatives)
 
 
-def _why(problem: Problem, best: Way, fastest: Way, tiles: Tiles) -> str:
-    slowest = max(roofline.predict(problem, best, tiles), key=lambda launch: launch.seconds)
+def constants_of(table: Table | None) -> Constants:
+    """Those by which units that the ``table`` lacks are predicted."""
+    return ASSUMED if table is None or table.constants is None else table.constants
+
+
+def _why(problem: Problem, best: Way, fastest: Way, tiles: Tiles, constants: Constants) -> str:
+    slowest = max(roofline.predict(problem, best, tiles, constants), key=lambda launch: launch.seconds)
     but = "" if best == fastest else f" but {fastest}, which would keep the host longer"
     reason = f"predicted fastest{but}; longest: {slowest.kernel}, bound by {slowest.bound}"
     if best == "fused":
@@ -114,7 +122,7 @@ def _why(problem: Problem, best: Way, fastest: Way, tiles: Tiles) -> str:
             return f"{reason}; the image is packed first" if why is None else f"{reason}; the pool stays apart: {why}"
         told = (_road(problem, tiles) if problem.arch in conv_box.TILES else "", _spread(problem, tiles))
         return "; ".join(filter(None, (reason, *told)))
-    held_up = max(roofline.predict(problem, "fused", tiles), key=lambda launch: launch.seconds)
+    held_up = max(roofline.predict(problem, "fused", tiles, constants), key=lambda launch: launch.seconds)
     return f"{reason}; fused: {held_up.kernel} {held_up.seconds * 1e6:.1f} us, bound by {held_up.bound}"
 
 

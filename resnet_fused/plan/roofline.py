@@ -11,16 +11,9 @@ from dataclasses import dataclass, replace
 from resnet_fused.kernels import conv_box, conv_dgrad, conv_forward, conv_pool, conv_wgrad
 from resnet_fused.kernels.gpus import gpu_of
 from resnet_fused.kernels.launch import TileConfig
+from resnet_fused.plan.constants import ASSUMED, Constants
 from resnet_fused.plan.problem import Problem, Tiles, Way
 
-CUDNN_OF_PEAK = 0.70
-"""Of the tensor cores' dense peak, what cuDNN's convolutions reach where arithmetic bounds a wide tile."""
-TRITON_OF_CUDNN = 0.80
-"""Of cuDNN's speed, what convolutions in Triton reach (PyTorch forum, thread 201550: "always ~20% slower")."""
-MEMORY_OF_PEAK = 0.90
-"""Of the nominal bandwidth, what a kernel that streams reaches."""
-LAUNCH_SECONDS = 2e-6
-"""From the end of a kernel to the start of the next, with its ramp up and down."""
 SHARED_BYTES_PER_CLOCK = 128
 """Of a multiprocessor's shared memory (CUDA C++ Programming Guide: 32 banks of 4 bytes)."""
 PART_BYTES = 4
@@ -36,8 +29,9 @@ CUDNN_GROUP_WIDTH = 32
 # Issue slots of the main loop per cycle of its tensor work, by architecture, for 1x1 and for wider filters: counted in
 # the machine code of the default tiles (of boxes: 128x128) for 256 channels and many pixels in bf16 (Triton 3.8.0; the
 # tests' ledger holds them, python -m tests.kernels.ledger counts anew). At 1, issuing alone takes as long as the
-# product. The filter's gradient has both prologues; the input's has one where the filter is 1x1.
-ISSUE_SLOTS = {
+# product. The filter's gradient has both prologues; the input's has one where the filter is 1x1. Flat: of a network's
+# first layer, 7x7/2 3->64, whose channels are so few that a chunk of K runs across taps; one figure.
+ISSUE_SLOTS: dict[str, dict[int, tuple[float, ...]]] = {
     "conv_forward": {
         **{80: (0.342, 0.293), 86: (0.171, 0.147), 89: (0.085, 0.074)},
         **{90: (0.23, 0.295), 100: (0.898, 1.039), 120: (0.067, 0.07)},
@@ -55,18 +49,26 @@ ISSUE_SLOTS = {
         **{80: (1.957, 0.426), 86: (1.049, 0.213), 89: (0.524, 0.106)},
         **{90: (1.617, 0.504), 100: (3.203, 1.07), 120: (0.493, 0.105)},
     },
+    "conv_forward, flat": {80: (2.336,), 86: (1.336,), 89: (0.668,), 90: (4.469,), 100: (8.594,), 120: (0.617,)},
+    "conv_wgrad, flat": {80: (3.703,), 86: (2.176,), 89: (1.088,), 90: (8.312,), 100: (20.719,), 120: (1.023,)},
 }
 
 # The same of the whole of conv_pool, whose loop is short and unrolled, for 64 channels: all its instructions over the
 # cycles of its product.
 POOL_SLOTS = {80: 1.004, 86: 0.516, 89: 0.258, 90: 1.911, 100: 3.964, 120: 0.254}
+CALLS_KERNELS = {"aten._native_batch_norm_legit": (2, 3 / 2), "aten.native_batch_norm_backward": (2, 5 / 3)}
+"""Calls of PyTorch's that launch more than one kernel: how many, and the bytes that these move over those of the
+operands, each once. Batch norm's statistics, and its gradient's sums, take a pass of their own."""
 
 PREDICTED: tuple[Way, ...] = ("fused", "mixed", "eager")
 
 
 @dataclass(frozen=True)
 class PredictedLaunch:
-    """One launch as the model sees it. ``bound``: tensor, issue, shared, l2 or memory; launch if all are shorter."""
+    """One launch, or call of PyTorch's, as the model sees it; ``bytes``: every operand once.
+
+    ``bound``: tensor, issue, shared, l2 or memory; launch if all are shorter.
+    """
 
     kernel: str
     flops: int
@@ -102,9 +104,11 @@ class _Sizes:
     pooled: int
 
 
-def predict(problem: Problem, implementation: Way, tiles: Tiles) -> tuple[PredictedLaunch, ...]:
+def predict(
+    problem: Problem, implementation: Way, tiles: Tiles, constants: Constants = ASSUMED
+) -> tuple[PredictedLaunch, ...]:
     """Every launch of the unit, in order: of its forward, and in training of its backward too."""
-    model = _Model(problem, tiles)
+    model = _Model(problem, tiles, constants)
     if implementation == "fused":
         return tuple(model.fused())
     return tuple(model.mixed() if implementation == "mixed" else model.eager())
@@ -118,29 +122,29 @@ def choices(problem: Problem) -> list[Tiles]:
     return [Tiles(), *(Tiles(forward=tile) for tile in (*conv_box.tiles(problem), *split))]
 
 
-def forward(problem: Problem, tiles: Tiles) -> tuple[float, float]:
+def forward(problem: Problem, tiles: Tiles, constants: Constants = ASSUMED) -> tuple[float, float]:
     """Predicted seconds of a fused unit's forward, and the issue slots of its main loop per tensor cycle."""
-    model = _Model(problem, tiles)
+    model = _Model(problem, tiles, constants)
     return sum(launch.seconds for launch in model.forward()), model.slots(model.forward_kernel)
 
 
 def programs(problem: Problem, tiles: Tiles) -> int:
     """How many compute the product of a fused unit's forward."""
-    return _Model(problem, tiles).forward_work().programs
+    return _Model(problem, tiles, ASSUMED).forward_work().programs
 
 
-def compare(problem: Problem, tiles: Tiles) -> tuple[tuple[Way, float], ...]:
+def compare(problem: Problem, tiles: Tiles, constants: Constants = ASSUMED) -> tuple[tuple[Way, float], ...]:
     """Every implementation with its predicted seconds, fastest first; ``tiles`` are those of the fused one."""
-    seconds = {way: sum(launch.seconds for launch in predict(problem, way, tiles)) for way in PREDICTED}
+    seconds = {way: sum(x.seconds for x in predict(problem, way, tiles, constants)) for way in PREDICTED}
     return tuple(sorted(seconds.items(), key=lambda item: item[1]))
 
 
-def template(problem: Problem, tile: TileConfig, slots: float) -> PredictedLaunch:
+def template(problem: Problem, tile: TileConfig, slots: float, constants: Constants = ASSUMED) -> PredictedLaunch:
     """The convolution alone of a fused unit's forward, as any kernel in Triton with ``tile`` would run it.
 
     ``slots``: issue slots per tensor cycle of its main loop.
     """
-    model = _Model(problem, Tiles(forward=tile))
+    model = _Model(problem, Tiles(forward=tile), constants)
     size = model.sizes.met + model.sizes.w + model.sizes.y
     return model.product("template", model.forward_work(), size, slots)
 
@@ -151,7 +155,7 @@ def compulsory(problem: Problem) -> int:
     Forward, what is read and the output, once each; in training then the output and its gradient, input and filter,
     and the gradients of these two.
     """
-    model = _Model(problem, Tiles())
+    model = _Model(problem, Tiles(), ASSUMED)
     b = model.sizes
     forward = b.met + b.w + (b.pooled if problem.pooled else b.y) + model.residual
     return forward if problem.direction != "training" else forward + 2 * b.y + b.met + b.x + 2 * b.w
@@ -162,19 +166,28 @@ def roof(flops: int, size: int, beside: Problem) -> float:
 
     Of the GPU, and in the number format, of the problem ``beside``.
     """
-    model = _Model(beside, Tiles())
+    model = _Model(beside, Tiles(), ASSUMED)
     return max(flops / model.peak, size / (model.gpu.memory * 1e9))
 
 
-def library(kernel: str, flops: int, size: int, beside: Problem) -> PredictedLaunch:
-    """A call of PyTorch's outside of all units; ``beside``: see :func:`roof`."""
-    model = _Model(beside, Tiles())
-    return model.longest(kernel, flops, size, tensor=flops / (model.peak * CUDNN_OF_PEAK))
+def library(kernel: str, flops: int, size: int, beside: Problem, constants: Constants = ASSUMED) -> PredictedLaunch:
+    """A launch outside of all units; ``beside``: see :func:`roof`."""
+    return _Model(beside, Tiles(), constants).call(kernel, flops, size)
+
+
+def correction(launches: int, flops: int, size: int, beside: Problem, constants: Constants = ASSUMED) -> float:
+    """Seconds for so many launches, so much arithmetic and so many bytes more than units are predicted to take.
+
+    Or less, where they are negative. They are what blocks add to their units: the shortcut's addition and its gradient,
+    and what is computed again; ``beside``: see :func:`roof`.
+    """
+    model = _Model(beside, Tiles(), constants)
+    return launches * constants.launch_seconds + flops / (model.peak * constants.cudnn_of_peak) + size / model.bandwidth
 
 
 class _Model:
-    def __init__(self, problem: Problem, tiles: Tiles) -> None:
-        self.problem, self.tiles = problem, tiles
+    def __init__(self, problem: Problem, tiles: Tiles, constants: Constants) -> None:
+        self.problem, self.tiles, self.constants = problem, tiles, constants
         self.gpu = gpu_of(problem.arch, problem.gpu)
         e = problem.dtype.itemsize
         depth = problem.r * problem.s * problem.ci // problem.groups
@@ -196,13 +209,16 @@ class _Model:
         if p.direction != "training":
             return [*forward, *self.pool()]
         wide = p.r * p.s > 1  # then the filter's gradient keeps dy for the input's
-        wgrad = 2 * b.y + b.met + b.w + (b.y if wide else 0)
+        splits = self.wgrad_config.splits
+        parts = 4 * splits * b.w // p.dtype.itemsize if splits > 1 else 0  # in fp32
+        wgrad = 2 * b.y + b.met + (parts or b.w) + (b.y if wide else 0)
         dgrad = (b.y if wide else 2 * b.y) + b.w + b.x + (b.x if p.prologue else 0)
         return [
             *forward,
             self.vectors("batch_norm_stats"),
             self.vectors("batch_norm_coefs"),
-            self.triton("conv_wgrad", self.wgrad_work(), wgrad),
+            self.triton("conv_wgrad, flat" if p.flat else "conv_wgrad", self.wgrad_work(), wgrad),
+            *([self.call("sum_splits", 0, parts + b.w)] if parts else []),
             self.triton("conv_dgrad", self.dgrad_work(not wide), dgrad),
         ]
 
@@ -212,12 +228,12 @@ class _Model:
         seconds_per_program = work.macs * 2 / (self.peak / self.gpu.multiprocessors)
         at_peak = _tiles(work.programs, self.gpu.multiprocessors) * seconds_per_program
         return [
-            self.stream("conv_pack", b.x + b.w + packed),
+            self.call("conv_pack", 0, b.x + b.w + packed),
             self.longest(
                 "conv_pool",
                 self.flops,
                 packed + b.pooled,
-                tensor=at_peak / (self.efficiency * TRITON_OF_CUDNN),
+                tensor=at_peak / (self.efficiency * self.constants.triton_of_cudnn),
                 issue=at_peak * POOL_SLOTS[self.gpu.arch],
             ),
         ]
@@ -225,13 +241,15 @@ class _Model:
     def pool(self) -> list[PredictedLaunch]:
         """PyTorch's, which stores where it found the largest values as integers of 8 bytes."""
         size = self.sizes.pooled + self.sizes.pooled // self.problem.dtype.itemsize * 8
-        return [self.stream("aten.max_pool2d_with_indices", self.sizes.y + size)] if self.problem.pooled else []
+        return [self.call("aten.max_pool2d_with_indices", 0, self.sizes.y + size)] if self.problem.pooled else []
 
     @property
     def forward_kernel(self) -> str:
         """Which of :data:`ISSUE_SLOTS`."""
         if self.tiles.forward is not None and self.tiles.forward.box is not None:
             return "conv_box"
+        if self.problem.flat:
+            return "conv_forward, flat"
         return "conv_forward, prologue" if self.problem.prologue else "conv_forward"
 
     def forward(self) -> list[PredictedLaunch]:
@@ -248,48 +266,55 @@ class _Model:
         ]
 
     def slots(self, kernel: str) -> float:
-        return ISSUE_SLOTS[kernel][self.gpu.arch][self.problem.r * self.problem.s > 1]
+        pointwise, *wider = ISSUE_SLOTS[kernel][self.gpu.arch]
+        return wider[0] if wider and self.problem.r * self.problem.s > 1 else pointwise
 
     def mixed(self) -> list[PredictedLaunch]:
         p, b = self.problem, self.sizes
-        conv = self.cudnn("aten.convolution", b.met + b.w + b.y)
         if p.direction != "training":
-            return [conv, self.stream("batch_norm_apply", 2 * b.y + self.residual), *self.pool()]
-        apply = [self.stream("batch_norm_apply", 2 * b.x)] if p.prologue else []
+            return [self.convolution(), self.call("batch_norm_apply", 0, 2 * b.y + self.residual), *self.pool()]
+        apply = [self.call("batch_norm_apply", 0, 2 * b.x)] if p.prologue else []
         return [
             *apply,
-            conv,
-            self.stream("channel_moments", b.y),
+            self.convolution(),
+            self.call("channel_moments", 0, b.y),
             self.vectors("batch_norm_stats"),
             self.vectors("batch_norm_coefs"),
-            self.stream("batch_norm_backward", 3 * b.y),
+            self.call("batch_norm_backward", 0, 3 * b.y),
             *apply,
-            self.cudnn("aten.convolution_backward (filter)", b.y + b.met + b.w),
-            self.cudnn("aten.convolution_backward (input)", b.y + b.w + b.x),
-            *([self.stream("batch_norm_reduce", 3 * b.x)] if p.prologue else []),
+            self.convolution_backward(),
+            *([self.call("batch_norm_reduce", 0, 3 * b.x)] if p.prologue else []),
         ]
 
     def eager(self) -> list[PredictedLaunch]:
         """Between units that are not eager, the chain must be cut in front of this one: its input is materialised."""
         p, b = self.problem, self.sizes
-        conv = self.cudnn("aten.convolution", b.met + b.w + b.y)
-        add = [self.stream("aten.add_", 2 * b.y + self.residual)] if p.residual else []
+        add = [self.call("aten.add_", 0, 2 * b.y + self.residual)] if p.residual else []
         if p.direction != "training":
-            relu = self.stream("aten.relu_", 2 * b.y)
-            return [conv, self.stream("aten.batch_norm", 2 * b.y), *add, relu, *self.pool()]
+            norm = self.call("aten._native_batch_norm_legit_no_training", 0, 2 * b.y)
+            return [self.convolution(), norm, *add, self.call("aten.relu_", 0, 2 * b.y), *self.pool()]
         return [
-            *([self.stream("batch_norm_apply", 2 * b.x)] if p.prologue else []),
-            conv,
-            self.stream("aten.batch_norm (statistics)", b.y),
-            self.stream("aten.batch_norm", 2 * b.y),
-            self.stream("aten.relu_", 2 * b.y),
-            self.stream("aten.threshold_backward", 3 * b.y),
-            self.stream("aten.batch_norm_backward (sums)", 2 * b.y),
-            self.stream("aten.batch_norm_backward", 3 * b.y),
-            self.cudnn("aten.convolution_backward (filter)", b.y + b.met + b.w),
-            self.cudnn("aten.convolution_backward (input)", b.y + b.w + b.x),
-            *([self.stream("batch_norm_reduce", 3 * b.x)] if p.prologue else []),
+            *([self.call("batch_norm_apply", 0, 2 * b.x)] if p.prologue else []),
+            self.convolution(),
+            self.call("aten._native_batch_norm_legit", 0, 2 * b.y),
+            self.call("aten.relu_", 0, 2 * b.y),
+            self.call("aten.threshold_backward", 0, 3 * b.y),
+            self.call("aten.native_batch_norm_backward", 0, 3 * b.y),
+            self.convolution_backward(),
+            *([self.call("batch_norm_reduce", 0, 3 * b.x)] if p.prologue else []),
         ]
+
+    def convolution(self) -> PredictedLaunch:
+        b = self.sizes
+        return self.cudnn("aten.convolution", b.met + b.w + b.y)
+
+    def convolution_backward(self) -> PredictedLaunch:
+        """One call of two kernels, the gradients of the filter and of the input."""
+        b, name = self.sizes, "aten.convolution_backward"
+        parts = [self.cudnn(name, size) for size in (b.y + b.met + b.w, b.y + b.w + b.x)]
+        longest = max(parts, key=lambda part: part.seconds)
+        size = b.y + b.met + b.x + 2 * b.w
+        return PredictedLaunch(name, 2 * self.flops, size, sum(part.seconds for part in parts), longest.bound)
 
     def forward_work(self) -> _Work:
         p = self.problem
@@ -311,9 +336,13 @@ class _Model:
         programs = parities * _tiles(rows, tile.block_m) * _tiles(ci, tile.block_n) * (p.groups // p.merged)
         return self.work(programs, tile, depth, tensors=2 if prologue else 1)
 
+    @property
+    def wgrad_config(self) -> conv_wgrad.WgradConfig:
+        return self.tiles.wgrad or conv_wgrad.default_config(replace(self.problem, prologue=True))
+
     def wgrad_work(self) -> _Work:
         p = self.problem
-        chosen = self.tiles.wgrad or conv_wgrad.default_config(replace(p, prologue=True))
+        chosen = self.wgrad_config
         tile = chosen.tile
         depth = _up(_tiles(p.m, chosen.splits), tile.block_k)
         programs = conv_wgrad.filter_tiles(p, tile) * chosen.splits
@@ -328,7 +357,8 @@ class _Model:
 
     def triton(self, kernel: str, work: _Work, size: int, kept: int = 0) -> PredictedLaunch:
         """``kernel``: which of :data:`ISSUE_SLOTS`."""
-        return self.product(kernel.removesuffix(", prologue"), work, size, self.slots(kernel), kept)
+        name, _, _ = kernel.partition(", ")
+        return self.product(name, work, size, self.slots(kernel), kept)
 
     def product(self, kernel: str, work: _Work, size: int, slots: float, kept: int = 0) -> PredictedLaunch:
         waves = _tiles(work.programs, self.gpu.multiprocessors)
@@ -338,7 +368,7 @@ class _Model:
             self.flops,
             size,
             kept,
-            tensor=at_peak / (self.efficiency * TRITON_OF_CUDNN),
+            tensor=at_peak / (self.efficiency * self.constants.triton_of_cudnn),
             issue=at_peak * slots,
             shared=waves * work.shared_bytes / (SHARED_BYTES_PER_CLOCK * self.gpu.clock * 1e9),
             l2=work.programs * work.l2_bytes / (self.gpu.l2 * 1e9),
@@ -353,34 +383,48 @@ class _Model:
             macs = _up(p.m, rows) * p.groups * co * p.r * p.s * ci
         return self.longest(kernel, self.flops, size, tensor=2 * macs / (self.peak * self.efficiency))
 
-    def stream(self, kernel: str, size: int) -> PredictedLaunch:
-        return self.longest(kernel, 0, size)
+    def call(self, kernel: str, flops: int, size: int) -> PredictedLaunch:
+        """Of a kernel that streams, or of PyTorch's."""
+        gap = self.constants.launch_seconds
+        kernels, moved = CALLS_KERNELS.get(kernel, (1, 1.0))
+        tensor = flops / (self.peak * self.constants.cudnn_of_peak)
+        launch = self.longest(kernel, flops, int(size * moved), tensor=tensor)
+        return replace(launch, bytes=size, seconds=launch.seconds + (kernels - 1) * gap)
 
     def vectors(self, kernel: str) -> PredictedLaunch:
         return self.longest(kernel, 0, 0)
 
     def longest(self, kernel: str, flops: int, size: int, kept: int = 0, **resources: float) -> PredictedLaunch:
         """``kept``: of the ``size``, what L2 keeps from one launch to the next."""
-        resources["memory"] = (size - kept) / (self.gpu.memory * 1e9 * MEMORY_OF_PEAK)
+        resources["memory"] = (size - kept) / self.bandwidth
         bound, seconds = max(resources.items(), key=lambda item: item[1])
-        return PredictedLaunch(
-            kernel, flops, size, seconds + LAUNCH_SECONDS, bound if seconds > LAUNCH_SECONDS else "launch"
-        )
+        gap = self.constants.launch_seconds
+        return PredictedLaunch(kernel, flops, size, seconds + gap, bound if seconds > gap else "launch")
 
     @property
     def efficiency(self) -> float:
         """Of the peak, what cuDNN reaches at the unit's width."""
-        p, (rows, columns) = self.problem, CUDNN_TILE
-        if p.groups > 1 or self.gpu.arch not in (90, 100) or p.number_format == "float32":
-            return CUDNN_OF_PEAK
+        p, (rows, columns), widest = self.problem, CUDNN_TILE, self.constants.cudnn_of_peak
+        if p.groups > 1 or p.number_format == "float32":
+            return widest
+        if (measured := self.constants.cudnn(p.co)) is not None:
+            return measured
+        if self.gpu.arch not in (90, 100):
+            return widest
         filled = min(_up(p.co, columns), CUDNN_FULL_COLUMNS)
         reuse = filled / (rows + filled)
-        return CUDNN_OF_PEAK * reuse * (rows + CUDNN_FULL_COLUMNS) / CUDNN_FULL_COLUMNS
+        return widest * reuse * (rows + CUDNN_FULL_COLUMNS) / CUDNN_FULL_COLUMNS
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes per second of device memory that a kernel which streams reaches."""
+        return self.gpu.memory * 1e9 * self.constants.memory_of_peak
 
     @property
     def peak(self) -> float:
         """FLOP/s of the tensor cores in the unit's number format."""
-        return self.gpu.tensor[self.problem.number_format] * 1e12
+        number_format = self.problem.number_format
+        return self.gpu.tensor[number_format] * 1e12 * self.constants.tensor_of_peak[number_format]
 
 
 def _operand_rows(arch: int, tile: TileConfig) -> int:

@@ -7,6 +7,7 @@ import logging
 import math
 import re
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from math import prod
@@ -23,6 +24,7 @@ from resnet_fused.kernels.conv_wgrad import conv_wgrad
 from resnet_fused.kernels.gpus import gpu_of
 from resnet_fused.kernels.launch import TileConfig, dry_run
 from resnet_fused.plan.cache import cache_dir, locked, read, versions, write_whole
+from resnet_fused.plan.constants import Constants
 from resnet_fused.plan.problem import DTYPES, WAYS, Problem, Tiles, Way, dtype_name
 
 logger = logging.getLogger("resnet_fused")
@@ -52,15 +54,19 @@ class Entry:
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """The entries of one GPU under the present :func:`versions`. Compared by identity."""
+    """What was measured of one GPU under the present :func:`versions`. Compared by identity.
+
+    ``constants``: None where they were not measured.
+    """
 
     gpu: str
     entries: tuple[Entry, ...] = ()
+    constants: Constants | None = None
 
     def with_entry(self, entry: Entry) -> Table:
         """A table in which ``entry`` stands for its problem."""
         others = tuple(known for known in self.entries if known.problem != entry.problem)
-        return Table(self.gpu, (*others, entry))
+        return replace(self, entries=(*others, entry))
 
     def exact(self, problem: Problem) -> Entry | None:
         """The entry of this very problem."""
@@ -113,13 +119,18 @@ def _warn_once(message: str) -> None:
 
 
 def add(gpu: str, entry: Entry) -> Table:
-    """Put ``entry`` into the user's table of ``gpu``, beside what other processes have saved; returns that table.
+    """Put ``entry`` into the user's table of ``gpu``; see :func:`change`."""
+    return change(gpu, lambda table: table.with_entry(entry))
+
+
+def change(gpu: str, changed: Callable[[Table], Table]) -> Table:
+    """Replace the user's table of ``gpu`` by ``changed`` of what this and other processes have saved; returns it.
 
     Raises OSError if it cannot be written.
     """
     with locked(path(gpu)):
         load.cache_clear()
-        table = (load(gpu) or Table(gpu)).with_entry(entry)
+        table = changed(load(gpu) or Table(gpu))
         save(table)
     return table
 
@@ -152,7 +163,9 @@ def render(table: Table) -> str:
         }
         for entry in table.entries
     ]
-    return json.dumps({"schema": SCHEMA, "gpu": table.gpu, "versions": versions(), "entries": entries}, indent=1)
+    constants = None if table.constants is None else table.constants.to_dict()
+    head = {"schema": SCHEMA, "gpu": table.gpu, "versions": versions(), "constants": constants}
+    return json.dumps(head | {"entries": entries}, indent=1)
 
 
 def kept() -> dict[Path, Table | str]:
@@ -190,7 +203,9 @@ def _table(content: Any, gpu: str | None) -> Table:
             raise ValueError(f"its {name} is {content.get(name)!r}, here it is {here!r}")
     if not isinstance(content["entries"], list):
         raise ValueError("its entries are no list")
-    return Table(gpu, tuple(_entry(row, gpu) for row in content["entries"]))
+    constants = content.get("constants")
+    found = None if constants is None else Constants.from_dict(constants)
+    return Table(gpu, tuple(_entry(row, gpu) for row in content["entries"]), found)
 
 
 def _entry(row: dict[str, Any], gpu: str) -> Entry:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from torch import nn
+from torch import Tensor, nn
 
 import resnet_fused
 from benchmarks import shapes
@@ -134,6 +134,28 @@ def _modelled(arch: int) -> Iterator[Kernel]:
             boxed, *_ = rehearse(unit, Candidate("fused", Tiles(forward=tile)))[0]
             square = (tile.block_m, tile.block_n) == (128, 128)
             yield Kernel(arch, "bfloat16", boxed, modelled=("conv_box", taps) if square else None)
+    yield from _first_layer(arch)
+
+
+def _first_layer(arch: int) -> Iterator[Kernel]:
+    """Of a network: so few channels that a chunk of K runs across taps. Nobody wants the gradient of its input."""
+    with torch.device("meta"):
+        conv = nn.Conv2d(3, 64, 7, 2, 3, bias=False, dtype=torch.bfloat16)
+        x = torch.empty(256, 3, 224, 224, dtype=torch.bfloat16)
+    for call in _step(arch, conv, x):
+        name = call.kernel.__name__.removesuffix("_kernel")
+        if name in ("conv_forward", "conv_wgrad"):
+            yield Kernel(arch, "bfloat16", call, modelled=(f"{name}, flat", 7))
+
+
+def _step(arch: int, conv: nn.Conv2d, x: Tensor) -> list[Call]:
+    """What a training step of one unit launches."""
+    with torch.device("meta"):
+        conv, bn = conv.to(memory_format=torch.channels_last), nn.BatchNorm2d(conv.out_channels)
+    calls: list[Call] = []
+    with resnet_fused.implementation("triton"), dry_run(arch), observe(calls.append):
+        functional.conv_bn_act(x, conv, bn).sum().backward()
+    return calls
 
 
 def _tried(arch: int, number_format: str) -> Iterator[Kernel]:
@@ -161,13 +183,9 @@ def _drawn(arch: int, draw: random.Random) -> Iterator[Kernel]:
     ci, co = (groups * draw.randint(1, 256 // groups) for _ in range(2))
     with torch.device("meta"):
         conv = nn.Conv2d(ci, co, size, draw.randint(1, 2), draw.randint(0, size), groups=groups, dtype=dtype)
-        conv, bn = conv.to(memory_format=torch.channels_last), nn.BatchNorm2d(co)
         x = torch.empty(draw.randint(1, 64), ci, draw.randint(7, 60), draw.randint(7, 60), dtype=dtype)
     torch.backends.cudnn.allow_tf32 = number_format == "tf32"
-    calls: list[Call] = []
-    with resnet_fused.implementation("triton"), dry_run(arch), observe(calls.append):
-        functional.conv_bn_act(x.requires_grad_(), conv, bn).sum().backward()
-    return (Kernel(arch, number_format, call, odd=True) for call in calls)
+    return (Kernel(arch, number_format, call, odd=True) for call in _step(arch, conv, x.requires_grad_()))
 
 
 def _calls(arch: int, number_format: str, models: Iterable[str], training: bool) -> Iterator[Kernel]:
