@@ -20,7 +20,7 @@ from .conv import ConvProblem, Geometry, blocks, check_geometry, precision
 from .epilogue import Norm, affine
 from .launch import FLOATS, INTERPRETER, KEPT_LAYOUTS, Cost, Recipe, TileConfig, Vector, target_arch
 from .memory import Layout, cdiv, channels_last, layout, require_channels_last_filter, span
-from .tile import dot, load_channels, relu
+from .tile import dot, relu
 
 PIXEL = 4
 """Channels of a packed pixel."""
@@ -50,12 +50,13 @@ def pack(source_ptr, steps, packed_ptr, i, size, rows, columns, n_end, h_end, w_
     h = i // columns % rows - pad_h
     w = i % columns - pad_w
     inside = (i < size) & (n < n_end) & (h >= 0) & (h < h_end) & (w >= 0) & (w < w_end)
-    at = source_ptr + (n.to(tl.int64) * steps.n + h * steps.h + w * steps.w)
+    one = tl.full((), 1, tl.int64)  # steps may be longer than 32 bits count
+    at = source_ptr + (n * one * steps.n + h * one * steps.h + w * one * steps.w)
     dtype = packed_ptr.dtype.element_ty
     c0 = tl.load(at, mask=inside, other=0.0).to(dtype)
-    c1 = tl.load(at + steps.c, mask=inside & (channels > 1), other=0.0).to(dtype)
-    c2 = tl.load(at + 2 * steps.c, mask=inside & (channels > 2), other=0.0).to(dtype)
-    c3 = tl.load(at + 3 * steps.c, mask=inside & (channels > 3), other=0.0).to(dtype)
+    c1 = tl.load(at + one * steps.c, mask=inside & (channels > 1), other=0.0).to(dtype)
+    c2 = tl.load(at + 2 * one * steps.c, mask=inside & (channels > 2), other=0.0).to(dtype)
+    c3 = tl.load(at + 3 * one * steps.c, mask=inside & (channels > 3), other=0.0).to(dtype)
     pixels = tl.reshape(tl.join(tl.join(c0, c2), tl.join(c1, c3)), (i.shape[0], 4))
     to = packed_ptr + (i.to(tl.int64) * 4)[:, None] + tl.arange(0, 4)[None, :]
     tl.store(to, pixels, mask=(i < size)[:, None])
@@ -175,13 +176,8 @@ def conv_pool_kernel(
         w_at += BLOCK_K
 
     mask_c = c < CO
-    norm = Norm(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps)
-    # What follows the sum never falls where it rises, or never rises where gamma is negative: it can follow the pool.
-    if gamma_ptr is not None:
-        gamma = load_channels(gamma_ptr, c, mask_c)
-        sign = (gamma > 0).to(tl.float32) - (gamma < 0).to(tl.float32)
-        acc *= sign[None, :]
-    v = tl.where(present[:, None], acc, float("-inf"))
+    v = affine(acc, c, mask_c, bias_ptr, Norm(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps))
+    v = tl.where(present[:, None], v, float("-inf"))
     by_row = tl.permute(tl.reshape(v, (2, 2 * PIXELS, BLOCK_N)), (1, 2, 0))
     even, odd = tl.split(by_row)
     own = largest(even, odd)
@@ -193,15 +189,12 @@ def conv_pool_kernel(
     even_column = largest(even_own, tl.gather(even_odd, above, 0))
     odd_column = largest(odd_own, tl.gather(odd_odd, above, 0))
     pooled = largest(largest(even_column, odd_column), tl.gather(odd_column, before, 0))
-    if gamma_ptr is not None:
-        pooled *= sign[None, :]
-    pooled = relu(affine(pooled, c, mask_c, bias_ptr, norm))
 
     h = h0 + j // SIDE
     w = w0 + j % SIDE
     mask = (j >= SIDE) & (j % SIDE > 0) & (h < pooled_h) & (w < pooled_w)
     to = y_ptr + (((n * pooled_h + h) * pooled_w + w) * CO)[:, None] + c[None, :]
-    tl.store(to, pooled.to(y_ptr.dtype.element_ty), mask=mask[:, None] & mask_c[None, :])
+    tl.store(to, relu(pooled).to(y_ptr.dtype.element_ty), mask=mask[:, None] & mask_c[None, :])
 
 
 def why_not(problem: ConvProblem) -> str | None:

@@ -83,15 +83,9 @@ class ConvertedStem(Converted):
             eligible.report_once(found)
             return self.eager_forward(x)
         assert self.pooled_stem is not None
-        parts = [_Part(self._modules[name]) for name in self.pooled_stem.parts]
-        for part, before in zip(parts[1:], parts, strict=False):
-            part.before = before
-        parts[0].unit = found
         view = object.__new__(self.original)
-        vars(view).update(vars(self), _modules=self._modules | dict(zip(self.pooled_stem.parts, parts, strict=True)))
-        result = self.original.forward(view, x)
-        # Called by another name than its own, a part would not have passed the result on.
-        return result if all(part.result is not None for part in parts) else self.eager_forward(x)
+        vars(view).update(vars(self), _modules=self._modules | _parts(self, self.pooled_stem, found))
+        return self.original.forward(view, x)
 
     def _unit(self, x: Tensor) -> functional.PooledUnit | str:
         stem = self.pooled_stem
@@ -125,27 +119,47 @@ def _is_unit(part: nn.Module, stem: StemLayout) -> bool:
 class _Part:
     """What stands for a part of a stem in a view: to be called as it, it answers for all else as the ``module``.
 
-    The first, which has the ``unit``, computes all of the stem; the others return what the one ``before`` returned. A
-    part that is called again, with something else, is its module.
+    The first, which has the ``unit``, computes all of the stem; each of the others returns what the one ``before``
+    returned. A part that is called again is its module.
     """
 
-    def __init__(self, module: nn.Module | None) -> None:
-        self.module = module
+    def __init__(self, module: nn.Module | None, before: _Part | None) -> None:
+        self.module, self.before = module, before
         self.unit: functional.PooledUnit | None = None
-        self.before: _Part | None = None
         self.result: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.unit is not None and self.result is None:
-            self.result = functional.run_pooled(x, self.unit)
-        elif self.before is not None and x is self.before.result:
-            self.result = x
-        else:
+        if self.unit is not None:
+            self.result, self.unit = functional.run_pooled(x, self.unit), None
+            return self.result
+        if self.before is None or x is not self.before.result:
             return cast(nn.Module, self.module)(x)
-        return self.result
+        self.before.result = self.before = None
+        self.result = x
+        return x
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.module, name)
+
+
+class _LastPart(_Part):
+    """Keeps nothing of what it returns."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        result = super().__call__(x)
+        self.result = None
+        return result
+
+
+def _parts(network: nn.Module, stem: StemLayout, unit: functional.PooledUnit) -> dict[str, Any]:
+    """What stands for the parts of the ``stem`` in a view, by their names."""
+    found: dict[str, Any] = {}
+    before: _Part | None = None
+    for name in stem.parts:
+        kind = _LastPart if name == stem.parts[-1] else _Part
+        found[name] = before = kind(network._modules[name], before)
+    found[stem.parts[0]].unit = unit
+    return found
 
 
 class ConvertedSequential(Converted):
@@ -220,11 +234,15 @@ def _plain(module: nn.Module) -> tuple[tuple[str, Any], ...]:
     return tuple((name, copy.copy(vars(module)[name])) for name in names if _is_plain(vars(module)[name]))
 
 
+_GONE = object()
+
+
 def _why_changed(module: nn.Module, plain: tuple[tuple[str, Any], ...]) -> str | None:
     """Why ``module`` does not have the attributes of :func:`_plain` any more, or None."""
     own = vars(module)
     for name, value in plain:
-        if name not in own or (own[name] is not value and own[name] != value):
+        now = own.get(name, _GONE)
+        if now is not value and not (_is_plain(now) and now == value):
             return f"its attribute {name!r} is not what it was when it was recognised"
     return None
 

@@ -245,11 +245,11 @@ def explain(
     if training and arch is None:
         raise ValueError("training=True needs an arch: a training step is planned, not run")
     if x is None:
-        return Explanation([_row(found) for found in find(model)], ran=False)
+        return Explanation([_row(found) for found in _blocks(model)], ran=False)
     if arch is not None:
         return _planned(model, x, arch, training)
     with torch.no_grad():
-        rows, _ = _observe(model, x, list(find(model)), training=False)
+        rows, _ = _observe(model, x, _blocks(model), training=False)
     on_gpu = x.device.type == "cuda" and not interpreting()
     steps = _planned(model, x, arch_of(x.device), training=False).steps if on_gpu else {}
     return Explanation(rows, ran=True, steps=steps)
@@ -259,7 +259,7 @@ def _planned(model: nn.Module, x: Tensor, arch: int, training: bool) -> Explanat
     """What is launched on every road, on tensors without data."""
     # As of a CPU: on the meta device pooling forgets channels_last.
     model = copy.deepcopy(model).to_empty(device="cpu")
-    blocks = list(find(model))
+    blocks = _blocks(model)
     seen: dict[str, tuple[list[BlockRow], list[Launch]]] = {}
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake, dry_run(arch, present_gpu(arch)), torch.set_grad_enabled(training):
@@ -271,6 +271,14 @@ def _planned(model: nn.Module, x: Tensor, arch: int, training: bool) -> Explanat
     rows, _ = seen[PLANNED]
     planning = {row.name for row in rows if row.problems}
     return Explanation(rows, ran=True, steps={road: Step.of(*found, planning) for road, found in seen.items()})
+
+
+def _blocks(model: nn.Module) -> list[Found]:
+    """What is found in ``model``, less blocks that are part of a stem."""
+    found = list(find(model))
+    stems = [f for f in found if isinstance(f.verdict, StemLayout)]
+    parts = [f.module.get_submodule(name) for f in stems for name in f.verdict.parts]  # type: ignore[union-attr]
+    return [f for f in found if f.module not in parts]
 
 
 def _row(found: Found) -> BlockRow:

@@ -339,8 +339,8 @@ class TritonConv(nn.Module):
         self._folded: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor, residual: Any = None) -> Tensor:
-        if self.pooled and self._launches(x, residual):
-            return self._pool(x)
+        if self.pooled:
+            return self._pool(x) if self._launches(x, residual) else self._aten(_cast(x, self.weight), residual)
         x = _cast(x, self.weight) if self.casts else x
         if not self._launches(x, residual):
             return self._aten(x, residual)

@@ -55,13 +55,25 @@ def recognise(module: nn.Module) -> BlockLayout | str:
     return layout
 
 
+NETWORKS = (
+    ("torchvision.models.resnet", "ResNet"),
+    ("timm.models.resnet", "ResNet"),
+    ("transformers.models.resnet.modeling_resnet", "ResNetEmbeddings"),
+)
+"""Modules and names of classes whose forwards, up to a pool, are known. That of a whole network may look at more than a
+trace shows: at its tensors' values, its children's kinds, attributes that come later."""
+
+
 def recognise_stem(module: nn.Module) -> StemLayout | None:
-    """How ``module`` begins, if it begins with a convolution, batch norm, ReLU and max pool that run fused; else None.
+    """How ``module``, one of NETWORKS, begins, if that is a convolution, batch norm, ReLU and max pool; else None.
 
     Its forward is traced as by :func:`recognise`, but for its children, which are called as they are: the first of them
     on the input alone, each on the result of the one before. One of them may be a block of a convolution, batch norm
     and ReLU. What comes behind the pool does not matter.
     """
+    kind = _own_class(module)
+    if (kind.__module__, kind.__qualname__) not in NETWORKS:
+        return None
     if not any(eligible.why_not_pooled(child) is None for child in module.children()):
         return None
     state = _State(training=False)
@@ -96,7 +108,7 @@ def _stem(module: nn.Module, parts: list[str]) -> StemLayout | None:
     if len(unit) != 1:
         return None
     block = module.get_submodule(unit[0])
-    layout = block.layout if isinstance(block, FusedBlock) else recognise(block)
+    layout = getattr(block, "layout", None) if isinstance(block, FusedBlock) else recognise(block)
     if not isinstance(layout, BlockLayout) or layout.residual or len(layout.units) != 1 or not layout.units[0].relu:
         return None
     conv_name, norm_name = (f"{unit[0]}.{name}" for name in layout.units[0][:2])

@@ -493,9 +493,7 @@ MUTATIONS = [
         "(unit.w, unit.gamma, unit.beta))]",
         f"{AUTOGRAD} -k alone",
     ),
-    Mutation(
-        "resnet_fused/functional.py", "used = [chain.x, chain.source, *", "used = [chain.x, *", f"{AUTOGRAD} -k alone"
-    ),
+    Mutation("resnet_fused/functional.py", "used = [*inputs, *", "used = [*inputs[:1], *", f"{AUTOGRAD} -k alone"),
     Mutation(
         "resnet_fused/engine/eligible.py", "if p < 1 or q < 1:", "if p < 1:", "tests/test_outcome.py -k padded_image"
     ),
@@ -1335,7 +1333,7 @@ MUTATIONS = [
     ),
     Mutation(
         "resnet_fused/plan/decide.py",
-        'return waited(problem, "fused", seconds, tiles), seconds, slots',
+        'return waited(problem, "fused", seconds, tiles, constants), seconds, slots',
         "return seconds, slots",
         "tests/test_plan.py -k 'second_launch_pays'",
     ),

@@ -346,7 +346,7 @@ def test_what_l2_can_not_keep_of_the_parts_takes_memory_twice():
         large = replace(DEEP, n=images)
         _, total = roofline.predict(large, "fused", tiles)
         assert total.bound == bound
-    from_memory = (total.bytes - 50e6) / (3350e9 * roofline.MEMORY_OF_PEAK)
+    from_memory = (total.bytes - 50e6) / (3350e9 * ASSUMED.memory_of_peak)
     assert total.seconds == pytest.approx(from_memory + roofline.LAUNCH_SECONDS)
 
 

@@ -55,7 +55,7 @@ ISSUE_SLOTS: dict[str, dict[int, tuple[float, ...]]] = {
 
 # The same of the whole of conv_pool, whose loop is short and unrolled, for 64 channels: all its instructions over the
 # cycles of its product.
-POOL_SLOTS = {80: 1.004, 86: 0.516, 89: 0.258, 90: 1.911, 100: 3.964, 120: 0.254}
+POOL_SLOTS = {80: 0.969, 86: 0.496, 89: 0.248, 90: 2.089, 100: 6.929, 120: 0.242}
 CALLS_KERNELS = {"aten._native_batch_norm_legit": (2, 3 / 2), "aten.native_batch_norm_backward": (2, 5 / 3)}
 """Calls of PyTorch's that launch more than one kernel: how many, and the bytes that these move over those of the
 operands, each once. Batch norm's statistics, and its gradient's sums, take a pass of their own."""
