@@ -919,6 +919,18 @@ MUTATIONS = [
     ),
     Mutation(
         "kernels/conv_wgrad.py",
+        "dy = tl.where(inside[:, None], dy, 0.0)",
+        "dy = tl.where(mask_m[:, None], dy, 0.0)",
+        "tests/kernels/test_conv_wgrad.py -k 'test_prologues and 3x3'",
+    ),
+    Mutation(
+        "kernels/conv_wgrad.py",
+        "                v = tl.where(a_mask, v, 0.0)\n",
+        "                v = v\n",
+        "tests/kernels/test_conv_wgrad.py -k 'test_prologues and stem'",
+    ),
+    Mutation(
+        "kernels/conv_wgrad.py",
         "    check_geometry(problem)\n",
         "",
         "tests/kernels/test_conv_wgrad.py -k 'without_meaning'",

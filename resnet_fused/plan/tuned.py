@@ -265,7 +265,7 @@ def legal(tile: TileConfig, problem: Problem) -> bool:
     return (
         all(size >= 16 and size & (size - 1) == 0 for size in sizes)
         and max(tile.block_m, tile.block_n) <= 256
-        and tile.num_warps in ((4,) if tile.box is None else (4, 8))
+        and tile.num_warps in (4, 8)
         and (tile.box is None or _boxes(tile.box, tile, problem))
         and 1 <= tile.num_stages <= 8
         and (tile.max_registers is None or 32 <= tile.max_registers <= 255)
