@@ -281,7 +281,10 @@ def _tile(problem: ConvProblem, block_m: int, block_n: int) -> TileConfig:
     """For a GPU; of the filter's rows and columns, as powers of two."""
     fp32, (ci, co) = problem.dtype == torch.float32, problem.tile_channels
     if fp32 and not problem.tf32:
-        return TileConfig(min(block_m, 64), min(block_n, 64), 16)
+        # With three stages of a 1x1 filter's pixels, these two would spill.
+        pointwise = problem.prologue and problem.r * problem.s == 1 and min(block_m, block_n) >= 64
+        four = pointwise and problem.arch in (86, 89)
+        return TileConfig(min(block_m, 64), min(block_n, 64), 16, num_stages=4 if four else 3)
     slow = problem.arch in (86, 89, 120)
     weights, taps = ci * co, problem.r * problem.s
     large = min(ci, co) >= 128 and weights * taps >= 2**16 and ci % 8 == co % 8 == 0
