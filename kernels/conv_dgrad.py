@@ -16,6 +16,7 @@ from torch import Tensor
 from . import conv_forward
 from .conv import RUNTIME_SIZES, ConvProblem, Geometry, Size, blocks, check_geometry, load_width, precision, sizes
 from .epilogue import WHOLE, Added, Residual, added, fits, require_step, store_gradient
+from .gpus import gpu_of
 from .launch import INTERPRETER, KEPT_LAYOUTS, Cost, Recipe, TileConfig, Vector, target_arch
 from .memory import (
     Layout,
@@ -439,6 +440,8 @@ def default_config(problem: ConvProblem, epilogue: bool) -> TileConfig:
     tile = conv_forward.default_config(transposed)
     if not (epilogue or problem.prologue) or transposed.arch == INTERPRETER:
         return tile
+    if _fills_wide_tiles(transposed):
+        return TileConfig(128, 128, 32 if transposed.tile_channels[0] % 64 else 64, num_warps=8)
     tile = replace(tile, block_m=min(tile.block_m, 64))  # its tensors need registers too
     if problem.dtype == torch.float32 and not problem.tf32 and tile.block_n >= 32:
         # By itself the compiler spills. Of 32 columns it makes do with 128, told so; else it takes up to 156.
@@ -450,6 +453,15 @@ def default_config(problem: ConvProblem, epilogue: bool) -> TileConfig:
     if wide and problem.dtype != torch.float32 and problem.arch in (80, 90, 100):
         return replace(tile, block_n=128, block_k=32, num_stages=4, max_registers=None)
     return tile
+
+
+def _fills_wide_tiles(transposed: ConvProblem) -> bool:
+    """Whether tiles that take eight warps for their registers, and ask for a third less of L2, leave no GPU idle whose
+    tensor cores outrun its loads."""
+    depth, columns = transposed.tile_channels
+    tiles = cdiv(transposed.m, 128) * (columns // 128) * transposed.groups
+    whole = columns % 128 == depth % 32 == 0 and transposed.dtype.itemsize == 2
+    return whole and transposed.arch in (80, 90, 100) and tiles >= gpu_of(transposed.arch).multiprocessors
 
 
 def _reach(problem: ConvProblem, dy: Layout) -> int:

@@ -165,6 +165,7 @@ def conv_wgrad_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for _ in range(0, bound(steps)):
         mask_m = offs_k < left
+        inside = mask_m
         dy_mask = mask_m[:, None] & mask_co[None, :]
         dy = tl.load(g_tile + g_offs, mask=dy_mask, other=0.0)
         if POINTWISE:
@@ -183,7 +184,6 @@ def conv_wgrad_kernel(
             else:
                 h += r * dil_h
                 w += s * dil_w
-                inside = mask_m
                 if PADDED:
                     inside = mask_m & (h >= 0) & (h < H) & (w >= 0) & (w < W)
                 a_mask = inside[:, None] & mask_n[None, :]
@@ -195,15 +195,19 @@ def conv_wgrad_kernel(
             if y_ptr is not None:
                 y = tl.load(y_tile + g_offs, mask=dy_mask, other=0.0)
                 v += tl.fma(y.to(tl.float32), dy_slope[None, :], dy_constant[None, :])
-            # Past the last pixel there is no dy, whatever the formula makes of zeros.
-            dy = tl.where(dy_mask, v, 0.0).to(a.dtype)
+            dy = v.to(a.dtype)
             if dy_ptr is not None:
                 if column == 0:
                     tl.store(dy_tile + g_offs, dy, mask=dy_mask)
+        # Where there is no pixel, what the formulas make of zeros does not count: it is enough that one factor is zero.
+        if coefs_ptr is not None or stats_ptr is not None:
+            dy = tl.where(inside[:, None], dy, 0.0)
         if stats_ptr is not None:
             v = relu(tl.fma(a.to(tl.float32), scale[None, :], shift[None, :]))
-            # Padding is zero after the transform, which would turn it into relu(shift).
-            a = tl.where(a_mask, v, 0.0).to(a.dtype)
+            if FLAT:
+                # Columns of one step lie inside and outside of the image, where the transform makes zero relu(shift).
+                v = tl.where(a_mask, v, 0.0)
+            a = v.to(a.dtype)
         acc = dot(tl.trans(dy), a, acc, PRECISION)
 
         left -= BLOCK_K
@@ -262,19 +266,7 @@ def default_config(problem: ConvProblem) -> WgradConfig:
         block_k = min(max(16, triton.next_power_of_2(problem.m)), 256)
         tile = TileConfig(min(block_m, 256), min(block_n, 256), block_k)
         return WgradConfig(tile, 1 if problem.m <= 256 else 2)
-    fp32 = problem.dtype == torch.float32
-    if fp32 and not problem.tf32:
-        tile = TileConfig(min(block_m, 64), min(block_n, 64), 16)
-    else:
-        # Wide tiles ask less of L2. A small filter has few of them, and would be split into more partial ones.
-        narrow = fp32 or problem.flat or problem.arch in (86, 89, 120) or (problem.prologue and ci * co < 2**15)
-        block_m, block_n = min(block_m, 64), min(block_n, 64 if narrow else 128)
-        # 32 pixels a step would spill in a narrow tile of 16 bits, and so would masks that wait in a third stage for a
-        # small one: the compiler gives registers to occupancy there. 64 would where each column has masks of its own.
-        deep = 32 if fp32 or problem.flat or (problem.prologue and block_n == 128) else 64
-        stages = 3 if block_m * block_n > 32 * 32 else 2
-        small = block_m * block_n == 16 * 16 and problem.arch in (86, 89)
-        tile = TileConfig(block_m, block_n, deep, num_stages=stages, max_registers=96 if small else None)
+    tile = _tile(problem, block_m, block_n)
     steps = cdiv(problem.m, tile.block_k)
     programs = filter_tiles(problem, tile)
     multiprocessors = gpu_of(problem.arch).multiprocessors
@@ -283,6 +275,33 @@ def default_config(problem: ConvProblem) -> WgradConfig:
     pixel_bytes = (problem.m * problem.co + problem.n * problem.h * problem.w * problem.ci) * problem.dtype.itemsize
     affordable = pixel_bytes // (8 * filter_bytes)
     return WgradConfig(tile, max(1, min(max(wanted, least), steps // 8, max(affordable, least))))
+
+
+def _tile(problem: ConvProblem, block_m: int, block_n: int) -> TileConfig:
+    """For a GPU; of the filter's rows and columns, as powers of two."""
+    fp32, (ci, co) = problem.dtype == torch.float32, problem.tile_channels
+    if fp32 and not problem.tf32:
+        # With three stages of a 1x1 filter's pixels, these two would spill.
+        pointwise = problem.prologue and problem.r * problem.s == 1 and min(block_m, block_n) >= 64
+        four = pointwise and problem.arch in (86, 89)
+        return TileConfig(min(block_m, 64), min(block_n, 64), 16, num_stages=4 if four else 3)
+    slow = problem.arch in (86, 89, 120)
+    weights, taps = ci * co, problem.r * problem.s
+    large = min(ci, co) >= 128 and weights * taps >= 2**16 and ci % 8 == co % 8 == 0
+    if problem.prologue and large and not fp32 and not slow:
+        # A prologue transforms a pixel anew in every tile: in a wide one, the tensor cores wait less for that. A small
+        # filter would be split into many partial ones, and loads of less than 16 bytes would make it spill.
+        widest = taps == 1 and weights >= 2**17 and ci >= 256 and problem.arch != 80
+        return TileConfig(128, 256 if widest else 128, 32, num_warps=8)
+    # Wide tiles ask less of L2. A small filter has few of them, and would be split into more partial ones.
+    narrow = fp32 or problem.flat or slow or (problem.prologue and weights < 2**15)
+    block_m, block_n = min(block_m, 64), min(block_n, 64 if narrow else 128)
+    # 32 pixels a step would spill in a narrow tile of 16 bits, and so would masks that wait in a third stage for a
+    # small one: the compiler gives registers to occupancy there. 64 would where each column has masks of its own.
+    deep = 32 if fp32 or problem.flat or (problem.prologue and block_n == 128) else 64
+    stages = 3 if block_m * block_n > 32 * 32 else 2
+    small = block_m * block_n == 16 * 16 and problem.arch in (86, 89)
+    return TileConfig(block_m, block_n, deep, num_stages=stages, max_registers=96 if small else None)
 
 
 def filter_tiles(problem: ConvProblem, tile: TileConfig) -> int:

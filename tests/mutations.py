@@ -919,6 +919,36 @@ MUTATIONS = [
     ),
     Mutation(
         "kernels/conv_wgrad.py",
+        "dy = tl.where(inside[:, None], dy, 0.0)",
+        "dy = tl.where(mask_m[:, None], dy, 0.0)",
+        "tests/kernels/test_conv_wgrad.py -k 'test_prologues and 3x3'",
+    ),
+    Mutation(
+        "kernels/conv_wgrad.py",
+        "                v = tl.where(a_mask, v, 0.0)\n",
+        "                v = v\n",
+        "tests/kernels/test_conv_wgrad.py -k 'test_prologues and stem'",
+    ),
+    Mutation(
+        "kernels/conv_wgrad.py",
+        "weights * taps >= 2**16",
+        "weights >= 2**16",
+        "tests/kernels/test_conv_wgrad.py -k 'as_wide_as'",
+    ),
+    Mutation(
+        "kernels/conv_wgrad.py",
+        "and ci % 8 == co % 8 == 0",
+        "and ci % 8 == 0",
+        "tests/kernels/test_conv_wgrad.py -k 'as_wide_as'",
+    ),
+    Mutation(
+        "kernels/conv_dgrad.py",
+        "tiles >= gpu_of(transposed.arch).multiprocessors",
+        "tiles >= 1",
+        "tests/kernels/test_conv_dgrad.py -k 'wide_where_they_fill'",
+    ),
+    Mutation(
+        "kernels/conv_wgrad.py",
         "    check_geometry(problem)\n",
         "",
         "tests/kernels/test_conv_wgrad.py -k 'without_meaning'",

@@ -128,7 +128,7 @@ def legal(tile: TileConfig, problem: Problem) -> bool:
     sizes = tile.block_m, tile.block_n, tile.block_k
     powers = all(size >= 16 and size & (size - 1) == 0 for size in sizes)
     buffers = tile.num_stages * (tile.block_m + tile.block_n) * tile.block_k * problem.dtype.itemsize
-    return powers and tile.num_warps == 4 and buffers <= gpu_of(problem.arch).shared
+    return powers and tile.num_warps in (4, 8) and buffers <= gpu_of(problem.arch).shared
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)

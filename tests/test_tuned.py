@@ -191,7 +191,7 @@ BAD = {
         "legal",
     ),
     "columns too deep": (lambda: document(put("entries", 0, "tiles", slice(0, 5), [16, 256, 256, 4, 4])), "not legal"),
-    "eight warps": (lambda: document(put("entries", 0, "tiles", 3, 8)), "is not legal"),
+    "sixteen warps": (lambda: document(put("entries", 0, "tiles", 3, 16)), "is not legal"),
     "no stage": (lambda: document(put("entries", 0, "tiles", 4, 0)), "is not legal"),
     "nine stages": (lambda: document(put("entries", 0, "tiles", 4, 9)), "is not legal"),
     "few registers": (lambda: document(put("entries", 0, "tiles", 5, 31)), "is not legal"),

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from resnet_fused.kernels import conv_box
 from resnet_fused.kernels.conv_dgrad import conv_dgrad
-from resnet_fused.kernels.conv_forward import conv_forward, wide_tiles
+from resnet_fused.kernels.conv_forward import conv_forward
 from resnet_fused.kernels.conv_wgrad import conv_wgrad
 from resnet_fused.kernels.gpus import gpu_of
 from resnet_fused.kernels.launch import TileConfig, dry_run
@@ -281,7 +281,7 @@ def legal(tile: TileConfig, problem: Problem) -> bool:
         all(size >= 16 and size & (size - 1) == 0 for size in sizes)
         and max(tile.block_m, tile.block_n) <= 256
         and (tile.splits == 1 or (tile.box is None and problem.direction != "training"))
-        and (tile.num_warps == 4 or (tile.num_warps == 8 and tile.box is not None) or tile in wide_tiles(problem))
+        and tile.num_warps in (4, 8)
         and (tile.box is None or _boxes(tile.box, tile, problem))
         and 1 <= tile.num_stages <= 8
         and (tile.max_registers is None or 32 <= tile.max_registers <= 255)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from resnet_fused.engine import reference
 from resnet_fused.kernels import conv_dgrad as module
-from resnet_fused.kernels.conv import Geometry
-from resnet_fused.kernels.conv_dgrad import conv_dgrad
+from resnet_fused.kernels.conv import ConvProblem, Geometry
+from resnet_fused.kernels.conv_dgrad import conv_dgrad, default_config
 from resnet_fused.kernels.epilogue import Residual
 from resnet_fused.kernels.launch import Cost, TileConfig, dry_run, observe
 from tests.kernels.test_conv_forward import (
@@ -406,3 +406,26 @@ def test_a_shortcut_without_a_step():
         conv_dgrad(
             random(2, 20, 3, 3), random(20, 16, 3, 3), (5, 5), shortcut=Residual(random(2, 16, 5, 5), step=0)
         )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "tile"),
+    [
+        ({}, (128, 128, 64, 8)),
+        ({"co": 96}, (128, 128, 32, 8)),
+        ({"arch": 80}, (128, 128, 64, 8)),
+        ({"n": 32}, (64, 128, 64, 4)),
+        ({"ci": 192}, (64, 128, 64, 4)),
+        ({"co": 200}, (64, 128, 64, 4)),
+        ({"arch": 89}, (64, 128, 32, 4)),
+        ({"dtype": torch.float32, "tf32": True}, (64, 64, 32, 4)),
+    ],
+    ids=str,
+)
+def test_tiles_in_front_of_an_epilogue_are_wide_where_they_fill_the_gpu(change, tile):
+    sizes = {"n": 256, "h": 14, "w": 14, "ci": 256, "co": 256, "r": 3, "s": 3, "arch": 90}
+    plain = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1, "dtype": torch.bfloat16}
+    problem = ConvProblem(**sizes | plain | {"tf32": False, "prologue": False} | change)
+    config = default_config(problem, epilogue=True)
+    assert (config.block_m, config.block_n, config.block_k, config.num_warps) == tile
+    assert default_config(problem, epilogue=False).num_warps == 4

@@ -373,3 +373,25 @@ def test_no_images_give_zero():
     dw = conv_wgrad(channels_last(torch.zeros(0, 20, 3, 3)), channels_last(torch.zeros(0, 16, 5, 5)), (3, 3))
     assert dw.shape == (20, 16, 3, 3)
     assert (dw == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "tile"),
+    [
+        ({}, (128, 128, 8)),
+        ({"r": 1, "s": 1, "co": 512}, (128, 256, 8)),
+        ({"r": 1, "s": 1, "co": 512, "arch": 80}, (128, 128, 8)),
+        ({"ci": 128, "co": 128}, (128, 128, 8)),
+        ({"r": 1, "s": 1, "ci": 128, "co": 256}, (64, 128, 4)),
+        ({"ci": 1024, "co": 64}, (64, 128, 4)),
+        ({"co": 260}, (64, 128, 4)),
+        ({"groups": 4}, (64, 64, 4)),
+        ({"arch": 89}, (64, 64, 4)),
+        ({"dtype": torch.float32, "tf32": True}, (64, 64, 4)),
+        ({"prologue": False}, (64, 128, 4)),
+    ],
+    ids=str,
+)
+def test_tiles_behind_prologues_are_as_wide_as_the_filter_and_the_gpu_allow(change, tile):
+    config = default_config(problem(**{"n": 256, "prologue": True} | change)).tile
+    assert (config.block_m, config.block_n, config.num_warps) == tile
