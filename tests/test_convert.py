@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import weakref
 
 import pytest
 import timm
@@ -15,7 +16,7 @@ from torch.nn.utils import parametrizations, prune
 from torchvision.models.resnet import BasicBlock
 
 import resnet_fused
-from resnet_fused import explain, fuse, implementation, unfuse
+from resnet_fused import explain, functional, fuse, implementation, recognise, unfuse
 from resnet_fused.convert import ConvertedBlock, ConvertedSequential, ConvertedStem
 from tests import zoo
 
@@ -617,10 +618,17 @@ def _twice_read(model: nn.Module) -> None:
     model.__class__ = type("TwiceRead", (type(model),), {"forward": forward})
 
 
+def known(model: nn.Module, monkeypatch) -> None:
+    """Let the forward of its class count among those that are known."""
+    kind = type(model)
+    monkeypatch.setattr(recognise, "NETWORKS", (*recognise.NETWORKS, (kind.__module__, kind.__qualname__)))
+
+
 @pytest.mark.parametrize("change", [_other_pool, _between, _twice_read])
-def test_what_is_no_stem_is_none(change):
+def test_what_is_no_stem_is_none(change, monkeypatch):
     model, x = small(), torch.randn(1, 3, 32, 32)
     change(model)
+    known(model, monkeypatch)
     with torch.no_grad():
         want = model(x)
     assert stems(fuse(model)) == []
@@ -687,35 +695,60 @@ def test_a_stem_in_training_runs_its_own_modules():
     torch.testing.assert_close(model.bn1.running_mean, twin.bn1.running_mean)
 
 
-def test_a_forward_that_reaches_a_part_by_another_way_runs_eager():
-    model, x = small(), torch.randn(1, 3, 32, 32)
-    model.order = [model.bn1, model.relu, model.maxpool]
-    own = type(model)
-
-    def forward(self, x):
-        x = self.conv1(x)
-        for part in self.order:
-            x = part(x)
-        return self.fc(torch.flatten(self.avgpool(self.layer4(self.layer3(self.layer2(self.layer1(x))))), 1))
-
-    model.__class__ = type("Listed", (own,), {"forward": forward})
-    with torch.no_grad():
-        want = model(x)
-    torch.testing.assert_close(launched(fuse(model), x)[0], want, rtol=1e-4, atol=1e-4)
+def test_the_forward_of_another_network_is_not_touched():
+    model = small()
+    model.__class__ = type("Own", (type(model),), {})
+    assert stems(fuse(model)) == []
+    assert converted(model) == 4
 
 
-def test_parts_that_are_called_again_are_themselves():
+def test_parts_that_are_called_again_are_themselves(monkeypatch):
     model, x = small(), torch.randn(1, 3, 32, 32)
     model.bn1.weight.data.neg_()
 
     def forward(self, x):
         y = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        again = self.maxpool(self.relu(self.bn1(y - 1)))
-        return y.mean() + again.mean() + self.conv1(again[:, :3]).mean()
+        again = self.maxpool(self.maxpool(self.relu(self.bn1(y - 1))))
+        return y.mean() + again.mean() + self.bn1(y).mean() + self.maxpool(y).mean() + self.conv1(again[:, :3]).mean()
 
     model.__class__ = type("Again", (type(model),), {"forward": forward})
+    known(model, monkeypatch)
     with torch.no_grad():
         want = model(x)
     got, names = launched(fuse(model), x)
     assert names[:2] == ["conv_pack", "conv_pool"]
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_stem_returned_is_not_kept():
+    model, kept = fuse(small()), []
+    model.layer2[0].register_forward_pre_hook(lambda m, args: kept.append(pooled()))
+    run = functional.run_pooled
+    pooled = lambda: None  # noqa: E731
+
+    def run_pooled(x, found):
+        nonlocal pooled
+        y = run(x, found)
+        pooled = weakref.ref(y)
+        return y
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(functional, "run_pooled", run_pooled)
+        launched(model, torch.randn(1, 3, 32, 32))
+    assert kept == [None]
+
+
+def test_explain_shows_a_stem_that_is_a_block_of_its_own():
+    """Hugging Face's first convolution is a block, which fuses in training, inside of its stem."""
+    model, x = fuse(zoo.build("Hugging Face")), torch.randn(1, 3, 32, 32)
+    with implementation("triton"):
+        rows = explain(model, x).rows
+    assert [row.name for row in rows].count("resnet.embedder.embedder") == 1
+    assert [launch.name for launch in rows[0].launches][-2:] == ["conv_pack", "conv_pool"]
+
+
+def test_an_attribute_that_became_a_tensor_is_another():
+    model, x = small(), torch.randn(1, 3, 32, 32)
+    model.scale = 1.0
+    fuse(model).scale = torch.ones(3)
+    assert "conv_pool" not in launched(model, x)[1]

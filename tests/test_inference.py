@@ -282,6 +282,7 @@ def test_the_stem_takes_its_pool_along(dtype):
     assert not any(isinstance(m, nn.MaxPool2d) for m in frozen.modules())
     if dtype is None:
         _check(frozen, model, x)
+        torch.testing.assert_close(frozen(x.double()), frozen(x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

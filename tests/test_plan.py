@@ -347,7 +347,7 @@ def test_what_l2_can_not_keep_of_the_parts_takes_memory_twice():
         _, total = roofline.predict(large, "fused", tiles)
         assert total.bound == bound
     from_memory = (total.bytes - 50e6) / (3350e9 * ASSUMED.memory_of_peak)
-    assert total.seconds == pytest.approx(from_memory + roofline.LAUNCH_SECONDS)
+    assert total.seconds == pytest.approx(from_memory + ASSUMED.launch_seconds)
 
 
 def resnet50_at_batch_1(direction: str) -> list[Problem]:

@@ -250,14 +250,13 @@ def test_limits_are_legal():
     assert Table(GPU, (large,)).lookup(replace(PROBLEM, n=0)) == large, "an empty batch has a plan too"
 
 
-def test_eight_warps_are_legal_for_the_wide_tiles_of_the_forward_and_of_boxes():
+def test_four_and_eight_warps_are_legal():
     a100 = replace(PROBLEM, n=256, gpu="", arch=80, prologue=False, direction="inference")
     (wide,) = conv_forward.wide_tiles(a100)
     assert tuned.legal(wide, a100)
-    for other in (replace(wide, block_m=128), replace(wide, block_k=64), replace(wide, num_warps=2)):
+    for other in (replace(wide, num_warps=16), replace(wide, num_warps=2)):
         assert not tuned.legal(other, a100)
     h100 = replace(a100, arch=90)
-    assert not tuned.legal(wide, h100)
     assert tuned.legal(next(tile for tile in conv_box.tiles(h100) if tile.num_warps == 8), h100)
 
 

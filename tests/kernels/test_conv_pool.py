@@ -14,13 +14,14 @@ import torch.nn.functional as F
 import triton
 
 from resnet_fused.kernels.conv import ConvProblem, Geometry
+from resnet_fused.kernels.conv_forward import conv_forward
 from resnet_fused.kernels.conv_pool import conv_pool, why_not
 from resnet_fused.kernels.epilogue import Norm
 from resnet_fused.kernels.gpus import ARCHITECTURES
 from resnet_fused.kernels.launch import dry_run, observe
 from resnet_fused.plan import roofline
 from resnet_fused.plan.problem import Problem, Tiles
-from tests.kernels.test_conv_forward import DTYPES, layer, random, random_norm
+from tests.kernels.test_conv_forward import DEVICE, DTYPES, layer, random, random_norm
 from tests.rule import assert_within_rule
 
 STEM = Geometry((2, 2), (3, 3))
@@ -103,6 +104,27 @@ def test_what_is_not_finite_comes_out_as_pytorch_has_it(value):
     ours, expected = conv_pool(x, w, geometry=STEM, norm=norm), specification(x, w, norm, geometry=STEM, dtype=x.dtype)
     assert not expected.isfinite().all() or value == -float("inf")
     torch.testing.assert_close(ours, expected, equal_nan=True, atol=1e-4, rtol=1e-4)
+
+
+def test_norms_that_are_not_finite_come_out_as_without_the_pool():
+    x, w, norm = random(1, 3, 20, 20), random(16, 3, 7, 7), random_norm(16)
+    x[..., 10:] = 0
+    x[0, 0, 3, 3] = float("inf")
+    inf = float("inf")
+    norm.gamma[0], norm.gamma[1], norm.beta[2], norm.mean[3], norm.var[4], norm.var[5] = inf, -inf, inf, inf, inf, -1e-5
+    ours = conv_pool(x, w, geometry=STEM, norm=norm)
+    expected = F.max_pool2d(conv_forward(x, w, geometry=STEM, norm=norm, relu=True), 3, 2, 1)
+    assert expected.isnan().any()
+    torch.testing.assert_close(ours, expected, equal_nan=True, atol=1e-4, rtol=1e-4)
+
+
+def test_strides_beyond_32_bits():
+    """Of memory that is far larger than what is touched of it."""
+    flat = torch.empty(2**31 + 64, dtype=torch.float16, device=DEVICE)
+    for strides in ((2**31, 2**30, 8, 1), (2**31, 8, 2**28, 1)):
+        x = flat.as_strided((1, 3, 8, 8), strides)
+        x.copy_(random(1, 3, 8, 8))
+        check(x, random(16, 3, 7, 7, dtype=torch.float16), random_norm(16), geometry=STEM)
 
 
 def test_no_image():
