@@ -134,7 +134,7 @@ class _Part:
             return self.result
         if self.before is None or x is not self.before.result:
             return cast(nn.Module, self.module)(x)
-        self.before.result = self.before = None
+        self.before.result = None
         self.result = x
         return x
 

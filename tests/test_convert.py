@@ -705,11 +705,20 @@ def test_the_forward_of_another_network_is_not_touched():
 def test_parts_that_are_called_again_are_themselves(monkeypatch):
     model, x = small(), torch.randn(1, 3, 32, 32)
     model.bn1.weight.data.neg_()
+    model.register_buffer("more", torch.randn(1, 64, 2, 2))
 
     def forward(self, x):
+        before = self.bn1(self.more)
         y = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         again = self.maxpool(self.maxpool(self.relu(self.bn1(y - 1))))
-        return y.mean() + again.mean() + self.bn1(y).mean() + self.maxpool(y).mean() + self.conv1(again[:, :3]).mean()
+        return (
+            before.std()
+            + y.mean()
+            + again.mean()
+            + self.bn1(y).mean()
+            + self.maxpool(y).mean()
+            + self.conv1(again[:, :3]).mean()
+        )
 
     model.__class__ = type("Again", (type(model),), {"forward": forward})
     known(model, monkeypatch)
