@@ -300,8 +300,18 @@ def _tile(problem: ConvProblem, block_m: int, block_n: int) -> TileConfig:
     # small one: the compiler gives registers to occupancy there. 64 would where each column has masks of its own.
     deep = 32 if fp32 or problem.flat or (problem.prologue and block_n == 128) else 64
     stages = 3 if block_m * block_n > 32 * 32 else 2
-    small = block_m * block_n == 16 * 16 and problem.arch in (86, 89)
-    return TileConfig(block_m, block_n, deep, num_stages=stages, max_registers=96 if small else None)
+    return TileConfig(block_m, block_n, deep, num_stages=stages, max_registers=_registers(problem, block_m, block_n))
+
+
+def _registers(problem: ConvProblem, block_m: int, block_n: int) -> int | None:
+    """How many a thread may have where the compiler would spill for a program more at a time; else as it likes."""
+    if problem.arch in (86, 89) and block_m * block_n == 16 * 16:
+        return 96
+    if problem.dtype == torch.float32:
+        return None
+    if problem.arch == 80 and block_m * block_n == 32 * 32:
+        return 168
+    return 255 if problem.arch == 100 and block_m == 64 and block_n <= 64 else None
 
 
 def filter_tiles(problem: ConvProblem, tile: TileConfig) -> int:
