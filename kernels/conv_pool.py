@@ -20,7 +20,7 @@ from .conv import ConvProblem, Geometry, blocks, check_geometry, precision
 from .epilogue import Norm, affine
 from .launch import FLOATS, INTERPRETER, KEPT_LAYOUTS, Cost, Recipe, TileConfig, Vector, target_arch
 from .memory import Layout, cdiv, channels_last, layout, require_channels_last_filter, span
-from .tile import dot, relu
+from .tile import bound, dot, relu
 
 PIXEL = 4
 """Channels of a packed pixel."""
@@ -166,7 +166,7 @@ def conv_pool_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     # Zeros of the filter do not hide what is not finite in the pixels beyond it.
     met = (k < S * 4)[None, :]
-    for _ in range(R):
+    for _ in range(0, bound(R)):
         if S * 4 < BLOCK_K:
             a = tl.load(x_at, mask=met, other=0.0)
         else:

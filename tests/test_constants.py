@@ -83,6 +83,18 @@ class SimulatedClock:
         return self.host * len(seen.launches)
 
 
+def test_they_are_measured_whichever_setting_of_tf32_was_used():
+    conv = torch.backends.cudnn.conv
+    before = conv.fp32_precision
+    try:
+        for precision in ("tf32", "ieee"):
+            conv.fp32_precision = precision
+            assert tune_constants.measure(H100, SimulatedClock()).cudnn_by_width
+            assert not torch.backends.cudnn.benchmark
+    finally:
+        conv.fp32_precision = before
+
+
 def test_what_a_gpu_is_made_of_is_measured():
     clock = SimulatedClock()
     before = torch.backends.cuda.matmul.fp32_precision

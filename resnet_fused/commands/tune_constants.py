@@ -96,9 +96,20 @@ def _convolution(width: int, clock: Clock) -> float:
     with clock.device:
         x = torch.zeros(IMAGES, width, side, side, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
         w = torch.zeros(width, width, 3, 3, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
-    with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+    with _tried_out():
         seconds = _median(clock, lambda: F.conv2d(x, w, padding=1))
     return 2 * IMAGES * side**2 * 9 * width**2 / seconds
+
+
+@contextmanager
+def _tried_out() -> Iterator[None]:
+    """Let cuDNN try its algorithms. (``cudnn.flags`` cannot be read once the newer setting of TF32 was used.)"""
+    cudnn: Any = torch.backends.cudnn
+    before, cudnn.benchmark = cudnn.benchmark, True
+    try:
+        yield
+    finally:
+        cudnn.benchmark = before
 
 
 def _launch(clock: Clock) -> float:
