@@ -273,7 +273,7 @@ def default_config(problem: ConvProblem) -> WgradConfig:
     wanted, least = multiprocessors // programs, cdiv(multiprocessors, 2 * programs)
     filter_bytes = 8 * problem.co * problem.r * problem.s * problem.ci // problem.groups
     pixel_bytes = (problem.m * problem.co + problem.n * problem.h * problem.w * problem.ci) * problem.dtype.itemsize
-    affordable = pixel_bytes // (8 * filter_bytes)
+    affordable = pixel_bytes // (10 * filter_bytes)
     return WgradConfig(tile, max(1, min(max(wanted, least), steps // 8, max(affordable, least))))
 
 
@@ -286,13 +286,13 @@ def _tile(problem: ConvProblem, block_m: int, block_n: int) -> TileConfig:
         four = pointwise and problem.arch in (86, 89)
         return TileConfig(min(block_m, 64), min(block_n, 64), 16, num_stages=4 if four else 3)
     slow = problem.arch in (86, 89, 120)
-    weights, taps = ci * co, problem.r * problem.s
-    large = min(ci, co) >= 128 and weights * taps >= 2**16 and ci % 8 == co % 8 == 0
-    if problem.prologue and large and not fp32 and not slow:
-        # A prologue transforms a pixel anew in every tile: in a wide one, the tensor cores wait less for that. A small
-        # filter would be split into many partial ones, and loads of less than 16 bytes would make it spill.
-        widest = taps == 1 and weights >= 2**17 and ci >= 256 and problem.arch != 80
-        return TileConfig(128, 256 if widest else 128, 32, num_warps=8)
+    weights = ci * co
+    middle = problem.r * problem.s > 1 and min(ci, co) >= 128 and weights < 2**18 and ci % 8 == co % 8 == 0
+    if problem.prologue and middle and not fp32 and not slow:
+        # A prologue transforms a pixel anew in every tile: in a wide one, the tensor cores wait less for that. Of fewer
+        # tiles, a filter of one tap or of many channels would be split into partial ones that move more bytes than a
+        # wide tile saves; and loads of less than 16 bytes would make it spill.
+        return TileConfig(128, 128, 32, num_warps=8)
     # Wide tiles ask less of L2. A small filter has few of them, and would be split into more partial ones.
     narrow = fp32 or problem.flat or slow or (problem.prologue and weights < 2**15)
     block_m, block_n = min(block_m, 64), min(block_n, 64 if narrow else 128)

@@ -442,6 +442,10 @@ def test_operators_pass_opcheck():
     norm = (mean, var, gamma, beta, 1e-5)
     arguments = (x, w, None, *norm, residual, 1, 0, convolution, True, torch.float32)
     torch.library.opcheck(operators.conv_bn_act.default, arguments, test_utils=tests)
+    for channels in (3, 12):  # packed, and too many for that
+        arguments = (x[:, :channels], w[:, :channels].contiguous(memory_format=torch.channels_last), None, *norm)
+        stem = Convolution(Geometry((2, 2), (1, 1), (1, 1), 1), True, Tiles()).encode()
+        torch.library.opcheck(operators.conv_bn_act_pool.default, (*arguments, stem), test_utils=tests)
 
 
 @pytest.mark.parametrize("name", ["bottleneck, projection", "padded identity"])

@@ -11,8 +11,11 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
+from resnet_fused import BasicBlock as OwnBasicBlock
 from resnet_fused import ResidualBlock, fuse, implementation
 from resnet_fused.engine.trace import trace
+from resnet_fused.kernels.launch import Call, observe
+from resnet_fused.models import ResNet
 from tests.training import randomise
 
 pytestmark = pytest.mark.usefixtures("on_device")
@@ -110,3 +113,19 @@ def test_what_does_not_fit_runs_eager_under_a_compiler_too():
         with trace() as t:
             model(x)
     assert "conv_forward" in [launch.name for launch in t.launches]
+
+
+def test_a_stem_with_its_pool_is_one_graph_for_every_size():
+    torch.manual_seed(0)
+    model = ResNet(OwnBasicBlock, [1, 1, 1, 1], num_classes=5).eval()
+    randomise(model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    with torch.no_grad(), implementation("triton"):
+        for images, side in ((2, 40), (3, 48), (4, 36)):
+            x = torch.randn(images, 3, side, side)
+            calls: list[Call] = []
+            with observe(calls.append):
+                got = compiled(x)
+            assert [call.kernel.__name__ for call in calls[:2]] == ["conv_pack_kernel", "conv_pool_kernel"]
+            torch.testing.assert_close(got, model(x), rtol=1e-4, atol=1e-5)
+    assert graphs() == 1

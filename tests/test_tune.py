@@ -379,6 +379,17 @@ def test_verification_passes_what_is_right(way, direction, change):
     assert Trial(p, DEVICE).ratio(Candidate(way)) <= 1
 
 
+@pytest.mark.parametrize("way", ["fused", "mixed", "eager"])
+@pytest.mark.parametrize("ci", [3, 6])
+def test_verification_passes_a_stem_with_its_pool(way, ci):
+    stem = {"ci": ci, "r": 7, "s": 7, "stride": (2, 2), "padding": (3, 3), "h": 20, "w": 18}
+    p = problem(direction="inference", prologue=False, pooled=True, **stem)
+    trial = Trial(p, DEVICE)
+    assert Candidate(way) in candidates(p)
+    assert trial.ratio(Candidate(way)) <= 1
+    assert trial.work(Candidate(way))()["z"].shape == (1, 24, 5, 5)
+
+
 @pytest.mark.parametrize(
     ("module", "launcher"), [(forward, "conv_forward_moments"), (backward, "conv_dgrad"), (backward, "conv_wgrad")]
 )

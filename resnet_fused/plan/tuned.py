@@ -217,7 +217,7 @@ def _entry(row: dict[str, Any], gpu: str) -> Entry:
     tiles = Tiles.decode(tuple(code))
     if tiles.encode() != code:
         raise ValueError(f"an entry's tiles are not to be told from {code}")
-    known = WAYS if problem.direction == "frozen" else WAYS[:-1]
+    known = WAYS if problem.direction == "frozen" and not problem.pooled else WAYS[:-1]
     if row["implementation"] not in known:
         raise ValueError(f"an entry has the implementation {row['implementation']!r}")
     for tile in (tiles.forward, tiles.dgrad, None if tiles.wgrad is None else tiles.wgrad.tile):
@@ -248,6 +248,7 @@ def problem_in(fields: dict[str, Any]) -> Problem:
         or min(problem.p, problem.q) < 1
         or not all(type(flag) is bool for flag in (problem.tf32, problem.prologue, problem.residual, problem.pooled))
         or problem.direction not in DIRECTIONS
+        or (problem.pooled and (problem.residual or problem.direction == "training"))
         or not isinstance(problem.gpu, str)
     ):
         raise ValueError(f"{fields} is no problem")
