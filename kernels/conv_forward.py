@@ -207,6 +207,8 @@ def conv_forward_kernel(
         trips = R * S * chunks
         chunk = 0
         s = 0
+    x_at = x_tile + x_offs
+    w_at = w_tile + w_offs
     x_step = tl.full((), 0, OFFSET)
     w_step = 0
     first = 0
@@ -232,7 +234,7 @@ def conv_forward_kernel(
     for _ in range(0, bound(trips)):
         if FLAT:
             k_mask = offs_k < k_end - w_step
-            x_at = x_offs + (r * dil_h * W * pitch + s * tap_step + c)[None, :]
+            a_at = x_at + (r * dil_h * W * pitch + s * tap_step + c)[None, :]
             if PADDED:
                 a_mask = ((taps[:, None] >> (r * S + s)[None, :]) & 1 != 0) & k_mask[None, :]
             else:
@@ -240,7 +242,7 @@ def conv_forward_kernel(
             channel = c
         else:
             k_mask = offs_k < CI - chunk * BLOCK_K
-            x_at = x_offs
+            a_at = x_at + x_step
             if PADDED:
                 a_mask = (taps & tap != 0)[:, None]
             else:
@@ -249,15 +251,15 @@ def conv_forward_kernel(
                 a_mask = a_mask & k_mask[None, :]
             channel = chunk * BLOCK_K + offs_k
         if PADDED or FLAT or not EVEN_CI:
-            a = tl.load(x_tile + x_step + x_at, mask=a_mask, other=0.0)
+            a = tl.load(a_at, mask=a_mask, other=0.0)
         else:
-            a = tl.load(x_tile + x_step + x_at)
+            a = tl.load(a_at)
         if MERGED:
-            b = tl.load(w_tile + w_step + w_offs, mask=same_group & k_mask[:, None], other=0.0)
+            b = tl.load(w_at + w_step, mask=same_group & k_mask[:, None], other=0.0)
         elif FLAT or not EVEN_CI:
-            b = tl.load(w_tile + w_step + w_offs, mask=k_mask[:, None], other=0.0)
+            b = tl.load(w_at + w_step, mask=k_mask[:, None], other=0.0)
         else:
-            b = tl.load(w_tile + w_step + w_offs)
+            b = tl.load(w_at + w_step)
         if scale_ptr is not None:
             scale = load_channels(scale_ptr, group * CI + channel, k_mask)
             shift = load_channels(shift_ptr, group * CI + channel, k_mask)
@@ -277,16 +279,17 @@ def conv_forward_kernel(
             x_step += BLOCK_K
             chunk += 1
             if R * S > 1:
-                if chunk == chunks:
-                    chunk = 0
-                    s += 1
-                    x_step += tap_step - chunks * BLOCK_K
-                    w_step += (group_ci if MERGED else CI) - chunks * BLOCK_K
-                    if PADDED:
-                        tap = tap << 1
-                    if s == S:
-                        s = 0
-                        x_step += row_step - tap_step
+                # By selection: where a loop branches, the compiler has no load begin before its own step.
+                next_tap = chunk == chunks
+                chunk = tl.where(next_tap, 0, chunk)
+                s += next_tap
+                next_row = s == S
+                s = tl.where(next_row, 0, s)
+                x_step += tl.where(next_tap, tl.where(next_row, row_step, tap_step) - chunks * BLOCK_K, 0)
+                if MERGED or not EVEN_CI:
+                    w_step += tl.where(next_tap, (group_ci if MERGED else CI) - chunks * BLOCK_K, 0)
+                if PADDED:
+                    tap = tap << next_tap.to(tap.dtype)
     size = Size(H, W, P, Q)
     if MERGED:
         # A zero of the filter times another group's infinity or NaN is NaN.
