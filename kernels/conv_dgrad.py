@@ -227,6 +227,11 @@ def conv_dgrad_kernel(
         chunks = 1
     else:
         chunks = tl.cdiv(CO, BLOCK_K)
+    # From the last chunk of a tap to the next tap, and from the last tap of a row to the next row.
+    g_next_tap = -chunks * BLOCK_K - hop_w * pitch
+    g_next_row = g_next_tap + (taps_w * hop_w - hop_h * Q) * pitch
+    w_next_tap = tap_w * w_tap - chunks * BLOCK_K * w_stride
+    w_next_row = w_next_tap + (tap_h * S - taps_w * tap_w) * w_tap
     g_step = tl.full((), 0, OFFSET)
     w_step = 0
     chunk = 0
@@ -271,17 +276,15 @@ def conv_dgrad_kernel(
         w_step += BLOCK_K * w_stride
         chunk += 1
         if R * S > 1:
-            if chunk == chunks:
-                chunk = 0
-                along += 1
-                g_step -= chunks * BLOCK_K + hop_w * pitch
-                w_step += tap_w * w_tap - chunks * BLOCK_K * w_stride
-                tap = tap << 1
-                if along == taps_w:
-                    along = 0
-                    g_step += (taps_w * hop_w - hop_h * Q) * pitch
-                    w_step += (tap_h * S - taps_w * tap_w) * w_tap
-                    tap = tap << (S - taps_w)
+            # By selection: where a loop branches, the compiler has no load begin before its own step.
+            next_tap = chunk == chunks
+            chunk = tl.where(next_tap, 0, chunk)
+            along += next_tap
+            next_row = along == taps_w
+            along = tl.where(next_row, 0, along)
+            g_step += tl.where(next_tap, tl.where(next_row, g_next_row, g_next_tap), 0)
+            w_step += tl.where(next_tap, tl.where(next_row, w_next_row, w_next_tap), 0)
+            tap = tap << tl.where(next_row, S - taps_w + 1, next_tap.to(tl.int32)).to(tap.dtype)
     if MERGED:
         # A zero of the filter times another group's infinity or NaN is NaN.
         if not all_finite(acc):
