@@ -442,7 +442,9 @@ def default_config(problem: ConvProblem, epilogue: bool) -> TileConfig:
     transposed = _transposed(problem)
     tile = conv_forward.default_config(transposed)
     if not (epilogue or problem.prologue) or transposed.arch == INTERPRETER:
-        return tile
+        # Two strides, of the filter's taps and of its channels, take registers that chunks of 64 would leave none for.
+        spills = transposed.arch == 80 and (tile.block_m, tile.block_n, tile.block_k) == (128, 128, 64)
+        return replace(tile, block_k=32, num_stages=4) if spills else tile
     if _fills_wide_tiles(transposed):
         return TileConfig(128, 128, 32 if transposed.tile_channels[0] % 64 else 64, num_warps=8)
     tile = replace(tile, block_m=min(tile.block_m, 64))  # its tensors need registers too

@@ -377,7 +377,8 @@ def default_config(problem: ConvProblem) -> TileConfig:
         return TileConfig(block_m, min(block_n, 512), min(block_k, 512))
 
     fp32 = problem.dtype == torch.float32
-    hopper = problem.arch in (90, 100)
+    # Tensor cores outrun loads there: what a step takes beside its products counts, and shared memory has room for more.
+    fast = problem.arch in (80, 90, 100)
     if fp32 and not problem.tf32:
         deep = 32 if problem.prologue else 16
         block_m, block_n, block_k, stages = 64, min(block_n, 64), min(block_k, deep), 2 if problem.prologue else 3
@@ -386,16 +387,15 @@ def default_config(problem: ConvProblem) -> TileConfig:
         # Merged groups may have to be told apart in the end, which takes registers too.
         block_m = 64 if problem.arch == 100 or problem.flat or problem.merged > 1 else 128
         block_n = min(block_n, wide)
-        block_k = min(block_k, 32 if fp32 or problem.flat or (block_n == 128 and not hopper) else 64)
+        block_k = min(block_k, 32 if fp32 or problem.flat or (block_n == 128 and not fast) else 64)
         stages = 3 if block_k == 64 else 4
     if problem.merged > 1:
         block_k = max(16, triton.next_power_of_2(ci))
     elif not problem.flat and block_k == 64 and ci % 64 and ci % 32 == 0:
         block_k = 32
     multiprocessors = gpu_of(problem.arch).multiprocessors
-    # Tiles of half the size load twice as much: where tensor cores outrun loads, wide ones on half of the GPU will do.
-    loads_bound = problem.arch in (80, 90, 100) and not (fp32 or problem.prologue)
-    enough = cdiv(multiprocessors, 2) if loads_bound else multiprocessors
+    # Tiles of half the size load twice as much: wide ones on half of the GPU will do.
+    enough = cdiv(multiprocessors, 2) if fast and not (fp32 or problem.prologue) else multiprocessors
     while _programs(problem, block_m, block_n) < enough and block_m * block_n > 64 * 64:
         if block_m >= block_n:
             block_m //= 2

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from triton.runtime.jit import JITFunction
 
-from resnet_fused.commands.cost_machine_code import Program, issue_slots, program, resources
+from resnet_fused.commands.cost_machine_code import TENSOR_OPCODES, Program, issue_slots, program, resources
 from resnet_fused.kernels.gpus import ARCHITECTURES
 from tests.kernels.model_kernels import DTYPES, Kernel, launched
 
@@ -37,7 +37,7 @@ INSTRUCTIONS = ("mma.sync", "wgmma", "tcgen05.mma")
 class Figures(NamedTuple):
     """Per thread registers and spilled bytes, per program bytes of shared memory; what its PTX holds: multiply-adds
     whose addend came from another lane, and names of tensor-core instructions; and of its machine code's main loop the
-    issue slots per tensor cycle and :func:`slow_loads`."""
+    issue slots per tensor cycle, :func:`slow_loads` and :func:`waits`."""
 
     registers: int
     spilled: int
@@ -46,6 +46,7 @@ class Figures(NamedTuple):
     instructions: list[str]
     issue_slots: float | None
     slow_loads: dict[str, int]
+    waits: dict[str, int]
 
 
 Kernels = Mapping[str, Kernel]
@@ -72,7 +73,9 @@ def read(path: Path) -> Ledger | None:
     if not path.exists():
         return None
     content = json.loads(path.read_text())
-    return Ledger(content["sources"], {key: Figures(*values) for key, values in content["figures"].items()})
+    rows = content["figures"].items()
+    # A kernel with fewer figures than there are now is one that the ledger lacks.
+    return Ledger(content["sources"], {k: Figures(*row) for k, row in rows if len(row) == len(Figures._fields)})
 
 
 def write(path: Path, ledger: Ledger) -> None:
@@ -142,6 +145,7 @@ def _compile(key: str) -> tuple[str, Figures]:
         instructions,
         slots if slots is None else round(slots, 3),
         slow_loads(machine),
+        waits(machine),
     )
 
 
@@ -156,6 +160,27 @@ def slow_loads(machine: Program) -> dict[str, int]:
     loads = Counter((i.opcode, _bits(i.name)) for i in loop if i.opcode in ("LDG", "LDGSTS"))
     slow = {x: n for x, n in loads.items() if x != ("LDGSTS", 128) and (x[1] < 32 or not unrolled)}
     return {f"{opcode} {bits}": count for (opcode, bits), count in sorted(slow.items())}
+
+
+def waits(machine: Program) -> dict[str, int]:
+    """What the main loop waits for where it need not; without what does not occur.
+
+    loads: all that are under way, behind which no product stands that they could be under way with. products: those
+    that begin when the one before is done, in place of following it through the tensor cores (sm_90).
+    """
+    found: Counter[str] = Counter()
+    loading = serial = False
+    for instruction in machine.main_loop:
+        if instruction.opcode == "LDGDEPBAR":
+            loading = True
+        elif instruction.name.startswith("DEPBAR.LE") and instruction.operands == "SB0, 0x0":
+            found["loads"] += loading
+        elif instruction.name == "WARPGROUP.DEPBAR.LE" and instruction.operands == "gsb0, 0x0":
+            serial = True
+        elif instruction.opcode in TENSOR_OPCODES:
+            found["products"] += serial
+            loading = serial = False
+    return {what: count for what, count in sorted(found.items()) if count}
 
 
 def _bits(name: str) -> int:

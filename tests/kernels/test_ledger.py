@@ -20,7 +20,7 @@ import triton
 from resnet_fused.commands.cost_machine_code import parse
 from resnet_fused.kernels.launch import Call, Cost, TileConfig
 from tests.kernels import ledger as module
-from tests.kernels.ledger import Figures, Ledger, digest, faults, main, settle, slow_loads
+from tests.kernels.ledger import Figures, Ledger, digest, faults, main, settle, slow_loads, waits
 from tests.kernels.model_kernels import Kernel
 from tests.kernels.test_compiled_code import assert_good, warn_of
 
@@ -78,7 +78,7 @@ def calls_of(kernel, blocks=(32, 64), arch: int = 80) -> dict[str, Kernel]:
 class Compiler:
     """In the place of Triton's: says the same of every kernel, and notes which it was asked for."""
 
-    figures = Figures(16, 0, 128, 0, [], None, {})
+    figures = Figures(16, 0, 128, 0, [], None, {}, {})
 
     def __init__(self) -> None:
         self.asked: list[str] = []
@@ -170,6 +170,14 @@ def test_a_ledger_that_is_not_of_what_is_launched_is_noticed(tmp_path):
     assert len(faults(changed, held(kernels), "seed", Compiler())) == 2
 
 
+def test_a_ledger_with_fewer_figures_knows_nothing(tmp_path):
+    kernels, path = calls_of(kernel_of(tmp_path)), tmp_path / "ledger.json"
+    module.write(path, held(kernels))
+    assert module.read(path) == held(kernels)
+    path.write_text(path.read_text().replace(", {}]", "]"))
+    assert module.read(path).known(kernels) == {}
+
+
 def test_the_seed_chooses_the_tenth(tmp_path):
     kernel = kernel_of(tmp_path)
     kernels = {key: k for arch in range(95) for key, k in calls_of(kernel, (32,), arch).items()}
@@ -253,15 +261,38 @@ def test_of_an_unrolled_loop_what_is_narrower_than_any_vector_counts():
     assert slow_loads(parse(products + LOADS + products)) == {"LDG 16": 1}
 
 
+LOAD = ["LDGSTS.E.BYPASS.LTC128B.128 [R1], desc[UR4][R2.64]", "LDGDEPBAR"]
+PRODUCTS = ["HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24", "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR12], R24, gsb0"]
+READY = ["DEPBAR.LE SB0, 0x0", "WARPGROUP.ARRIVE"]
+DONE = ["WARPGROUP.DEPBAR.LE gsb0, 0x0"]
+
+
+@pytest.mark.parametrize(
+    ("loop", "found"),
+    [
+        ([*READY, *PRODUCTS, *LOAD], {}),
+        ([*LOAD, *READY, *PRODUCTS], {"loads": 1}),
+        ([*LOAD, "DEPBAR.LE SB0, 0x2", *PRODUCTS, *READY], {}),
+        ([*LOAD, *READY, *LOAD, *READY, *PRODUCTS], {"loads": 2}),
+        ([PRODUCTS[0], *DONE, PRODUCTS[1], *DONE], {"products": 1}),
+        ([*PRODUCTS, "WARPGROUP.DEPBAR.LE gsb0, 0x1", *PRODUCTS, *DONE], {}),
+    ],
+)
+def test_what_a_main_loop_waits_for(loop, found):
+    lines = [f"        /*{16 * i:04x}*/                   {text} ;" for i, text in enumerate([*loop, "@P0 BRA `(.L_x_1)"])]
+    assert waits(parse("\n".join([".L_x_1:", *lines]))) == found
+
+
 @pytest.mark.parametrize(
     ("figure", "bad"),
     [
         *[("spilled", 8), ("registers", 256), ("contracted_sums", 1), ("shared", 200_000), ("instructions", [])],
         *[("slow_loads", {"LDG 16": 1}), ("slow_loads", {"LDGSTS 32": 4}), ("slow_loads", {"LDG 128": 1})],
+        *[("waits", {"loads": 2}), ("waits", {"products": 3})],
     ],
 )
 def test_a_bad_kernel_of_the_ledger_fails(figure, bad):
-    figures = Figures(128, 0, 1000, 0, ["mma.sync"], 0.3, {"LDGSTS 32": 3})
+    figures = Figures(128, 0, 1000, 0, ["mma.sync"], 0.3, {"LDGSTS 32": 3}, {})
     kernel = {"arch": 80, "kernel": "conv_forward_kernel", "number_format": "bfloat16", "block_m": 64, "odd": False}
     kernel |= {"narrow": "", "prologue": True, "filter_tile": 4096, "threads": 128}
     assert_good(kernel | {"figures": figures._asdict()})
