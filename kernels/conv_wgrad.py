@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -248,24 +248,15 @@ def sum_splits_kernel(partial_ptr, dw_ptr, SIZE, splits, BLOCK_M: tl.constexpr):
     tl.store(dw_ptr + i, acc.to(dw_ptr.dtype.element_ty), mask=mask)
 
 
-@dataclass(frozen=True)
-class WgradConfig:
-    """A tile, and how many programs share the pixels of one tile of the filter."""
-
-    tile: TileConfig
-    splits: int
-
-
 @lru_cache(maxsize=KEPT_LAYOUTS)
-def default_config(problem: ConvProblem) -> WgradConfig:
+def default_config(problem: ConvProblem) -> TileConfig:
     """Wide tiles, and splits for a wave of programs; for half of one where partial filters outweigh the pixels."""
     ci, co = problem.tile_channels
     columns = problem.r * problem.s * ci if problem.flat else ci
     block_m, block_n = (max(16, triton.next_power_of_2(size)) for size in (co, columns))
     if problem.arch == INTERPRETER:
         block_k = min(max(16, triton.next_power_of_2(problem.m)), 256)
-        tile = TileConfig(min(block_m, 256), min(block_n, 256), block_k)
-        return WgradConfig(tile, 1 if problem.m <= 256 else 2)
+        return TileConfig(min(block_m, 256), min(block_n, 256), block_k, splits=1 if problem.m <= 256 else 2)
     tile = _tile(problem, block_m, block_n)
     steps = cdiv(problem.m, tile.block_k)
     programs = filter_tiles(problem, tile)
@@ -274,7 +265,7 @@ def default_config(problem: ConvProblem) -> WgradConfig:
     filter_bytes = 8 * problem.co * problem.r * problem.s * problem.ci // problem.groups
     pixel_bytes = (problem.m * problem.co + problem.n * problem.h * problem.w * problem.ci) * problem.dtype.itemsize
     affordable = pixel_bytes // (10 * filter_bytes)
-    return WgradConfig(tile, max(1, min(max(wanted, least), steps // 8, max(affordable, least))))
+    return replace(tile, splits=max(1, min(max(wanted, least), steps // 8, max(affordable, least))))
 
 
 def _tile(problem: ConvProblem, block_m: int, block_n: int) -> TileConfig:
@@ -334,7 +325,7 @@ def conv_wgrad(
     dy_out: Tensor | None = None,
     tf32: bool = False,
     out_dtype: torch.dtype | None = None,
-    config: WgradConfig | None = None,
+    config: TileConfig | None = None,
 ) -> Tensor:
     """Gradient [CO, CI/groups, R, S] of the filter of a convolution of ``x`` [N, CI, H, W].
 
@@ -375,7 +366,7 @@ def _recipe(
     geometry: Geometry,
     tf32: bool,
     arch: int,
-    config: WgradConfig | None,
+    config: TileConfig | None,
 ) -> Recipe:
     """For the sum over all pixels, or for ``grid[2]`` partial ones (0 where there are no pixels)."""
     dy, x, *_ = inputs
@@ -387,9 +378,9 @@ def _recipe(
     problem = ConvProblem(n, h, w, ci, co, r, s, *geometry, x.dtype, tf32, prologue, arch)
     check_geometry(problem)
     _check(problem, inputs)
-    chosen = config or default_config(problem)
-    steps = cdiv(cdiv(problem.m, chosen.tile.block_k), chosen.splits)
-    far = max(map(span, (dy, x))) + steps * chosen.tile.block_k * max(ci, co) >= 2**31
+    tile = config or default_config(problem)
+    steps = cdiv(cdiv(problem.m, tile.block_k), tile.splits)
+    far = max(map(span, (dy, x))) + steps * tile.block_k * max(ci, co) >= 2**31
     widths = _widths(problem, dy, x)
     scalars = {
         "M": problem.m,
@@ -397,16 +388,16 @@ def _recipe(
         "steps": steps,
         "widths": widths,
         "form": _form(problem, widths, far),
-        "blocks": blocks(chosen.tile),
+        "blocks": blocks(tile),
     }
     parts = groups // problem.merged
-    splits = cdiv(problem.m, steps * chosen.tile.block_k) if problem.m else 0
-    grid = (filter_tiles(problem, chosen.tile) // parts, parts, splits)
+    splits = cdiv(problem.m, steps * tile.block_k) if problem.m else 0
+    grid = (filter_tiles(problem, tile) // parts, parts, splits)
     vectors = {
         "coefs_ptr": Vector("coefs", (3, co), (torch.float32,)),
         "stats_ptr": Vector("x_stats", (5, ci), (torch.float32,)),
     }
-    return Recipe(conv_wgrad_kernel, grid, scalars, chosen.tile, partial(_cost, problem), vectors)
+    return Recipe(conv_wgrad_kernel, grid, scalars, tile, partial(_cost, problem), vectors)
 
 
 def _widths(problem: ConvProblem, dy: Layout, x: Layout) -> Widths:

@@ -39,7 +39,7 @@ class TileConfig:
     ``max_registers`` per thread: without it, the compiler weighs spilling a few against one more program at a time.
     ``box``: the images, rows and columns that the ``block_m`` pixels of a convolution's tile are, for TMA to load;
     None: they follow each other, and every thread gathers its own. ``splits``: how many programs share the sum that a
-    tile of ``conv_forward`` is; a second launch adds up their parts.
+    tile of ``conv_forward`` or ``conv_wgrad`` is; a second launch adds up their parts.
     """
 
     block_m: int

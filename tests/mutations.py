@@ -327,8 +327,8 @@ MUTATIONS = [
     ),
     Mutation(
         "resnet_fused/commands/tune_trial.py",
-        "if (t, splits) != (wgrad.tile, wgrad.splits)",
-        "if True",
+        "if (tile := replace(t, splits=splits)) != wgrad",
+        "if (tile := replace(t, splits=splits))",
         "tests/test_tune.py::test_candidates_are_legal_and_distinct",
     ),
     Mutation(

@@ -121,7 +121,7 @@ def planned_tiles(problem: Problem) -> Iterator[tuple[TileConfig, int]]:
                     conv_dgrad.default_config(conv, epilogue=epilogue),
                     problem.co // problem.groups if transposed else 0,
                 )
-            yield conv_wgrad.default_config(replace(problem, prologue=prologue)).tile, 0
+            yield conv_wgrad.default_config(replace(problem, prologue=prologue)), 0
 
 
 def legal(tile: TileConfig, problem: Problem) -> bool:
@@ -239,7 +239,7 @@ def test_problems_are_recorded_as_they_are_planned():
 
 
 def test_tiles_survive_the_operators_schema():
-    wgrad = conv_wgrad.WgradConfig(TileConfig(64, 32, 32, num_stages=2), 7)
+    wgrad = TileConfig(64, 32, 32, num_stages=2, splits=7)
     for tiles in (
         Tiles(),
         Tiles(dgrad=TileConfig(16, 32, 64, 4, 3, 255)),

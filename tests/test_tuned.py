@@ -16,7 +16,6 @@ import torch
 
 from resnet_fused import BasicBlock, fuse, implementation, trace
 from resnet_fused.kernels import conv_box, conv_forward
-from resnet_fused.kernels.conv_wgrad import WgradConfig
 from resnet_fused.kernels.launch import TileConfig
 from resnet_fused.plan import cache, checked, decide, tuned
 from resnet_fused.plan.problem import Problem, Tiles
@@ -27,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 PROBLEM = Problem(
     *(32, 28, 28, 128, 128, 3, 3, (1, 1), (1, 1), (1, 1), 1, torch.bfloat16, False, True, 90, "training", False, GPU)
 )
-TILES = Tiles(TileConfig(64, 64, 32), None, WgradConfig(TileConfig(64, 32, 64, num_stages=2), 5))
+TILES = Tiles(TileConfig(64, 64, 32), None, TileConfig(64, 32, 64, num_stages=2, splits=5))
 ENTRY = Entry(PROBLEM, "fused", TILES, 1e-4, 1e-6, "measured 100.0 us", (("mixed", "the process died of signal 11"),))
 
 
@@ -239,7 +238,7 @@ def test_a_bad_table_is_refused_with_one_message_and_ignored(case, caplog):
 def test_limits_are_legal():
     """What the tuner may find is read again."""
     for tile in (TileConfig(16, 256, 16, num_stages=1), TileConfig(256, 16, 16, num_stages=8, max_registers=255)):
-        entry = replace(ENTRY, tiles=Tiles(tile, tile, WgradConfig(tile, 264)))
+        entry = replace(ENTRY, tiles=Tiles(tile, tile, replace(tile, splits=264)))
         assert tuned.parse(tuned.render(Table(GPU, (entry,))), GPU).entries == (entry,)
     split = replace(ENTRY, problem=replace(PROBLEM, direction="frozen", prologue=False))
     split = replace(split, tiles=Tiles(TileConfig(64, 64, 32, splits=36)))

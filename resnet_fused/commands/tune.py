@@ -206,7 +206,7 @@ def _compiled(way: Candidate) -> tuple[Any, ...]:
     """What of a fused candidate the compiler sees."""
     tiles = way.tiles
     forward = tiles.forward and replace(tiles.forward, splits=min(tiles.forward.splits, 2))
-    return forward, tiles.dgrad, tiles.wgrad and tiles.wgrad.tile
+    return forward, tiles.dgrad, tiles.wgrad and replace(tiles.wgrad, splits=1)
 
 
 def _forward(stream: Iterable[str], answers: queue.Queue[str | None]) -> None:

@@ -19,7 +19,6 @@ from resnet_fused.engine.trace import Launch, trace
 from resnet_fused.kernels import conv_dgrad, conv_forward, conv_wgrad
 from resnet_fused.kernels.batch_norm import batch_norm_apply
 from resnet_fused.kernels.conv_pool import POOL
-from resnet_fused.kernels.conv_wgrad import WgradConfig
 from resnet_fused.kernels.epilogue import Norm, Residual
 from resnet_fused.kernels.launch import Call, TileConfig, dry_run, observe
 from resnet_fused.kernels.norm_backward import batch_norm_reduce
@@ -53,13 +52,12 @@ class Candidate:
         return " ".join([self.implementation, *own])
 
 
-def _short(tile: TileConfig | WgradConfig) -> str:
-    t = tile.tile if isinstance(tile, WgradConfig) else tile
+def _short(t: TileConfig) -> str:
     text = f"{t.block_m}x{t.block_n}x{t.block_k} in {t.num_stages} stages"
     text += f", {t.num_warps} warps" if t.num_warps != 4 else ""
     text += f", {t.max_registers} registers" if t.max_registers else ""
     text += ", boxes of " + "x".join(map(str, t.box)) if t.box else ""
-    return text if tile.splits == 1 else f"{text}, {tile.splits} splits"
+    return text if t.splits == 1 else f"{text}, {t.splits} splits"
 
 
 def candidates(problem: Problem) -> list[Candidate]:
@@ -76,11 +74,12 @@ def candidates(problem: Problem) -> list[Candidate]:
         dgrad = conv_dgrad.default_config(behind, epilogue=problem.prologue)
         found += [Candidate("fused", Tiles(dgrad=t)) for t in _variants(dgrad, problem)]
         wgrad = conv_wgrad.default_config(replace(problem, prologue=True))
+        whole = replace(wgrad, splits=1)
         found += [
-            Candidate("fused", Tiles(wgrad=replace(wgrad, tile=t, splits=splits)))
-            for t in (wgrad.tile, *_variants(wgrad.tile, problem))
+            Candidate("fused", Tiles(wgrad=tile))
+            for t in (whole, *_variants(whole, problem))
             for splits in sorted({max(wgrad.splits // 2, 1), wgrad.splits, 2 * wgrad.splits})
-            if (t, splits) != (wgrad.tile, wgrad.splits)
+            if (tile := replace(t, splits=splits)) != wgrad
         ]
     if problem.direction == "frozen":
         found.append(Candidate("cudnn"))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, get_args
 
 import torch
 
 from resnet_fused.kernels.conv import ConvProblem
-from resnet_fused.kernels.conv_wgrad import WgradConfig
 from resnet_fused.kernels.launch import FLOATS, KEPT_LAYOUTS, TileConfig
 
 Request = Literal["auto", "triton", "mixed", "eager"]
@@ -76,7 +75,7 @@ class Tiles:
 
     forward: TileConfig | None = None
     dgrad: TileConfig | None = None
-    wgrad: WgradConfig | None = None
+    wgrad: TileConfig | None = None
 
     @property
     def splits(self) -> int:
@@ -97,12 +96,11 @@ _NUMBERS = 10
 _NO_TILE = [0] * _NUMBERS
 
 
-def _encode(tile: TileConfig | WgradConfig | None) -> list[int]:
+def _encode(tile: TileConfig | None) -> list[int]:
     if tile is None:
         return _NO_TILE
-    t = tile.tile if isinstance(tile, WgradConfig) else tile
-    sizes = t.block_m, t.block_n, t.block_k, t.num_warps, t.num_stages, t.max_registers or 0
-    return [*sizes, *(t.box or (0, 0, 0)), tile.splits]
+    sizes = tile.block_m, tile.block_n, tile.block_k, tile.num_warps, tile.num_stages, tile.max_registers or 0
+    return [*sizes, *(tile.box or (0, 0, 0)), tile.splits]
 
 
 @lru_cache(maxsize=KEPT_LAYOUTS)
@@ -112,5 +110,4 @@ def _decode(code: tuple[int, ...]) -> Tiles:
         m, n, k, warps, stages, registers, images, rows, columns, splits = code[i : i + _NUMBERS]
         box = (images, rows, columns) if images else None
         tiles.append(TileConfig(m, n, k, warps, stages, registers or None, box, splits) if m else None)
-    forward, dgrad, wgrad = tiles
-    return Tiles(forward, dgrad, None if wgrad is None else WgradConfig(replace(wgrad, splits=1), wgrad.splits))
+    return Tiles(*tiles)

@@ -337,15 +337,14 @@ class _Model:
         return self.work(programs, tile, depth, tensors=2 if prologue else 1)
 
     @property
-    def wgrad_config(self) -> conv_wgrad.WgradConfig:
+    def wgrad_config(self) -> TileConfig:
         return self.tiles.wgrad or conv_wgrad.default_config(replace(self.problem, prologue=True))
 
     def wgrad_work(self) -> _Work:
         p = self.problem
-        chosen = self.wgrad_config
-        tile = chosen.tile
-        depth = _up(_tiles(p.m, chosen.splits), tile.block_k)
-        programs = conv_wgrad.filter_tiles(p, tile) * chosen.splits
+        tile = self.wgrad_config
+        depth = _up(_tiles(p.m, tile.splits), tile.block_k)
+        programs = conv_wgrad.filter_tiles(p, tile) * tile.splits
         return self.work(programs, tile, depth, tensors=2)
 
     def work(self, programs: int, tile: TileConfig, depth: int, tensors: int = 1) -> _Work:

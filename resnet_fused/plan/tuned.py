@@ -220,7 +220,7 @@ def _entry(row: dict[str, Any], gpu: str) -> Entry:
     known = WAYS if problem.direction == "frozen" and not problem.pooled else WAYS[:-1]
     if row["implementation"] not in known:
         raise ValueError(f"an entry has the implementation {row['implementation']!r}")
-    for tile in (tiles.forward, tiles.dgrad, None if tiles.wgrad is None else tiles.wgrad.tile):
+    for tile in (tiles.forward, tiles.dgrad, tiles.wgrad and replace(tiles.wgrad, splits=1)):
         if tile is not None and not legal(tile, problem):
             raise ValueError(f"the tile {tile} is not legal for {problem}")
     _rehearse(tiles, problem)

@@ -7,7 +7,7 @@ import torch
 
 from resnet_fused.kernels.conv_dgrad import conv_dgrad
 from resnet_fused.kernels.conv_forward import conv_forward
-from resnet_fused.kernels.conv_wgrad import WgradConfig, conv_wgrad
+from resnet_fused.kernels.conv_wgrad import conv_wgrad
 from resnet_fused.kernels.launch import TileConfig, interpreting
 from tests.interpreter import reads_only
 from tests.kernels.test_conv_dgrad import ALL, drawn, random_stats
@@ -30,7 +30,7 @@ def test_nothing_beside_the_tensors_is_read(name, tile):
         conv_dgrad(dy, w, size, geometry=geometry, config=tile)
     with reads_only(dy, w, x, stats):
         conv_dgrad(dy, w, size, geometry=geometry, mask=(x, stats), config=tile)
-        conv_wgrad(dy, x, w.shape[2:], geometry=geometry, x_stats=stats, config=tile and WgradConfig(tile, 1))
+        conv_wgrad(dy, x, w.shape[2:], geometry=geometry, x_stats=stats, config=tile)
 
 
 def test_a_load_from_elsewhere_is_noticed():

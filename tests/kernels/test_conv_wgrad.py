@@ -12,15 +12,15 @@ from torch import Tensor
 from resnet_fused.engine import reference
 from resnet_fused.kernels import conv_wgrad as module
 from resnet_fused.kernels.conv import ConvProblem, Geometry, output_size
-from resnet_fused.kernels.conv_wgrad import WgradConfig, conv_wgrad, default_config
+from resnet_fused.kernels.conv_wgrad import conv_wgrad, default_config
 from resnet_fused.kernels.gpus import gpu_of
 from resnet_fused.kernels.launch import INTERPRETER, TileConfig, dry_run, observe
 from tests.kernels.test_conv_dgrad import ALL, _poisoned, random_coefs, random_stats  # noqa: F401
 from tests.kernels.test_conv_forward import BAD_GEOMETRIES, DEVICE, DTYPES, SAME, channels_last, embed, random
 from tests.rule import assert_within_rule
 
-SPLIT = WgradConfig(TileConfig(32, 64, 32), 3)
-CONFIGS = [None, SPLIT, WgradConfig(TileConfig(16, 16, 16), 1)]
+SPLIT = TileConfig(32, 64, 32, splits=3)
+CONFIGS = [None, SPLIT, TileConfig(16, 16, 16)]
 
 
 def drawn(name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, tuple[int, ...], Geometry]:
@@ -97,7 +97,7 @@ def check(dy, x, filter_size, *, config=None, **arguments):
 def test_pixels_are_carried_across_rows_and_images(size, block_k):
     """Steps longer and shorter than a row, and than an image."""
     x, dy = random(5, 16, *size), random(5, 16, *size)
-    check(dy, x, (3, 3), geometry=SAME, config=WgradConfig(TileConfig(16, 16, block_k), splits=2))
+    check(dy, x, (3, 3), geometry=SAME, config=TileConfig(16, 16, block_k, splits=2))
 
 
 @pytest.mark.parametrize("name", ["3x3", "1x1", "stem", "narrow groups"])
@@ -107,7 +107,7 @@ def test_constants_of_dy_add_nothing_beyond_the_last_pixel(name):
     coefs = torch.full((3, dy.shape[1]), 100.0, device=DEVICE)
     check(
         dy, x, shape[2:], geometry=geometry, y=torch.zeros_like(dy), coefs=coefs,
-        x_stats=random(5, x.shape[1]) + 10, config=WgradConfig(TileConfig(16, 16, 64), splits=2),
+        x_stats=random(5, x.shape[1]) + 10, config=TileConfig(16, 16, 64, splits=2),
     )  # fmt: skip
 
 
@@ -187,7 +187,7 @@ def test_writes_every_element_and_nothing_else(name, config, monkeypatch):
 @pytest.mark.parametrize("splits", [1, 2, 100])
 def test_splits_are_added_in_order(splits):
     dy, x, shape, geometry = drawn("3x3", torch.float32)
-    config, calls = WgradConfig(TileConfig(16, 16, 16), splits), []
+    config, calls = TileConfig(16, 16, 16, splits=splits), []
     with observe(calls.append):
         first = check(dy, x, shape[2:], geometry=geometry, config=config)
     assert [call.kernel.__name__ for call in calls] == ["conv_wgrad_kernel", "sum_splits_kernel"][: min(splits, 2)]
@@ -362,7 +362,7 @@ def test_int64_is_chosen_by_extent():
         calls = []
         with dry_run(90), observe(calls.append):
             dy, x = (channels_last(torch.empty(n, 64, 64, 64, device="meta")) for _ in range(2))
-            conv_wgrad(dy, x, (1, 1), config=WgradConfig(TileConfig(64, 64, 64), splits=10_000))
+            conv_wgrad(dy, x, (1, 1), config=TileConfig(64, 64, 64, splits=10_000))
         return calls[0].arguments["form"].INT64
 
     assert not chosen(2**31 // 64**3 - 1)
@@ -392,5 +392,5 @@ def test_no_images_give_zero():
     ids=str,
 )
 def test_tiles_behind_prologues_are_as_wide_as_the_filter_and_the_gpu_allow(change, tile):
-    config = default_config(problem(**{"n": 256, "prologue": True} | change)).tile
+    config = default_config(problem(**{"n": 256, "prologue": True} | change))
     assert (config.block_m, config.block_n, config.num_warps) == tile
