@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import isroutine, signature
 from types import FunctionType
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,15 +22,37 @@ from resnet_fused.recognise import recognise, recognise_stem
 
 Filter = Callable[[str, nn.Module], bool]
 
-_STATE = ("layout", "kinds", "plain", "memory", "pooled_stem")
 MEMORY = ("default", "recompute")
-_CLAIMED = (*_STATE, "original", "why_eager", "why_unfusable", "eager_forward", "_resolve", "_layer", "_shortcut")
+_STATE = ("_conversion", "memory")
+_CLAIMED = (
+    *(*_STATE, "original", "described", "why_eager", "why_unfusable", "is_stale", "eager_forward"),
+    *("_resolve", "_layer", "_shortcut", "_unit", "_why_stale"),
+)
+
+
+class _Conversion(NamedTuple):
+    """What is known of a converted module. ``memory``: see :class:`FusedBlock`; ``layout``: None for a sequence.
+
+    ``kinds``: names and types of its submodules when it was recognised; ``plain``: its plain attributes.
+    """
+
+    memory: str = "default"
+    layout: BlockLayout | StemLayout | None = None
+    kinds: tuple[Any, ...] = ()
+    plain: tuple[tuple[str, Any], ...] = ()
 
 
 class Converted(FusedBlock):
-    """A module of another library, its class swapped for a subclass of it; eager, it runs its own class's forward."""
+    """A module of another library, its class swapped for a subclass of it; eager, it runs its own class's forward.
+
+    One that was never recognised, made by calling its class, has the ``_conversion`` of its class.
+    """
 
     original: type[nn.Module]
+    _conversion = _Conversion()
+
+    def described(self) -> tuple[Any, str]:
+        return self._conversion.layout, self._conversion.memory
 
     def eager_forward(self, x: Tensor) -> Tensor:
         return self.original.forward(self, x)
@@ -41,14 +63,7 @@ class Converted(FusedBlock):
 
 
 class ConvertedBlock(Converted):
-    """A converted block. ``kinds``: names and types of its submodules when it was recognised, and its plain attributes.
-
-    One that was never recognised, made by calling its class, has none of them.
-    """
-
-    layout: BlockLayout | None = None  # type: ignore[assignment]
-    kinds: tuple[Any, ...] = ()
-    plain: tuple[tuple[str, Any], ...] = ()
+    """A converted block."""
 
     def why_unfusable(self) -> str | None:
         return self._why_stale() or super().why_unfusable()
@@ -58,20 +73,16 @@ class ConvertedBlock(Converted):
         return self._why_stale() is not None
 
     def _why_stale(self) -> str | None:
-        if _kinds(self) != self.kinds:
+        if _kinds(self) != self._conversion.kinds:
             return "its submodules are not those that were recognised"
-        return _why_changed(self, self.plain)
+        return _why_changed(self, self._conversion.plain)
 
 
 class ConvertedStem(Converted):
-    """A converted network that begins as ``pooled_stem`` says: in inference, up to its pool it is one call.
+    """A converted network that begins as its layout says: in inference, up to its pool it is one call.
 
-    Its own forward runs, on a view of it whose first children pass on what was computed. One that was never recognised,
-    made by calling its class, has no stem.
+    Its own forward runs, on a view of it whose first children pass on what was computed.
     """
-
-    pooled_stem: StemLayout | None = None
-    plain: tuple[tuple[str, Any], ...] = ()
 
     def why_eager(self, x: Tensor) -> str | None:
         found = self._unit(x)
@@ -82,18 +93,18 @@ class ConvertedStem(Converted):
         if isinstance(found, str):
             eligible.report_once(found)
             return self.eager_forward(x)
-        assert self.pooled_stem is not None
+        stem, _ = self.described()
         view = object.__new__(self.original)
-        vars(view).update(vars(self), _modules=self._modules | _parts(self, self.pooled_stem, found))
+        vars(view).update(vars(self), _modules=self._modules | _parts(self, stem, found))
         return self.original.forward(view, x)
 
     def _unit(self, x: Tensor) -> functional.PooledUnit | str:
-        stem = self.pooled_stem
+        stem, _ = self.described()
         if torch.compiler.is_compiling():
             return eligible.COMPILED
         if stem is None:
             return "it was never recognised"
-        if (reason := _why_changed(self, self.plain)) is not None:
+        if (reason := _why_changed(self, self._conversion.plain)) is not None:
             return reason
         try:
             conv, norm, pool = (cast(Any, self.get_submodule(name)) for name in stem[:3])
@@ -110,9 +121,9 @@ class ConvertedStem(Converted):
 
 def _is_unit(part: nn.Module, stem: StemLayout) -> bool:
     """Whether ``part`` is a fused block of the stem's convolution, batch norm and ReLU, as it was recognised."""
-    if not isinstance(part, ConvertedBlock) or part.why_unfusable() is not None or part.layout is None:
+    if not isinstance(part, ConvertedBlock) or part.why_unfusable() is not None:
         return False
-    names = [f"{stem.parts[0]}.{name}" for unit in part.layout.all_units() for name in unit[:2]]
+    names = [f"{stem.parts[0]}.{name}" for unit in part.described()[0].all_units() for name in unit[:2]]
     return names == [stem.conv, stem.norm]
 
 
@@ -177,7 +188,7 @@ class ConvertedSequential(Converted):
             run = _run_length(children[at : at + 3])
             chain = functional.chain_of(x, [_layer(children[at : at + run])]) if run else None
             if isinstance(chain, functional.Chain):
-                x = functional.run(chain, recompute=self.memory == "recompute")
+                x = functional.run(chain, recompute=self._conversion.memory == "recompute")
                 at += run
                 continue
             if chain is not None:
@@ -230,7 +241,7 @@ def _kinds(module: nn.Module) -> tuple[Any, ...]:
 
 def _plain(module: nn.Module) -> tuple[tuple[str, Any], ...]:
     """What a forward may branch on: attributes that are numbers, text, flags or functions, or hold some of these."""
-    names = [name for name in vars(module) if name[0] != "_" and name != "training" and name not in _STATE]
+    names = [name for name in vars(module) if name[0] != "_" and name != "training"]
     return tuple((name, copy.copy(vars(module)[name])) for name in names if _is_plain(vars(module)[name]))
 
 
@@ -344,7 +355,7 @@ def _examine(module: nn.Module) -> BlockLayout | StemLayout | bool | str | None:
     if isinstance(module, FusedBlock) and not isinstance(module, ConvertedBlock | ConvertedStem):
         return module.layout
     if isinstance(module, ConvertedBlock) and not module.is_stale():
-        return module.layout
+        return module.described()[0]
     if isinstance(module, nn.Conv2d) or not any(isinstance(part, nn.Conv2d) for part in module.modules()):
         return None
     if not isinstance(module, Converted) and (taken := [name for name in _CLAIMED if hasattr(module, name)]):
@@ -386,23 +397,25 @@ def _restored_on_error(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 def _swap(found: Found, memory: str) -> None:
     module, verdict = found.module, found.verdict
-    state: dict[str, Any] = {"memory": memory}
+    state = _Conversion(memory)
     kind: type[Converted] = ConvertedSequential
     if isinstance(verdict, BlockLayout) and (isinstance(module, ConvertedBlock) or not isinstance(module, FusedBlock)):
         kind = ConvertedBlock
         for part in descendants(module):  # the block runs them itself
             _revert(part)
-        state |= {"layout": verdict, "kinds": _kinds(module), "plain": _plain(module)}
+        state = _Conversion(memory, verdict, _kinds(module), _plain(module))
     elif isinstance(verdict, StemLayout):
         kind = ConvertedStem
-        state = {"pooled_stem": verdict, "plain": _plain(module)}
-    vars(module).update(state)
-    if not isinstance(module, FusedBlock):
+        state = _Conversion(memory, verdict, plain=_plain(module))
+    if isinstance(module, FusedBlock) and not isinstance(module, Converted):
+        module.memory = memory
+        return
+    vars(module)["_conversion"] = state
+    if not isinstance(module, Converted):
         module.__class__ = _converted(kind, type(module))
 
 
 def _revert(module: nn.Module) -> None:
     if isinstance(module, Converted):
         module.__class__ = module.original  # type: ignore[assignment]
-        for attribute in _STATE:
-            vars(module).pop(attribute, None)
+        vars(module).pop("_conversion", None)

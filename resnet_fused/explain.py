@@ -26,7 +26,7 @@ from resnet_fused.table import render
 
 @dataclass
 class BlockRow:
-    """One block of :func:`explain`."""
+    """One block of :func:`explain`. ``leaf``: in training, nobody wants the gradient of its input."""
 
     name: str
     block: str
@@ -34,6 +34,11 @@ class BlockRow:
     reason: str = ""
     launches: list[Launch] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+    leaf: bool = False
+
+    def is_leaf(self, problem: Problem) -> bool:
+        """Whether nobody wants the gradient of a unit's input: in a leaf, of those that read the block's own."""
+        return self.leaf and not problem.prologue
 
     def to_dict(self) -> dict[str, Any]:
         """The row as plain values; bytes and floating-point operations are those of the launches that were seen."""
@@ -143,18 +148,18 @@ class Explanation:
         the plan. What blocks launch beside their units, and the rest of the model, takes that of its bytes and
         arithmetic. Empty where nothing can be predicted: without units, images or a GPU.
         """
-        plans = [(problem, _plan(problem)) for problem in self.problems]
-        if not self.steps or not plans or not all(p.m and plan.alternatives for p, plan in plans):
+        plans = [(problem, _plan(problem), row.is_leaf(problem)) for row in self.rows for problem in row.problems]
+        if not self.steps or not plans or not all(p.m and plan.alternatives for p, plan, _ in plans):
             return []
         beside, constants = plans[0][0], self.constants or ASSUMED
 
         def total(road: str, way: Way | None) -> Total:
             step, seconds = self.steps[road], 0.0
             units: list[roofline.PredictedLaunch] = []
-            for problem, plan in plans:
+            for problem, plan, leaf in plans:
                 chosen = way or plan.implementation
                 tiles = plan.tiles if chosen == "fused" else Tiles()
-                unit = roofline.predict(problem, chosen, tiles, constants)
+                unit = roofline.predict(problem, chosen, tiles, constants, leaf=leaf)
                 seconds += waited(problem, chosen, sum(x.seconds for x in unit), tiles, constants)
                 units += unit
             more = len(step.inside) - len(units), _flops(step.inside) - sum(x.flops for x in units)
@@ -165,9 +170,9 @@ class Explanation:
             return Total(road, beside.n, len(both), _bytes(both), seconds)
 
         outside = self.steps[PLANNED].outside
-        products = (x.flops for p, _ in plans for x in roofline.predict(p, "fused", Tiles()))
+        products = (x.flops for p, _, leaf in plans for x in roofline.predict(p, "fused", Tiles(), leaf=leaf))
         flops = _flops(outside) + sum(products)
-        least = _bytes(outside) + sum(map(roofline.compulsory, self.problems))
+        least = _bytes(outside) + sum(roofline.compulsory(p, leaf=leaf) for p, _, leaf in plans)
         roof = Total("roof", beside.n, 0, least, roofline.roof(flops, least, beside))
         return [total(PLANNED, None), *(total(way, way) for way in roofline.PREDICTED), roof]
 
@@ -333,6 +338,7 @@ def _observe(
         close(module)
         if training and result.requires_grad:
             result.register_hook(lambda _: start(module, "backward"))
+            rows[module].leaf = not args[0].requires_grad
             if args[0].requires_grad:
                 args[0].register_hook(lambda _: stop(module, "backward"))
 

@@ -29,6 +29,7 @@ from resnet_fused.kernels.conv_pool import POOL
 from resnet_fused.kernels.epilogue import Norm
 from resnet_fused.kernels.launch import FLOATS
 from resnet_fused.modules import traced_forward
+from resnet_fused.recognise import same_random_numbers
 
 PACKED_SHAPES = 4
 """Input shapes for which a convolution keeps its weights packed."""
@@ -347,7 +348,7 @@ class TritonConv(nn.Module):
         x = channels_last(x.resolve_neg())
         if residual is not None:
             residual = channels_last(residual.resolve_neg())
-        target = x.dtype, "frozen" if self.relu else "inference", x.device, requested()
+        target = x.dtype, "frozen", x.device, requested()
         implementation, code = functional.choose(
             tuple(x.shape), tuple(self.weight.shape), self.geometry, *target, residual=residual is not None
         )
@@ -358,7 +359,9 @@ class TritonConv(nn.Module):
             if self._folded is None or self._folded[0].device != x.device:  # a replica's is that of the original
                 self._folded = self._fold()
             folded, shift = self._folded
-            return forward.cudnn_conv_relu(x, folded, shift, residual, self.geometry)
+            if self.relu:
+                return forward.cudnn_conv_relu(x, folded, shift, residual, self.geometry)
+            return _finish(F.conv2d(x, folded, shift, *self.geometry), residual, self.accumulates, relu=False)
         keeps = residual is None or self.accumulates
         out_dtype = x.dtype if keeps else torch.promote_types(x.dtype, residual.dtype)
         return ops.conv_bn_act(x, self.weight, self.conv_bias, *norm, residual, 1, 0, code, self.relu, out_dtype)
@@ -592,11 +595,8 @@ def _without_effects(module: nn.Module) -> Iterator[None]:
     attributes = [(part, dict(vars(part))) for part in parts]
     buffers = [(buffer, buffer.clone(), buffer._version) for buffer in module.buffers()]
     try:
-        with torch.random.fork_rng(devices=[]):
-            state = torch.get_rng_state()
+        with same_random_numbers(RuntimeError):
             yield
-            if not torch.equal(state, torch.get_rng_state()):
-                raise RuntimeError("its forward draws random numbers")
         if any(_written(part, was) for part, was in attributes):
             raise RuntimeError("its forward writes to the module")
         if any(buffer._version != version for buffer, _, version in buffers):

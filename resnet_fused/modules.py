@@ -94,6 +94,10 @@ class FusedBlock(nn.Module):
         """The same function through the block's own submodules."""
         raise NotImplementedError
 
+    def described(self) -> tuple[BlockLayout, str]:
+        """Its layout, and what training keeps."""
+        return self.layout, self.memory
+
     def why_eager(self, x: Tensor) -> str | None:
         """Why the block would run eager on ``x`` as things stand, or None if it is fused."""
         found = self._resolve(x)
@@ -108,14 +112,14 @@ class FusedBlock(nn.Module):
         if isinstance(found, str):
             eligible.report_once(found)
             return self.eager_forward(x)
-        return functional.run(found, recompute=self.memory == "recompute")
+        return functional.run(found, recompute=self.described()[1] == "recompute")
 
     def _resolve(self, x: Tensor) -> functional.Chain | str:
         """The block on ``x`` with all that it reads, or why it runs eager."""
         request = requested(self)
         if (reason := eligible.why_not_here(x, request) or self.why_unfusable()) is not None:
             return reason
-        layout = self.layout
+        layout, _ = self.described()
         try:
             layers = [self._layer(unit) for unit in layout.all_units()]
         except KeyError as name:
@@ -123,7 +127,7 @@ class FusedBlock(nn.Module):
         if (reason := eligible.why_unsupported(x, layers)) is not None:
             return reason
         x = channels_last(x)  # once, for the branch and the shortcut
-        shortcut = self._shortcut(x, layers[-1])
+        shortcut = self._shortcut(layout, x, layers[-1])
         return functional.resolve(x, layers[: len(layout.units)], shortcut, in_place=layout.in_place, request=request)
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -134,9 +138,10 @@ class FusedBlock(nn.Module):
     def _layer(self, unit: UnitNames) -> eligible.Layer:
         return eligible.Layer(_submodule(self, unit.conv), _submodule(self, unit.norm), unit.relu)
 
-    def _shortcut(self, x: Tensor, projection: eligible.Layer) -> functional.Shortcut | None:
+    def _shortcut(
+        self, layout: BlockLayout, x: Tensor, projection: eligible.Layer
+    ) -> functional.Shortcut | None:
         """That of ``x``; ``projection``: the layer that it is, if it is one."""
-        layout = self.layout
         if not layout.residual:
             return None
         if isinstance(layout.shortcut, str):

@@ -108,7 +108,7 @@ def _stem(module: nn.Module, parts: list[str]) -> StemLayout | None:
     if len(unit) != 1:
         return None
     block = module.get_submodule(unit[0])
-    layout = getattr(block, "layout", None) if isinstance(block, FusedBlock) else recognise(block)
+    layout = block.described()[0] if isinstance(block, FusedBlock) else recognise(block)
     if not isinstance(layout, BlockLayout) or layout.residual or len(layout.units) != 1 or not layout.units[0].relu:
         return None
     conv_name, norm_name = (f"{unit[0]}.{name}" for name in layout.units[0][:2])
@@ -236,7 +236,7 @@ def _trace(module: nn.Module, state: _State, tracer: type[_BlockTracer] = _Block
         raise _NoBlock("its forward takes more than one input")
     twins: dict[nn.Module, nn.Module] = {}
     failure = ""
-    with _same_random_numbers():
+    with same_random_numbers(_NoBlock):
         try:
             twin = _twin(module, state, twins)
             before = [_attributes(part) for part in twins.values()]
@@ -255,8 +255,8 @@ def _trace(module: nn.Module, state: _State, tracer: type[_BlockTracer] = _Block
 
 
 @contextmanager
-def _same_random_numbers() -> Iterator[None]:
-    """Random states stay as they are; raises _NoBlock if the ``with`` block draws from them."""
+def same_random_numbers(error: type[Exception]) -> Iterator[None]:
+    """Random states stay as they are; raises ``error`` if the ``with`` block draws from them."""
     with _disable_current_modes():  # in which a state would be a tensor without data
         python, states = random.getstate(), torch.get_rng_state()
     try:
@@ -264,7 +264,7 @@ def _same_random_numbers() -> Iterator[None]:
         with _disable_current_modes():
             drawn = random.getstate() != python or not torch.equal(torch.get_rng_state(), states)
         if drawn:
-            raise _NoBlock("its forward draws random numbers")
+            raise error("its forward draws random numbers")
     finally:
         with _disable_current_modes():
             random.setstate(python)

@@ -89,7 +89,7 @@ MUTATIONS = [
     ),
     Mutation(
         "resnet_fused/modules.py",
-        'recompute=self.memory == "recompute"',
+        'recompute=self.described()[1] == "recompute"',
         "recompute=False",
         "tests/test_training_costs.py -k saved_bytes",
     ),
@@ -606,7 +606,7 @@ MUTATIONS = [
         "tests/test_convert.py -k relu_of_a_sequence",
     ),
     Mutation(
-        "resnet_fused/convert.py", "if _kinds(self) != self.kinds:", "if False:", "tests/test_untouched.py -k surgery"
+        "resnet_fused/convert.py", "if _kinds(self) != self._conversion.kinds:", "if False:", "tests/test_untouched.py -k surgery"
     ),
     Mutation(
         "resnet_fused/recognise.py",

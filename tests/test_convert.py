@@ -17,7 +17,7 @@ from torchvision.models.resnet import BasicBlock
 
 import resnet_fused
 from resnet_fused import explain, functional, fuse, implementation, recognise, unfuse
-from resnet_fused.convert import ConvertedBlock, ConvertedSequential, ConvertedStem
+from resnet_fused.convert import Converted, ConvertedBlock, ConvertedSequential, ConvertedStem
 from tests import zoo
 
 pytestmark = pytest.mark.usefixtures("on_device")
@@ -277,7 +277,7 @@ def test_a_block_of_ones_own_is_fused_and_stays_what_it_is(build):
 def test_each_block_is_judged_by_itself():
     model = torchvision.models.ResNet(BasicBlock, [1, 3, 1, 1])
     model.layer2[1].forward = lambda x: 2 * x
-    model.layer2[2].layout = "mine"
+    model.layer2[2].described = "mine"
     model.layer3[0].conv2.forward = lambda x: x
     fuse(model)
     assert [isinstance(block, ConvertedBlock) for block in (*model.layer2, *model.layer3)] == [
@@ -289,7 +289,7 @@ def test_each_block_is_judged_by_itself():
     assert [row["reason"] for row in explain(model).to_dict() if row["name"][:6] in ("layer2", "layer3")] == [
         "",
         "its forward is replaced on the instance",
-        "it has an attribute 'layout' of its own",
+        "it has an attribute 'described' of its own",
         "the forward of conv2 is replaced on the instance",
         "",
     ]
@@ -344,6 +344,23 @@ def test_keys_parameters_and_optimizer_stay():
         torch.testing.assert_close(a, b)
 
 
+def test_attributes_that_come_later_are_the_users():
+    model = fuse(small().eval())
+    mine = {"memory": [1], "layout": "NHWC", "kinds": 3, "plain": None, "pooled_stem": True}
+    blocks = [module for module in model.modules() if isinstance(module, Converted)]
+    for block in blocks:
+        vars(block).update(mine)
+    assert all(row["implementation"] == "fused" for row in explain(model).to_dict())
+    x = torch.randn(2, 3, 40, 24)
+    with implementation("triton"), resnet_fused.trace() as trace, torch.no_grad():
+        got = model(x)
+    assert "conv_forward" in [launch.name for launch in trace.launches]
+    unfuse(model)
+    assert all(vars(block).items() >= mine.items() for block in blocks)
+    with torch.no_grad():
+        torch.testing.assert_close(got, model(x), rtol=1e-4, atol=1e-4)
+
+
 def test_unfuse_is_exact():
     model = small()
     twin = copy.deepcopy(model)
@@ -362,10 +379,10 @@ def test_unfuse_is_exact():
 def test_idempotent_and_after_loading():
     model = fuse(small())
     kinds = [type(m) for m in model.modules()]
-    layouts = [m.layout for m in model.modules() if isinstance(m, ConvertedBlock)]
+    layouts = [m.described() for m in model.modules() if isinstance(m, ConvertedBlock)]
     fuse(model)
     assert [type(m) for m in model.modules()] == kinds
-    assert [m.layout for m in model.modules() if isinstance(m, ConvertedBlock)] == layouts
+    assert [m.described() for m in model.modules() if isinstance(m, ConvertedBlock)] == layouts
     model.load_state_dict(small().state_dict(), strict=True)
 
 
@@ -583,9 +600,9 @@ def test_a_stem_is_fused_up_to_its_pool_and_nothing_else_changes(name):
     assert len(stems(twin)) == 1
     assert launched(twin, x)[1] == names
     assert list(model.state_dict()) == keys
-    assert "pooled_stem" in vars(stem)
+    assert "_conversion" in vars(stem)
     assert [type(m) for m in unfuse(model).modules()] == kinds
-    assert "pooled_stem" not in vars(stem)
+    assert "_conversion" not in vars(stem)
 
 
 @pytest.mark.parametrize("part", ["conv1", "bn1", "relu", "maxpool"])

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torchvision
+from torch import nn
 
 from resnet_fused import explain, fuse, implementation
 from resnet_fused.__main__ import main
@@ -17,7 +18,7 @@ from resnet_fused.explain import Total
 from resnet_fused.kernels.gpus import gpu_of
 from resnet_fused.plan import roofline, tuned
 from resnet_fused.plan.constants import ASSUMED
-from resnet_fused.plan.decide import Plan, best_tiles, decide
+from resnet_fused.plan.decide import ROADS, Plan, best_tiles, decide
 from resnet_fused.plan.problem import Problem, Tiles
 
 
@@ -86,6 +87,12 @@ BESIDE = {
 """What ResNet-50's 16 blocks launch more, or less, than their 52 units by themselves: additions and their gradients,
 counters of batches, no ReLU behind the 4 projections, whose gradients by batch norm come with the branch's."""
 
+BESIDE_A_LEAF = {
+    **dict.fromkeys(("fused", "mixed"), {"batch_norm_apply": 1, "batch_norm_reduce": 1}),
+    "eager": {"aten.add_": 1},
+}
+"""The same of a single unit that reads the image."""
+
 
 @pytest.mark.parametrize(("training", "road"), BESIDE)
 def test_units_are_predicted_as_they_are_launched(training, road):
@@ -135,6 +142,21 @@ def test_a_training_step_has_totals(arch):
     outside = Counter(launch.name for launch in explanation.steps["as planned"].outside)
     assert outside["aten.convolution_backward"] == outside["aten.max_pool2d_with_indices_backward"] == 1
     assert planned.launches == outside.total() + sum(len(row.launches) for row in explanation.rows if row.problems)
+
+
+@pytest.mark.parametrize("road", ["fused", "mixed", "eager"])
+def test_nobody_wants_the_gradient_of_the_image(road):
+    """Of a first layer, what is predicted is what is launched; and so the totals of all."""
+    network = fuse(nn.Sequential(nn.Conv2d(3, 64, 3, 2, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU(True))).bfloat16()
+    images = torch.empty(64, 3, 64, 64, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    explanation = explain(network.to(memory_format=torch.channels_last), images, arch=90, training=True)
+    (unit,), launched = explanation.problems, explanation.steps[road].inside
+    launches = roofline.predict(unit, road, best_tiles(unit) if road == "fused" else Tiles(), leaf=True)
+    beside = Counter(x.name for x in launched)
+    beside.subtract(x.kernel for x in launches)
+    assert {name: count for name, count in beside.items() if count} == BESIDE_A_LEAF[road]
+    assert sum(x.flops for x in launches) == sum(x.flops for x in launched)
+    assert roofline.compulsory(unit, leaf=True) < roofline.compulsory(unit)
 
 
 def test_what_is_computed_again_takes_longer():

@@ -4,6 +4,7 @@ import copy
 import io
 import os
 import pickle
+import random
 import subprocess
 import sys
 from contextlib import contextmanager, nullcontext
@@ -301,7 +302,7 @@ def test_errors_name_the_argument(arguments, error, message):
 
 @pytest.mark.parametrize("residual", [False, True])
 def test_a_unit_that_was_measured_faster_by_cudnn(residual, monkeypatch):
-    """With the filter folded once, anew after new weights, and only where a ReLU follows."""
+    """With the filter folded once, anew after new weights; without a ReLU as without cuDNN's call of all of it."""
     calls = []
 
     def cudnn(x, w, *rest):
@@ -323,7 +324,8 @@ def test_a_unit_that_was_measured_faster_by_cudnn(residual, monkeypatch):
 
     def expected(dtype):
         y = copy.deepcopy(layer).to(dtype)(x.to(dtype))
-        return torch.relu(y if other is None else y + other.to(dtype))
+        y = y if other is None else y + other.to(dtype)
+        return torch.relu(y) if unit.relu else y
 
     with torch.inference_mode(), implementation("triton"):
         for _ in range(2):
@@ -335,8 +337,9 @@ def test_a_unit_that_was_measured_faster_by_cudnn(residual, monkeypatch):
     with torch.inference_mode(), implementation("triton"):
         assert_within_rule(unit(x, other), expected(torch.float32), expected(torch.float64), sums=2)
         unit.relu = False
-        unit(x, other)
-    assert directions == ["frozen"] * 3 + ["inference"]
+        assert_within_rule(unit(x, other), expected(torch.float32), expected(torch.float64), sums=2)
+    assert len(calls) == 3
+    assert directions == ["frozen"] * 4
     addresses = [t.data_ptr() for t in unit._folded]
     unit.load_state_dict(unit.state_dict())
     assert [t.data_ptr() for t in unit._folded] == addresses
@@ -739,6 +742,26 @@ def test_the_dtype_is_that_of_the_convolutions_and_only_they_cast():
     assert frozen.half().dtype == torch.float16
     assert optimize_for_inference(nn.Linear(2, 2).double()).dtype == torch.float64
     assert optimize_for_inference(nn.Identity()).dtype == torch.get_default_dtype()
+
+
+class _Drawing(nn.Module):
+    def __init__(self, draw) -> None:
+        super().__init__()
+        self.conv, self.draw = nn.Conv2d(3, 3, 1), draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) * self.draw()
+
+
+@pytest.mark.parametrize("draw", [random.random, lambda: float(torch.rand(()))])
+def test_what_is_drawn_at_random_is_drawn_anew(draw):
+    states = random.getstate(), torch.get_rng_state()
+    model = _Drawing(draw)
+    after = random.getstate(), torch.get_rng_state()
+    frozen, x = optimize_for_inference(model), torch.ones(1, 3, 2, 2)
+    assert random.getstate() == states[0] == after[0]
+    assert torch.equal(torch.get_rng_state(), after[1])
+    assert not torch.equal(frozen(x), frozen(x))
 
 
 class _Around(nn.Module):

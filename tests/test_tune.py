@@ -504,7 +504,7 @@ def test_problems_of_a_model_are_found_without_running_it():
     assert {p.n for p in inference} == {8, 16}
     assert {p.direction for p in inference} == {"inference"}
     frozen = find_problems(model, [(8, 3, 64, 64)], torch.bfloat16, "frozen", 90)
-    assert {p.direction for p in frozen} == {"frozen", "inference"}, "projections have no ReLU"
+    assert {p.direction for p in frozen} == {"frozen"}
     training = find_problems(model, [(8, 3, 64, 64)], torch.bfloat16, "training", 90)
     assert {p.direction for p in training} == {"training"}
     assert any(p.prologue for p in training)

@@ -105,10 +105,13 @@ class _Sizes:
 
 
 def predict(
-    problem: Problem, implementation: Way, tiles: Tiles, constants: Constants = ASSUMED
+    problem: Problem, implementation: Way, tiles: Tiles, constants: Constants = ASSUMED, *, leaf: bool = False
 ) -> tuple[PredictedLaunch, ...]:
-    """Every launch of the unit, in order: of its forward, and in training of its backward too."""
-    model = _Model(problem, tiles, constants)
+    """Every launch of the unit, in order: of its forward, and in training of its backward too.
+
+    ``leaf``: nobody wants the gradient of its input.
+    """
+    model = _Model(problem, tiles, constants, leaf)
     if implementation == "fused":
         return tuple(model.fused())
     return tuple(model.mixed() if implementation == "mixed" else model.eager())
@@ -149,16 +152,18 @@ def template(problem: Problem, tile: TileConfig, slots: float, constants: Consta
     return model.product("template", model.forward_work(), size, slots)
 
 
-def compulsory(problem: Problem) -> int:
-    """Bytes of device memory that no implementation of the unit avoids.
+def compulsory(problem: Problem, *, leaf: bool = False) -> int:
+    """Bytes of device memory that no implementation of the unit avoids; ``leaf``: see :func:`predict`.
 
-    Forward, what is read and the output, once each; in training then the output and its gradient, input and filter,
-    and the gradients of these two.
+    Forward, what is read and the output, once each; in training then the output and its gradient, the input and the
+    filter's gradient, and but for a ``leaf`` the filter and the input's gradient.
     """
     model = _Model(problem, Tiles(), ASSUMED)
     b = model.sizes
     forward = b.met + b.w + (b.pooled if problem.pooled else b.y) + model.residual
-    return forward if problem.direction != "training" else forward + 2 * b.y + b.met + b.x + 2 * b.w
+    if problem.direction != "training":
+        return forward
+    return forward + 2 * b.y + b.met + b.w + (0 if leaf else b.x + b.w)
 
 
 def roof(flops: int, size: int, beside: Problem) -> float:
@@ -186,8 +191,8 @@ def correction(launches: int, flops: int, size: int, beside: Problem, constants:
 
 
 class _Model:
-    def __init__(self, problem: Problem, tiles: Tiles, constants: Constants) -> None:
-        self.problem, self.tiles, self.constants = problem, tiles, constants
+    def __init__(self, problem: Problem, tiles: Tiles, constants: Constants, leaf: bool = False) -> None:
+        self.problem, self.tiles, self.constants, self.leaf = problem, tiles, constants, leaf
         self.gpu = gpu_of(problem.arch, problem.gpu)
         e = problem.dtype.itemsize
         depth = problem.r * problem.s * problem.ci // problem.groups
@@ -211,7 +216,7 @@ class _Model:
         wide = p.r * p.s > 1  # then the filter's gradient keeps dy for the input's
         splits = self.wgrad_config.splits
         parts = 4 * splits * b.w // p.dtype.itemsize if splits > 1 else 0  # in fp32
-        wgrad = 2 * b.y + b.met + (parts or b.w) + (b.y if wide else 0)
+        wgrad = 2 * b.y + b.met + (parts or b.w) + (b.y if wide and not self.leaf else 0)
         dgrad = (b.y if wide else 2 * b.y) + b.w + b.x + (b.x if p.prologue else 0)
         return [
             *forward,
@@ -219,7 +224,7 @@ class _Model:
             self.vectors("batch_norm_coefs"),
             self.triton("conv_wgrad, flat" if p.flat else "conv_wgrad", self.wgrad_work(), wgrad),
             *([self.call("sum_splits", 0, parts + b.w)] if parts else []),
-            self.triton("conv_dgrad", self.dgrad_work(not wide), dgrad),
+            *([] if self.leaf else [self.triton("conv_dgrad", self.dgrad_work(not wide), dgrad)]),
         ]
 
     def pooled(self) -> list[PredictedLaunch]:
@@ -309,8 +314,10 @@ class _Model:
         return self.cudnn("aten.convolution", b.met + b.w + b.y)
 
     def convolution_backward(self) -> PredictedLaunch:
-        """One call of two kernels, the gradients of the filter and of the input."""
+        """One call of two kernels, the gradients of the filter and of the input; of a leaf, of one."""
         b, name = self.sizes, "aten.convolution_backward"
+        if self.leaf:
+            return self.cudnn(name, b.y + b.met + b.w)
         parts = [self.cudnn(name, size) for size in (b.y + b.met + b.w, b.y + b.w + b.x)]
         longest = max(parts, key=lambda part: part.seconds)
         size = b.y + b.met + b.x + 2 * b.w
