@@ -377,7 +377,7 @@ def default_config(problem: ConvProblem) -> TileConfig:
         return TileConfig(block_m, min(block_n, 512), min(block_k, 512))
 
     fp32 = problem.dtype == torch.float32
-    # Tensor cores outrun loads there: what a step takes beside its products counts, and shared memory has room for more.
+    # Tensor cores outrun loads there: what a step takes beside its products counts, and shared memory has room.
     fast = problem.arch in (80, 90, 100)
     if fp32 and not problem.tf32:
         deep = 32 if problem.prologue else 16

@@ -138,9 +138,7 @@ class FusedBlock(nn.Module):
     def _layer(self, unit: UnitNames) -> eligible.Layer:
         return eligible.Layer(_submodule(self, unit.conv), _submodule(self, unit.norm), unit.relu)
 
-    def _shortcut(
-        self, layout: BlockLayout, x: Tensor, projection: eligible.Layer
-    ) -> functional.Shortcut | None:
+    def _shortcut(self, layout: BlockLayout, x: Tensor, projection: eligible.Layer) -> functional.Shortcut | None:
         """That of ``x``; ``projection``: the layer that it is, if it is one."""
         if not layout.residual:
             return None

@@ -606,7 +606,10 @@ MUTATIONS = [
         "tests/test_convert.py -k relu_of_a_sequence",
     ),
     Mutation(
-        "resnet_fused/convert.py", "if _kinds(self) != self._conversion.kinds:", "if False:", "tests/test_untouched.py -k surgery"
+        "resnet_fused/convert.py",
+        "if _kinds(self) != self._conversion.kinds:",
+        "if False:",
+        "tests/test_untouched.py -k surgery",
     ),
     Mutation(
         "resnet_fused/recognise.py",
@@ -1018,6 +1021,54 @@ MUTATIONS = [
         "+ tile.block_m >= 2**31",
         "+ tile.block_m >= 2**32",
         "tests/kernels/test_conv_forward.py -k 'int64'",
+    ),
+    Mutation(
+        "kernels/conv_forward.py",
+        "                if MERGED or not EVEN_CI:",
+        "                if MERGED:",
+        "tests/kernels/test_conv_forward.py -k test_geometry",
+    ),
+    Mutation(
+        "kernels/conv_forward.py",
+        "tl.where(next_row, row_step, tap_step)",
+        "tap_step",
+        "tests/kernels/test_conv_forward.py -k test_geometry",
+    ),
+    Mutation(
+        "kernels/conv_dgrad.py",
+        "tl.where(next_row, S - taps_w + 1, next_tap.to(tl.int32))",
+        "next_tap.to(tl.int32)",
+        "tests/kernels/test_conv_dgrad.py -k test_geometry",
+    ),
+    Mutation(
+        "tests/kernels/ledger.py",
+        'found["loads"] += loading',
+        'found["loads"] += 1',
+        "tests/kernels/test_ledger.py -k waits_for",
+    ),
+    Mutation(
+        "resnet_fused/convert.py",
+        'vars(module).pop("_conversion", None)\n',
+        'vars(module).pop("_conversion", None)\n        vars(module).pop("memory", None)\n',
+        "tests/test_convert.py -k come_later",
+    ),
+    Mutation(
+        "resnet_fused/plan/roofline.py",
+        "            *([] if self.leaf else [self.triton(",
+        "            *([] if False else [self.triton(",
+        "tests/test_explain.py -k nobody",
+    ),
+    Mutation(
+        "resnet_fused/inference.py",
+        "        with same_random_numbers(RuntimeError):\n            yield",
+        "        yield",
+        "tests/test_inference.py -k drawn_anew",
+    ),
+    Mutation(
+        "resnet_fused/inference.py",
+        'target = x.dtype, "frozen", x.device, requested()',
+        'target = x.dtype, "inference", x.device, requested()',
+        "tests/test_inference.py -k measured_faster_by_cudnn",
     ),
     Mutation(
         "kernels/conv_dgrad.py",

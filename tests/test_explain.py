@@ -18,7 +18,7 @@ from resnet_fused.explain import Total
 from resnet_fused.kernels.gpus import gpu_of
 from resnet_fused.plan import roofline, tuned
 from resnet_fused.plan.constants import ASSUMED
-from resnet_fused.plan.decide import ROADS, Plan, best_tiles, decide
+from resnet_fused.plan.decide import Plan, best_tiles, decide
 from resnet_fused.plan.problem import Problem, Tiles
 
 
@@ -88,7 +88,8 @@ BESIDE = {
 counters of batches, no ReLU behind the 4 projections, whose gradients by batch norm come with the branch's."""
 
 BESIDE_A_LEAF = {
-    **dict.fromkeys(("fused", "mixed"), {"batch_norm_apply": 1, "batch_norm_reduce": 1}),
+    "fused": {"batch_norm_apply": 1, "batch_norm_reduce": 1},
+    "mixed": {"batch_norm_apply": 1, "batch_norm_reduce": 1},
     "eager": {"aten.add_": 1},
 }
 """The same of a single unit that reads the image."""

@@ -243,6 +243,7 @@ def report(kernels: Kernels, ledger: Ledger | None) -> dict[str, Any]:
             "odd": kernel.odd,
             "narrow": kernel.narrow,
             "prologue": kernel.prologue,
+            "serial": kernel.serial,
             "filter_tile": kernel.call.config.block_n
             * kernel.call.config.block_k
             * DTYPES[kernel.number_format].itemsize,

@@ -68,6 +68,13 @@ class Kernel(NamedTuple):
         return "" if gcd(elements, *widths) == elements else "channels that 16 bytes do not divide"
 
     @property
+    def serial(self) -> str:
+        """Why each of its products may wait on sm_90 for the one before; "" where none must."""
+        if self.prologue:
+            return "a factor that is transformed stands in registers, which are written while products run"
+        return ""
+
+    @property
     def prologue(self) -> bool:
         """Whether it transforms a factor on the way into its product."""
         return any(self.call.arguments.get(f"{name}_ptr") is not None for name in ("scale", "coefs", "stats"))

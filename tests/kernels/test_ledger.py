@@ -279,7 +279,9 @@ DONE = ["WARPGROUP.DEPBAR.LE gsb0, 0x0"]
     ],
 )
 def test_what_a_main_loop_waits_for(loop, found):
-    lines = [f"        /*{16 * i:04x}*/                   {text} ;" for i, text in enumerate([*loop, "@P0 BRA `(.L_x_1)"])]
+    lines = [
+        f"        /*{16 * i:04x}*/                   {text} ;" for i, text in enumerate([*loop, "@P0 BRA `(.L_x_1)"])
+    ]
     assert waits(parse("\n".join([".L_x_1:", *lines]))) == found
 
 
@@ -294,7 +296,7 @@ def test_what_a_main_loop_waits_for(loop, found):
 def test_a_bad_kernel_of_the_ledger_fails(figure, bad):
     figures = Figures(128, 0, 1000, 0, ["mma.sync"], 0.3, {"LDGSTS 32": 3}, {})
     kernel = {"arch": 80, "kernel": "conv_forward_kernel", "number_format": "bfloat16", "block_m": 64, "odd": False}
-    kernel |= {"narrow": "", "prologue": True, "filter_tile": 4096, "threads": 128}
+    kernel |= {"narrow": "", "serial": "", "prologue": True, "filter_tile": 4096, "threads": 128}
     assert_good(kernel | {"figures": figures._asdict()})
     with pytest.raises(AssertionError):
         assert_good(kernel | {"figures": figures._replace(**{figure: bad})._asdict()})
