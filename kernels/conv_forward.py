@@ -380,14 +380,16 @@ def default_config(problem: ConvProblem) -> TileConfig:
     # Tensor cores outrun loads there: what a step takes beside its products counts, and shared memory has room.
     fast = problem.arch in (80, 90, 100)
     if fp32 and not problem.tf32:
-        deep = 32 if problem.prologue else 16
-        block_m, block_n, block_k, stages = 64, min(block_n, 64), min(block_k, deep), 2 if problem.prologue else 3
+        block_k = min(block_k, 32 if problem.prologue else 16)
+        block_m, block_n, stages = 64, min(block_n, 64), 2 if problem.prologue else 3
     else:
         wide = 128 if not fp32 and not problem.prologue else 64
         # Merged groups may have to be told apart in the end, which takes registers too.
         block_m = 64 if problem.arch == 100 or problem.flat or problem.merged > 1 else 128
         block_n = min(block_n, wide)
-        block_k = min(block_k, 32 if fp32 or problem.flat or (block_n == 128 and not fast) else 64)
+        # On sm_80, all channels of a tap at once would leave too few registers for the masks of the taps.
+        deep = fast and not (problem.arch == 80 and problem.r * problem.s > 1 and ci <= 64)
+        block_k = min(block_k, 32 if fp32 or problem.flat or (block_n == 128 and not deep) else 64)
         stages = 3 if block_k == 64 else 4
     if problem.merged > 1:
         block_k = max(16, triton.next_power_of_2(ci))
@@ -414,6 +416,8 @@ def _registers(problem: ConvProblem, block_m: int, block_n: int, block_k: int) -
         return 192 if problem.dtype == torch.float32 else 168
     if (block_m, block_n) == (128, 16) and problem.dtype == torch.float32 and problem.arch == 80:
         return 96
+    if (block_m, block_n, block_k) == (64, 64, 32) and problem.dtype != torch.float32 and problem.arch == 80:
+        return 128
     return None
 
 
