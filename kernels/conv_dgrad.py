@@ -284,7 +284,7 @@ def conv_dgrad_kernel(
             along = tl.where(next_row, 0, along)
             g_step += tl.where(next_tap, tl.where(next_row, g_next_row, g_next_tap), 0)
             w_step += tl.where(next_tap, tl.where(next_row, w_next_row, w_next_tap), 0)
-            tap = tap << tl.where(next_row, S - taps_w + 1, next_tap.to(tl.int32)).to(tap.dtype)
+            tap = tap << tl.where(next_row, S - taps_w + 1, tl.where(next_tap, 1, 0)).to(tap.dtype)
     if MERGED:
         # A zero of the filter times another group's infinity or NaN is NaN.
         if not all_finite(acc):

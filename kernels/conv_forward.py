@@ -289,7 +289,7 @@ def conv_forward_kernel(
                 if MERGED or not EVEN_CI:
                     w_step += tl.where(next_tap, (group_ci if MERGED else CI) - chunks * BLOCK_K, 0)
                 if PADDED:
-                    tap = tap << next_tap.to(tap.dtype)
+                    tap = tap << tl.where(next_tap, 1, 0).to(tap.dtype)
     size = Size(H, W, P, Q)
     if MERGED:
         # A zero of the filter times another group's infinity or NaN is NaN.

@@ -1036,8 +1036,8 @@ MUTATIONS = [
     ),
     Mutation(
         "kernels/conv_dgrad.py",
-        "tl.where(next_row, S - taps_w + 1, next_tap.to(tl.int32))",
-        "next_tap.to(tl.int32)",
+        "tl.where(next_row, S - taps_w + 1, tl.where(next_tap, 1, 0))",
+        "tl.where(next_tap, 1, 0)",
         "tests/kernels/test_conv_dgrad.py -k test_geometry",
     ),
     Mutation(
