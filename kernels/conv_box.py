@@ -54,6 +54,59 @@ class Box(NamedTuple):
     w: Any
 
 
+class Chunk(NamedTuple):
+    """Of the walk through K: the channel, row and column where the box of a tap and chunk of channels begins."""
+
+    channel: Any
+    h: Any
+    w: Any
+
+
+@triton.jit
+def next_chunk(at, first, end, step, BLOCK_K: tl.constexpr, ONE_CHUNK: tl.constexpr, ONE_TAP: tl.constexpr):
+    """The chunk behind ``at``; whether it is of the next tap, and whether that is of the next row of taps.
+
+    ``first``: of all; ``end``: where a tap's channels and a row's taps end; ``step``: from one tap to the next.
+    By selection: where its loop branches, the assembler has each product wait for the one before.
+    """
+    channel = at.channel + BLOCK_K
+    next_tap = (not ONE_TAP) & (ONE_CHUNK | (channel == end.channel))
+    channel = tl.where(next_tap, first.channel, channel)
+    w = tl.where(next_tap, at.w + step.w, at.w)
+    next_row = (not ONE_TAP) & (w == end.w)
+    w = tl.where(next_row, first.w, w)
+    h = tl.where(next_row, at.h + step.h, at.h)
+    return Chunk(channel, h, w), next_tap, next_row
+
+
+@triton.jit
+def start_of(number, rows, columns, box: tl.constexpr):
+    """Image, row and column where a box begins, one of those that cover images of ``rows`` x ``columns``."""
+    across = tl.cdiv(columns, box.w)
+    down = tl.cdiv(rows, box.h)
+    return number // across // down * box.n, number // across % down * box.h, number % across * box.w
+
+
+@triton.jit
+def pixels_of(start, first, HEIGHT: tl.constexpr, box: tl.constexpr):
+    """Image, row and column of HEIGHT pixels of the box at ``start``, from its ``first`` one on."""
+    n, h, w = start
+    place = first + tl.arange(0, HEIGHT)
+    return n + place // (box.h * box.w), h + place // box.w % box.h, w + place % box.w
+
+
+@triton.jit
+def in_parts(acc, PARTS: tl.constexpr):
+    """``acc``, channels x pixels, in halves of the pixels where PARTS is 2.
+
+    A high tile as a whole would not leave room in the registers for what its epilogue loads.
+    """
+    if PARTS == 2:
+        return tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, acc.shape[1] // 2)), (0, 2, 1)))
+    else:
+        return (acc,)
+
+
 @triton.jit(do_not_specialize=["P", "Q", "images", "rows", "columns", "pad_h", "pad_w", "dil_h", "dil_w"])
 def conv_box_kernel(
     x_ptr,
@@ -102,66 +155,38 @@ def conv_box_kernel(
     CI = widths.ci
     CO = widths.co
     tiles_n = tl.cdiv(CO, BLOCK_N)
-    tiles_h = tl.cdiv(rows, box.h)
-    tiles_w = tl.cdiv(columns, box.w)
     pid = tl.program_id(0)
     group = tl.program_id(1)
     number = pid // tiles_n
-    n0 = number // tiles_w // tiles_h * box.n
-    h0 = number // tiles_w % tiles_h * box.h
-    w0 = number % tiles_w * box.w
+    start = start_of(number, rows, columns, box)
+    n0, h0, w0 = start
     co = pid % tiles_n * BLOCK_N
 
-    first = group * CI
-    end = first + CI
-    channel = first
+    STRIDE: tl.constexpr = 2 if form.STRIDED else 1
+    first = Chunk(group * CI, h0 * STRIDE - pad_h, w0 * STRIDE - pad_w)
+    end = Chunk(first.channel + CI, None, first.w + S * dil_w)
+    at = first
     k = 0
-    if form.STRIDED:
-        h = -pad_h
-        w = -pad_w
-    else:
-        h = h0 - pad_h
-        w = w0 - pad_w
-    w_first = w
-    w_end = w + S * dil_w
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for _ in range(0, bound(R * S * (CI // BLOCK_K))):
+    chunks = 1 if form.ONE_CHUNK else CI // BLOCK_K
+    for _ in range(0, bound(R * S * chunks)):
         if form.STRIDED:
-            a = x_ptr.load([n0, h0 + (h >> 1), h & 1, w0 + (w >> 1), (w & 1) * widths.x + channel])
+            a = x_ptr.load([n0, at.h >> 1, at.h & 1, at.w >> 1, (at.w & 1) * widths.x + at.channel])
         else:
-            a = x_ptr.load([n0, h, w, channel])
+            a = x_ptr.load([n0, at.h, at.w, at.channel])
         b = w_ptr.load([group * CO + co, k])
         acc = dot(b, tl.trans(tl.reshape(a, (BLOCK_M, BLOCK_K))), acc, PRECISION)
         k += BLOCK_K
-        channel += BLOCK_K
-        # By selection: where its loop branches, the assembler has each product wait for the one before.
-        if form.ONE_CHUNK:
-            channel = first
-            w += dil_w
-        elif R * S > 1:
-            last = channel == end
-            channel = tl.where(last, first, channel)
-            w = tl.where(last, w + dil_w, w)
-        if R * S > 1:
-            wrap = w == w_end
-            w = tl.where(wrap, w_first, w)
-            h = tl.where(wrap, h + dil_h, h)
+        at, _, _ = next_chunk(at, first, end, Chunk(0, dil_h, dil_w), BLOCK_K, form.ONE_CHUNK, R * S == 1)
 
     norm = Norm(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps)
     res, y = Pixels(res_ptr, widths.res), Pixels(y_ptr, widths.y)
-    # Half a high tile at a time: one whole would not leave room in the registers for the residual.
     HEIGHT: tl.constexpr = BLOCK_M // PARTS
-    if PARTS == 2:
-        parts = tl.split(tl.permute(tl.reshape(acc, (BLOCK_N, 2, HEIGHT)), (0, 2, 1)))
-    else:
-        parts = (acc,)
+    parts = in_parts(acc, PARTS)
     c = co + tl.arange(0, BLOCK_N)
     tiles = tl.num_programs(0) // tiles_n * PARTS
     for i in tl.static_range(PARTS):
-        place = i * HEIGHT + tl.arange(0, HEIGHT)
-        n = n0 + place // (box.h * box.w)
-        p = h0 + place // box.w % box.h
-        q = w0 + place % box.w
+        n, p, q = pixels_of(start, i * HEIGHT, HEIGHT, box)
         present = (n < images) & (p < rows) & (q < columns)
         tile = Tile((n.to(OFFSET) * rows + p) * columns + q, group * CO + c, present, c < CO)
         moments = PerTile(moments_ptr, tiles, widths.channels, number * PARTS + i)
