@@ -6,17 +6,19 @@ both factors from shared memory, where TMA put them; the other way round, the pi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from math import prod
 from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .conv import ConvProblem, Size, blocks, precision, sizes
 from .epilogue import WHOLE, Epilogue, Norm, store_output
 from .gpus import gpu_of
-from .launch import Boxes, Cost, Recipe, TileConfig, Vector
+from .launch import Boxes, Cost, Recipe, TileConfig, Vector, dry_target
 from .memory import Layout, cdiv, span, stride_of
 from .tile import PerTile, Pixels, Tile, bound, dot
 
@@ -235,12 +237,15 @@ def _steps(problem: ConvProblem) -> bool:
     return problem.stride == (1, 1) or (problem.stride == (2, 2) and even)
 
 
-TILES: dict[int, tuple[tuple[int, int, int], ...]] = {
+Sizes = tuple[int, int, int]
+"""Of a tile: pixels, channels of its result, warps."""
+
+TILES: dict[int, tuple[Sizes, ...]] = {
     90: ((256, 64, 4), (128, 128, 4), (256, 128, 8), (128, 64, 4), (64, 128, 4), (64, 64, 4)),
     100: ((128, 128, 4), (256, 128, 8), (128, 64, 4), (64, 128, 4), (64, 64, 4)),
     120: ((128, 128, 4), (128, 64, 4), (64, 128, 4), (64, 64, 4)),
 }
-"""Per architecture with TMA, pixels, output channels and warps of the tiles that no configuration makes spill."""
+"""Per architecture with TMA, the tiles that no configuration makes spill."""
 if triton.__version__.startswith("3.6."):
     del TILES[120]  # its assembler stores to the stack around every load of a box
 
@@ -251,37 +256,50 @@ BARRIERS = 2048
 
 def tiles(problem: ConvProblem) -> Iterator[TileConfig]:
     """The tiles to choose from; none where :func:`why_not` has a reason."""
-    if why_not(problem) is not None:
-        return
-    ci, co = problem.tile_channels
+    if why_not(problem) is None:
+        depth, columns = problem.tile_channels
+        yield from tiles_of(problem, TILES[problem.arch], depth, columns, partial(least_waste, problem))
+
+
+def tiles_of(
+    problem: ConvProblem, of: Sequence[Sizes], depth: int, columns: int, cover: Callable[[int], Box]
+) -> Iterator[TileConfig]:
+    """Tiles of these pixels, channels and warps for a product with so many ``columns`` of channels.
+
+    ``depth``: channels of a tap, which chunks divide; ``cover``: the box of so many pixels.
+    """
     element = problem.dtype.itemsize
     room = gpu_of(problem.arch).shared - BARRIERS
-    for block_m, block_n, warps in TILES[problem.arch]:
-        if block_n > triton.next_power_of_2(co) or (element == 4 and (problem.arch, block_n) == (120, 128)):
+    for block_m, block_n, warps in of:
+        if block_n > triton.next_power_of_2(columns) or (element == 4 and (problem.arch, block_n) == (120, 128)):
             continue
         for block_k in (128, 64, 32) if element == 2 else (32,):
             stages = min(4, room // ((block_m + block_n) * block_k * element))
-            if ci % block_k == 0 and stages >= 3:
+            if depth % block_k == 0 and stages >= 3:
                 # Of a low tile the compiler would spill, for one more program at a time.
                 registers = 255 if block_m == 64 else None
-                box = least_waste(problem, block_m)
-                yield TileConfig(block_m, block_n, block_k, warps, stages, registers, box)
+                yield TileConfig(block_m, block_n, block_k, warps, stages, registers, cover(block_m))
                 break
 
 
 def least_waste(problem: ConvProblem, pixels: int) -> Box:
-    """The box of so many pixels, a power of two, that covers the output with the fewest of them outside.
-
-    Of several, that whose taps meet the fewest pixels of the input.
-    """
+    """The box of so many pixels that covers the output best."""
     if _pointwise(problem):
         return Box(1, 1, pixels)
+    return covering(_extent(problem), (problem.r, problem.s), pixels)
+
+
+def covering(extent: tuple[int, int, int], taps: tuple[int, int], pixels: int) -> Box:
+    """The box of so many pixels, a power of two, that covers ``extent`` with the fewest of them outside.
+
+    Of several, that whose ``taps``, rows and columns of a filter, meet the fewest pixels.
+    """
     powers = [2**i for i in range(pixels.bit_length())]
     boxes = (Box(pixels // (h * w), h, w) for h in powers for w in powers if h * w <= pixels)
 
     def waste(box: Box) -> tuple[int, int, int]:
-        met = box.n * (box.h + problem.r - 1) * (box.w + problem.s - 1)
-        return count(problem, box), met, box.n
+        met = box.n * (box.h + taps[0] - 1) * (box.w + taps[1] - 1)
+        return prod(map(cdiv, extent, box)), met, box.n
 
     return min(boxes, key=waste)
 
@@ -300,6 +318,17 @@ def _pointwise(problem: ConvProblem) -> bool:
     return problem.r * problem.s == 1 and problem.stride == (1, 1) and problem.padding == (0, 0)
 
 
+def loadable(config: TileConfig | None, *tensors: Tensor) -> TileConfig | None:
+    """``config``, or None where it has a box and TMA does not take the address of one of the ``tensors``."""
+    boxed = config is not None and config.box is not None
+    return None if boxed and any(_address(tensor) % 16 for tensor in tensors) else config
+
+
+def _address(tensor: Tensor) -> int:
+    """In a dry run, whose tensors may have no memory, from the start of their storage."""
+    return tensor.data_ptr() if dry_target() is None else int(tensor.storage_offset()) * tensor.itemsize
+
+
 def recipe(
     problem: ConvProblem,
     x: Layout,
@@ -314,10 +343,7 @@ def recipe(
 
     Raises ValueError for a box that is not of ``block_m`` pixels.
     """
-    assert tile.box is not None
-    if prod(tile.box) != tile.block_m:
-        raise ValueError(f"config.box must have block_m={tile.block_m} pixels; got {tile.box}")
-    box = Box(1, 1, tile.block_m) if _pointwise(problem) else Box(*tile.box)
+    box = Box(1, 1, tile.block_m) if _pointwise(problem) else box_of(tile)
     pixels, filters = _pixels(problem, x, box, tile), _filters(problem, w, tile)
     ci, co = problem.tile_channels
     fits = pixels.fits(x.dtype.itemsize) and filters.fits(x.dtype.itemsize)
@@ -351,6 +377,14 @@ def recipe(
     return Recipe(conv_box_kernel, grid, scalars, tile, cost, vectors, {"x_ptr": pixels, "w_ptr": filters})
 
 
+def box_of(tile: TileConfig) -> Box:
+    """The box of a tile that has one. Raises ValueError where it is not of ``block_m`` pixels."""
+    assert tile.box is not None
+    if prod(tile.box) != tile.block_m:
+        raise ValueError(f"config.box must have block_m={tile.block_m} pixels; got {tile.box}")
+    return Box(*tile.box)
+
+
 def moment_tiles(recipe: Recipe) -> int:
     """Tiles of moments that the launch gives: a high box gives two."""
     widths, form = recipe.scalars["widths"], recipe.scalars["form"]
@@ -363,10 +397,17 @@ def _pixels(problem: ConvProblem, x: Layout, box: Box, tile: TileConfig) -> Boxe
     if _pointwise(problem):
         return Boxes((1, 1, problem.m, channels), (problem.m * step, problem.m * step, step, 1), (*box, tile.block_k))
     if problem.stride == (1, 1):
-        return Boxes((n, h, w, channels), (h * w * step, w * step, step, 1), (*box, tile.block_k))
+        return image_boxes(x, box, tile)
     pairs = (n, h // 2, 2, w // 2, step + channels)
     steps = (h * w * step, 2 * w * step, w * step, 2 * step, 1)
     return Boxes(pairs, steps, (box.n, box.h, 1, box.w, tile.block_k))
+
+
+def image_boxes(x: Layout, box: Box, tile: TileConfig) -> Boxes:
+    """Of the pixels of ``x``, one beside the other."""
+    n, channels, h, w = x.shape
+    step = stride_of(x)
+    return Boxes((n, h, w, channels), (h * w * step, w * step, step, 1), (*box, tile.block_k))
 
 
 def _filters(problem: ConvProblem, w: Layout, tile: TileConfig) -> Boxes:
