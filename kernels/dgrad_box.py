@@ -107,16 +107,16 @@ def dgrad_box_kernel(
     first = Chunk(group * CO, p, q)
     end = Chunk(first.channel + CO, None, q - taps_w * hop_w)
     at = first
-    tap = r * S + s
+    column = (r * S + s) * CI + ci
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     chunks = 1 if form.ONE_CHUNK else CO // BLOCK_K
     for _ in range(0, bound(taps_h * taps_w * chunks)):
         a = g_ptr.load([n0, at.h, at.w, at.channel])
-        b = tl.reshape(w_ptr.load([at.channel, tap, ci]), (BLOCK_K, BLOCK_N))
+        b = w_ptr.load([at.channel, column])
         acc = dot(tl.trans(b), tl.trans(tl.reshape(a, (BLOCK_M, BLOCK_K))), acc, form.PRECISION)
         step = Chunk(0, -hop_h, -hop_w)
         at, next_tap, next_row = next_chunk(at, first, end, step, BLOCK_K, form.ONE_CHUNK, R * S == 1)
-        tap += tl.where(next_tap, tap_w, 0) + tl.where(next_row, tap_h * S - taps_w * tap_w, 0)
+        column += tl.where(next_tap, tap_w * CI, 0) + tl.where(next_row, (tap_h * S - taps_w * tap_w) * CI, 0)
 
     channels = widths.channels
     cut, y_in = Pixels(cut_ptr, widths.cut), Pixels(y_in_ptr, widths.y_in)
@@ -224,5 +224,5 @@ def sum_tiles(recipe: Recipe) -> int:
 
 
 def _filters(problem: ConvProblem, tile: TileConfig) -> Boxes:
-    taps, ci = problem.r * problem.s, problem.ci // problem.groups
-    return Boxes((problem.co, taps, ci), (taps * ci, ci, 1), (tile.block_k, 1, tile.block_n))
+    depth = problem.r * problem.s * (problem.ci // problem.groups)
+    return Boxes((problem.co, depth), (depth, 1), (tile.block_k, tile.block_n))
