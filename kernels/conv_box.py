@@ -99,14 +99,18 @@ def pixels_of(start, first, HEIGHT: tl.constexpr, box: tl.constexpr):
 
 @triton.jit
 def in_parts(acc, PARTS: tl.constexpr):
-    """``acc``, channels x pixels, in halves of the pixels where PARTS is 2.
+    """``acc``, channels x pixels, in so many PARTS of the pixels, 1, 2 or 4.
 
     A high tile as a whole would not leave room in the registers for what its epilogue loads.
     """
-    if PARTS == 2:
-        return tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, acc.shape[1] // 2)), (0, 2, 1)))
-    else:
+    if PARTS == 1:
         return (acc,)
+    else:
+        halves = tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, acc.shape[1] // 2)), (0, 2, 1)))
+        if PARTS == 2:
+            return halves
+        else:
+            return in_parts(halves[0], 2) + in_parts(halves[1], 2)
 
 
 @triton.jit(do_not_specialize=["P", "Q", "images", "rows", "columns", "pad_h", "pad_w", "dil_h", "dil_w"])

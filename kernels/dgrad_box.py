@@ -82,6 +82,7 @@ def dgrad_box_kernel(
     R: tl.constexpr = form.R
     S: tl.constexpr = form.S
     PARTS: tl.constexpr = form.PARTS
+    PRECISION: tl.constexpr = form.PRECISION
     BLOCK_M: tl.constexpr = blocks.m
     BLOCK_N: tl.constexpr = blocks.n
     BLOCK_K: tl.constexpr = blocks.k
@@ -113,7 +114,7 @@ def dgrad_box_kernel(
     for _ in range(0, bound(taps_h * taps_w * chunks)):
         a = g_ptr.load([n0, at.h, at.w, at.channel])
         b = w_ptr.load([at.channel, column])
-        acc = dot(tl.trans(b), tl.trans(tl.reshape(a, (BLOCK_M, BLOCK_K))), acc, form.PRECISION)
+        acc = dot(tl.trans(b), tl.trans(tl.reshape(a, (BLOCK_M, BLOCK_K))), acc, PRECISION)
         step = Chunk(0, -hop_h, -hop_w)
         at, next_tap, next_row = next_chunk(at, first, end, step, BLOCK_K, form.ONE_CHUNK, R * S == 1)
         column += tl.where(next_tap, tap_w * CI, 0) + tl.where(next_row, (tap_h * S - taps_w * tap_w) * CI, 0)
@@ -198,7 +199,7 @@ def recipe(
     form = Form(
         *(problem.r, problem.s),
         ONE_CHUNK=co == tile.block_k,
-        PARTS=2 if tile.block_m >= 128 else 1,
+        PARTS=tile.block_m // 64,
         CUT_SPARSE=crop is not WHOLE,
         INT64=max(prod(image), span(cut), span(y_in)) + tile.block_m * prod(problem.stride) >= 2**31,
         PRECISION=precision(problem),
