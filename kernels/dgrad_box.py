@@ -191,7 +191,8 @@ def recipe(
     box = conv_box.box_of(tile)
     ci, co = problem.tile_channels
     gradients, filters = conv_box.image_boxes(dy, box, tile), _filters(problem, tile)
-    fits = gradients.fits(dy.dtype.itemsize) and filters.fits(dy.dtype.itemsize)
+    element = dy.dtype.itemsize
+    fits = gradients.fits(element) and filters.fits(element) and ci * element % 16 == 0  # where a tap's box begins
     if problem.prologue or problem.merged > 1 or co % tile.block_k or not fits:
         return None
     image = problem.n, problem.ci, problem.h, problem.w
@@ -199,7 +200,7 @@ def recipe(
     form = Form(
         *(problem.r, problem.s),
         ONE_CHUNK=co == tile.block_k,
-        PARTS=tile.block_m // 64,
+        PARTS=max(tile.block_m // 64, 1),
         CUT_SPARSE=crop is not WHOLE,
         INT64=max(prod(image), span(cut), span(y_in)) + tile.block_m * prod(problem.stride) >= 2**31,
         PRECISION=precision(problem),
