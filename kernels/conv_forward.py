@@ -16,7 +16,7 @@ from . import conv_box
 from .conv import RUNTIME_SIZES, ConvProblem, Geometry, Size, blocks, check_geometry, load_width, precision, sizes
 from .epilogue import WHOLE, Added, Crop, Epilogue, Moments, Norm, Residual, added, store_output
 from .gpus import gpu_of
-from .launch import INTERPRETER, KEPT_LAYOUTS, Cost, Recipe, TileConfig, Vector, dry_target, target_arch
+from .launch import INTERPRETER, KEPT_LAYOUTS, Cost, Recipe, TileConfig, Vector, target_arch
 from .memory import (
     Layout,
     cdiv,

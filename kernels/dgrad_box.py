@@ -74,10 +74,10 @@ def dgrad_box_kernel(
 ):
     """``dx[pixel, ci] = epilogue(sum over r, s, co of g[p, q, co] * w[co, r, s, ci])``.
 
-    As conv_dgrad without a prologue (g is dy), parity by parity: one program computes a box of BLOCK_M pixels of one parity x
-    BLOCK_N input channels of one group. From tap to tap the box of g moves back by ``hop``, and what of it lies
-    outside of the image comes as zero. The filter lies in memory with its input channels side by side: its box is
-    turned to be the left factor, which the tensor cores do as they read it.
+    As conv_dgrad without a prologue (g is dy), parity by parity: one program computes a box of BLOCK_M pixels of one
+    parity x BLOCK_N input channels of one group. From tap to tap the box of g moves back by ``hop``, and what of it
+    lies outside of the image comes as zero. The filter lies in memory with its input channels side by side: its box
+    has to be turned to be the left factor, which the tensor cores do as they read it.
     """
     R: tl.constexpr = form.R
     S: tl.constexpr = form.S
@@ -132,7 +132,9 @@ def dgrad_box_kernel(
         w = first_w + j * stride_w
         tile = Tile((n.to(OFFSET) * H + h) * W + w, group * CI + c, (n < N) & (h < H) & (w < W), c < CI)
         sums = PerTile(sums_ptr, tiles * tl.num_programs(2), channels, number + part)
-        store_gradient(tl.trans(parts[part]), tile, (n, h, w), cut, crop, y_in, stats_ptr, dx_ptr, sums, form.CUT_SPARSE)
+        store_gradient(
+            tl.trans(parts[part]), tile, (n, h, w), cut, crop, y_in, stats_ptr, dx_ptr, sums, form.CUT_SPARSE
+        )
 
 
 def why_not(problem: ConvProblem) -> str | None:
@@ -233,7 +235,8 @@ def _parts(tile: TileConfig, both: bool) -> int:
 def sum_tiles(recipe: Recipe) -> int:
     """Tiles of sums that the launch gives, over all parities: one for each part of a box."""
     programs, _, parities = recipe.grid
-    return parities * programs // cdiv(recipe.scalars["widths"].ci, recipe.config.block_n) * recipe.scalars["form"].PARTS
+    widths, form = recipe.scalars["widths"], recipe.scalars["form"]
+    return programs // cdiv(widths.ci, recipe.config.block_n) * parities * form.PARTS
 
 
 def _filters(problem: ConvProblem, tile: TileConfig) -> Boxes:

@@ -427,9 +427,7 @@ def _check_conv_dgrad(
         more: dict[str, Any] = {"shortcut": shortcut, "mask": mask, "tf32": draw.tf32}
         raw = None if coefs is None or frozen else y
         for name, config in named.items():
-            dx, sums = conv_dgrad(
-                g, w, layer.size, geometry=layer.geometry, y=raw, coefs=coefs, config=config, **more
-            )
+            dx, sums = conv_dgrad(g, w, layer.size, geometry=layer.geometry, y=raw, coefs=coefs, config=config, **more)
             results[f"dx{name}"] = dx
             if sums is not None:
                 results |= {f"{key}{name}": v for key, v in _named("sum_g sum_gy", merge_sums(sums)).items()}

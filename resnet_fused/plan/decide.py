@@ -67,7 +67,7 @@ def waited(
 
 
 def best_tiles(problem: Problem, constants: Constants = ASSUMED) -> Tiles:
-    """Those with which a fused unit's forward, and in training the gradient of its input, is predicted to be done first.
+    """Those with which a fused unit's forward, and in training its input's gradient, is predicted to be done first.
 
     Of several, those that take the GPU less time, and where issuing does not bound them, those that issue less.
     """

@@ -1,4 +1,4 @@
-"""conv_dgrad by boxes: the same as gathered, by parity and by group, sums of partial boxes, what does not fit, the choice."""
+"""conv_dgrad by boxes: the same as gathered, sums of partial boxes, what does not fit, the choice of boxes."""
 
 from __future__ import annotations
 
@@ -149,9 +149,9 @@ def test_slices_of_channels_and_images():
     dy, w = random(6, 48, 6, 8), random(16, 24, 3, 3)
     part = dy[1:4, 16:32]
     found = []
-    assert kernels_of(
-        lambda: found.append(conv_dgrad(part, w, (6, 8), geometry=SAME, config=tile((2, 2, 4)))[0])
-    ) == ["dgrad_box_kernel"]
+    assert kernels_of(lambda: found.append(conv_dgrad(part, w, (6, 8), geometry=SAME, config=tile((2, 2, 4)))[0])) == [
+        "dgrad_box_kernel"
+    ]
     torch.testing.assert_close(found[0], conv_dgrad(part, w, (6, 8), geometry=SAME)[0])
 
 
@@ -191,7 +191,8 @@ def test_offsets_beyond_32_bits(step):
             dy, w, (1, 3), geometry=SAME, shortcut=Residual(shortcut), mask=(y_in, stats), config=tile((1, 4, 4))
         )
     assert calls[0].kernel.__name__ == "dgrad_box_kernel"
-    assert calls[0].arguments["form"].INT64 == (step > 2**30)
+    far_off = calls[0].arguments["form"].INT64
+    assert far_off == (step > 2**30)
     near = [channels_last(t.contiguous()) for t in (dy, shortcut, y_in)]
     cut, mask = Residual(near[1]), (near[2], stats)
     want = conv_dgrad(near[0], w, (1, 3), geometry=SAME, shortcut=cut, mask=mask, config=tile((1, 4, 4)))
@@ -203,7 +204,11 @@ UNFIT = {
     "a chunk across groups": (random(1, 48, 4, 4), random(48, 16, 3, 3), {"geometry": SAME._replace(groups=2)}),
     "merged groups": (random(1, 32, 4, 4), random(32, 8, 3, 3), {"geometry": SAME._replace(groups=4)}),
     "filters 36 bytes apart": (random(1, 16, 4, 4), random(16, 1, 3, 3), {}),
-    "a tap at an address that 16 bytes do not divide": (random(1, 16, 4, 4), random(16, 6, 2, 2), {"geometry": Geometry()}),
+    "a tap at an address that 16 bytes do not divide": (
+        random(1, 16, 4, 4),
+        random(16, 6, 2, 2),
+        {"geometry": Geometry()},
+    ),
     "pixels 60 bytes apart": (random(1, 15, 4, 4), random(15, 16, 3, 3), {}),
     "an address that 16 bytes do not divide": (random(1, 32, 4, 4)[:, 2:18], random(16, 16, 3, 3), {}),
 }
@@ -223,7 +228,13 @@ def test_what_does_not_fit_is_gathered(name):
 
 def test_a_box_of_other_pixels_is_an_error():
     with pytest.raises(ValueError, match=r"config.box must have block_m=32 pixels; got \(1, 4, 4\)"):
-        conv_dgrad(random(1, 16, 4, 4), random(16, 16, 3, 3), (4, 4), geometry=SAME, config=replace(tile((1, 4, 8)), box=(1, 4, 4)))
+        conv_dgrad(
+            random(1, 16, 4, 4),
+            random(16, 16, 3, 3),
+            (4, 4),
+            geometry=SAME,
+            config=replace(tile((1, 4, 8)), box=(1, 4, 4)),
+        )
 
 
 def test_bytes_are_counted_as_for_the_gathered_kernel():
@@ -231,7 +242,9 @@ def test_bytes_are_counted_as_for_the_gathered_kernel():
     dy, w = random(2, 32, 3, 3), random(32, 16, 3, 3)
     with observe(lambda call: costs.append(call.cost())):
         for config in (None, tile((1, 4, 4))):
-            conv_dgrad(dy, w, (6, 6), geometry=Geometry((2, 2), (1, 1)), shortcut=Residual(random(2, 16, 6, 6)), config=config)
+            conv_dgrad(
+                dy, w, (6, 6), geometry=Geometry((2, 2), (1, 1)), shortcut=Residual(random(2, 16, 6, 6)), config=config
+            )
     assert costs[0] == costs[1]
 
 
