@@ -559,8 +559,8 @@ def _pixels_heard(problem: ConvProblem) -> int:
 
 
 def _cost(problem: ConvProblem, tensors: Mapping[str, Any]) -> Cost:
-    dy, w, y, coefs = (tensors.get(name) for name in ("g_ptr", "w_ptr", "y_ptr", "coefs_ptr"))
-    cut, y_in, dx, sums = (tensors[name] for name in ("cut_ptr", "y_in_ptr", "dx_ptr", "sums_ptr"))
+    dy, w, cut, y_in = (tensors[name] for name in ("g_ptr", "w_ptr", "cut_ptr", "y_in_ptr"))
+    y, coefs, dx, sums = tensors.get("y_ptr"), tensors.get("coefs_ptr"), tensors["dx_ptr"], tensors["sums_ptr"]
     read = w.nbytes + sum(_pixels_heard(problem) * problem.co * t.element_size() for t in (dy, y) if t is not None)
     if coefs is not None:
         read += (1 if y is None else 3) * problem.co * 4
