@@ -129,6 +129,18 @@ def sizes(problem: ConvProblem) -> dict[str, int]:
     }
 
 
+WALK = ["tap_h", "tap_w", "hop_h", "hop_w"]
+"""The arguments that :func:`parity_walk` gives."""
+
+
+def parity_walk(problem: ConvProblem) -> dict[str, int]:
+    """How the gradient of an input walks through the taps that reach pixels of one parity: every ``tap``-th, and from
+    one to the next the output's pixel moves back by ``hop``."""
+    tap = [st // gcd(st, dil) for st, dil in zip(problem.stride, problem.dilation, strict=True)]
+    hop = [t * dil // st for t, dil, st in zip(tap, problem.dilation, problem.stride, strict=True)]
+    return dict(zip(WALK, (*tap, *hop), strict=True))
+
+
 def load_width(problem: ConvProblem, *counts: int) -> int:
     """Elements of the widest load, of 16 bytes at most, that fits ``counts`` of channels and strides between pixels.
 

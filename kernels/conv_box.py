@@ -6,17 +6,19 @@ both factors from shared memory, where TMA put them; the other way round, the pi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from math import prod
 from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .conv import ConvProblem, Size, blocks, precision, sizes
 from .epilogue import WHOLE, Epilogue, Norm, store_output
 from .gpus import gpu_of
-from .launch import Boxes, Cost, Recipe, TileConfig, Vector
+from .launch import Boxes, Cost, Recipe, TileConfig, Vector, dry_target
 from .memory import Layout, cdiv, span, stride_of
 from .tile import PerTile, Pixels, Tile, bound, dot
 
@@ -52,6 +54,63 @@ class Box(NamedTuple):
     n: Any
     h: Any
     w: Any
+
+
+class Chunk(NamedTuple):
+    """Of the walk through K: the channel, row and column where the box of a tap and chunk of channels begins."""
+
+    channel: Any
+    h: Any
+    w: Any
+
+
+@triton.jit
+def next_chunk(at, first, end, step, BLOCK_K: tl.constexpr, ONE_CHUNK: tl.constexpr, ONE_TAP: tl.constexpr):
+    """The chunk behind ``at``; whether it is of the next tap, and whether that is of the next row of taps.
+
+    ``first``: of all; ``end``: where a tap's channels and a row's taps end; ``step``: from one tap to the next.
+    By selection: where its loop branches, the assembler has each product wait for the one before.
+    """
+    channel = at.channel + BLOCK_K
+    next_tap = (not ONE_TAP) & (ONE_CHUNK | (channel == end.channel))
+    channel = tl.where(next_tap, first.channel, channel)
+    w = tl.where(next_tap, at.w + step.w, at.w)
+    next_row = (not ONE_TAP) & (w == end.w)
+    w = tl.where(next_row, first.w, w)
+    h = tl.where(next_row, at.h + step.h, at.h)
+    return Chunk(channel, h, w), next_tap, next_row
+
+
+@triton.jit
+def start_of(number, rows, columns, box: tl.constexpr):
+    """Image, row and column where a box begins, one of those that cover images of ``rows`` x ``columns``."""
+    across = tl.cdiv(columns, box.w)
+    down = tl.cdiv(rows, box.h)
+    return number // across // down * box.n, number // across % down * box.h, number % across * box.w
+
+
+@triton.jit
+def pixels_of(start, first, HEIGHT: tl.constexpr, box: tl.constexpr):
+    """Image, row and column of HEIGHT pixels of the box at ``start``, from its ``first`` one on."""
+    n, h, w = start
+    place = first + tl.arange(0, HEIGHT)
+    return n + place // (box.h * box.w), h + place // box.w % box.h, w + place % box.w
+
+
+@triton.jit
+def in_parts(acc, PARTS: tl.constexpr):
+    """``acc``, channels x pixels, in so many PARTS of the pixels, 1, 2 or 4.
+
+    A high tile as a whole would not leave room in the registers for what its epilogue loads.
+    """
+    if PARTS == 1:
+        return (acc,)
+    else:
+        halves = tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, acc.shape[1] // 2)), (0, 2, 1)))
+        if PARTS == 2:
+            return halves
+        else:
+            return in_parts(halves[0], 2) + in_parts(halves[1], 2)
 
 
 @triton.jit(do_not_specialize=["P", "Q", "images", "rows", "columns", "pad_h", "pad_w", "dil_h", "dil_w"])
@@ -102,66 +161,38 @@ def conv_box_kernel(
     CI = widths.ci
     CO = widths.co
     tiles_n = tl.cdiv(CO, BLOCK_N)
-    tiles_h = tl.cdiv(rows, box.h)
-    tiles_w = tl.cdiv(columns, box.w)
     pid = tl.program_id(0)
     group = tl.program_id(1)
     number = pid // tiles_n
-    n0 = number // tiles_w // tiles_h * box.n
-    h0 = number // tiles_w % tiles_h * box.h
-    w0 = number % tiles_w * box.w
+    start = start_of(number, rows, columns, box)
+    n0, h0, w0 = start
     co = pid % tiles_n * BLOCK_N
 
-    first = group * CI
-    end = first + CI
-    channel = first
+    STRIDE: tl.constexpr = 2 if form.STRIDED else 1
+    first = Chunk(group * CI, h0 * STRIDE - pad_h, w0 * STRIDE - pad_w)
+    end = Chunk(first.channel + CI, None, first.w + S * dil_w)
+    at = first
     k = 0
-    if form.STRIDED:
-        h = -pad_h
-        w = -pad_w
-    else:
-        h = h0 - pad_h
-        w = w0 - pad_w
-    w_first = w
-    w_end = w + S * dil_w
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for _ in range(0, bound(R * S * (CI // BLOCK_K))):
+    chunks = 1 if form.ONE_CHUNK else CI // BLOCK_K
+    for _ in range(0, bound(R * S * chunks)):
         if form.STRIDED:
-            a = x_ptr.load([n0, h0 + (h >> 1), h & 1, w0 + (w >> 1), (w & 1) * widths.x + channel])
+            a = x_ptr.load([n0, at.h >> 1, at.h & 1, at.w >> 1, (at.w & 1) * widths.x + at.channel])
         else:
-            a = x_ptr.load([n0, h, w, channel])
+            a = x_ptr.load([n0, at.h, at.w, at.channel])
         b = w_ptr.load([group * CO + co, k])
         acc = dot(b, tl.trans(tl.reshape(a, (BLOCK_M, BLOCK_K))), acc, PRECISION)
         k += BLOCK_K
-        channel += BLOCK_K
-        # By selection: where its loop branches, the assembler has each product wait for the one before.
-        if form.ONE_CHUNK:
-            channel = first
-            w += dil_w
-        elif R * S > 1:
-            last = channel == end
-            channel = tl.where(last, first, channel)
-            w = tl.where(last, w + dil_w, w)
-        if R * S > 1:
-            wrap = w == w_end
-            w = tl.where(wrap, w_first, w)
-            h = tl.where(wrap, h + dil_h, h)
+        at, _, _ = next_chunk(at, first, end, Chunk(0, dil_h, dil_w), BLOCK_K, form.ONE_CHUNK, R * S == 1)
 
     norm = Norm(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps)
     res, y = Pixels(res_ptr, widths.res), Pixels(y_ptr, widths.y)
-    # Half a high tile at a time: one whole would not leave room in the registers for the residual.
     HEIGHT: tl.constexpr = BLOCK_M // PARTS
-    if PARTS == 2:
-        parts = tl.split(tl.permute(tl.reshape(acc, (BLOCK_N, 2, HEIGHT)), (0, 2, 1)))
-    else:
-        parts = (acc,)
+    parts = in_parts(acc, PARTS)
     c = co + tl.arange(0, BLOCK_N)
     tiles = tl.num_programs(0) // tiles_n * PARTS
     for i in tl.static_range(PARTS):
-        place = i * HEIGHT + tl.arange(0, HEIGHT)
-        n = n0 + place // (box.h * box.w)
-        p = h0 + place // box.w % box.h
-        q = w0 + place % box.w
+        n, p, q = pixels_of(start, i * HEIGHT, HEIGHT, box)
         present = (n < images) & (p < rows) & (q < columns)
         tile = Tile((n.to(OFFSET) * rows + p) * columns + q, group * CO + c, present, c < CO)
         moments = PerTile(moments_ptr, tiles, widths.channels, number * PARTS + i)
@@ -210,12 +241,15 @@ def _steps(problem: ConvProblem) -> bool:
     return problem.stride == (1, 1) or (problem.stride == (2, 2) and even)
 
 
-TILES: dict[int, tuple[tuple[int, int, int], ...]] = {
+Sizes = tuple[int, int, int]
+"""Of a tile: pixels, channels of its result, warps."""
+
+TILES: dict[int, tuple[Sizes, ...]] = {
     90: ((256, 64, 4), (128, 128, 4), (256, 128, 8), (128, 64, 4), (64, 128, 4), (64, 64, 4)),
     100: ((128, 128, 4), (256, 128, 8), (128, 64, 4), (64, 128, 4), (64, 64, 4)),
     120: ((128, 128, 4), (128, 64, 4), (64, 128, 4), (64, 64, 4)),
 }
-"""Per architecture with TMA, pixels, output channels and warps of the tiles that no configuration makes spill."""
+"""Per architecture with TMA, the tiles that no configuration makes spill."""
 if triton.__version__.startswith("3.6."):
     del TILES[120]  # its assembler stores to the stack around every load of a box
 
@@ -226,37 +260,50 @@ BARRIERS = 2048
 
 def tiles(problem: ConvProblem) -> Iterator[TileConfig]:
     """The tiles to choose from; none where :func:`why_not` has a reason."""
-    if why_not(problem) is not None:
-        return
-    ci, co = problem.tile_channels
+    if why_not(problem) is None:
+        depth, columns = problem.tile_channels
+        yield from tiles_of(problem, TILES[problem.arch], depth, columns, partial(least_waste, problem))
+
+
+def tiles_of(
+    problem: ConvProblem, of: Sequence[Sizes], depth: int, columns: int, cover: Callable[[int], Box]
+) -> Iterator[TileConfig]:
+    """Tiles of these pixels, channels and warps for a product with so many ``columns`` of channels.
+
+    ``depth``: channels of a tap, which chunks divide; ``cover``: the box of so many pixels.
+    """
     element = problem.dtype.itemsize
     room = gpu_of(problem.arch).shared - BARRIERS
-    for block_m, block_n, warps in TILES[problem.arch]:
-        if block_n > triton.next_power_of_2(co) or (element == 4 and (problem.arch, block_n) == (120, 128)):
+    for block_m, block_n, warps in of:
+        if block_n > triton.next_power_of_2(columns) or (element == 4 and (problem.arch, block_n) == (120, 128)):
             continue
         for block_k in (128, 64, 32) if element == 2 else (32,):
             stages = min(4, room // ((block_m + block_n) * block_k * element))
-            if ci % block_k == 0 and stages >= 3:
+            if depth % block_k == 0 and stages >= 3:
                 # Of a low tile the compiler would spill, for one more program at a time.
                 registers = 255 if block_m == 64 else None
-                box = least_waste(problem, block_m)
-                yield TileConfig(block_m, block_n, block_k, warps, stages, registers, box)
+                yield TileConfig(block_m, block_n, block_k, warps, stages, registers, cover(block_m))
                 break
 
 
 def least_waste(problem: ConvProblem, pixels: int) -> Box:
-    """The box of so many pixels, a power of two, that covers the output with the fewest of them outside.
-
-    Of several, that whose taps meet the fewest pixels of the input.
-    """
+    """The box of so many pixels that covers the output best."""
     if _pointwise(problem):
         return Box(1, 1, pixels)
+    return covering(_extent(problem), (problem.r, problem.s), pixels)
+
+
+def covering(extent: tuple[int, int, int], taps: tuple[int, int], pixels: int) -> Box:
+    """The box of so many pixels, a power of two, that covers ``extent`` with the fewest of them outside.
+
+    Of several, that whose ``taps``, rows and columns of a filter, meet the fewest pixels.
+    """
     powers = [2**i for i in range(pixels.bit_length())]
     boxes = (Box(pixels // (h * w), h, w) for h in powers for w in powers if h * w <= pixels)
 
     def waste(box: Box) -> tuple[int, int, int]:
-        met = box.n * (box.h + problem.r - 1) * (box.w + problem.s - 1)
-        return count(problem, box), met, box.n
+        met = box.n * (box.h + taps[0] - 1) * (box.w + taps[1] - 1)
+        return prod(map(cdiv, extent, box)), met, box.n
 
     return min(boxes, key=waste)
 
@@ -275,6 +322,17 @@ def _pointwise(problem: ConvProblem) -> bool:
     return problem.r * problem.s == 1 and problem.stride == (1, 1) and problem.padding == (0, 0)
 
 
+def loadable(config: TileConfig | None, *tensors: Tensor) -> TileConfig | None:
+    """``config``, or None where it has a box and TMA does not take the address of one of the ``tensors``."""
+    boxed = config is not None and config.box is not None
+    return None if boxed and any(_address(tensor) % 16 for tensor in tensors) else config
+
+
+def _address(tensor: Tensor) -> int:
+    """In a dry run, whose tensors may have no memory, from the start of their storage."""
+    return tensor.data_ptr() if dry_target() is None else int(tensor.storage_offset()) * tensor.itemsize
+
+
 def recipe(
     problem: ConvProblem,
     x: Layout,
@@ -289,10 +347,7 @@ def recipe(
 
     Raises ValueError for a box that is not of ``block_m`` pixels.
     """
-    assert tile.box is not None
-    if prod(tile.box) != tile.block_m:
-        raise ValueError(f"config.box must have block_m={tile.block_m} pixels; got {tile.box}")
-    box = Box(1, 1, tile.block_m) if _pointwise(problem) else Box(*tile.box)
+    box = Box(1, 1, tile.block_m) if _pointwise(problem) else box_of(tile)
     pixels, filters = _pixels(problem, x, box, tile), _filters(problem, w, tile)
     ci, co = problem.tile_channels
     fits = pixels.fits(x.dtype.itemsize) and filters.fits(x.dtype.itemsize)
@@ -326,6 +381,14 @@ def recipe(
     return Recipe(conv_box_kernel, grid, scalars, tile, cost, vectors, {"x_ptr": pixels, "w_ptr": filters})
 
 
+def box_of(tile: TileConfig) -> Box:
+    """The box of a tile that has one. Raises ValueError where it is not of ``block_m`` pixels."""
+    assert tile.box is not None
+    if prod(tile.box) != tile.block_m:
+        raise ValueError(f"config.box must have block_m={tile.block_m} pixels; got {tile.box}")
+    return Box(*tile.box)
+
+
 def moment_tiles(recipe: Recipe) -> int:
     """Tiles of moments that the launch gives: a high box gives two."""
     widths, form = recipe.scalars["widths"], recipe.scalars["form"]
@@ -338,10 +401,17 @@ def _pixels(problem: ConvProblem, x: Layout, box: Box, tile: TileConfig) -> Boxe
     if _pointwise(problem):
         return Boxes((1, 1, problem.m, channels), (problem.m * step, problem.m * step, step, 1), (*box, tile.block_k))
     if problem.stride == (1, 1):
-        return Boxes((n, h, w, channels), (h * w * step, w * step, step, 1), (*box, tile.block_k))
+        return image_boxes(x, box, tile)
     pairs = (n, h // 2, 2, w // 2, step + channels)
     steps = (h * w * step, 2 * w * step, w * step, 2 * step, 1)
     return Boxes(pairs, steps, (box.n, box.h, 1, box.w, tile.block_k))
+
+
+def image_boxes(x: Layout, box: Box, tile: TileConfig) -> Boxes:
+    """Of the pixels of ``x``, one beside the other."""
+    n, channels, h, w = x.shape
+    step = stride_of(x)
+    return Boxes((n, h, w, channels), (h * w * step, w * step, step, 1), (*box, tile.block_k))
 
 
 def _filters(problem: ConvProblem, w: Layout, tile: TileConfig) -> Boxes:

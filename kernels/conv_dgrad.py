@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache, partial
-from math import gcd
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -13,8 +13,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import conv_forward
-from .conv import RUNTIME_SIZES, ConvProblem, Geometry, Size, blocks, check_geometry, load_width, precision, sizes
+from . import conv_box, conv_forward, dgrad_box
+from .conv import (
+    RUNTIME_SIZES,
+    WALK,
+    ConvProblem,
+    Geometry,
+    Size,
+    blocks,
+    check_geometry,
+    load_width,
+    parity_walk,
+    precision,
+    sizes,
+)
 from .epilogue import WHOLE, Added, Residual, added, fits, require_step, store_gradient
 from .gpus import gpu_of
 from .launch import INTERPRETER, KEPT_LAYOUTS, Cost, Recipe, TileConfig, Vector, target_arch
@@ -28,7 +40,7 @@ from .memory import (
     span,
     stride_of,
 )
-from .tile import PerTile, Pixels, Tile, all_finite, bound, dot, load_channels, tap_mask
+from .tile import PerTile, Pixels, Tile, all_finite, bound, dot, first_tap, load_channels, tap_mask
 
 
 class Form(NamedTuple):
@@ -69,15 +81,6 @@ class Widths(NamedTuple):
 
 
 @triton.jit
-def first_tap(parity, stride, dil, TAPS: tl.constexpr):
-    """The first tap that reaches a pixel of this parity (position plus padding, modulo the stride), or TAPS."""
-    first = TAPS
-    for i in tl.static_range(TAPS):
-        first = tl.where((parity - (TAPS - 1 - i) * dil) % stride == 0, TAPS - 1 - i, first)
-    return first
-
-
-@triton.jit
 def product_by_group(g, y_ptr, coefs_ptr, w, w_tap, place, mask_m, ci, size, geometry, group_ci, group_co, taps):
     """The product of a tile, each column ``ci`` from the output channels of its own group alone: slow, but apart.
 
@@ -110,7 +113,7 @@ def product_by_group(g, y_ptr, coefs_ptr, w, w_tap, place, mask_m, ci, size, geo
     return acc
 
 
-@triton.jit(do_not_specialize=[*RUNTIME_SIZES, "tap_h", "tap_w", "hop_h", "hop_w"])
+@triton.jit(do_not_specialize=[*RUNTIME_SIZES, *WALK])
 def conv_dgrad_kernel(
     g_ptr,
     y_ptr,
@@ -350,23 +353,24 @@ def conv_dgrad(
     y_in, stats = mask or (None, None)
     inputs = _Inputs(layout(dy), layout(w), layout(y), added(shortcut), layout(y_in))
     dtype = w.dtype if out_dtype is None else out_dtype
-    recipe = _recipe(inputs, coefs is not None, tuple(size), geometry, tf32, target_arch(), config)
+    chosen = conv_box.loadable(config, dy, w)
+    recipe = _recipe(inputs, coefs is not None, tuple(size), geometry, tf32, target_arch(), chosen)
     channels = w.shape[1] * geometry.groups
     shape = (dy.shape[0], channels, *size)
     dx = torch.empty(shape, dtype=dtype, device=dy.device, memory_format=torch.channels_last)
     sums = None
     if mask is not None:
         sums = torch.empty(2, _tiles(recipe), channels, dtype=torch.float32, device=dy.device)
+    own = {} if recipe.boxes else {"y_ptr": y, "coefs_ptr": coefs}
     recipe.run(
         g_ptr=dy,
-        y_ptr=y,
-        coefs_ptr=coefs,
         w_ptr=w,
         cut_ptr=None if shortcut is None else shortcut.tensor,
         y_in_ptr=y_in,
         stats_ptr=stats,
         dx_ptr=dx,
         sums_ptr=sums,
+        **own,
     )
     return dx, sums
 
@@ -390,39 +394,44 @@ def _recipe(
     config: TileConfig | None,
 ) -> Recipe:
     dy, w, _, shortcut, y_in = inputs
-    cut, stride, groups = shortcut.layout, geometry.stride, geometry.groups
     require_pixel_linear(dy=dy)
     require_channels_last_filter(w)
     n, co, _, _ = dy.shape
     h, width = size
-    ci, r, s = w.shape[1] * groups, *w.shape[2:]
+    ci, r, s = w.shape[1] * geometry.groups, *w.shape[2:]
     problem = ConvProblem(n, h, width, ci, co, r, s, *geometry, w.dtype, tf32, prologue, arch)
     check_geometry(problem)
     _check(problem, inputs)
     _check_shortcut(problem, shortcut)
-    tile = config or default_config(problem, epilogue=y_in is not None or cut is not None)
-    transposed = _transposed(problem)
-    tiles = cdiv(n * cdiv(size[0], stride[0]) * cdiv(size[1], stride[1]), tile.block_m)
-    reach = max(_reach(problem, dy), problem.n * ci * size[0] * size[1], *map(span, (cut, y_in)))
-    crop = shortcut.crop((n, ci, h, width))
-    tap = [st // gcd(st, dil) for st, dil in zip(problem.stride, problem.dilation, strict=True)]
-    hop = [t * dil // st for t, dil, st in zip(tap, problem.dilation, problem.stride, strict=True)]
+    vectors = {"stats_ptr": Vector("mask[1]", (5, ci), (torch.float32,))}
+    if config is not None and config.box is not None:
+        boxed = dgrad_box.recipe(problem, dy, y_in, shortcut, config, partial(_cost, problem), vectors)
+        if boxed is not None:
+            return boxed
+        config = None
+    vectors["coefs_ptr"] = Vector("coefs", (3, co), (torch.float32,))
+    epilogue = y_in is not None or shortcut.layout is not None
+    return _gathered(problem, inputs, config or default_config(problem, epilogue), vectors)
+
+
+def _gathered(problem: ConvProblem, inputs: _Inputs, tile: TileConfig, vectors: Mapping[str, Vector]) -> Recipe:
+    dy, _, _, shortcut, y_in = inputs
+    image = problem.n, problem.ci, problem.h, problem.w
+    transposed, crop, stride = _transposed(problem), shortcut.crop(image), problem.stride
+    tiles = cdiv(problem.n * cdiv(problem.h, stride[0]) * cdiv(problem.w, stride[1]), tile.block_m)
+    reach = max(_reach(problem, dy), prod(image), *map(span, (shortcut.layout, y_in)))
     widths = _widths(problem, transposed, inputs)
     scalars = {
         "N": problem.n,
         **sizes(problem),
-        **{"tap_h": tap[0], "tap_w": tap[1], "hop_h": hop[0], "hop_w": hop[1]},
+        **parity_walk(problem),
         "crop": crop,
         "widths": widths,
         "form": _form(problem, transposed, tile, widths, sparse=crop is not WHOLE, far=reach + tile.block_m >= 2**31),
         "blocks": blocks(tile),
     }
-    width, parts = transposed.tile_channels[1], groups // transposed.merged
-    grid = (tiles * cdiv(width, tile.block_n), parts, stride[0] * stride[1])
-    vectors = {
-        "coefs_ptr": Vector("coefs", (3, co), (torch.float32,)),
-        "stats_ptr": Vector("mask[1]", (5, ci), (torch.float32,)),
-    }
+    columns, parts = transposed.tile_channels[1], problem.groups // transposed.merged
+    grid = (tiles * cdiv(columns, tile.block_n), parts, prod(stride))
     return Recipe(conv_dgrad_kernel, grid, scalars, tile, partial(_cost, problem), vectors)
 
 
@@ -477,7 +486,9 @@ def _reach(problem: ConvProblem, dy: Layout) -> int:
 
 
 def _tiles(recipe: Recipe) -> int:
-    """Tiles of pixels, over all parities."""
+    """Tiles of sums, over all parities."""
+    if recipe.boxes:
+        return dgrad_box.sum_tiles(recipe)
     programs, _, parities = recipe.grid
     return parities * programs // cdiv(recipe.scalars["widths"].ci, recipe.config.block_n)
 
@@ -553,8 +564,8 @@ def _pixels_heard(problem: ConvProblem) -> int:
 
 
 def _cost(problem: ConvProblem, tensors: Mapping[str, Any]) -> Cost:
-    dy, y, coefs, w = (tensors[name] for name in ("g_ptr", "y_ptr", "coefs_ptr", "w_ptr"))
-    cut, y_in, dx, sums = (tensors[name] for name in ("cut_ptr", "y_in_ptr", "dx_ptr", "sums_ptr"))
+    dy, w, cut, y_in = (tensors[name] for name in ("g_ptr", "w_ptr", "cut_ptr", "y_in_ptr"))
+    y, coefs, dx, sums = tensors.get("y_ptr"), tensors.get("coefs_ptr"), tensors["dx_ptr"], tensors["sums_ptr"]
     read = w.nbytes + sum(_pixels_heard(problem) * problem.co * t.element_size() for t in (dy, y) if t is not None)
     if coefs is not None:
         read += (1 if y is None else 3) * problem.co * 4

@@ -16,7 +16,7 @@ from . import conv_box
 from .conv import RUNTIME_SIZES, ConvProblem, Geometry, Size, blocks, check_geometry, load_width, precision, sizes
 from .epilogue import WHOLE, Added, Crop, Epilogue, Moments, Norm, Residual, added, store_output
 from .gpus import gpu_of
-from .launch import INTERPRETER, KEPT_LAYOUTS, Cost, Recipe, TileConfig, Vector, dry_target, target_arch
+from .launch import INTERPRETER, KEPT_LAYOUTS, Cost, Recipe, TileConfig, Vector, target_arch
 from .memory import (
     Layout,
     cdiv,
@@ -484,7 +484,7 @@ def conv_forward(
     """
     dtype = x.dtype if out_dtype is None else out_dtype
     epilogue = Epilogue(added(residual), 0.0 if norm is None else norm.eps, relu, layout(out) or dtype)
-    chosen = _loadable(config, x, w)
+    chosen = conv_box.loadable(config, x, w)
     launches = _launches(layout(x), layout(w), geometry, prologue is not None, epilogue, tf32, target_arch(), chosen)
     if out is None:
         out = _output(launches.product, x, w, dtype)
@@ -510,23 +510,12 @@ def conv_forward_moments(
     if config is not None and config.splits != 1:
         raise ValueError(f"config.splits must be 1 where moments are taken; got {config.splits}")
     epilogue = Epilogue(out=x.dtype)
-    chosen = _loadable(config, x, w)
+    chosen = conv_box.loadable(config, x, w)
     launches = _launches(layout(x), layout(w), geometry, prologue is not None, epilogue, tf32, target_arch(), chosen)
     y = _output(launches.product, x, w, x.dtype)
     moments = _moments(launches.product, y)
     _run(launches, x, w, prologue, bias, None, None, y, moments)
     return y, moments
-
-
-def _loadable(config: TileConfig | None, x: Tensor, w: Tensor) -> TileConfig | None:
-    """``config``, or None where it has a box and TMA does not take an address."""
-    boxed = config is not None and config.box is not None
-    return None if boxed and (_address(x) % 16 or _address(w) % 16) else config
-
-
-def _address(tensor: Tensor) -> int:
-    """In a dry run, whose tensors may have no memory, from the start of their storage."""
-    return tensor.data_ptr() if dry_target() is None else int(tensor.storage_offset()) * tensor.itemsize
 
 
 def _moments(recipe: Recipe, y: Tensor) -> Moments:

@@ -122,6 +122,15 @@ def tap_mask(h0, w0, mask_m, H, W, dil_h, dil_w, R: tl.constexpr, S: tl.constexp
 
 
 @triton.jit
+def first_tap(parity, stride, dil, TAPS: tl.constexpr):
+    """The first tap that reaches a pixel of this parity (position plus padding, modulo the stride), or TAPS."""
+    first = TAPS
+    for i in tl.static_range(TAPS):
+        first = tl.where((parity - (TAPS - 1 - i) * dil) % stride == 0, TAPS - 1 - i, first)
+    return first
+
+
+@triton.jit
 def finite(v):
     """Whether a value is neither infinite nor NaN."""
     return tl.abs(v) < float("inf")

@@ -43,6 +43,14 @@ def test_an_unrolled_loop_is_the_stretch_of_its_products():
     assert [ins.opcode for ins in program.main_loop] == ["HMMA", "HMMA"]
 
 
+def test_a_wait_behind_the_programs_end_is_no_loop():
+    """It branches back to where the program waited, before a product that is in no loop."""
+    listing = LISTING.replace("@!P0 BRA `(.L_x_2)", "NOP").replace("@P1 BRA `(.L_x_1)", "NOP")
+    program = parse(listing + "        /*0090*/                   BRA `(.L_x_2) ;\n")
+    assert program.loops == ()
+    assert [ins.opcode for ins in program.main_loop] == ["HMMA", "HMMA"]
+
+
 def test_without_products_there_is_no_main_loop():
     assert parse("        /*0000*/   EXIT ;\n").main_loop == ()
     assert issue_slots((), 4, 90) == (None, "no tensor-core instructions")

@@ -187,7 +187,7 @@ def test_force_comes_before_measurement_before_model():
     measured = decide.decide(LAYER, table=Measured("fused", tiles))
     assert (measured.implementation, measured.tiles, measured.source) == ("fused", tiles, "tuned")
     assert (measured.seconds, measured.reason) == (1e-3, "measured so")
-    assert decide.decide(LAYER, table=Measured("eager", tiles)).tiles == Tiles()
+    assert decide.decide(LAYER, table=Measured("eager", tiles)).tiles == decide.best_tiles(LAYER)
     for request, way in (("triton", "fused"), ("mixed", "mixed"), ("eager", "eager")):
         forced = decide.decide(LAYER, request, Measured("fused", tiles))
         assert (forced.implementation, forced.source, forced.seconds) == (way, "forced", None)
@@ -300,7 +300,38 @@ def test_boxes_are_chosen_and_the_reason_says_so():
     raw = decide.decide(replace(layer, r=1, s=1, padding=(0, 0), prologue=True, direction="training"), "auto")
     assert raw.tiles == Tiles()
     assert "pixels gathered, since its input is normalised" in raw.reason
+    assert "gradients gathered, since dy is computed" in raw.reason
     assert "pixels" not in decide.decide(replace(layer, arch=80)).reason
+
+
+def test_the_gradient_is_by_boxes_where_dy_was_kept_and_they_are_faster():
+    layer = Problem(
+        *(256, 56, 56, 64, 64, 3, 3, (1, 1), (1, 1), (1, 1), 1, torch.bfloat16),
+        *(False, True, 90, "training", False),
+    )
+    boxed = decide.decide(layer, "triton")
+    assert boxed.tiles.forward is None, "its input is normalised on the way"
+    assert boxed.tiles.dgrad.box == (4, 8, 8)
+    assert "their gradients by boxes of 4x8x8" in decide.decide(layer).reason
+    assert decide.decide(replace(layer, direction="inference", prologue=False), "triton").tiles.dgrad is None
+    assert decide.decide(replace(layer, dtype=torch.float32, tf32=True), "triton").tiles.dgrad is None
+    assert decide.decide(replace(layer, arch=80), "triton").tiles == Tiles()
+
+    def predicted(tiles: Tiles) -> roofline.PredictedLaunch:
+        return roofline.predict(layer, "fused", tiles)[-1]
+
+    gathered = predicted(Tiles())
+    assert (gathered.kernel, predicted(boxed.tiles).kernel) == ("conv_dgrad", "dgrad_box")
+    assert predicted(boxed.tiles).seconds < gathered.seconds
+    assert predicted(boxed.tiles).bytes == gathered.bytes
+    wasteful = replace(boxed.tiles.dgrad, box=(256, 1, 1))
+    assert predicted(Tiles(dgrad=replace(wasteful, block_m=256))).seconds == predicted(boxed.tiles).seconds
+    few = replace(layer, n=8)
+    whole, partial = (
+        roofline.predict(few, "fused", Tiles(dgrad=replace(boxed.tiles.dgrad, box=box)))[-1].seconds
+        for box in ((4, 8, 8), (256, 1, 1))
+    )
+    assert whole < partial, "boxes of images that there are not"
 
 
 DEEP = Problem(

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from resnet_fused import BasicBlock, fuse, implementation, trace
-from resnet_fused.kernels import conv_box, conv_forward
+from resnet_fused.kernels import conv_box, conv_forward, dgrad_box
 from resnet_fused.kernels.launch import TileConfig
 from resnet_fused.plan import cache, checked, decide, tuned
 from resnet_fused.plan.problem import Problem, Tiles
@@ -258,6 +258,17 @@ def test_four_and_eight_warps_are_legal():
         assert not tuned.legal(other, a100)
     h100 = replace(a100, arch=90)
     assert tuned.legal(next(tile for tile in conv_box.tiles(h100) if tile.num_warps == 8), h100)
+
+
+def test_boxes_are_legal_where_their_kernel_takes_them():
+    """Chunks are of the channels that it sums over, of the input forward and of the output for the gradient."""
+    h100 = replace(PROBLEM, n=256, r=3, s=3, padding=(1, 1), ci=64, co=96, gpu="", arch=90, prologue=True)
+    (tile, *_) = dgrad_box.tiles(h100.gradient)
+    assert tile.block_k == 32
+    assert tuned.legal(tile, h100, gradient=True)
+    assert not tuned.legal(tile, h100), "its input is normalised on the way"
+    assert not tuned.legal(replace(tile, block_k=64), h100, gradient=True)
+    assert not tuned.legal(tile, replace(h100, r=1, s=1, padding=(0, 0)), gradient=True), "it would compute dy"
 
 
 def test_nobody_sees_the_rehearsal():

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from resnet_fused.engine import reference
 from resnet_fused.engine.forward import Convolution, inference_pooled
 from resnet_fused.engine.request import implementation
-from resnet_fused.kernels import conv_box
+from resnet_fused.kernels import conv_box, dgrad_box
 from resnet_fused.kernels.batch_norm import batch_norm_apply, batch_norm_stats, channel_moments, merge_moments
 from resnet_fused.kernels.conv import ConvProblem, Geometry, output_size
 from resnet_fused.kernels.conv_dgrad import conv_dgrad
@@ -87,10 +87,10 @@ LAYERS = {
     "reduce": _layer((8, (56, 56), 256, 64), (2, (5, 3), 40, 12)),
     "middle": _layer((8, (56, 56), 64, 64), (2, (4, 3), 16, 20), taps=3),
     "expand": _layer((16, (56, 56), 64, 256), (2, (5, 3), 12, 40)),
-    "wide": _layer((8, (56, 56), 128, 128), (2, (3, 4), 20, 24), taps=3),
+    "wide": _layer((8, (56, 56), 128, 128), (2, (3, 4), 24, 32), taps=3),
     "groups": _layer((8, (56, 56), 128, 128, 32), (1, (4, 3), 32, 32, 8), taps=3),
     "wide groups": _layer((8, (7, 7), 1024, 1024, 32), (1, (3, 4), 80, 48, 2), taps=3),
-    "strided": _layer((8, (56, 56), 128, 128), (2, (5, 4), 12, 16), taps=3, stride=2),
+    "strided": _layer((8, (56, 56), 128, 128), (2, (5, 4), 24, 16), taps=3, stride=2),
     "widening": _layer((8, (56, 56), 64, 128), (2, (6, 4), 16, 24), taps=3, stride=2),
     "projection": _layer((8, (56, 56), 256, 512), (2, (5, 4), 20, 24), stride=2),
     "deep": _layer((8, (14, 14), 256, 1024), (1, (3, 3), 20, 136)),
@@ -120,6 +120,10 @@ CONV_DGRAD = (
     *(("middle", "shortcut"), ("middle", "prologue"), ("expand", "prologue, mask"), ("deep", "prologue, mask")),
     ("deep", "frozen prologue"),
     *(("reduce", "prologue, shortcut"), ("reduce", "prologue, strided shortcut"), ("projection", "prologue")),
+)
+DGRAD_BOX = (
+    *(("middle", "mask"), ("wide", "mask"), ("strided", "mask"), ("widening", "shortcut"), ("last", "mask")),
+    *(("middle", "shortcut"), ("wide", "strided shortcut")),
 )
 CONV_WGRAD = (
     *(("stem", "prologue"), ("reduce", "prologue"), ("projection", "prologue"), ("expand", "both prologues")),
@@ -324,9 +328,7 @@ def _check_conv_tiles(
     """In each of the ``tiles``; without any, in that of the launcher."""
     x, w, residual = draw.activations(layer.input), draw.filter(layer), _residual(layer, variant, draw)
     product: dict[str, Any] = {"geometry": layer.geometry, "tf32": draw.tf32}
-    sizes = layer.n, *layer.size, layer.ci, layer.co, layer.taps, layer.taps
-    problem = ConvProblem(*sizes, *layer.geometry, draw.dtype, draw.tf32, False, target_arch())
-    chosen: list[TileConfig | None] = [*tiles(problem)] or [None]
+    chosen: list[TileConfig | None] = [*tiles(_problem(layer, draw))] or [None]
     configs = {str(tile): {"config": tile, **product} for tile in chosen}
 
     def ours() -> Results:
@@ -350,11 +352,28 @@ def _check_conv_tiles(
     return Comparison(ours, expected)
 
 
+def _problem(layer: CheckLayer, draw: Draw) -> ConvProblem:
+    sizes = layer.n, *layer.size, layer.ci, layer.co, layer.taps, layer.taps
+    return ConvProblem(*sizes, *layer.geometry, draw.dtype, draw.tf32, False, target_arch())
+
+
+def _launchers_tile(problem: ConvProblem) -> list[TileConfig]:
+    """None of one's own."""
+    return []
+
+
 def _box_tiles(problem: ConvProblem) -> list[TileConfig]:
     """Every one of boxes that may be chosen; none where the GPU has no TMA."""
     if problem.arch == INTERPRETER:
         return [TileConfig(32, 16, 16, box=(2, 4, 4))]
     return [*conv_box.tiles(problem)]
+
+
+def _gradient_box_tiles(problem: ConvProblem) -> list[TileConfig]:
+    """The same of the gradient of the input."""
+    if problem.arch == INTERPRETER:
+        return _box_tiles(problem)
+    return [*dgrad_box.tiles(problem)]
 
 
 def _split_tiles(problem: ConvProblem) -> list[TileConfig]:
@@ -386,8 +405,13 @@ def _check_conv_moments(layer: CheckLayer, variant: str, draw: Draw) -> Comparis
     return Comparison(ours, expected)
 
 
-def _check_conv_dgrad(layer: CheckLayer, variant: str, draw: Draw) -> Comparison:
-    """Training, backward: the gradient of the input, with what stands before and behind the convolution."""
+def _check_conv_dgrad(
+    tiles: Callable[[ConvProblem], list[TileConfig]], layer: CheckLayer, variant: str, draw: Draw
+) -> Comparison:
+    """Training, backward: the gradient of the input, with what stands before and behind the convolution.
+
+    In each of the ``tiles``; without any, in that of the launcher.
+    """
     g, y, w = draw.images(layer.output), draw.images(layer.output), draw.filter(layer)
     frozen = "frozen" in variant
     coefs = draw.coefs(layer.co, frozen) if "prologue" in variant else None
@@ -396,21 +420,31 @@ def _check_conv_dgrad(layer: CheckLayer, variant: str, draw: Draw) -> Comparison
     if "shortcut" in variant:
         shortcut = Residual(draw.images((layer.n, layer.ci, *(-(-size // step) for size in layer.size))), step)
 
+    named: dict[str, TileConfig | None] = {f", {tile}": tile for tile in tiles(_problem(layer, draw))} or {"": None}
+
     def ours() -> Results:
+        results = {}
         more: dict[str, Any] = {"shortcut": shortcut, "mask": mask, "tf32": draw.tf32}
         raw = None if coefs is None or frozen else y
-        dx, sums = conv_dgrad(g, w, layer.size, geometry=layer.geometry, y=raw, coefs=coefs, **more)
-        return {"dx": dx} if sums is None else {"dx": dx, **_named("sum_g sum_gy", merge_sums(sums))}
+        for name, config in named.items():
+            dx, sums = conv_dgrad(g, w, layer.size, geometry=layer.geometry, y=raw, coefs=coefs, config=config, **more)
+            results[f"dx{name}"] = dx
+            if sums is not None:
+                results |= {f"{key}{name}": v for key, v in _named("sum_g sum_gy", merge_sums(sums)).items()}
+        return results
 
     def expected(t: torch.dtype, ours: Results) -> Results:
         dy = _gradient(g, y, coefs, t)
         addend = None if shortcut is None else Residual(shortcut.tensor.to(t), step)
         dx = reference.conv_dgrad(dy, w.to(t), layer.size, layer.geometry, addend)
         if mask is None:
-            return {"dx": dx}
+            return {f"dx{name}": dx for name in named}
         y_in, stats = mask
-        passed = reference.batch_norm_apply(y_in.double(), stats.double(), relu=False) > 0
-        return {"dx": torch.where(passed, dx, 0.0), **_masked_sums(ours["dx"], y_in, stats, t)}
+        dx = torch.where(reference.batch_norm_apply(y_in.double(), stats.double(), relu=False) > 0, dx, 0.0)
+        sums = {
+            f"{key}{name}": v for name in named for key, v in _masked_sums(ours[f"dx{name}"], y_in, stats, t).items()
+        }
+        return {f"dx{name}": dx for name in named} | sums
 
     return Comparison(ours, expected)
 
@@ -619,7 +653,8 @@ def cases(device_type: str) -> list[CheckCase]:
         ("conv_forward, wide", partial(_check_conv_tiles, _wide_tiles), CONV_WIDE, True),
         ("conv_pool", _check_conv_pool, [("stem", "")], True),
         ("conv_forward_moments", _check_conv_moments, CONV_MOMENTS, True),
-        ("conv_dgrad", _check_conv_dgrad, CONV_DGRAD, True),
+        ("conv_dgrad", partial(_check_conv_dgrad, _launchers_tile), CONV_DGRAD, True),
+        ("conv_dgrad, boxes", partial(_check_conv_dgrad, _gradient_box_tiles), DGRAD_BOX, True),
         ("conv_wgrad", _check_conv_wgrad, CONV_WGRAD, True),
         ("batch_norm_stats", _check_stats, norms, False),
         ("batch_norm_apply", _check_apply, [("expand", variant) for variant in applied], False),

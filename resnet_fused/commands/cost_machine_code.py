@@ -131,7 +131,11 @@ _TARGET = re.compile(r"\.L_[\w.]+")
 
 
 def parse(sass: str) -> Program:
-    """The instructions and loops in what ``nvdisasm -c`` prints; a loop ends with a branch back to its label."""
+    """The instructions and loops in what ``nvdisasm -c`` prints.
+
+    A loop ends with a branch back to its label, unless the program ends in between: behind its end stand the loops in
+    which it waits, and branch back to where it did.
+    """
     code: list[Instruction] = []
     labels: dict[str, int] = {}
     for line in sass.splitlines():
@@ -142,8 +146,9 @@ def parse(sass: str) -> Program:
     loops = []
     for i, ins in enumerate(code):
         target = _TARGET.search(ins.operands) if ins.opcode == "BRA" else None
-        if target and labels.get(target[0], i + 1) < i:
-            loops.append((labels[target[0]], i))
+        first = labels.get(target[0], i + 1) if target else i + 1
+        if first < i and all(other.opcode != "EXIT" for other in code[first:i]):
+            loops.append((first, i))
     return Program(tuple(code), tuple(loops))
 
 

@@ -70,9 +70,9 @@ def candidates(problem: Problem) -> list[Candidate]:
     found += [Candidate("fused", Tiles(forward=t)) for t in conv_forward.wide_tiles(problem)]
     found += [Candidate("fused", tiles) for tiles in others]
     if problem.direction == "training":
-        behind = replace(problem, prologue=problem.r * problem.s == 1)
-        dgrad = conv_dgrad.default_config(behind, epilogue=problem.prologue)
+        dgrad = conv_dgrad.default_config(problem.gradient, epilogue=problem.prologue)
         found += [Candidate("fused", Tiles(dgrad=t)) for t in _variants(dgrad, problem)]
+        found += [Candidate("fused", tiles) for tiles in roofline.gradient_choices(problem)[1:]]
         wgrad = conv_wgrad.default_config(replace(problem, prologue=True))
         whole = replace(wgrad, splits=1)
         found += [

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 
 import torch
 
-from resnet_fused.kernels import conv_box, conv_pool
+from resnet_fused.kernels import conv_box, conv_pool, dgrad_box
 from resnet_fused.kernels.gpus import gpu_of
-from resnet_fused.kernels.launch import INTERPRETER, KEPT_LAYOUTS, dry_target, interpreting
+from resnet_fused.kernels.launch import INTERPRETER, KEPT_LAYOUTS, TileConfig, dry_target, interpreting
 from resnet_fused.plan import roofline
 from resnet_fused.plan.constants import ASSUMED, Constants
 from resnet_fused.plan.problem import Problem, Request, Tiles, Way
@@ -67,7 +67,7 @@ def waited(
 
 
 def best_tiles(problem: Problem, constants: Constants = ASSUMED) -> Tiles:
-    """Those with which a fused unit's forward is predicted to be done first.
+    """Those with which a fused unit's forward, and in training its input's gradient, is predicted to be done first.
 
     Of several, those that take the GPU less time, and where issuing does not bound them, those that issue less.
     """
@@ -76,7 +76,11 @@ def best_tiles(problem: Problem, constants: Constants = ASSUMED) -> Tiles:
         seconds, slots = roofline.forward(problem, tiles, constants)
         return waited(problem, "fused", seconds, tiles, constants), seconds, slots
 
-    return min(roofline.choices(problem), key=order)
+    tiles = min(roofline.choices(problem), key=order)
+    if problem.direction != "training":
+        return tiles
+    best = min(roofline.gradient_choices(problem), key=lambda other: roofline.gradient(problem, other, constants))
+    return replace(tiles, dgrad=best.dgrad)
 
 
 ROADS: dict[Request, Way] = {"triton": "fused", "mixed": "mixed", "eager": "eager"}
@@ -120,17 +124,23 @@ def _why(problem: Problem, best: Way, fastest: Way, tiles: Tiles, constants: Con
         if problem.pooled:
             why = conv_pool.why_not(problem)
             return f"{reason}; the image is packed first" if why is None else f"{reason}; the pool stays apart: {why}"
-        told = (_road(problem, tiles) if problem.arch in conv_box.TILES else "", _spread(problem, tiles))
-        return "; ".join(filter(None, (reason, *told)))
+        return "; ".join(filter(None, (reason, *_roads(problem, tiles), _spread(problem, tiles))))
     held_up = max(roofline.predict(problem, "fused", tiles, constants), key=lambda launch: launch.seconds)
     return f"{reason}; fused: {held_up.kernel} {held_up.seconds * 1e6:.1f} us, bound by {held_up.bound}"
 
 
-def _road(problem: Problem, tiles: Tiles) -> str:
-    """How the forward's pixels come, on a GPU that has TMA."""
-    if tiles.forward is not None and tiles.forward.box is not None:
-        return "pixels by boxes of " + "x".join(map(str, tiles.forward.box))
-    return f"pixels gathered, since {conv_box.why_not(problem) or 'no box is predicted to be faster'}"
+def _roads(problem: Problem, tiles: Tiles) -> Iterator[str]:
+    """How the pixels come that are multiplied, on a GPU that has TMA."""
+    if problem.arch in conv_box.TILES:
+        yield _road("pixels", tiles.forward, conv_box.why_not(problem))
+        if problem.direction == "training":
+            yield _road("their gradients", tiles.dgrad, dgrad_box.why_not(problem.gradient))
+
+
+def _road(what: str, tile: TileConfig | None, why_not: str | None) -> str:
+    if tile is not None and tile.box is not None:
+        return f"{what} by boxes of " + "x".join(map(str, tile.box))
+    return f"{what} gathered, since {why_not or 'no box is predicted to be faster'}"
 
 
 def _spread(problem: Problem, tiles: Tiles) -> str:

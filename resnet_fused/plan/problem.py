@@ -52,6 +52,14 @@ class Problem(ConvProblem):
     pooled: bool = False
 
     @property
+    def gradient(self) -> Problem:
+        """As the gradient of the input sees it: ``prologue`` then tells whether that computes dy.
+
+        Of a filter wider than 1x1, the filter's gradient has kept dy.
+        """
+        return replace(self, prologue=self.r * self.s == 1)
+
+    @property
     def number_format(self) -> str:
         """The factors' format in the product."""
         return number_format(self.dtype, self.tf32)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from resnet_fused.kernels import conv_box, conv_dgrad, conv_forward, conv_pool, conv_wgrad
+from resnet_fused.kernels import conv_box, conv_dgrad, conv_forward, conv_pool, conv_wgrad, dgrad_box
 from resnet_fused.kernels.gpus import gpu_of
 from resnet_fused.kernels.launch import TileConfig
 from resnet_fused.plan.constants import ASSUMED, Constants
@@ -49,6 +49,7 @@ ISSUE_SLOTS: dict[str, dict[int, tuple[float, ...]]] = {
         **{80: (1.812, 0.391), 86: (1.049, 0.25), 89: (0.524, 0.125)},
         **{90: (1.312, 0.445), 100: (2.445, 1.047), 120: (0.493, 0.105)},
     },
+    "dgrad_box": {90: (0.11,), 100: (0.227,), 120: (0.054,)},
     "conv_forward, flat": {80: (2.203,), 86: (1.102,), 89: (0.551,), 90: (4.188,), 100: (7.594,), 120: (0.543,)},
     "conv_wgrad, flat": {80: (3.609,), 86: (2.105,), 89: (1.053,), 90: (8.234,), 100: (17.531,), 120: (1.02,)},
 }
@@ -129,6 +130,17 @@ def forward(problem: Problem, tiles: Tiles, constants: Constants = ASSUMED) -> t
     """Predicted seconds of a fused unit's forward, and the issue slots of its main loop per tensor cycle."""
     model = _Model(problem, tiles, constants)
     return sum(launch.seconds for launch in model.forward()), model.slots(model.forward_kernel)
+
+
+def gradient_choices(problem: Problem) -> list[Tiles]:
+    """Those that the gradient of a fused unit's input has: the kernel's own, and boxes."""
+    return [Tiles(), *(Tiles(dgrad=tile) for tile in dgrad_box.tiles(problem.gradient))]
+
+
+def gradient(problem: Problem, tiles: Tiles, constants: Constants = ASSUMED) -> tuple[float, float]:
+    """Predicted seconds of the gradient of a fused unit's input, and the issue slots of its main loop."""
+    model = _Model(problem, tiles, constants)
+    return model.dgrad().seconds, model.slots(model.dgrad_kernel)
 
 
 def programs(problem: Problem, tiles: Tiles) -> int:
@@ -217,15 +229,24 @@ class _Model:
         splits = self.wgrad_config.splits
         parts = 4 * splits * b.w // p.dtype.itemsize if splits > 1 else 0  # in fp32
         wgrad = 2 * b.y + b.met + (parts or b.w) + (b.y if wide and not self.leaf else 0)
-        dgrad = (b.y if wide else 2 * b.y) + b.w + b.x + (b.x if p.prologue else 0)
         return [
             *forward,
             self.vectors("batch_norm_stats"),
             self.vectors("batch_norm_coefs"),
             self.triton("conv_wgrad, flat" if p.flat else "conv_wgrad", self.wgrad_work(), wgrad),
             *([self.call("sum_splits", 0, parts + b.w)] if parts else []),
-            *([] if self.leaf else [self.triton("conv_dgrad", self.dgrad_work(not wide), dgrad)]),
+            *([] if self.leaf else [self.dgrad()]),
         ]
+
+    @property
+    def dgrad_kernel(self) -> str:
+        """Which of :data:`ISSUE_SLOTS`."""
+        return "conv_dgrad" if self.tiles.dgrad is None or self.tiles.dgrad.box is None else "dgrad_box"
+
+    def dgrad(self) -> PredictedLaunch:
+        p, b = self.problem, self.sizes
+        read = (2 * b.y if p.gradient.prologue else b.y) + b.w + (b.x if p.prologue else 0)
+        return self.triton(self.dgrad_kernel, self.dgrad_work(), read + b.x)
 
     def pooled(self) -> list[PredictedLaunch]:
         p, b, work = self.problem, self.sizes, conv_pool.work(self.problem)
@@ -333,15 +354,16 @@ class _Model:
         part = tile.block_m * tile.block_n * PART_BYTES if tile.splits > 1 else 0
         return replace(work, l2_bytes=work.l2_bytes + part)
 
-    def dgrad_work(self, prologue: bool) -> _Work:
+    def dgrad_work(self) -> _Work:
         p = self.problem
-        tile = self.tiles.dgrad or conv_dgrad.default_config(replace(p, prologue=prologue), epilogue=p.prologue)
+        tile = self.tiles.dgrad or conv_dgrad.default_config(p.gradient, epilogue=p.prologue)
         ci, co = p.tile_channels
         parities = p.stride[0] * p.stride[1]
         rows = p.n * _tiles(p.h, p.stride[0]) * _tiles(p.w, p.stride[1])
+        pixels = parities * _tiles(rows, tile.block_m) if tile.box is None else dgrad_box.count(p, tile.box)
         depth = _tiles(p.r * p.s * _up(co, tile.block_k), parities)
-        programs = parities * _tiles(rows, tile.block_m) * _tiles(ci, tile.block_n) * (p.groups // p.merged)
-        return self.work(programs, tile, depth, tensors=2 if prologue else 1)
+        programs = pixels * _tiles(ci, tile.block_n) * (p.groups // p.merged)
+        return self.work(programs, tile, depth, tensors=2 if p.gradient.prologue else 1)
 
     @property
     def wgrad_config(self) -> TileConfig:

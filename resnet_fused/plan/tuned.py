@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from resnet_fused.kernels import conv_box
+from resnet_fused.kernels import conv_box, dgrad_box
 from resnet_fused.kernels.conv_dgrad import conv_dgrad
 from resnet_fused.kernels.conv_forward import conv_forward
 from resnet_fused.kernels.conv_wgrad import conv_wgrad
@@ -221,7 +221,7 @@ def _entry(row: dict[str, Any], gpu: str) -> Entry:
     if row["implementation"] not in known:
         raise ValueError(f"an entry has the implementation {row['implementation']!r}")
     for tile in (tiles.forward, tiles.dgrad, tiles.wgrad and replace(tiles.wgrad, splits=1)):
-        if tile is not None and not legal(tile, problem):
+        if tile is not None and not legal(tile, problem, gradient=tile is tiles.dgrad):
             raise ValueError(f"the tile {tile} is not legal for {problem}")
     _rehearse(tiles, problem)
     seconds, spread = _number(row["seconds"]), _number(row["spread"])
@@ -274,8 +274,11 @@ def _text(value: Any) -> str:
     return value
 
 
-def legal(tile: TileConfig, problem: Problem) -> bool:
-    """Whether the problem's GPU can run kernels with ``tile``, as far as that can be told without compiling one."""
+def legal(tile: TileConfig, problem: Problem, gradient: bool = False) -> bool:
+    """Whether the problem's GPU can run kernels with ``tile``, as far as that can be told without compiling one.
+
+    ``gradient``: that of the gradient of the input.
+    """
     sizes = tile.block_m, tile.block_n, tile.block_k
     buffers = tile.num_stages * (tile.block_m + tile.block_n) * tile.block_k * problem.dtype.itemsize
     return (
@@ -283,17 +286,19 @@ def legal(tile: TileConfig, problem: Problem) -> bool:
         and max(tile.block_m, tile.block_n) <= 256
         and (tile.splits == 1 or (tile.box is None and problem.direction != "training"))
         and tile.num_warps in (4, 8)
-        and (tile.box is None or _boxes(tile.box, tile, problem))
+        and (tile.box is None or _boxes(tile.box, tile, problem, gradient))
         and 1 <= tile.num_stages <= 8
         and (tile.max_registers is None or 32 <= tile.max_registers <= 255)
         and buffers <= gpu_of(problem.arch, problem.gpu).shared
     )
 
 
-def _boxes(box: tuple[int, int, int], tile: TileConfig, problem: Problem) -> bool:
+def _boxes(box: tuple[int, int, int], tile: TileConfig, problem: Problem, gradient: bool) -> bool:
     """Whether ``box`` is one of the tile's pixels, for a problem that boxes fit."""
+    ci, co = problem.tile_channels
+    why_not = dgrad_box.why_not(problem.gradient) if gradient else conv_box.why_not(problem)
     whole = all(size >= 1 and size & (size - 1) == 0 for size in box) and prod(box) == tile.block_m
-    return whole and conv_box.why_not(problem) is None and problem.tile_channels[0] % tile.block_k == 0
+    return whole and why_not is None and (co if gradient else ci) % tile.block_k == 0
 
 
 def _rehearse(tiles: Tiles, problem: Problem) -> None:

@@ -18,7 +18,7 @@ import resnet_fused
 from benchmarks import shapes
 from resnet_fused import functional
 from resnet_fused.commands.tune_trial import Candidate, rehearse
-from resnet_fused.kernels import conv_box
+from resnet_fused.kernels import conv_box, dgrad_box
 from resnet_fused.kernels.conv_forward import split_tiles, wide_tiles
 from resnet_fused.kernels.launch import Call, dry_run, observe
 from resnet_fused.plan.problem import Problem, Tiles
@@ -141,6 +141,10 @@ def _modelled(arch: int) -> Iterator[Kernel]:
             boxed, *_ = rehearse(unit, Candidate("fused", Tiles(forward=tile)))[0]
             square = (tile.block_m, tile.block_n) == (128, 128)
             yield Kernel(arch, "bfloat16", boxed, modelled=("conv_box", taps) if square else None)
+        for tile in dgrad_box.tiles(unit.gradient):
+            boxed = rehearse(unit, Candidate("fused", Tiles(dgrad=tile)))[0][-1]
+            square = (tile.block_m, tile.block_n) == (128, 128)
+            yield Kernel(arch, "bfloat16", boxed, modelled=("dgrad_box", taps) if square and prologue else None)
     yield from _first_layer(arch)
 
 

@@ -21,9 +21,10 @@ ROOT = Path(__file__).parents[2]
 TENSOR_CORE = {80: "mma.sync", 86: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05.mma", 120: "mma.sync"}
 
 TENSOR_CORE_KERNELS = (
-    *("conv_forward_kernel", "conv_dgrad_kernel", "conv_wgrad_kernel", "conv_box_kernel"),
-    "conv_pool_kernel",
+    *("conv_forward_kernel", "conv_dgrad_kernel", "conv_wgrad_kernel", "conv_pool_kernel"),
+    *("conv_box_kernel", "dgrad_box_kernel"),
 )
+BY_TMA = {"conv_box_kernel", "dgrad_box_kernel"}
 
 
 def test_no_spills_and_tensor_cores():
@@ -33,7 +34,7 @@ def test_no_spills_and_tensor_cores():
         kernels = [kernel for kernel in report["kernels"] if kernel["arch"] == arch]
         assert len(kernels) >= 80, arch
         found = {kernel["kernel"] for kernel in kernels}
-        assert set(TENSOR_CORE_KERNELS) - found == (set() if arch in conv_box.TILES else {"conv_box_kernel"}), arch
+        assert set(TENSOR_CORE_KERNELS) - found == (set() if arch in conv_box.TILES else BY_TMA), arch
     tried = [kernel for kernel in report["kernels"] if kernel["figures"] is not None]
     assert len(tried) == (len(report["kernels"]) if report["has_ledger"] else report["compiled"])
     for kernel in tried:
