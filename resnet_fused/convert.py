@@ -64,7 +64,7 @@ class ConvertedBlock(Converted):
 
 
 class ConvertedStem(Converted):
-    """A converted network that begins as ``pooled_stem`` says: in inference, up to its pool it is one call.
+    """A converted network that begins as ``pooled_stem`` says: up to its pool it is one call.
 
     Its own forward runs, on a view of it whose first children pass on what was computed. One that was never recognised,
     made by calling its class, has no stem.

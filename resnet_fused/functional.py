@@ -340,7 +340,7 @@ def _plan(
 ) -> Choice:
     """For ``unit`` on an input of ``shape``; ``options``: see :func:`resnet_fused.engine.forward.choose`."""
     if torch.compiler.is_compiling():
-        return "undecided", undecided(unit.geometry, request)
+        return "undecided", undecided(unit.geometry, request, options.get("pooled", False))
     return choose(shape, unit.w.shape, unit.geometry, dtype, direction, unit.w.device, request, **options)
 
 

@@ -85,7 +85,7 @@ def _conv_bn_act_pool(
     eps: float,
     convolution: list[int],
 ) -> Tensor:
-    conv = forward.decided(convolution, x, w, "inference", pooled=True)
+    conv = forward.decided(convolution, x, w, "inference")
     with torch.cuda.device_of(x):
         return forward.inference_pooled(x, w, bias, Norm(mean, var, gamma, beta, eps), conv)
 
