@@ -518,9 +518,9 @@ def test_operators_pass_opcheck():
         torch.library.opcheck(operators.conv_bn_act_pool.default, (*arguments, stem), test_utils=tests)
 
 
-@pytest.mark.parametrize("name", ["bottleneck, projection", "padded identity"])
+@pytest.mark.parametrize("name", ["bottleneck, projection", "padded identity", "stem"])
 def test_a_compiled_step_is_the_same_step(name):
-    block, x, dz = draw(*BLOCKS[name], torch.float32)
+    block, x, dz = draw(*(BLOCKS | {"stem": (Stem, (2, 3, 14, 11))})[name], torch.float32)
     plain = step(block, x, dz, "triton")
     twin, leaf = copy.deepcopy(block), x.clone().requires_grad_()
     with implementation("triton"):
