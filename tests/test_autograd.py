@@ -137,7 +137,7 @@ def test_a_training_step_of_a_stem(name, road, evaluation):
 
 @pytest.mark.parametrize("road", ROADS)
 def test_a_stem_launches_what_it_needs(road):
-    """Nothing of the size of the convolution's output is stored in the forward but that; the image needs no gradient."""
+    """Of the convolution's size, the forward stores its output alone; and the image needs no gradient."""
     stem = Stem().to(memory_format=torch.channels_last)
     x = torch.randn(2, 3, 14, 11).contiguous(memory_format=torch.channels_last)
     kept: list[Tensor] = []

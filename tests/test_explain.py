@@ -83,8 +83,9 @@ BESIDE = {
     (True, "mixed"): {"batch_norm_apply": 16, "batch_norm_reduce": 16, "aten.add_": 16, "batch_norm_backward": -4},
     (True, "eager"): {"aten.add_": 16 + 53, "aten.add": 16, "aten.relu_": -4, "aten.threshold_backward": -4},
 }
-"""What ResNet-50's 16 blocks and stem launch more, or less, than their 53 units by themselves: additions and their gradients,
-counters of batches, no ReLU behind the 4 projections, whose gradients by batch norm come with the branch's."""
+"""What ResNet-50's stem and 16 blocks launch more, or less, than their 53 units by themselves: additions and their
+gradients, counters of batches, no ReLU behind the 4 projections, whose gradients by batch norm come with the branch's.
+"""
 
 
 @pytest.mark.parametrize(("training", "road"), BESIDE)

@@ -520,9 +520,9 @@ def _check_norm_pool_backward(layer: CheckLayer, variant: str, draw: Draw) -> Co
     frozen = variant == "frozen"
     y, stats = draw.normalised(layer.output)
     coefs = draw.coefs(layer.co, frozen)
-    z, peaks, place = reference.batch_norm_pool(y.double(), stats.double())
-    dz = draw.images(z.shape)
-    peaks, place = (v.contiguous(memory_format=torch.channels_last) for v in (peaks.to(draw.dtype), place))
+    _, *found = reference.batch_norm_pool(y.double(), stats.double())
+    peaks, place = (v.contiguous(memory_format=torch.channels_last) for v in found)
+    peaks, dz = peaks.to(draw.dtype), draw.images(place.shape)
 
     def ours() -> Results:
         dy = batch_norm_pool_backward(dz, place, y, stats, coefs, frozen=frozen)

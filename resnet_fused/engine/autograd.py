@@ -149,9 +149,7 @@ def _joined(
     last, residual, residual_stats = -1, None if spec.kind == "none" else source, None
     if spec.kind == "projection":
         last, residual, residual_stats = -2, ys[-1], stats[-1]
-    z = ops.join_forward(
-        ys[last], stats[last], residual, residual_stats, spec.step, spec.before, spec.relu, spec.dtype
-    )
+    z = ops.join_forward(ys[last], stats[last], residual, residual_stats, spec.step, spec.before, spec.relu, spec.dtype)
     return z, None, None
 
 

@@ -132,11 +132,10 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of x and of the shortcut's own input; those of the parameters go to each unit.
 
-    ``z``: the output, None if no ReLU stands in front of it, or a pool behind that. ``shortcut``: what the shortcut reads, None for x.
-    Formulas: :func:`resnet_fused.engine.reference.batch_norm_coefs` and its neighbours.
+    ``z``: the output, None if no ReLU stands in front of it, or a pool behind that. ``shortcut``: what the shortcut
+    reads, None for x. Formulas: :func:`resnet_fused.engine.reference.batch_norm_coefs` and its neighbours.
     """
     if join.peaks is not None:
-        _recompute(units[-1], *_input(units, len(units) - 1, x))
         return _branch_backward(_pool_backward(units[-1], dz, join.peaks, wanted), x, units, None, wanted), None
     source = x if shortcut is None else shortcut
     needs_source = wanted.x if shortcut is None else wanted.shortcut
