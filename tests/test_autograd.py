@@ -173,6 +173,49 @@ def test_a_stem_under_autocast_is_as_in_16_bits():
         torch.testing.assert_close(ours, eager, rtol=2e-2, atol=2e-2 * eager.abs().max().item())
 
 
+@pytest.mark.parametrize("road", ROADS)
+def test_what_is_infinite_in_a_frozen_stem_stays_out_of_the_gradient(road):
+    stem, x = Stem().eval(), torch.randn(2, 3, 14, 11)
+    x[0, 0, 4, 4] = float("inf")
+    found = []
+    for each in (road, "eager"):
+        leaf = x.clone().requires_grad_()
+        with implementation(each):
+            found.append(torch.autograd.grad(stem(leaf).clamp(max=9).sum(), leaf)[0])
+    assert found[1].isfinite().all()
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("road", ROADS)
+def test_what_alone_of_a_stem_needs_a_gradient_gets_it(road, training):
+    stem, x = Stem(bias=True).train(training).requires_grad_(False), torch.randn(2, 3, 14, 11)
+    for leaf in (x, *stem.parameters()):
+        leaf.requires_grad_()
+        found = []
+        for each in (road, "eager"):
+            with implementation(each):
+                found.append(torch.autograd.grad(stem(x).square().sum(), leaf))
+        torch.testing.assert_close(*found, rtol=1e-3, atol=2e-3)
+        leaf.requires_grad_(False)
+
+
+def test_second_derivatives_of_a_stem_are_refused():
+    stem, x = Stem(), torch.randn(2, 3, 14, 11)
+    with implementation("triton"), pytest.raises(RuntimeError, match="first derivatives only"):
+        torch.autograd.grad(stem(x).sum(), stem.conv.weight, create_graph=True)
+
+
+def test_several_gradients_of_a_stem_at_once():
+    stem, x = Stem(), torch.randn(2, 3, 14, 11)
+    with implementation("triton"):
+        z = stem(x)
+    dz = torch.randn(2, *z.shape)
+    (batched,) = torch.autograd.grad(z, stem.conv.weight, dz, retain_graph=True, is_grads_batched=True)
+    for each, given in zip(batched, dz, strict=True):
+        torch.testing.assert_close(each, torch.autograd.grad(z, stem.conv.weight, given, retain_graph=True)[0])
+
+
 def test_the_output_of_a_stem_may_change_in_place():
     """The gradient reads what the pool took its values from, and not those."""
     stem, x = Stem(), torch.randn(2, 3, 14, 11)
