@@ -5,6 +5,7 @@ The pool is 3x3/2 with padding 1, a ResNet's first.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -274,9 +275,9 @@ def _pooled(y: Layout) -> tuple[int, int, int, int]:
 
 
 def _common(y: Layout, arch: int, config: TileConfig | None) -> tuple[dict[str, Any], TileConfig]:
-    """What both kernels are told of the sizes, and their tile of pooled pixels."""
+    """What both kernels are told of the sizes, and their tile: of pooled pixels, each of which stands for four."""
     n, channels, h, w = _pooled(y)
-    tile = config or default_config(n * h * w, channels, arch)
+    tile = config or replace(default_config(n * h * w, channels, arch), block_k=4)
     scalars = {
         "M": n * h * w,
         "C": channels,
