@@ -209,6 +209,15 @@ def batch_norm_reduce(
     return dz if g is None else g, sums
 
 
+def batch_norm_sums(dz: Tensor, y: Tensor, stats: Tensor, *, config: TileConfig | None = None) -> Tensor:
+    """The sums of :func:`batch_norm_reduce` with ``mask``, fp32 [2, T, C], where g itself is of no use."""
+    recipe = _reduce_recipe(layout(dz), layout(y), None, None, None, True, target_arch(), config)
+    sums = torch.empty(2, recipe.scalars["T"], recipe.scalars["C"], dtype=torch.float32, device=dz.device)
+    nothing = dict.fromkeys(("z_ptr", "y2_ptr", "stats2_ptr", "g_ptr"))
+    recipe.run(dz_ptr=dz, y_ptr=y, stats_ptr=stats, sums_ptr=sums, **nothing)
+    return sums
+
+
 @lru_cache(maxsize=KEPT_LAYOUTS)
 def _reduce_recipe(
     dz: Layout,

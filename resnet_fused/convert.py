@@ -79,7 +79,7 @@ class ConvertedBlock(Converted):
 
 
 class ConvertedStem(Converted):
-    """A converted network that begins as its layout says: in inference, up to its pool it is one call.
+    """A converted network that begins as ``pooled_stem`` says: up to its pool it is one call.
 
     Its own forward runs, on a view of it whose first children pass on what was computed.
     """

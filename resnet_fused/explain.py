@@ -307,7 +307,7 @@ def _observe(
     """Run ``model`` once, in training backward too: what each block planned and launched, or why it ran eager.
 
     And what was launched outside of them. A block's backward is what runs between the gradients of its output and its
-    input. A stem lasts until the first block begins.
+    input. A stem lasts until the first block begins, and its backward from the gradient of what that reads to the end.
     """
     rows = {found.module: _row(found) for found in blocks}
     spans: dict[tuple[nn.Module, str], list[int]] = {}
@@ -327,6 +327,8 @@ def _observe(
     def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
         for stem in [m for (m, _), span in spans.items() if isinstance(m, ConvertedStem) and len(span) == 1]:
             close(stem)
+            if training and args[0].requires_grad:
+                args[0].register_hook(lambda _, stem=stem: start(stem, "backward"))
         start(module, "forward")
         problems[module] = len(planned)
         if isinstance(module, FusedBlock) and (reason := module.why_eager(args[0])) is not None:

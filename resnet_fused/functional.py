@@ -64,8 +64,9 @@ def conv_bn_act(
 def conv_bn_act_pool(x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, pool: nn.MaxPool2d) -> Tensor:
     """``pool(relu(bn(conv(x))))``: a ResNet's stem.
 
-    ``x``: as for :func:`conv_bn_act`. In evaluation mode without gradients it is two launches, the first of which packs
-    the image, if ``conv`` has stride 2 and at most 4 input channels, and ``pool`` is 3x3/2 with padding 1. Else it is
+    ``x``: as for :func:`conv_bn_act`. With a ``pool`` of 3x3/2 with padding 1, in evaluation mode without gradients it
+    is two launches, the first of which packs the image, if ``conv`` has stride 2 and at most 4 input channels;
+    otherwise one pass behind the convolution takes batch norm, ReLU and the pool. With another pool it is
     :func:`conv_bn_act` with ``pool`` behind it. Raises what these raise.
     """
     _check(x, conv, bn, None)
@@ -76,11 +77,12 @@ def conv_bn_act_pool(x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, pool: nn.Ma
 
 
 class PooledUnit(NamedTuple):
-    """A unit in inference, with the pool behind it. ``dtype``: in which is convolved."""
+    """A unit with the pool behind it. ``dtype``: in which is convolved. ``fixed``: see :func:`_is_fixed`."""
 
     unit: Unit
     dtype: torch.dtype
     request: Request
+    fixed: bool
 
 
 def pooled_unit(x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, pool: nn.Module) -> PooledUnit | str:
@@ -93,17 +95,20 @@ def pooled_unit(x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, pool: nn.Module)
     unit = eligible.unit(x, tuple(x.shape), autocast, Layer(conv, bn))
     if isinstance(unit, str):
         return unit
-    if not _is_fixed([unit], x):
-        return eligible.POOL_IN_TRAINING
-    return PooledUnit(unit, dtype, request)
+    if (unlike := _why_unlike([unit])) is not None:
+        return unlike
+    return PooledUnit(unit, dtype, request, _is_fixed([unit], x))
 
 
 def run_pooled(x: Tensor, found: PooledUnit) -> Tensor:
     """What :func:`conv_bn_act_pool` returns."""
-    unit, dtype, request = found
-    implementation, code = _plan(tuple(x.shape), unit, dtype, request, "inference", pooled=True)
+    unit, dtype, request, fixed = found
+    direction = "inference" if fixed else "training"
+    implementation, code = _plan(tuple(x.shape), unit, dtype, request, direction, pooled=True)
     if implementation == "eager":
         return channels_last(F.max_pool2d(reference.conv_bn_act(x, unit.layer.conv, unit.layer.bn), *POOL))
+    if not fixed:
+        return _train_pooled(x, _Planned(unit, implementation, code), dtype)
     w = laid_out(unit.w, dtype)
     return ops.conv_bn_act_pool(plain(x), w, unit.bias, unit.mean, unit.var, unit.gamma, unit.beta, unit.eps, code)
 
@@ -335,7 +340,7 @@ def _plan(
 ) -> Choice:
     """For ``unit`` on an input of ``shape``; ``options``: see :func:`resnet_fused.engine.forward.choose`."""
     if torch.compiler.is_compiling():
-        return "undecided", undecided(unit.geometry, request)
+        return "undecided", undecided(unit.geometry, request, options.get("pooled", False))
     return choose(shape, unit.w.shape, unit.geometry, dtype, direction, unit.w.device, request, **options)
 
 
@@ -364,6 +369,11 @@ def _train(x: Tensor, part: Sequence[_Planned], chain: Chain, last: bool, recomp
     )
     tensors = [t for unit, *_ in units for t in unit[1:8]]
     return ResidualFunction.apply(spec, x.to(chain.dtype), None if shared else source, *tensors)
+
+
+def _train_pooled(x: Tensor, planned: _Planned, dtype: torch.dtype) -> Tensor:
+    spec = ChainSpec((_spec(planned),), "none", 1, 0, True, dtype, True, True, pooled=True)
+    return ResidualFunction.apply(spec, channels_last(plain(x).to(dtype)), None, *planned.unit[1:8])
 
 
 def _is_cheap(projection: Unit | None, branch: Sequence[_Planned]) -> bool:

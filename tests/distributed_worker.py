@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.models import resnet
 
 from resnet_fused import BasicBlock, Bottleneck, ResidualBlock, fuse, implementation
-from tests.training import draw
+from tests.training import Stem, draw
 
 Arrays = dict[str, np.ndarray]
 
@@ -54,6 +54,7 @@ MODELS = {
     "no running statistics": (without_running_statistics, (6, 3, 4)),
     "one pixel": (lambda: BasicBlock(6, 6), (6, 1, 1)),
     "small model": (small_model, (3, 6, 5)),
+    "stem": (Stem, (3, 14, 11)),
 }
 
 

@@ -23,6 +23,7 @@ class Mutation(NamedTuple):
 AUTOGRAD = "tests/test_autograd.py"
 
 POOL, POOL_TESTS = "kernels/conv_pool.py", "tests/kernels/test_conv_pool.py"
+NORM_POOL, NORM_POOL_TESTS = "kernels/norm_pool.py", "tests/kernels/test_norm_pool.py"
 
 MUTATIONS = [
     Mutation(
@@ -1544,5 +1545,45 @@ MUTATIONS = [
         "casts = FLOATS if self.pooled and self.casts else ()",
         "casts = ()",
         "tests/test_inference.py -k pool_along",
+    ),
+    Mutation(NORM_POOL, "((v > largest) | (v != v))", "(v > largest)", f"{NORM_POOL_TESTS} -k not_finite"),
+    Mutation(
+        NORM_POOL, "((v > largest) | (v != v))", "((v >= largest) | (v != v))", f"{NORM_POOL_TESTS} -k equal_values"
+    ),
+    Mutation(NORM_POOL, "peak = tl.where(larger, y, peak)", "peak = y", f"{NORM_POOL_TESTS} -k test_pool"),
+    Mutation(NORM_POOL, "(h >= 0) & (h < P) & (w >= 0)", "(h >= 0) & (h < P)", f"{NORM_POOL_TESTS} -k test_pool"),
+    Mutation(NORM_POOL, "if r + s == 2:", "if r + s == 1:", f"{NORM_POOL_TESTS} -k test_backward"),
+    Mutation(NORM_POOL, "g += passed(below, s + 1)", "g += passed(below, s)", f"{NORM_POOL_TESTS} -k test_backward"),
+    Mutation(NORM_POOL, "<= 0, 0.0, g)", "< -9, 0.0, g)", f"{NORM_POOL_TESTS} -k test_backward"),
+    Mutation(NORM_POOL, "if FROZEN:", "if not FROZEN:", f"{NORM_POOL_TESTS} -k test_backward"),
+    Mutation(
+        NORM_POOL,
+        "(column < image.pooled_columns)",
+        "(column <= image.pooled_columns)",
+        f"{NORM_POOL_TESTS} -k 'test_backward or beside'",
+    ),
+    Mutation(
+        "resnet_fused/engine/autograd.py",
+        "mask = z if spec.relu and not spec.pooled else None",
+        "mask = z if spec.relu else None",
+        f"{AUTOGRAD} -k 'in_place or stem'",
+    ),
+    Mutation(
+        "resnet_fused/engine/backward.py",
+        "stats, coefs, frozen=unit.frozen))",
+        "stats, coefs, frozen=False))",
+        f"{AUTOGRAD} -k 'infinite or stem'",
+    ),
+    Mutation(
+        "resnet_fused/explain.py",
+        'start(stem, "backward"))',
+        'start(module, "backward"))',
+        "tests/test_explain.py -k as_they_are_launched",
+    ),
+    Mutation(
+        "resnet_fused/engine/forward.py",
+        "+ pooled * len(REQUESTS)",
+        "",
+        "tests/test_plan.py -k undecided",
     ),
 ]

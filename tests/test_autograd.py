@@ -15,7 +15,7 @@ from resnet_fused.engine.forward import Convolution
 from resnet_fused.engine.trace import trace
 from resnet_fused.kernels.conv import Geometry
 from resnet_fused.plan.problem import Tiles
-from tests.training import DEVICE, WatchedReLU, check, draw, step
+from tests.training import DEVICE, Stem, WatchedReLU, check, draw, step
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -116,6 +116,114 @@ BLOCKS = {
 def test_a_training_step_in_fp32(name, road):
     build, shape = BLOCKS[name]
     check(*draw(build, shape, torch.float32), road)
+
+
+STEMS = {
+    "7x7": lambda: Stem(filter_size=7),
+    "bias": lambda: Stem(bias=True),
+    "no gamma": lambda: Stem(affine=False),
+    "no running statistics": lambda: Stem(track_running_stats=False),
+    "average of all batches": lambda: Stem(momentum=None),
+}
+
+
+@pytest.mark.parametrize("evaluation", [False, True])
+@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("name", STEMS)
+def test_a_training_step_of_a_stem(name, road, evaluation):
+    block, x, dz = draw(STEMS[name], (2, 3, 14, 11), torch.float32)
+    check(block.train(not evaluation), x, dz, road)
+
+
+@pytest.mark.parametrize("road", ROADS)
+def test_a_stem_launches_what_it_needs(road):
+    """Of the convolution's size, the forward stores its output alone; and the image needs no gradient."""
+    stem = Stem().to(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 14, 11).contiguous(memory_format=torch.channels_last)
+    kept: list[Tensor] = []
+    with implementation(road), trace() as t, torch.autograd.graph.saved_tensors_hooks(kept.append, lambda _: None):
+        z = stem(x)
+    names = [launch.name for launch in t.launches]
+    first = ["conv_forward"] if road == "triton" else ["aten.convolution", "channel_moments"]
+    assert names == [*first, "batch_norm_stats", "batch_norm_pool"]
+    sizes = [t.numel() for t in kept if t is not None and t.dim() == 4]
+    assert sorted(sizes)[-2:] == [x.numel(), 2 * 12 * 7 * 6]
+    assert sizes.count(z.numel()) == 2, "the peaks, and not the output"
+    with implementation(road):
+        z = stem(x)
+        with trace() as t:
+            z.sum().backward()
+    names = [launch.name for launch in t.launches if "ones" not in launch.name and "expand" not in launch.name]
+    assert names[-4:-1] == ["batch_norm_reduce", "batch_norm_coefs", "batch_norm_pool_backward"]
+    assert names[-1] == ("conv_wgrad" if road == "triton" else "aten.convolution_backward")
+
+
+def test_a_stem_under_autocast_is_as_in_16_bits():
+    stem, x = Stem(), torch.randn(2, 3, 14, 11)
+    found = []
+    for road in ("triton", "eager"):
+        twin = copy.deepcopy(stem)
+        with implementation(road), torch.autocast(DEVICE, torch.float16):
+            z = twin(x)
+        z.float().square().sum().backward()
+        found.append([z.float(), twin.conv.weight.grad, twin.bn.weight.grad, twin.bn.bias.grad, twin.bn.running_var])
+        assert z.dtype == torch.float16
+    for ours, eager in zip(*found, strict=True):
+        assert ours.dtype == eager.dtype
+        torch.testing.assert_close(ours, eager, rtol=2e-2, atol=2e-2 * eager.abs().max().item())
+
+
+@pytest.mark.parametrize("road", ROADS)
+def test_what_is_infinite_in_a_frozen_stem_stays_out_of_the_gradient(road):
+    stem, x = Stem().eval(), torch.randn(2, 3, 14, 11)
+    x[0, 0, 4, 4] = float("inf")
+    found = []
+    for each in (road, "eager"):
+        leaf = x.clone().requires_grad_()
+        with implementation(each):
+            found.append(torch.autograd.grad(stem(leaf).clamp(max=9).sum(), leaf)[0])
+    assert found[1].isfinite().all()
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("road", ROADS)
+def test_what_alone_of_a_stem_needs_a_gradient_gets_it(road, training):
+    stem, x = Stem(bias=True).train(training).requires_grad_(False), torch.randn(2, 3, 14, 11)
+    for leaf in (x, *stem.parameters()):
+        leaf.requires_grad_()
+        found = []
+        for each in (road, "eager"):
+            with implementation(each):
+                found.append(torch.autograd.grad(stem(x).square().sum(), leaf))
+        torch.testing.assert_close(*found, rtol=1e-3, atol=2e-3)
+        leaf.requires_grad_(False)
+
+
+def test_second_derivatives_of_a_stem_are_refused():
+    stem, x = Stem(), torch.randn(2, 3, 14, 11)
+    with implementation("triton"), pytest.raises(RuntimeError, match="first derivatives only"):
+        torch.autograd.grad(stem(x).sum(), stem.conv.weight, create_graph=True)
+
+
+def test_several_gradients_of_a_stem_at_once():
+    stem, x = Stem(), torch.randn(2, 3, 14, 11)
+    with implementation("triton"):
+        z = stem(x)
+    dz = torch.randn(2, *z.shape)
+    (batched,) = torch.autograd.grad(z, stem.conv.weight, dz, retain_graph=True, is_grads_batched=True)
+    for each, given in zip(batched, dz, strict=True):
+        torch.testing.assert_close(each, torch.autograd.grad(z, stem.conv.weight, given, retain_graph=True)[0])
+
+
+def test_the_output_of_a_stem_may_change_in_place():
+    """The gradient reads what the pool took its values from, and not those."""
+    stem, x = Stem(), torch.randn(2, 3, 14, 11)
+    found = []
+    for road in ("triton", "eager"):
+        with implementation(road):
+            found.append(torch.autograd.grad(stem(x).mul_(2).sum(), stem.conv.weight)[0])
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("road", ROADS)
@@ -435,10 +543,15 @@ def test_operators_pass_opcheck():
         torch.float32,
         torch.float16,
     )
-    arguments = (torch.randn_like(z), z, x, residual, *rest)
+    arguments = (torch.randn_like(z), z, x, residual, None, None, *rest)
     torch.library.opcheck(operators.residual_backward.default, arguments, test_utils=tests)
     without_relu = (arguments[0], None, *arguments[2:])  # the gradients are those of the output, but not its tensor
     torch.library.opcheck(operators.residual_backward.default, without_relu, test_utils=tests)
+    torch.library.opcheck(operators.pool_forward.default, (y, stats), test_utils=tests)
+    pooled, peak, place = ops.pool_forward(y, stats)
+    arguments = (torch.randn_like(pooled), None, x, None, peak, place, *rest[:8], "none", 1, 0)
+    arguments = (*arguments, [True, False, *needs[2:]], *rest[-2:])
+    torch.library.opcheck(operators.residual_backward.default, arguments, test_utils=tests)
     norm = (mean, var, gamma, beta, 1e-5)
     arguments = (x, w, None, *norm, residual, 1, 0, convolution, True, torch.float32)
     torch.library.opcheck(operators.conv_bn_act.default, arguments, test_utils=tests)
@@ -448,9 +561,9 @@ def test_operators_pass_opcheck():
         torch.library.opcheck(operators.conv_bn_act_pool.default, (*arguments, stem), test_utils=tests)
 
 
-@pytest.mark.parametrize("name", ["bottleneck, projection", "padded identity"])
+@pytest.mark.parametrize("name", ["bottleneck, projection", "padded identity", "stem"])
 def test_a_compiled_step_is_the_same_step(name):
-    block, x, dz = draw(*BLOCKS[name], torch.float32)
+    block, x, dz = draw(*(BLOCKS | {"stem": (Stem, (2, 3, 14, 11))})[name], torch.float32)
     plain = step(block, x, dz, "triton")
     twin, leaf = copy.deepcopy(block), x.clone().requires_grad_()
     with implementation("triton"):

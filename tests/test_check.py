@@ -33,6 +33,7 @@ from resnet_fused.kernels import (
     conv_wgrad,
     dgrad_box,
     norm_backward,
+    norm_pool,
 )
 from resnet_fused.kernels.launch import Call, dry_run, observe
 from resnet_fused.plan import checked
@@ -100,14 +101,14 @@ def test_every_kernel_is_checked_in_every_number_format():
         "block (triton)",
         "block (mixed)",
     }
-    passes = ("stats", "apply", "reduce", "coefs", "backward")
+    passes = ("stats", "apply", "pool", "reduce", "coefs", "backward")
     wanted = set(product(convolutions, check_cases.FORMATS))
     wanted |= set(product((f"batch_norm_{name}" for name in passes), {*check_cases.FORMATS} - {"tf32"}))
     assert {(case.kernel, case.number_format) for case in every} == wanted
     keys = [(case.kernel, case.name, case.number_format) for case in every]
     assert len(keys) == len(set(keys))
     kernels = {call.kernel.__name__ for call in launched(90).values()}
-    modules = (batch_norm, norm_backward, conv_box, conv_forward, conv_pool, conv_dgrad, dgrad_box, conv_wgrad)
+    modules = batch_norm, norm_backward, norm_pool, conv_box, conv_forward, conv_pool, conv_dgrad, dgrad_box, conv_wgrad
     assert kernels == {name for module in modules for name in vars(module) if name.endswith("_kernel")}
 
 

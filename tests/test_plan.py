@@ -207,6 +207,18 @@ def test_where_the_host_takes_longer_than_the_gpu_the_fewest_launches_win():
 
 @pytest.mark.parametrize("road", REQUESTS)
 @pytest.mark.parametrize("direction", ["training", "inference"])
+def test_what_a_compiler_leaves_undecided_of_a_stem_is_decided_as_without_one(direction, road):
+    geometry = (2, 2), (1, 1), (1, 1), 1
+    x, w = random(2, 3, 8, 8), random(16, 3, 3, 3)
+    with decide.record() as problems:
+        _, code = forward.choose(x.shape, w.shape, geometry, x.dtype, direction, x.device, road, pooled=True)
+        found = forward.decided(forward.undecided(geometry, road, pooled=True), x, w, direction)
+    assert found == forward.Convolution.decode(code)
+    assert problems[0] == problems[1] and problems[0].pooled
+
+
+@pytest.mark.parametrize("road", REQUESTS)
+@pytest.mark.parametrize("direction", ["training", "inference"])
 def test_what_a_compiler_leaves_undecided_is_decided_as_without_one(direction, road):
     geometry = (2, 1), (1, 1), (1, 1), 1
     x, w = random(2, 12, 5, 4, dtype=torch.float16), random(16, 12, 3, 3, dtype=torch.float16)

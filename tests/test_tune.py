@@ -388,6 +388,9 @@ def test_verification_passes_a_stem_with_its_pool(way, ci):
     assert Candidate(way) in candidates(p)
     assert trial.ratio(Candidate(way)) <= 1
     assert trial.work(Candidate(way))()["z"].shape == (1, 24, 5, 5)
+    trained = Trial(replace(p, direction="training"), DEVICE)
+    assert trained.ratio(Candidate(way)) <= 1
+    assert trained.work(Candidate(way))()["dw"].shape == (24, ci, 7, 7)
 
 
 @pytest.mark.parametrize(

@@ -157,7 +157,7 @@ BAD = {
     "a spread without end": (lambda: document(put("entries", 0, "spread", float("inf"))), "inf seconds"),
     "a size that is true": (lambda: document(put("entries", 0, "problem", "n", True)), "should be integers"),
     "a flag that is no flag": (lambda: document(put("entries", 0, "problem", "tf32", 0)), "is no problem"),
-    "a pool behind an addition": (lambda: document(put("entries", 0, "problem", "pooled", True)), "is no problem"),
+    "a pool of a normalised input": (lambda: document(put("entries", 0, "problem", "pooled", True)), "is no problem"),
     "a third direction": (lambda: document(put("entries", 0, "problem", "direction", "sideways")), "is no problem"),
     "a direction of lists": (lambda: document(put("entries", 0, "problem", "direction", [])), "is no problem"),
     "an entry of another GPU": (lambda: document(put("entries", 0, "problem", "gpu", "A100")), "is of the GPU 'A100'"),

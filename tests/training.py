@@ -12,10 +12,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from resnet_fused import implementation
+from resnet_fused import functional, implementation
 from tests.rule import assert_within_rule
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class Stem(nn.Module):
+    """What a ResNet begins with; for fp32. In 16 bits values of a window are equal that are not in fp64."""
+
+    def __init__(self, channels: int = 12, filter_size: int = 3, bias: bool = False, **norm: Any) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, channels, filter_size, 2, filter_size // 2, bias=bias)
+        self.bn, self.pool = nn.BatchNorm2d(channels, **norm), nn.MaxPool2d(3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.conv_bn_act_pool(x, self.conv, self.bn, self.pool)
 
 
 def draw(

@@ -27,7 +27,14 @@ from resnet_fused.kernels.conv_pool import POOL
 from resnet_fused.kernels.conv_wgrad import conv_wgrad
 from resnet_fused.kernels.epilogue import Norm, Residual
 from resnet_fused.kernels.launch import INTERPRETER, TileConfig, target_arch
-from resnet_fused.kernels.norm_backward import batch_norm_backward, batch_norm_coefs, batch_norm_reduce, merge_sums
+from resnet_fused.kernels.norm_backward import (
+    batch_norm_backward,
+    batch_norm_coefs,
+    batch_norm_reduce,
+    batch_norm_sums,
+    merge_sums,
+)
+from resnet_fused.kernels.norm_pool import batch_norm_pool, batch_norm_pool_backward
 from resnet_fused.modules import BasicBlock, Bottleneck, PaddedShortcut
 from resnet_fused.plan.problem import Request, Tiles
 
@@ -527,6 +534,42 @@ def _check_apply(layer: CheckLayer, variant: str, draw: Draw) -> Comparison:
     return Comparison(ours, expected, sums=0)
 
 
+def _check_norm_pool(layer: CheckLayer, _: str, draw: Draw) -> Comparison:
+    """Normalisation, ReLU and max pool in one pass, and the values that the pool kept."""
+    y, stats = draw.normalised(layer.output)
+
+    def ours() -> Results:
+        z, peaks = batch_norm_pool(y, stats)
+        return {"z": z, "peaks": peaks.y}
+
+    def expected(t: torch.dtype, _: Results) -> Results:
+        z, peaks = reference.batch_norm_pool(y.to(_wide(t)), stats.to(_wide(t)))[:2]
+        return {"z": z.to(t), "peaks": peaks.to(t)}
+
+    return Comparison(ours, expected)
+
+
+def _check_norm_pool_backward(layer: CheckLayer, variant: str, draw: Draw) -> Comparison:
+    """The gradient of the convolution's output through pool, ReLU and batch norm, and the sums of the ReLU's."""
+    frozen = "frozen" in variant
+    y, stats = draw.normalised(layer.output)
+    coefs = draw.coefs(layer.co, frozen)
+    _, *found = reference.batch_norm_pool(y.double(), stats.double())
+    peaks, place = (v.contiguous(memory_format=torch.channels_last) for v in found)
+    peaks, dz = peaks.to(draw.dtype), draw.images(place.shape)
+
+    def ours() -> Results:
+        dy = batch_norm_pool_backward(dz, place, y, stats, coefs, frozen=frozen)
+        return {"dy": dy, **_named("sum_g sum_gy", merge_sums(batch_norm_sums(dz, peaks, stats)))}
+
+    def expected(t: torch.dtype, _: Results) -> Results:
+        g = reference.max_pool_gradient(dz.to(_wide(t)), place, (y.shape[2], y.shape[3]))
+        g = torch.where(reference.batch_norm_apply(y.double(), stats.double()) > 0, g, 0.0)
+        return {"dy": _gradient(g, y, coefs, t), **_masked_sums(g, y, stats, t)}
+
+    return Comparison(ours, expected)
+
+
 def _check_reduce(layer: CheckLayer, variant: str, draw: Draw) -> Comparison:
     """The gradient in front of a ReLU, and its sums."""
     dz = draw.images(layer.output)
@@ -658,6 +701,8 @@ def cases(device_type: str) -> list[CheckCase]:
         ("conv_wgrad", _check_conv_wgrad, CONV_WGRAD, True),
         ("batch_norm_stats", _check_stats, norms, False),
         ("batch_norm_apply", _check_apply, [("expand", variant) for variant in applied], False),
+        ("batch_norm_pool", _check_norm_pool, [("stem", "")], False),
+        ("batch_norm_pool", _check_norm_pool_backward, [("stem", "backward"), ("stem", "frozen backward")], False),
         ("batch_norm_reduce", _check_reduce, [("expand", v) for v in ("", "mask recomputed", "two norms")], False),
         ("batch_norm_coefs", _check_coefs, norms, False),
         ("batch_norm_backward", _check_backward, [("expand", ""), ("deep", "two norms")], False),

@@ -18,10 +18,11 @@ from resnet_fused.engine.tolerance import deterministic, error_ratio, products, 
 from resnet_fused.engine.trace import Launch, trace
 from resnet_fused.kernels import conv_dgrad, conv_forward, conv_wgrad
 from resnet_fused.kernels.batch_norm import batch_norm_apply
-from resnet_fused.kernels.conv_pool import POOL
+from resnet_fused.kernels.conv_pool import POOL, pooled_size
 from resnet_fused.kernels.epilogue import Norm, Residual
 from resnet_fused.kernels.launch import Call, TileConfig, dry_run, observe
 from resnet_fused.kernels.norm_backward import batch_norm_reduce
+from resnet_fused.kernels.norm_pool import Peaks, batch_norm_pool
 from resnet_fused.plan import roofline
 from resnet_fused.plan.problem import Problem, Tiles, Way
 from resnet_fused.plan.tuned import legal
@@ -119,6 +120,10 @@ def rehearse(problem: Problem, candidate: Candidate) -> tuple[list[Call], list[L
     return calls, seen.launches
 
 
+def _channels_last(t: Tensor) -> Tensor:
+    return t.contiguous(memory_format=torch.channels_last)
+
+
 class Trial:
     """Random tensors for ``problem`` on ``device``, which may be meta. No input of a ReLU among them lies near zero."""
 
@@ -130,10 +135,10 @@ class Trial:
             return torch.randn(shape, generator=generator, device=device)
 
         def activation(*shape: int) -> Tensor:
-            return normal(*shape).to(p.dtype).contiguous(memory_format=torch.channels_last)
+            return _channels_last(normal(*shape).to(p.dtype))
 
         x = normal(p.n, p.ci, p.h, p.w)
-        self.x = (x + 0.1 * x.sign()).to(p.dtype).contiguous(memory_format=torch.channels_last)
+        self.x = _channels_last((x + 0.1 * x.sign()).to(p.dtype))
         self.w = activation(p.co, p.ci // p.groups, p.r, p.s) * (p.ci // p.groups * p.r * p.s) ** -0.5
         self.gamma, self.beta = normal(p.co).abs() + 0.5, normal(p.co)
         self.mean, self.var = normal(p.co), normal(p.co).abs() + 0.5
@@ -144,12 +149,14 @@ class Trial:
             zero, one = torch.zeros_like(scale), torch.ones_like(scale)
             self.x_stats = torch.stack([zero, one, scale, zero, one / p.m])
         if p.direction == "training":
-            self.g = activation(p.n, p.co, p.p, p.q)
+            self.g = activation(p.n, p.co, *((pooled_size(p.p), pooled_size(p.q)) if p.pooled else (p.p, p.q)))
             with deterministic():
-                self.y = F.conv2d(self.input(p.dtype), self.w, None, *p.geometry)
-            self.y = self.y.contiguous(memory_format=torch.channels_last)
+                self.y = _channels_last(F.conv2d(self.input(p.dtype), self.w, None, *p.geometry))
             self.stats = self.statistics(self.y.double()).float()
-            self.sums = reference.batch_norm_sums(self.g.double(), self.y.double(), self.stats.double()).float()
+            if p.pooled:
+                _, peak, place = map(_channels_last, reference.batch_norm_pool(self.y.double(), self.stats.double()))
+                self.peaks = Peaks(peak.to(p.dtype), place)
+            self.sums = reference.batch_norm_sums(self.passed(), self.y.double(), self.stats.double()).float()
 
     def input(self, dtype: torch.dtype) -> Tensor:
         """What is convolved."""
@@ -157,7 +164,15 @@ class Trial:
             return self.x.to(dtype)
         work = torch.promote_types(dtype, torch.float32)
         a = reference.scale_shift_relu(self.x.to(work), self.x_stats[2].to(work), self.x_stats[3].to(work))
-        return a.to(dtype).contiguous(memory_format=torch.channels_last)
+        return _channels_last(a.to(dtype))
+
+    def passed(self) -> Tensor:
+        """The gradient of batch norm's output, in fp64: ``g`` itself, or what a pool and a ReLU make of it."""
+        if not self.problem.pooled:
+            return self.g.double()
+        g = reference.max_pool_gradient(self.g.double(), self.peaks.place, (self.problem.p, self.problem.q))
+        z = reference.batch_norm_apply(self.y.double(), self.stats.double())
+        return torch.where(z > 0, g, 0.0)
 
     def statistics(self, y: Tensor) -> Tensor:
         mean, var = y.mean((0, 2, 3)), y.var((0, 2, 3), unbiased=False)
@@ -189,7 +204,12 @@ class Trial:
         unit = UnitBackward(
             conv, self.w, self.w.stride(), None, self.y, self.stats, frozen=False, group="", needs=needs
         )
-        wanted = Wanted(x=True, shortcut=False, weight_dtype=self.w.dtype, norm_dtype=torch.float32)
+        wanted = Wanted(x=not self.problem.pooled, shortcut=False, weight_dtype=self.w.dtype, norm_dtype=torch.float32)
+        if self.problem.pooled:
+            z, _ = batch_norm_pool(y, stats)
+            backward.pooled_unit_backward(unit, self.g, self.peaks, self.x, wanted)
+            assert unit.gradients.w is not None
+            return {"y": y, "scale": stats[2], "shift": stats[3], "z": z, "dw": unit.gradients.w}
         dx, _ = backward.unit_backward(unit, self.g, self.sums[:, None], self.x, self.x_stats, wanted)
         assert dx is not None and unit.gradients.w is not None
         return {"y": y, "scale": stats[2], "shift": stats[3], "dx": dx, "dw": unit.gradients.w}
@@ -204,13 +224,19 @@ class Trial:
         """With the passes that cutting a fused chain in front of the unit takes."""
         x = self.x if self.x_stats is None else batch_norm_apply(self.x, self.x_stats)
         x, w, gamma, beta = (t.detach().requires_grad_() for t in (x, self.w, self.gamma, self.beta))
+        if self.problem.pooled:
+            x = x.detach()
         with torch.enable_grad():
             y = F.conv2d(x, w, None, *self.problem.geometry)
-            F.relu(F.batch_norm(y, None, None, gamma, beta, training=True, eps=EPS)).backward(self.g)
+            z = F.relu(F.batch_norm(y, None, None, gamma, beta, training=True, eps=EPS))
+            (F.max_pool2d(z, *POOL) if self.problem.pooled else z).backward(self.g)
+        if self.problem.pooled:
+            assert w.grad is not None
+            return {"dw": w.grad}
         dx = x.grad
         assert dx is not None
         if self.x_stats is not None:
-            dx = dx.contiguous(memory_format=torch.channels_last)
+            dx = _channels_last(dx)
             dx, _ = batch_norm_reduce(dx, self.x, self.x_stats, mask=True, out=dx)
         return {"dx": dx}
 
@@ -233,9 +259,12 @@ class Trial:
             return {"z": (F.max_pool2d(z, *POOL) if p.pooled else z).to(dtype)}
         work = torch.promote_types(dtype, torch.float32)
         stats, coefs = self.statistics(y.to(work)), reference.batch_norm_coefs(self.sums.to(work), self.stats.to(work))
-        dy = reference.batch_norm_gradient(self.g.to(work), self.y.to(work), coefs).to(dtype)
+        dy = reference.batch_norm_gradient(self.passed().to(work), self.y.to(work), coefs).to(dtype)
+        dw = reference.conv_wgrad(dy, a, (p.co, p.ci // p.groups, p.r, p.s), p.geometry)
+        if p.pooled:
+            z, _, _ = reference.batch_norm_pool(y.to(work), stats)
+            return {"y": y, "scale": stats[2], "shift": stats[3], "z": z.to(dtype), "dw": dw}
         dx = reference.conv_dgrad(dy, self.w.to(dtype), (p.h, p.w), p.geometry)
         if self.x_stats is not None:
             dx = torch.where(a > 0, dx, 0.0)
-        dw = reference.conv_wgrad(dy, a, (p.co, p.ci // p.groups, p.r, p.s), p.geometry)
         return {"y": y, "scale": stats[2], "shift": stats[3], "dx": dx, "dw": dw}

@@ -29,7 +29,8 @@ class ChainSpec:
     """What is constant about a chain; the projection's unit, if there is one, stands last in ``units``.
 
     ``kind`` of the shortcut: none, identity, padded (every ``step``-th pixel, ``before`` zero channels in front) or
-    projection. ``keep_last_y``, ``keep_projection_y``: save the raw output of the branch's last convolution, of the
+    projection. ``pooled``: a max pool, 3x3/2 with padding 1, stands behind the last ReLU, and there is no shortcut.
+    ``keep_last_y``, ``keep_projection_y``: save the raw output of the branch's last convolution, of the
     projection, for the backward, rather than compute it again there.
     """
 
@@ -41,6 +42,7 @@ class ChainSpec:
     dtype: torch.dtype
     keep_last_y: bool
     keep_projection_y: bool
+    pooled: bool = False
 
 
 TENSORS_PER_UNIT = 7
@@ -48,12 +50,12 @@ TENSORS_PER_UNIT = 7
 
 
 class ResidualFunction(torch.autograd.Function):
-    """``relu(units(x) + shortcut(x))``, each unit a convolution and batch norm, with a ReLU between units.
+    """``relu(units(x) + shortcut(x))``, each unit a convolution and batch norm, with a ReLU between units; or pooled.
 
     ``apply(spec, x, shortcut, *tensors)``: ``x`` and the ``shortcut``'s input (None: x itself) are channels_last;
     ``tensors`` are TENSORS_PER_UNIT for each unit of ``spec``, None where there is none; filters may lie in memory as
     they like, and so do their gradients. Saved for the backward are the convolutions' raw outputs, the block's output
-    and vectors. First derivatives only.
+    (in place of that, the peaks of a pool) and vectors. First derivatives only.
     """
 
     @staticmethod
@@ -80,20 +82,7 @@ class ResidualFunction(torch.autograd.Function):
             )
             ys.append(y)
             stats.append(s)
-        residual = None if spec.kind == "none" else source
-        residual_stats: Tensor | None = None
-        if spec.kind == "projection":
-            residual, residual_stats = ys[-1], stats[-1]
-        z = ops.join_forward(
-            ys[branch - 1],
-            stats[branch - 1],
-            residual,
-            residual_stats,
-            spec.step,
-            spec.before,
-            spec.relu,
-            spec.dtype,
-        )
+        z, *peaks = _joined(spec, ys, stats, source)
         keep = [True] * (branch - 1) + [spec.keep_last_y, spec.keep_projection_y]
         kept = [y if k else None for y, k in zip(ys, keep, strict=False)]
         biases = [unit[1] for unit in units]
@@ -103,7 +92,8 @@ class ResidualFunction(torch.autograd.Function):
         ]
         watched += [unit[2] for unit in units]
         watched += [t for unit, norm in zip(units, spec.units, strict=True) if not norm.batch_stats for t in unit[4:6]]
-        ctx.save_for_backward(x, shortcut, z if spec.relu else None, *weights, *biases, *kept, *stats, *watched)
+        mask = z if spec.relu and not spec.pooled else None
+        ctx.save_for_backward(x, shortcut, mask, *peaks, *weights, *biases, *kept, *stats, *watched)
         norms = [t.dtype for unit in units for t in unit[2:4] if t is not None]  # all the same, as are the filters'
         ctx.spec, ctx.dtypes = spec, (filters[0].dtype, norms[0] if norms else x.dtype)
         ctx.weight_strides = [step for w in filters for step in _gradient_stride(w)]
@@ -117,7 +107,7 @@ class ResidualFunction(torch.autograd.Function):
                 "run the forward under resnet_fused.implementation('eager')"
             )
         spec, n = ctx.spec, len(ctx.spec.units)
-        x, shortcut, z, *saved = ctx.saved_tensors
+        x, shortcut, z, peak, place, *saved = ctx.saved_tensors
         weights, biases, ys, stats = (saved[i * n : i * n + n] for i in range(4))  # the rest is watched alone
         needs = [*ctx.needs_input_grad[1:3]]
         for i in range(n):
@@ -128,6 +118,8 @@ class ResidualFunction(torch.autograd.Function):
                 z,
                 x,
                 shortcut,
+                peak,
+                place,
                 weights,
                 biases,
                 ys,
@@ -146,6 +138,19 @@ class ResidualFunction(torch.autograd.Function):
         gradients = [next(found) if need else None for need in needs]
         per_unit = [[*gradients[i : i + 4], None, None, None] for i in range(2, len(gradients), 4)]
         return None, *gradients[:2], *(gradient for unit in per_unit for gradient in unit)
+
+
+def _joined(
+    spec: ChainSpec, ys: list[Tensor], stats: list[Tensor], source: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The chain's output, and the peaks of its pool; ``source``: what the shortcut reads."""
+    if spec.pooled:
+        return cast(tuple[Tensor, Tensor, Tensor], ops.pool_forward(ys[-1], stats[-1]))
+    last, residual, residual_stats = -1, None if spec.kind == "none" else source, None
+    if spec.kind == "projection":
+        last, residual, residual_stats = -2, ys[-1], stats[-1]
+    z = ops.join_forward(ys[last], stats[last], residual, residual_stats, spec.step, spec.before, spec.relu, spec.dtype)
+    return z, None, None
 
 
 def laid_out(w: Tensor, dtype: torch.dtype) -> Tensor:

@@ -16,16 +16,27 @@ from resnet_fused.kernels.conv_dgrad import conv_dgrad
 from resnet_fused.kernels.conv_wgrad import conv_wgrad
 from resnet_fused.kernels.epilogue import Residual
 from resnet_fused.kernels.memory import Layout
-from resnet_fused.kernels.norm_backward import batch_norm_backward, batch_norm_coefs, batch_norm_reduce, merge_sums
+from resnet_fused.kernels.norm_backward import (
+    batch_norm_backward,
+    batch_norm_coefs,
+    batch_norm_reduce,
+    batch_norm_sums,
+    merge_sums,
+)
+from resnet_fused.kernels.norm_pool import Peaks, batch_norm_pool_backward
 from resnet_fused.plan.decide import tf32
 
 
 class Join(NamedTuple):
-    """How a chain ends. ``kind`` of the shortcut: none, identity, padded (PaddedIdentity) or projection."""
+    """How a chain ends. ``kind`` of the shortcut: none, identity, padded (PaddedIdentity) or projection.
+
+    ``peaks``: those of a max pool behind it; then there is no shortcut.
+    """
 
     kind: str
     step: int
     before: int
+    peaks: Peaks | None = None
 
 
 class Needs(NamedTuple):
@@ -121,9 +132,11 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of x and of the shortcut's own input; those of the parameters go to each unit.
 
-    ``z``: the output, None if no ReLU stands in front of it. ``shortcut``: what the shortcut reads, None for x.
-    Formulas: :func:`resnet_fused.engine.reference.batch_norm_coefs` and its neighbours.
+    ``z``: the output, None if no ReLU stands in front of it, or a pool behind that. ``shortcut``: what the shortcut
+    reads, None for x. Formulas: :func:`resnet_fused.engine.reference.batch_norm_coefs` and its neighbours.
     """
+    if join.peaks is not None:
+        return _branch_backward(_pool_backward(units[-1], dz, join.peaks, wanted), x, units, None, wanted), None
     source = x if shortcut is None else shortcut
     needs_source = wanted.x if shortcut is None else wanted.shortcut
     g, dy, dy_p = _join_backward(dz, z, x, source, units, projection, join.kind != "none" and needs_source, wanted)
@@ -194,6 +207,19 @@ def unit_backward(
     """
     dy = _incoming(unit, g, _norm_backward(unit, sums[0], sums[1], wanted), overwrite=False)
     return _conv_backward(unit, dy, source, stats, wanted.x, wanted)
+
+
+def pooled_unit_backward(unit: UnitBackward, dz: Tensor, peaks: Peaks, source: Tensor, wanted: Wanted) -> None:
+    """The gradients of the parameters of one unit, a ReLU and a max pool behind it, from that of the pool's output."""
+    _conv_backward(unit, _pool_backward(unit, dz, peaks, wanted), source, None, False, wanted)
+
+
+def _pool_backward(unit: UnitBackward, dz: Tensor, peaks: Peaks, wanted: Wanted) -> Incoming:
+    """The gradient of the output of a unit's convolution from that of the pool behind the unit and its ReLU."""
+    sums = batch_norm_sums(dz, peaks.y, unit.stats)
+    coefs = _norm_backward(unit, sums[0], sums[1], wanted)
+    assert unit.y is not None
+    return Incoming(batch_norm_pool_backward(dz, peaks.place, unit.y, unit.stats, coefs, frozen=unit.frozen))
 
 
 def _input(units: Sequence[UnitBackward], i: int, x: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -39,10 +39,7 @@ TRACED = "torch.fx traces it"
 COMPILED = "a compiler sees its own forward"
 
 
-POOL_IN_TRAINING = "a pool is fused in inference alone"
-
-
-_EXPECTED = (FORCED, NO_GPU, TRACED, COMPILED, POOL_IN_TRAINING)
+_EXPECTED = (FORCED, NO_GPU, TRACED, COMPILED)
 
 
 def why_not_here(x: Tensor, request: Request | None = None) -> str | None:

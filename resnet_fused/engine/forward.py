@@ -61,16 +61,18 @@ CODE_LENGTH = 8 + len(Tiles().encode())
 
 
 _UNDECIDED = 2
-"""From here on, the number that tells who convolves stands for a request, which the operator itself follows."""
+"""From here on, the number that tells who convolves stands for a request, which the operator itself follows.
+
+Those of units with a pool behind them come after all others."""
 
 
 Choice = tuple[Way | Literal["undecided"], tuple[int, ...]]
 """Who computes a unit, if that is not left to the operators, and the ``convolution`` argument of the operators."""
 
 
-def undecided(geometry: Geometry, request: Request) -> tuple[int, ...]:
+def undecided(geometry: Geometry, request: Request, pooled: bool = False) -> tuple[int, ...]:
     """The ``convolution`` argument that leaves the choice to the operator: for a compiler, whose sizes are symbols."""
-    return _encode(geometry, _UNDECIDED + REQUESTS.index(request), Tiles())
+    return _encode(geometry, _UNDECIDED + REQUESTS.index(request) + pooled * len(REQUESTS), Tiles())
 
 
 def decided(code: Sequence[int], x: Tensor, w: Tensor, direction: str, **options: bool) -> Convolution:
@@ -81,8 +83,10 @@ def decided(code: Sequence[int], x: Tensor, w: Tensor, direction: str, **options
     conv = Convolution.decode(code)
     if code[7] < _UNDECIDED:
         return conv
-    request = REQUESTS[code[7] - _UNDECIDED]
-    _, chosen = choose(tuple(x.shape), w.shape, conv.geometry, w.dtype, direction, x.device, request, **options)
+    pooled, asked = divmod(code[7] - _UNDECIDED, len(REQUESTS))
+    options["pooled"] = pooled == 1
+    shape, request = tuple(x.shape), REQUESTS[asked]
+    _, chosen = choose(shape, w.shape, conv.geometry, w.dtype, direction, x.device, request, **options)
     return Convolution.decode(chosen)
 
 

@@ -15,6 +15,7 @@ from resnet_fused.kernels.conv import output_size
 from resnet_fused.kernels.conv_pool import pooled_size
 from resnet_fused.kernels.epilogue import Norm, Residual
 from resnet_fused.kernels.launch import dry_target
+from resnet_fused.kernels.norm_pool import Peaks, batch_norm_pool
 
 _library = torch.library.Library("resnet_fused", "DEF")
 _library.define(
@@ -35,10 +36,12 @@ _library.define(
     "join_forward(Tensor y, Tensor stats, Tensor? residual, Tensor? residual_stats, int step, int before, bool relu, "
     "ScalarType out_dtype) -> Tensor"
 )
+_library.define("pool_forward(Tensor y, Tensor stats) -> (Tensor, Tensor, Tensor)")
 _library.define(
-    "residual_backward(Tensor dz, Tensor? z, Tensor x, Tensor? shortcut, Tensor[] weights, Tensor?[] biases, "
-    "Tensor?[] ys, Tensor[] stats, int[] convolutions, int[] weight_strides, bool[] frozen, str[] groups, str kind, "
-    "int step, int before, bool[] needs, ScalarType weight_dtype, ScalarType norm_dtype) -> Tensor[]"
+    "residual_backward(Tensor dz, Tensor? z, Tensor x, Tensor? shortcut, Tensor? peak, Tensor? place, "
+    "Tensor[] weights, Tensor?[] biases, Tensor?[] ys, Tensor[] stats, int[] convolutions, int[] weight_strides, "
+    "bool[] frozen, str[] groups, str kind, int step, int before, bool[] needs, ScalarType weight_dtype, "
+    "ScalarType norm_dtype) -> Tensor[]"
 )
 
 
@@ -83,7 +86,7 @@ def _conv_bn_act_pool(
     eps: float,
     convolution: list[int],
 ) -> Tensor:
-    conv = forward.decided(convolution, x, w, "inference", pooled=True)
+    conv = forward.decided(convolution, x, w, "inference")
     with torch.cuda.device_of(x):
         return forward.inference_pooled(x, w, bias, Norm(mean, var, gamma, beta, eps), conv)
 
@@ -153,11 +156,29 @@ def _join_forward_fake(y: Tensor, *arguments: Any) -> Tensor:
     return torch.empty_like(y, dtype=arguments[6], memory_format=torch.channels_last)
 
 
+def _pool_forward(y: Tensor, stats: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.cuda.device_of(y):
+        z, peaks = batch_norm_pool(y, stats)
+    return z, *peaks
+
+
+def _pool_forward_fake(y: Tensor, stats: Tensor) -> tuple[Tensor, ...]:
+    if dry_target() is not None:
+        return _pool_forward(y, stats)
+    n, c, p, q = y.shape
+    z = torch.empty(
+        (n, c, pooled_size(p), pooled_size(q)), dtype=y.dtype, device=y.device, memory_format=torch.channels_last
+    )
+    return z, torch.empty_like(z), torch.empty_like(z, dtype=torch.int8)
+
+
 def _residual_backward(
     dz: Tensor,
     z: Tensor | None,
     x: Tensor,
     shortcut: Tensor | None,
+    peak: Tensor | None,
+    place: Tensor | None,
     weights: list[Tensor],
     biases: list[Tensor | None],
     ys: list[Tensor | None],
@@ -191,8 +212,10 @@ def _residual_backward(
         )
     branch, last = (units[:-1], units[-1]) if kind == "projection" else (units, None)
     wanted = backward.Wanted(needs[0], needs[1], weight_dtype, norm_dtype)
+    peaks = None if peak is None or place is None else Peaks(_restored(peak), _restored(place))
+    join = backward.Join(kind, step, before, peaks)
     with torch.cuda.device_of(x):
-        dx, d_shortcut = backward.backward(dz, z, x, shortcut, branch, last, backward.Join(kind, step, before), wanted)
+        dx, d_shortcut = backward.backward(dz, z, x, shortcut, branch, last, join, wanted)
     found = [dx, d_shortcut]
     for unit in units:
         found += [unit.gradients.w, unit.gradients.bias, unit.gradients.gamma, unit.gradients.beta]
@@ -215,7 +238,7 @@ def _restored(x: T) -> T:
 def _residual_backward_fake(dz: Tensor, z: Tensor | None, x: Tensor, shortcut: Tensor | None, *arguments: Any) -> Any:
     if dry_target() is not None:
         return _residual_backward(dz, z, x, shortcut, *arguments)
-    weights, strides, needs, weight_dtype, norm_dtype = arguments[0], arguments[5], *arguments[11:14]
+    weights, strides, needs, weight_dtype, norm_dtype = arguments[2], arguments[7], *arguments[13:16]
     found = [None if t is None else torch.empty_like(t, memory_format=torch.channels_last) for t in (x, shortcut)]
     for i, w in enumerate(weights):
         found.append(torch.empty_strided(w.shape, strides[4 * i : 4 * i + 4], dtype=weight_dtype, device=w.device))
@@ -286,6 +309,7 @@ def _is_watched(arguments: tuple[Any, ...]) -> bool:
 conv_bn_act = _register("conv_bn_act", _conv_bn_act, _conv_bn_act_fake)
 conv_bn_act_pool = _register("conv_bn_act_pool", _conv_bn_act_pool, _conv_bn_act_pool_fake)
 unit_forward = _register("unit_forward", _unit_forward, _unit_forward_fake)
+pool_forward = _register("pool_forward", _pool_forward, _pool_forward_fake)
 join_forward = _register("join_forward", _join_forward, _join_forward_fake)
 _call_residual_backward = _register("residual_backward", _residual_backward, _residual_backward_fake)
 torch.library.register_vmap("resnet_fused::residual_backward", _residual_backward_batched, lib=_library)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import grad as conv_grad
 
 from resnet_fused.kernels.conv import Geometry
+from resnet_fused.kernels.conv_pool import POOL
 from resnet_fused.kernels.epilogue import Residual
 
 
@@ -102,6 +103,25 @@ def batch_norm_apply(
     if residual is not None:
         z = z + residual
     return torch.relu(z) if relu else z
+
+
+def batch_norm_pool(y: Tensor, stats: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``max_pool(relu(scale*y + shift))`` of ``y`` [N, C, P, Q], the pool 3x3/2 with padding 1, and its peaks.
+
+    These are, of each window, the ``y`` where it has its largest value, and the place of that: 3*row + column, int8.
+    """
+    z, index = F.max_pool2d(batch_norm_apply(y, stats), *POOL, return_indices=True)
+    row, column = (torch.arange(size, device=y.device) for size in z.shape[2:])
+    place = 3 * (index // y.shape[3] - 2 * row[:, None] + 1) + index % y.shape[3] - 2 * column + 1
+    return z, y.flatten(2).gather(2, index.flatten(2)).view_as(z), place.to(torch.int8)
+
+
+def max_pool_gradient(dz: Tensor, place: Tensor, size: tuple[int, int]) -> Tensor:
+    """The gradient of what a pool 3x3/2 with padding 1 read, [N, C, *size]; ``place``: see :func:`batch_norm_pool`."""
+    row, column = (torch.arange(size, device=dz.device) for size in dz.shape[2:])
+    index = (2 * row[:, None] - 1 + place.long() // 3) * size[1] + 2 * column - 1 + place % 3
+    g = dz.new_zeros(*dz.shape[:2], size[0] * size[1])
+    return g.scatter_add(2, index.flatten(2), dz.flatten(2)).unflatten(2, size)
 
 
 def batch_norm_sums(g: Tensor, y: Tensor, stats: Tensor) -> Tensor:

@@ -121,7 +121,7 @@ def _why(problem: Problem, best: Way, fastest: Way, tiles: Tiles, constants: Con
     but = "" if best == fastest else f" but {fastest}, which would keep the host longer"
     reason = f"predicted fastest{but}; longest: {slowest.kernel}, bound by {slowest.bound}"
     if best == "fused":
-        if problem.pooled:
+        if problem.pooled and problem.direction != "training":
             why = conv_pool.why_not(problem)
             return f"{reason}; the image is packed first" if why is None else f"{reason}; the pool stays apart: {why}"
         return "; ".join(filter(None, (reason, *_roads(problem, tiles), _spread(problem, tiles))))

@@ -42,8 +42,9 @@ class Problem(ConvProblem):
     ``direction``: "inference" (fixed statistics, no gradient); "frozen": that of a unit whose weights never change, so
     that batch norm may be folded into them; or "training": the forward and both gradients.
     ``prologue``: in training, the input is the raw output of the unit before, which is normalised on the way in.
-    ``residual``: in inference, one is added. ``pooled``: in inference, a ReLU and a 3x3/2 max pool with padding 1
-    follow. ``gpu``: its name as PyTorch gives it, or "" for any of that architecture.
+    ``residual``: in inference, one is added. ``pooled``: a ReLU and a 3x3/2 max pool with padding 1 follow, as in a
+    network's stem, and nobody wants the gradient of the input. ``gpu``: its name as PyTorch gives it, or "" for any of
+    that architecture.
     """
 
     direction: str

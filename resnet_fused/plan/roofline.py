@@ -30,7 +30,8 @@ CUDNN_GROUP_WIDTH = 32
 # the machine code of the default tiles (of boxes: 128x128) for 256 channels and many pixels in bf16 (Triton 3.8.0; the
 # tests' ledger holds them, python -m tests.kernels.ledger counts anew). At 1, issuing alone takes as long as the
 # product. The filter's gradient has both prologues; the input's has one where the filter is 1x1. Flat: of a network's
-# first layer, 7x7/2 3->64, whose channels are so few that a chunk of K runs across taps; one figure.
+# first layer, 7x7/2 3->64, whose channels are so few that a chunk of K runs across taps; one figure. With a pool behind
+# it, the gradient of its output is stored, and the filter's has no prologue.
 ISSUE_SLOTS: dict[str, dict[int, tuple[float, ...]]] = {
     "conv_forward": {
         **{80: (0.253, 0.326), 86: (0.161, 0.195), 89: (0.081, 0.098)},
@@ -52,6 +53,9 @@ ISSUE_SLOTS: dict[str, dict[int, tuple[float, ...]]] = {
     "dgrad_box": {90: (0.11,), 100: (0.227,), 120: (0.054,)},
     "conv_forward, flat": {80: (2.203,), 86: (1.102,), 89: (0.551,), 90: (4.188,), 100: (7.594,), 120: (0.543,)},
     "conv_wgrad, flat": {80: (3.609,), 86: (2.105,), 89: (1.053,), 90: (8.234,), 100: (17.531,), 120: (1.02,)},
+    "conv_wgrad, flat, no prologue": {
+        **{80: (2.531,), 86: (1.641,), 89: (0.82,), 90: (6.156,), 100: (15.75,), 120: (0.777,)},
+    },
 }
 
 # The same of the whole of conv_pool, whose loop is short and unrolled, for 64 channels: all its instructions over the
@@ -95,7 +99,7 @@ class _Work:
 class _Sizes:
     """Bytes of a unit's tensors: the input, as far as the filter meets it, and whole; the output; the filter.
 
-    ``pooled``: the output behind a pool.
+    ``pooled``: the output behind a pool; ``places``: where each of its values came from.
     """
 
     met: int
@@ -103,6 +107,7 @@ class _Sizes:
     y: int
     w: int
     pooled: int
+    places: int
 
 
 def predict(
@@ -120,7 +125,7 @@ def predict(
 
 def choices(problem: Problem) -> list[Tiles]:
     """Those that a fused unit's forward has: the kernel's own, boxes, and in inference sums that are split."""
-    if problem.pooled and conv_pool.why_not(problem) is None:
+    if _in_one(problem):
         return [Tiles()]
     split = () if problem.direction == "training" else conv_forward.split_tiles(problem)
     return [Tiles(), *(Tiles(forward=tile) for tile in (*conv_box.tiles(problem), *split))]
@@ -168,13 +173,15 @@ def compulsory(problem: Problem, *, leaf: bool = False) -> int:
     """Bytes of device memory that no implementation of the unit avoids; ``leaf``: see :func:`predict`.
 
     Forward, what is read and the output, once each; in training then the output and its gradient, the input and the
-    filter's gradient, and but for a ``leaf`` the filter and the input's gradient.
+    filter's gradient, and but for a ``leaf`` or a stem the filter and the input's gradient.
     """
     model = _Model(problem, Tiles(), ASSUMED)
     b = model.sizes
     forward = b.met + b.w + (b.pooled if problem.pooled else b.y) + model.residual
     if problem.direction != "training":
         return forward
+    if problem.pooled:
+        return forward + 2 * b.pooled + b.met + b.w
     return forward + 2 * b.y + b.met + b.w + (0 if leaf else b.x + b.w)
 
 
@@ -202,11 +209,17 @@ def correction(launches: int, flops: int, size: int, beside: Problem, constants:
     return launches * constants.launch_seconds + flops / (model.peak * constants.cudnn_of_peak) + size / model.bandwidth
 
 
+def _in_one(problem: Problem) -> bool:
+    """Whether one kernel convolves and pools, if the unit is fused."""
+    return problem.pooled and problem.direction != "training" and conv_pool.why_not(problem) is None
+
+
 class _Model:
     def __init__(self, problem: Problem, tiles: Tiles, constants: Constants, leaf: bool = False) -> None:
         self.problem, self.tiles, self.constants, self.leaf = problem, tiles, constants, leaf
         self.gpu = gpu_of(problem.arch, problem.gpu)
         e = problem.dtype.itemsize
+        places = problem.n * conv_pool.pooled_size(problem.p) * conv_pool.pooled_size(problem.q) * problem.co
         depth = problem.r * problem.s * problem.ci // problem.groups
         self.flops = 2 * problem.m * problem.co * depth
         self.sizes = _Sizes(
@@ -214,13 +227,14 @@ class _Model:
             x=problem.n * problem.h * problem.w * problem.ci * e,
             y=problem.m * problem.co * e,
             w=problem.co * depth * e,
-            pooled=problem.n * conv_pool.pooled_size(problem.p) * conv_pool.pooled_size(problem.q) * problem.co * e,
+            pooled=places * e,
+            places=places,
         )
         self.residual = self.sizes.y if problem.residual else 0
 
     def fused(self) -> list[PredictedLaunch]:
         p, b = self.problem, self.sizes
-        if p.pooled and conv_pool.why_not(p) is None:
+        if _in_one(p):
             return self.pooled()
         forward = self.forward()
         if p.direction != "training":
@@ -228,14 +242,25 @@ class _Model:
         wide = p.r * p.s > 1  # then the filter's gradient keeps dy for the input's
         splits = self.wgrad_config.splits
         parts = 4 * splits * b.w // p.dtype.itemsize if splits > 1 else 0  # in fp32
-        wgrad = 2 * b.y + b.met + (parts or b.w) + (b.y if wide and not self.leaf else 0)
-        return [
-            *forward,
-            self.vectors("batch_norm_stats"),
-            self.vectors("batch_norm_coefs"),
-            self.triton("conv_wgrad, flat" if p.flat else "conv_wgrad", self.wgrad_work(), wgrad),
+        dy = b.y if p.pooled else 3 * b.y if wide and not self.leaf else 2 * b.y
+        wgrad = [
+            self.triton(self.wgrad_kernel, self.wgrad_work(), dy + b.met + (parts or b.w)),
             *([self.call("sum_splits", 0, parts + b.w)] if parts else []),
-            *([] if self.leaf else [self.dgrad()]),
+        ]
+        if p.pooled:
+            return [*forward, *self.pooled_training(), *wgrad]
+        vectors = self.vectors("batch_norm_stats"), self.vectors("batch_norm_coefs")
+        return [*forward, *vectors, *wgrad, *([] if self.leaf else [self.dgrad()])]
+
+    def pooled_training(self) -> list[PredictedLaunch]:
+        """All but the convolution and its gradient."""
+        b = self.sizes
+        return [
+            self.vectors("batch_norm_stats"),
+            self.call("batch_norm_pool", 0, b.y + 2 * b.pooled + b.places),
+            self.call("batch_norm_reduce", 0, 2 * b.pooled),
+            self.vectors("batch_norm_coefs"),
+            self.call("batch_norm_pool_backward", 0, 2 * b.y + b.pooled + b.places),
         ]
 
     @property
@@ -266,8 +291,13 @@ class _Model:
 
     def pool(self) -> list[PredictedLaunch]:
         """PyTorch's, which stores where it found the largest values as integers of 8 bytes."""
-        size = self.sizes.pooled + self.sizes.pooled // self.problem.dtype.itemsize * 8
+        size = self.sizes.pooled + self.sizes.places * 8
         return [self.call("aten.max_pool2d_with_indices", 0, self.sizes.y + size)] if self.problem.pooled else []
+
+    def pool_backward(self) -> list[PredictedLaunch]:
+        """Its gradient, for which PyTorch reads all that it has."""
+        size = self.sizes.pooled + self.sizes.places * 8 + 2 * self.sizes.y
+        return [self.call("aten.max_pool2d_with_indices_backward", 0, size)] if self.problem.pooled else []
 
     @property
     def forward_kernel(self) -> str:
@@ -277,6 +307,13 @@ class _Model:
         if self.problem.flat:
             return "conv_forward, flat"
         return "conv_forward, prologue" if self.problem.prologue else "conv_forward"
+
+    @property
+    def wgrad_kernel(self) -> str:
+        """Which of :data:`ISSUE_SLOTS`."""
+        if not self.problem.flat:
+            return "conv_wgrad"
+        return "conv_wgrad, flat, no prologue" if self.problem.pooled else "conv_wgrad, flat"
 
     def forward(self) -> list[PredictedLaunch]:
         b, work = self.sizes, self.forward_work()
@@ -299,6 +336,9 @@ class _Model:
         p, b = self.problem, self.sizes
         if p.direction != "training":
             return [self.convolution(), self.call("batch_norm_apply", 0, 2 * b.y + self.residual), *self.pool()]
+        if p.pooled:
+            moments = self.call("channel_moments", 0, b.y)
+            return [self.convolution(), moments, *self.pooled_training(), self.convolution_backward()]
         apply = [self.call("batch_norm_apply", 0, 2 * b.x)] if p.prologue else []
         return [
             *apply,
@@ -324,6 +364,8 @@ class _Model:
             self.convolution(),
             self.call("aten._native_batch_norm_legit", 0, 2 * b.y),
             self.call("aten.relu_", 0, 2 * b.y),
+            *self.pool(),
+            *self.pool_backward(),
             self.call("aten.threshold_backward", 0, 3 * b.y),
             self.call("aten.native_batch_norm_backward", 0, 3 * b.y),
             self.convolution_backward(),
@@ -335,10 +377,10 @@ class _Model:
         return self.cudnn("aten.convolution", b.met + b.w + b.y)
 
     def convolution_backward(self) -> PredictedLaunch:
-        """One call of two kernels, the gradients of the filter and of the input; of a leaf, of one."""
+        """One call of two kernels, the gradients of the filter and of the input; of a leaf or a stem the first alone."""
         b, name = self.sizes, "aten.convolution_backward"
-        if self.leaf:
-            return self.cudnn(name, b.y + b.met + b.w)
+        if self.leaf or self.problem.pooled:
+            return self.cudnn(name, b.y + b.met + 2 * b.w)
         parts = [self.cudnn(name, size) for size in (b.y + b.met + b.w, b.y + b.w + b.x)]
         longest = max(parts, key=lambda part: part.seconds)
         size = b.y + b.met + b.x + 2 * b.w
@@ -367,14 +409,14 @@ class _Model:
 
     @property
     def wgrad_config(self) -> TileConfig:
-        return self.tiles.wgrad or conv_wgrad.default_config(replace(self.problem, prologue=True))
+        return self.tiles.wgrad or conv_wgrad.default_config(replace(self.problem, prologue=not self.problem.pooled))
 
     def wgrad_work(self) -> _Work:
         p = self.problem
         tile = self.wgrad_config
         depth = _up(_tiles(p.m, tile.splits), tile.block_k)
         programs = conv_wgrad.filter_tiles(p, tile) * tile.splits
-        return self.work(programs, tile, depth, tensors=2)
+        return self.work(programs, tile, depth, tensors=1 if p.pooled else 2)
 
     def work(self, programs: int, tile: TileConfig, depth: int, tensors: int = 1) -> _Work:
         """``tensors``: how many are loaded for the rows of the product (two behind a prologue of batch norm's)."""

@@ -248,7 +248,7 @@ def problem_in(fields: dict[str, Any]) -> Problem:
         or min(problem.p, problem.q) < 1
         or not all(type(flag) is bool for flag in (problem.tf32, problem.prologue, problem.residual, problem.pooled))
         or problem.direction not in DIRECTIONS
-        or (problem.pooled and (problem.residual or problem.direction == "training"))
+        or (problem.pooled and (problem.residual or problem.prologue))
         or not isinstance(problem.gpu, str)
     ):
         raise ValueError(f"{fields} is no problem")

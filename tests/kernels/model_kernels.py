@@ -157,15 +157,19 @@ def _first_layer(arch: int) -> Iterator[Kernel]:
         name = call.kernel.__name__.removesuffix("_kernel")
         if name in ("conv_forward", "conv_wgrad"):
             yield Kernel(arch, "bfloat16", call, modelled=(f"{name}, flat", 7))
+    for call in _step(arch, conv, x, nn.MaxPool2d(3, 2, 1)):
+        wgrad = call.kernel.__name__ == "conv_wgrad_kernel"
+        yield Kernel(arch, "bfloat16", call, modelled=("conv_wgrad, flat, no prologue", 7) if wgrad else None)
 
 
-def _step(arch: int, conv: nn.Conv2d, x: Tensor) -> list[Call]:
-    """What a training step of one unit launches."""
+def _step(arch: int, conv: nn.Conv2d, x: Tensor, pool: nn.MaxPool2d | None = None) -> list[Call]:
+    """What a training step of one unit launches, with the pool behind it if there is one."""
     with torch.device("meta"):
         conv, bn = conv.to(memory_format=torch.channels_last), nn.BatchNorm2d(conv.out_channels)
     calls: list[Call] = []
     with resnet_fused.implementation("triton"), dry_run(arch), observe(calls.append):
-        functional.conv_bn_act(x, conv, bn).sum().backward()
+        z = functional.conv_bn_act(x, conv, bn) if pool is None else functional.conv_bn_act_pool(x, conv, bn, pool)
+        z.sum().backward()
     return calls
 
 

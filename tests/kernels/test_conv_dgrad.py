@@ -60,9 +60,14 @@ def random_stats(channels: int) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def _poisoned(monkeypatch):
-    """Everything that a launcher allocates starts as NaN."""
+    """Everything that a launcher allocates starts as NaN, or as a number that is no place."""
     empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
+
+    def poisoned(*sizes, **options):
+        t = empty(*sizes, **options)
+        return t.fill_(float("nan") if t.is_floating_point() else 99)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -21,8 +21,15 @@ from resnet_fused.kernels.conv_forward import conv_forward, conv_forward_moments
 from resnet_fused.kernels.conv_wgrad import conv_wgrad
 from resnet_fused.kernels.epilogue import Moments, Norm, Residual
 from resnet_fused.kernels.launch import INTERPRETER, dry_run, dry_target, interpreting, observe, target_arch
-from resnet_fused.kernels.norm_backward import batch_norm_backward, batch_norm_coefs, batch_norm_reduce, merge_sums
-from tests.kernels.test_conv_forward import DEVICE, random
+from resnet_fused.kernels.norm_backward import (
+    batch_norm_backward,
+    batch_norm_coefs,
+    batch_norm_reduce,
+    batch_norm_sums,
+    merge_sums,
+)
+from resnet_fused.kernels.norm_pool import batch_norm_pool, batch_norm_pool_backward
+from tests.kernels.test_conv_forward import DEVICE, channels_last, random
 
 ROOT = Path(__file__).parents[2]
 
@@ -202,6 +209,7 @@ def launches() -> dict[str, tuple[Callable, dict[str, Tensor]]]:
     """Per launcher: a call of it, and its vectors by name."""
     c = 24
     x, w = (random(*shape) for shape in ((2, c, 3, 3), (c, c, 1, 1)))
+    pooled, place = random(2, c, 2, 2), channels_last(torch.zeros(2, c, 2, 2, dtype=torch.int8, device=DEVICE))
     vectors = {name: torch.rand(c, device=DEVICE) for name in ("mean", "var", "gamma", "beta")}
     stats = {name: torch.rand(5, c, device=DEVICE) for name in ("stats", "stats2")}
     coefs = {name: torch.rand(3, c, device=DEVICE) for name in ("coefs", "coefs2")}
@@ -260,6 +268,12 @@ def launches() -> dict[str, tuple[Callable, dict[str, Tensor]]]:
             lambda v: batch_norm_reduce(x, x, v["stats"], z=x, second=(x, v["second[1]"])),
             {"stats": stats["stats"], "second[1]": stats["stats2"]},
         ),
+        "batch_norm_sums": (lambda v: batch_norm_sums(x, x, v["stats"]), {"stats": stats["stats"]}),
+        "batch_norm_pool": (lambda v: batch_norm_pool(x, v["stats"]), {"stats": stats["stats"]}),
+        "batch_norm_pool_backward": (
+            lambda v: batch_norm_pool_backward(pooled, place, x, v["stats"], v["coefs"]),
+            {"stats": stats["stats"], "coefs": coefs["coefs"]},
+        ),
         "merge_sums": (lambda v: merge_sums(v["sums"]), {"sums": torch.rand(3, 4, c, device=DEVICE)}),
         "batch_norm_coefs": (
             lambda v: batch_norm_coefs(v["sum_g"], v["sum_gy"], v["stats"]), sums | {"stats": stats["stats"]}
@@ -277,6 +291,7 @@ LAUNCHES = {
     "conv_forward": 7, "conv_forward_moments": 3, "conv_dgrad": 2, "conv_wgrad": 2, "merge_moments": 2,
     "batch_norm_stats": 7, "batch_norm_stats, cumulative": 7, "batch_norm_stats of fixed ones": 4,
     "batch_norm_apply": 2, "batch_norm_apply of fixed ones": 4, "batch_norm_reduce": 2, "merge_sums": 1,
+    "batch_norm_sums": 1, "batch_norm_pool": 1, "batch_norm_pool_backward": 2,
     "batch_norm_coefs": 3, "batch_norm_backward": 2,
 }  # fmt: skip
 CHANGES = {
