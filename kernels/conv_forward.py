@@ -416,7 +416,8 @@ def _registers(problem: ConvProblem, block_m: int, block_n: int, block_k: int) -
         return 192 if problem.dtype == torch.float32 else 168
     if (block_m, block_n) == (128, 16) and problem.dtype == torch.float32 and problem.arch == 80:
         return 96
-    if problem.dtype != torch.float32 and problem.arch in (80, 86, 89) and (block_m, block_n, block_k) == (64, 64, 32):
+    small = (block_m, block_n, block_k) == (64, 64, 32) and not problem.flat
+    if small and problem.dtype != torch.float32 and problem.arch in (80, 86, 89):
         return 128
     if problem.arch in (86, 89) and (block_m, block_n, block_k) == (128, 64, 64):
         return 255  # as on sm_120
