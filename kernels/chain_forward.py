@@ -29,7 +29,7 @@ from .memory import (
     span,
     stride_of,
 )
-from .tile import Pixels, Tile, bound, dot, load_channels, relu, tap_mask
+from .tile import Pixels, Tile, bound, dot, load_channels, relu, settled, tap_mask
 
 
 class Link(NamedTuple):
@@ -105,19 +105,34 @@ def product_by_tap(x, w, row, mask_m, size, geometry, ci, offs_n, mask_n, form: 
     x_offs = (pixel * x.stride)[:, None] + offs_k[None, :]
     w_offs = (offs_n * w.stride)[None, :] + offs_k[:, None]
     acc = tl.zeros((row.shape[0], offs_n.shape[0]), tl.float32)
-    for step in range(0, bound(R * S * CHUNKS)):
-        tap = step // CHUNKS
-        channel = step % CHUNKS * BLOCK_K
-        moved = (tap // S * dilation[0] * size.W + tap % S * dilation[1]) * x.stride + channel
-        inside = ((taps >> tap) & 1 != 0)[:, None]
+    pitch = tl.full((), 1, row.dtype) * x.stride
+    tap_step = dilation[1] * pitch - (CHUNKS - 1) * BLOCK_K
+    row_step = tap_step + (size.W * dilation[0] - S * dilation[1]) * pitch
+    x_step = tl.full((), 0, row.dtype)
+    tap = tl.full((), 1, taps.dtype)
+    w_step = 0
+    chunk = 0
+    s = 0
+    for _ in range(0, bound(R * S * CHUNKS)):
+        inside = (taps & tap != 0)[:, None]
         if form.EVEN:
-            a = tl.load(x.ptr + moved + x_offs, mask=inside, other=0.0)
-            b = tl.load(w.ptr + tap * ci + channel + w_offs)
+            a = tl.load(x.ptr + x_step + x_offs, mask=inside, other=0.0)
+            b = tl.load(w.ptr + w_step + w_offs)
         else:
-            mask_k = offs_k < ci - channel
-            a = tl.load(x.ptr + moved + x_offs, mask=inside & mask_k[None, :], other=0.0)
-            b = tl.load(w.ptr + tap * ci + channel + w_offs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
+            mask_k = offs_k < ci - chunk * BLOCK_K
+            a = tl.load(x.ptr + x_step + x_offs, mask=inside & mask_k[None, :], other=0.0)
+            b = tl.load(w.ptr + w_step + w_offs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
         acc = dot(a, b, acc, PRECISION)
+        # By selection: where its loop branches, the assembler has each product wait for the one before.
+        chunk += 1
+        last = chunk == CHUNKS
+        chunk = tl.where(last, 0, chunk)
+        s += last.to(tl.int32)
+        wrap = s == S
+        s = tl.where(wrap, 0, s)
+        tap = tl.where(last, tap << 1, tap)
+        w_step += BLOCK_K if form.EVEN else tl.where(last, ci - (CHUNKS - 1) * BLOCK_K, BLOCK_K)
+        x_step += tl.where(wrap, row_step, tl.where(last, tap_step, BLOCK_K))
     return acc
 
 
@@ -220,7 +235,7 @@ def chain_forward_kernel(
             else:
                 z = tl.where(mask_c[None, :], z, 0.0)
                 b = tl.load(reduce, mask=mask_c[:, None] & mask_next[None, :], other=0.0)
-            acc = dot(z, b, acc, PRECISION)
+            acc = settled(dot(z, b, acc, PRECISION))
     if reduce_w_ptr is not None:
         y = relu(affine(acc, reduce_affine_ptr, following, mask_next, widths.next)).to(FACTOR)
         at = (row * widths.next)[:, None] + following[None, :]
