@@ -7,7 +7,7 @@ computed twice.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .conv import ConvProblem, Geometry, Size, blocks, check_geometry, precision, sizes
 from .epilogue import WHOLE, Added, Residual, added, load_residual
+from .gpus import gpu_of
 from .launch import INTERPRETER, KEPT_LAYOUTS, Cost, Recipe, TileConfig, Vector, target_arch
 from .memory import (
     Layout,
@@ -258,6 +259,57 @@ def why_not(chain: Chain) -> str | None:
     return None
 
 
+TILES: dict[int, tuple[tuple[int, int, int, int, int], ...]] = {
+    80: ((128, 64, 128, 8, 3), (128, 64, 64, 8, 3), (64, 64, 64, 8, 3)),
+    86: ((128, 64, 64, 8, 3), (64, 64, 64, 8, 3), (128, 32, 64, 8, 2), (64, 32, 64, 4, 2)),
+    89: ((128, 64, 64, 8, 3), (64, 64, 64, 8, 3), (128, 32, 64, 8, 2), (64, 32, 64, 4, 2)),
+    90: ((128, 64, 128, 8, 3), (128, 64, 64, 8, 3), (64, 64, 64, 8, 3)),
+    100: ((128, 64, 64, 8, 3), (64, 64, 64, 8, 3)),
+    120: ((128, 64, 64, 8, 3), (64, 64, 64, 8, 3), (128, 32, 64, 8, 2), (64, 32, 64, 4, 2)),
+}
+"""Per architecture, pixels, channels of z and of the input at a time, warps and stages of the tiles."""
+
+
+def tiles(chain: Chain) -> Iterator[TileConfig]:
+    """Those to choose from; none where :func:`why_not` has a reason, or no tile fits shared memory."""
+    if why_not(chain) is not None:
+        return
+    gpu, element = gpu_of(chain.first.arch), chain.first.dtype.itemsize
+    for block_m, block_n, block_k, warps, stages in TILES[gpu.arch]:
+        tile = TileConfig(block_m, block_n * 2 // element, block_k * 2 // element, warps, stages)
+        if tile.block_k <= _block(chain.first.ci) and shared(chain, tile) <= gpu.shared:
+            yield tile
+
+
+class Product(NamedTuple):
+    """Columns and depth of one of a program's products, whose rows are its pixels; padding included."""
+
+    columns: int
+    depth: int
+
+
+def products(chain: Chain, tile: TileConfig) -> list[Product]:
+    """Of the links, in order."""
+    expand, wide = chain.expand, cdiv(chain.expand.co, tile.block_n) * tile.block_n
+    found = [Product(wide, _block(expand.ci))]
+    if (spatial := chain.spatial) is not None:
+        taps = spatial.r * spatial.s * cdiv(spatial.ci, tile.block_k)
+        found.insert(0, Product(_block(spatial.co), taps * tile.block_k))
+    if chain.reduce is not None:
+        found.append(Product(_block(chain.reduce.co), wide))
+    return found
+
+
+def shared(chain: Chain, tile: TileConfig) -> int:
+    """Bytes of shared memory that the pipelines of a program's loops take, one after the other."""
+    middle = _block(chain.expand.ci)
+    walk = 0 if chain.spatial is None else tile.num_stages * (tile.block_m + middle) * tile.block_k
+    reduce = 0 if chain.reduce is None else _block(chain.reduce.co)
+    return chain.first.dtype.itemsize * max(walk, TAIL_STAGES * (middle + reduce + tile.block_m) * tile.block_n)
+
+
+TAIL_STAGES = 2
+"""Of the loop over the channels of z."""
 WIDEST = 256
 """Channels between two convolutions of a chain that a program's registers hold."""
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from resnet_fused.kernels import conv_box, conv_dgrad, conv_forward, conv_pool, conv_wgrad
+from resnet_fused.kernels import chain_forward, conv_box, conv_dgrad, conv_forward, conv_pool, conv_wgrad
+from resnet_fused.kernels.chain_forward import Chain
 from resnet_fused.kernels.gpus import gpu_of
 from resnet_fused.kernels.launch import TileConfig
 from resnet_fused.plan.constants import ASSUMED, Constants
@@ -56,6 +57,13 @@ ISSUE_SLOTS: dict[str, dict[int, tuple[float, ...]]] = {
 # The same of the whole of conv_pool, whose loop is short and unrolled, for 64 channels: all its instructions over the
 # cycles of its product.
 POOL_SLOTS = {80: 0.969, 86: 0.496, 89: 0.248, 90: 2.089, 100: 6.929, 120: 0.242}
+
+# Of chain_forward's two loops, the walk over the taps and that over the channels of z, with 128 channels between the
+# convolutions; counted alike.
+CHAIN_SLOTS = {
+    **{80: (0.287, 0.596), 86: (0.166, 0.3), 89: (0.083, 0.15)},
+    **{90: (0.309, 0.633), 100: (1.039, 2.479), 120: (0.081, 0.148)},
+}
 CALLS_KERNELS = {"aten._native_batch_norm_legit": (2, 3 / 2), "aten.native_batch_norm_backward": (2, 5 / 3)}
 """Calls of PyTorch's that launch more than one kernel: how many, and the bytes that these move over those of the
 operands, each once. Batch norm's statistics, and its gradient's sums, take a pass of their own."""
@@ -159,6 +167,29 @@ def compulsory(problem: Problem) -> int:
     b = model.sizes
     forward = b.met + b.w + (b.pooled if problem.pooled else b.y) + model.residual
     return forward if problem.direction != "training" else forward + 2 * b.y + b.met + b.x + 2 * b.w
+
+
+def chain(links: Chain, tile: TileConfig, constants: Constants = ASSUMED) -> PredictedLaunch:
+    """The one launch of a chain, whose links are problems; what stays in registers is neither loaded nor stored."""
+    models = [_Model(link, Tiles(), constants) for link in links.links]  # type: ignore[arg-type]
+    first, last, arch = models[0], models[-1], links.first.arch
+    programs = _tiles(last.problem.m, tile.block_m)
+    waves = _tiles(programs, first.gpu.multiprocessors)
+    time = dict.fromkeys(("tensor", "issue", "shared", "l2"), 0.0)
+    walk, tail = CHAIN_SLOTS[first.gpu.arch]
+    for model, product in zip(models, chain_forward.products(links, tile), strict=True):
+        part = replace(tile, block_n=product.columns)
+        work = model.work(programs, part, product.depth)
+        held = 0 if model is first else tile.block_m * product.depth * model.problem.dtype.itemsize
+        at_peak = waves * 2 * work.macs / (model.peak / model.gpu.multiprocessors)
+        time["tensor"] += at_peak / (model.efficiency * constants.triton_of_cudnn)
+        time["issue"] += at_peak * (walk if model.problem is links.spatial else tail)
+        time["shared"] += waves * (work.shared_bytes - 2 * held) / (SHARED_BYTES_PER_CLOCK * model.gpu.clock * 1e9)
+        time["l2"] += programs * (work.l2_bytes - held) / (model.gpu.l2 * 1e9)
+    outputs = sum(model.sizes.y for model in models if model.problem is not links.spatial)
+    residual = sum(model.residual for model in models)
+    size = first.sizes.met + sum(model.sizes.w for model in models) + outputs + residual
+    return first.longest("chain_forward", sum(model.flops for model in models), size, **time)
 
 
 def roof(flops: int, size: int, beside: Problem) -> float:
