@@ -33,6 +33,10 @@ from .memory import (
 from .tile import Pixels, Tile, bound, dot, load_channels, relu, settled, tap_mask
 
 
+TAIL_STAGES = tl.constexpr(2)
+"""Of the loop over the channels of z."""
+
+
 class Link(NamedTuple):
     """A convolution of a chain, ``w`` [CO, CI, R, S], channels_last, and behind it ``affine[0]*y + affine[1]``.
 
@@ -208,7 +212,7 @@ def chain_forward_kernel(
     following = tl.arange(0, NEXT)
     mask_next = following < widths.next
     acc = tl.zeros((BLOCK_M, NEXT), tl.float32)
-    for chunk in tl.range(0, bound(tl.cdiv(widths.wide, BLOCK_N)), num_stages=2):
+    for chunk in tl.range(0, bound(tl.cdiv(widths.wide, BLOCK_N)), num_stages=TAIL_STAGES):
         c = chunk * BLOCK_N + tl.arange(0, BLOCK_N)
         mask_c = c < widths.wide
         expand = expand_w_ptr + (c * widths.middle)[None, :] + middle[:, None]
@@ -259,26 +263,37 @@ def why_not(chain: Chain) -> str | None:
     return None
 
 
-TILES: dict[int, tuple[tuple[int, int, int, int, int], ...]] = {
-    80: ((128, 64, 128, 8, 3), (128, 64, 64, 8, 3), (64, 64, 64, 8, 3)),
-    86: ((128, 64, 64, 8, 3), (64, 64, 64, 8, 3), (128, 32, 64, 8, 2), (64, 32, 64, 4, 2)),
-    89: ((128, 64, 64, 8, 3), (64, 64, 64, 8, 3), (128, 32, 64, 8, 2), (64, 32, 64, 4, 2)),
-    90: ((128, 64, 128, 8, 3), (128, 64, 64, 8, 3), (64, 64, 64, 8, 3)),
-    100: ((128, 64, 64, 8, 3), (64, 64, 64, 8, 3)),
-    120: ((128, 64, 64, 8, 3), (64, 64, 64, 8, 3), (128, 32, 64, 8, 2), (64, 32, 64, 4, 2)),
+WIDEST = 256
+"""Channels between two convolutions of a chain that a program's registers hold."""
+_SMALL = (128, 64, 64, 8, 3, 256), (64, 64, 64, 8, 3, 512), (64, 32, 64, 4, 2, 256)
+TILES: dict[int, tuple[tuple[int, int, int, int, int, int], ...]] = {
+    80: ((128, 64, 128, 8, 3, 272), (128, 64, 64, 8, 3, 272), (64, 64, 64, 8, 3, 512)),
+    **{86: _SMALL, 89: _SMALL, 120: _SMALL},
+    90: ((128, 64, 128, 8, 3, 384), (128, 64, 64, 8, 3, 288), (64, 64, 64, 8, 3, 512)),
+    100: ((128, 64, 64, 8, 3, 256), (64, 64, 64, 8, 3, 512)),
 }
-"""Per architecture, pixels, channels of z and of the input at a time, warps and stages of the tiles."""
+"""Per architecture, pixels, channels of z and of the input at a time, warps and stages of the tiles, and the most
+channels (:func:`held`) with which none spills; for factors of 16 bits."""
+TF32_TILES = (128, 32, 32, 8, 3, 128), (64, 32, 32, 8, 3, 384)
+"""The same of every architecture, for factors in TF32."""
 
 
 def tiles(chain: Chain) -> Iterator[TileConfig]:
-    """Those to choose from; none where :func:`why_not` has a reason, or no tile fits shared memory."""
+    """Those to choose from; none where :func:`why_not` has a reason, or no tile fits shared memory and registers."""
     if why_not(chain) is not None:
         return
-    gpu, element = gpu_of(chain.first.arch), chain.first.dtype.itemsize
-    for block_m, block_n, block_k, warps, stages in TILES[gpu.arch]:
-        tile = TileConfig(block_m, block_n * 2 // element, block_k * 2 // element, warps, stages)
-        if tile.block_k <= _block(chain.first.ci) and shared(chain, tile) <= gpu.shared:
+    first, gpu = chain.first, gpu_of(chain.first.arch)
+    for *sizes, block_k, warps, stages, most in TILES[gpu.arch] if first.dtype.itemsize == 2 else TF32_TILES:
+        tile = TileConfig(*sizes, min(block_k, _block(first.ci)), warps, stages)
+        fits = held(chain) <= most and shared(chain, tile) <= gpu.shared
+        if fits and block_k <= max(tile.block_k, 64) and (chain.spatial is not None or block_k <= 64):
             yield tile
+
+
+def held(chain: Chain) -> int:
+    """Channels of the accumulators that live at a time, and what the input of a chain without a 3x3 takes beside."""
+    middle, following = _block(chain.expand.ci), 64 if chain.reduce is None else _block(chain.reduce.co)
+    return following + (middle // 8 if chain.spatial is None else middle)
 
 
 class Product(NamedTuple):
@@ -301,17 +316,16 @@ def products(chain: Chain, tile: TileConfig) -> list[Product]:
 
 
 def shared(chain: Chain, tile: TileConfig) -> int:
-    """Bytes of shared memory that the pipelines of a program's loops take, one after the other."""
+    """Bytes of shared memory that a program takes at most: for the pipeline of either loop, or to turn a factor."""
     middle = _block(chain.expand.ci)
-    walk = 0 if chain.spatial is None else tile.num_stages * (tile.block_m + middle) * tile.block_k
     reduce = 0 if chain.reduce is None else _block(chain.reduce.co)
-    return chain.first.dtype.itemsize * max(walk, TAIL_STAGES * (middle + reduce + tile.block_m) * tile.block_n)
+    walk = 0 if chain.spatial is None else tile.num_stages * (tile.block_m + middle) * tile.block_k
+    tail = TAIL_STAGES.value * (middle + reduce + tile.block_m) * tile.block_n + tile.block_m * max(middle, tile.block_n)
+    return chain.first.dtype.itemsize * max(walk, tail) + BARRIERS
 
 
-TAIL_STAGES = 2
-"""Of the loop over the channels of z."""
-WIDEST = 256
-"""Channels between two convolutions of a chain that a program's registers hold."""
+BARRIERS = 1024
+"""Bytes for what is no buffer of a pipeline."""
 
 
 def _block(channels: int) -> int:
@@ -325,7 +339,7 @@ def default_config(chain: Chain) -> TileConfig:
     block_k = _block(first.ci)
     if first.arch == INTERPRETER:
         return TileConfig(min(_block(chain.expand.m), 1024), min(wide, 512), min(block_k, 512))
-    return TileConfig(128, min(wide, 64), min(block_k, 64), num_warps=8)
+    return TileConfig(64, min(wide, 64), min(block_k, 64), num_warps=8)
 
 
 def chain_forward(
