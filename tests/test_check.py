@@ -24,7 +24,7 @@ from resnet_fused.__main__ import main
 from resnet_fused.commands import check, check_cases
 from resnet_fused.engine import eligible, tolerance
 from resnet_fused.engine.tolerance import error_ratio
-from resnet_fused.kernels import batch_norm, conv_box, conv_dgrad, conv_forward, conv_pool, conv_wgrad, norm_backward
+from resnet_fused.kernels import batch_norm, chain_forward, conv_box, conv_dgrad, conv_forward, conv_pool, conv_wgrad, norm_backward
 from resnet_fused.kernels.launch import Call, dry_run, observe
 from resnet_fused.plan import checked
 from resnet_fused.plan.cache import digest
@@ -85,6 +85,7 @@ def test_every_kernel_is_checked_in_every_number_format():
         "conv_forward, wide",
         "conv_forward_moments",
         "conv_pool",
+        "chain_forward",
         "conv_dgrad",
         "conv_wgrad",
         "block (triton)",
@@ -97,7 +98,7 @@ def test_every_kernel_is_checked_in_every_number_format():
     keys = [(case.kernel, case.name, case.number_format) for case in every]
     assert len(keys) == len(set(keys))
     kernels = {call.kernel.__name__ for call in launched(90).values()}
-    modules = (batch_norm, norm_backward, conv_box, conv_forward, conv_pool, conv_dgrad, conv_wgrad)
+    modules = (batch_norm, norm_backward, chain_forward, conv_box, conv_forward, conv_pool, conv_dgrad, conv_wgrad)
     assert kernels == {name for module in modules for name in vars(module) if name.endswith("_kernel")}
 
 
