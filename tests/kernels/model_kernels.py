@@ -194,18 +194,24 @@ CHAINED = {
 
 def _chained(arch: int, number_format: str) -> Iterator[Kernel]:
     """What the plan may take of convolutions that follow each other in a frozen model: of three, or of two."""
-    dtype, tf32 = DTYPES[number_format], number_format == "tf32"
-    for model, widths in CHAINED.items():
-        for ci, middle, wide, following in widths:
-            unit = partial(ConvProblem, 256, 14, 14, dilation=(1, 1), groups=1, dtype=dtype, tf32=tf32, prologue=False, arch=arch)
-            spatial = unit(ci, middle, 3, 3, (1, 1), (1, 1))
-            expand, reduce = unit(middle, wide, 1, 1, (1, 1), (0, 0)), unit(wide, following, 1, 1, (1, 1), (0, 0))
-            for chain in (Chain(spatial, expand, reduce), Chain(None, expand, reduce), Chain(spatial, expand, None)):
-                for tile in chain_forward.tiles(chain):
-                    yield Kernel(arch, number_format, _chain_call(chain, tile), odd=model == "odd")
+    for model, units in CHAINED.items():
+        for widths in units:
+            spatial, expand, reduce = chain = chain_of(arch, number_format, widths)
+            for part in (chain, Chain(None, expand, reduce), Chain(spatial, expand, None)):
+                for tile in chain_forward.tiles(part):
+                    yield Kernel(arch, number_format, chain_call(part, tile), odd=model == "odd")
 
 
-def _chain_call(chain: Chain, tile: TileConfig) -> Call:
+def chain_of(arch: int, number_format: str, widths: tuple[int, int, int, int]) -> Chain:
+    """Three convolutions; ``widths``: as in :data:`CHAINED`."""
+    ci, middle, wide, following = widths
+    same = {"dilation": (1, 1), "groups": 1, "dtype": DTYPES[number_format], "tf32": number_format == "tf32"}
+    unit = partial(ConvProblem, 256, 14, 14, **same, prologue=False, arch=arch)
+    spatial = unit(ci, middle, 3, 3, (1, 1), (1, 1))
+    return Chain(spatial, *(unit(*of, 1, 1, (1, 1), (0, 0)) for of in ((middle, wide), (wide, following))))
+
+
+def chain_call(chain: Chain, tile: TileConfig) -> Call:
     """The launch of ``chain`` on tensors without data."""
 
     def empty(*shape: int) -> Tensor:

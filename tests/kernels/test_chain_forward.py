@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
 
 from resnet_fused.engine.reference import PaddedIdentity
 from resnet_fused.kernels.chain_forward import Link, chain_forward
 from resnet_fused.kernels.conv import Geometry
 from resnet_fused.kernels.epilogue import Residual
 from resnet_fused.kernels.launch import TileConfig, observe
+from resnet_fused.plan import roofline
 from tests.kernels.test_conv_forward import DTYPES, random, random_norm
 from tests.rule import assert_within_rule
 
@@ -155,3 +163,33 @@ def test_errors_name_the_argument(change, message):
     arguments = {"x": random(2, 16, 5, 6), **links, "geometry": PADDED, **change}
     with pytest.raises(ValueError, match=message):
         chain_forward(**arguments)
+
+
+COUNT = """
+import json
+from resnet_fused.commands.cost_machine_code import MACS_PER_CYCLE, TENSOR_OPCODES, issue_slots, program
+from resnet_fused.kernels import chain_forward
+from tests.kernels.model_kernels import chain_call, chain_of
+
+slots = {}
+for arch in MACS_PER_CYCLE:
+    chain = chain_of(arch, "bfloat16", (128, 128, 512, 128))
+    call = chain_call(chain, next(chain_forward.tiles(chain)))
+    code = program(call.compile(arch))
+    loops = [code.code[first : last + 1] for first, last in code.loops]
+    multiply = [loop for loop in loops if any(ins.opcode in TENSOR_OPCODES for ins in loop)]
+    walk, tail = multiply[0], max(multiply[1:], key=len)
+    slots[arch] = [round(issue_slots(loop, call.config.num_warps, arch)[0], 3) for loop in (walk, tail)]
+print(json.dumps(slots))
+"""
+
+
+@pytest.mark.skipif(triton.__version__ != "3.8.0", reason="the plan's figures are counted with Triton 3.8.0")
+def test_the_plans_issue_slots_are_those_of_the_compiled_kernel():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    root = Path(__file__).parents[2]
+    run = subprocess.run(
+        [sys.executable, "-c", COUNT], cwd=root, env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert {int(arch): tuple(slots) for arch, slots in json.loads(run.stdout).items()} == roofline.CHAIN_SLOTS
