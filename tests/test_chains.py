@@ -128,6 +128,38 @@ def test_what_somebody_reads_is_stored(where, launches):
     assert check(freeze(model), model, x) == launches
 
 
+class Linear(BOTTLENECK):
+    """Without a ReLU behind the second convolution."""
+
+    def forward(self, x):
+        return F.relu(self.bn3(self.conv3(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))) + x)
+
+
+def test_a_convolution_without_a_relu_is_in_no_chain():
+    torch.manual_seed(0)
+    model, x = _randomised(Linear(16, 4)), torch.randn(2, 16, 6, 5)
+    assert check(freeze(model), model, x) == ["conv_forward"] * 3
+
+
+class Reader(nn.Module):
+    """Writes to the first block's output before the second one reads it: ``z`` of one is not ``z`` of the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = BOTTLENECK(16, 4), BOTTLENECK(16, 4)
+
+    def forward(self, x):
+        z = self.first(x)
+        z.mul_(0.5)
+        return self.second(z)
+
+
+def test_a_write_between_two_blocks_parts_them():
+    torch.manual_seed(0)
+    model, x = _randomised(Reader()), torch.randn(2, 16, 6, 5)
+    assert check(freeze(model), model, x) == ["conv_forward", "chain_forward", "conv_forward", "chain_forward"]
+
+
 def test_a_module_with_a_hook_is_in_no_chain():
     model, x = make()
     seen = []
