@@ -32,7 +32,6 @@ from .memory import (
 )
 from .tile import Pixels, Tile, bound, dot, load_channels, relu, settled, tap_mask
 
-
 TAIL_STAGES = tl.constexpr(2)
 """Of the loop over the channels of z."""
 
@@ -48,7 +47,7 @@ class Link(NamedTuple):
 
 
 class Chain(NamedTuple):
-    """The convolutions of a chain: ``spatial`` with any filter, ``expand`` and ``reduce`` 1x1; one of three may lack."""
+    """The convolutions of a chain: ``spatial`` of any filter, ``expand`` and ``reduce`` 1x1. The first or last may lack."""
 
     spatial: ConvProblem | None
     expand: ConvProblem
@@ -252,7 +251,11 @@ def why_not(chain: Chain) -> str | None:
     first, expand = chain.first, chain.expand
     if any(link.groups > 1 for link in chain.links):
         return "a group's channels alone would not fill a program's tile"
-    if any(link.r * link.s > 1 or link.stride != (1, 1) or link.padding != (0, 0) for link in chain.links[-2:] if link is not chain.spatial):
+    if any(
+        link.r * link.s > 1 or link.stride != (1, 1) or link.padding != (0, 0)
+        for link in chain.links[-2:]
+        if link is not chain.spatial
+    ):
         return "behind the first convolution, only 1x1 ones need no pixels of other programs"
     if chain.spatial is None and chain.reduce is None:
         return "one convolution is no chain"
@@ -274,6 +277,8 @@ TILES: dict[int, tuple[tuple[int, int, int, int, int, int], ...]] = {
 }
 """Per architecture, pixels, channels of z and of the input at a time, warps and stages of the tiles, and the most
 channels (:func:`held`) with which none spills; for factors of 16 bits."""
+if triton.__version__.startswith("3.6."):
+    TILES[90] = (128, 64, 128, 8, 3, 256), (128, 64, 64, 8, 3, 272), (64, 64, 64, 8, 3, 512)
 TF32_TILES = (128, 32, 32, 8, 3, 128), (64, 32, 32, 8, 3, 384)
 """The same of every architecture, for factors in TF32."""
 
@@ -283,8 +288,8 @@ def tiles(chain: Chain) -> Iterator[TileConfig]:
     if why_not(chain) is not None:
         return
     first, gpu = chain.first, gpu_of(chain.first.arch)
-    for *sizes, block_k, warps, stages, most in TILES[gpu.arch] if first.dtype.itemsize == 2 else TF32_TILES:
-        tile = TileConfig(*sizes, min(block_k, _block(first.ci)), warps, stages)
+    for block_m, block_n, block_k, warps, stages, most in TILES[gpu.arch] if first.dtype.itemsize == 2 else TF32_TILES:
+        tile = TileConfig(block_m, block_n, min(block_k, _block(first.ci)), warps, stages)
         fits = held(chain) <= most and shared(chain, tile) <= gpu.shared
         if fits and block_k <= max(tile.block_k, 64) and (chain.spatial is not None or block_k <= 64):
             yield tile
@@ -320,7 +325,9 @@ def shared(chain: Chain, tile: TileConfig) -> int:
     middle = _block(chain.expand.ci)
     reduce = 0 if chain.reduce is None else _block(chain.reduce.co)
     walk = 0 if chain.spatial is None else tile.num_stages * (tile.block_m + middle) * tile.block_k
-    tail = TAIL_STAGES.value * (middle + reduce + tile.block_m) * tile.block_n + tile.block_m * max(middle, tile.block_n)
+    tail = TAIL_STAGES.value * (middle + reduce + tile.block_m) * tile.block_n + tile.block_m * max(
+        middle, tile.block_n
+    )
     return chain.first.dtype.itemsize * max(walk, tail) + BARRIERS
 
 
@@ -355,13 +362,13 @@ def chain_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """``z = relu(norm(expand(relu(norm(spatial(x))))) + residual)`` and ``y = relu(norm(reduce(z)))``, in one launch.
 
-    ``x`` [N, CI, H, W] and the residual are pixel-linear, filters have the dtype of ``x``. ``spatial``: a filter [C, CI,
-    R, S] of at most 64 taps, with ``geometry``; None: ``x`` is what ``expand`` reads. ``expand``: [K, C, 1, 1].
+    ``x`` [N, CI, H, W] and the residual are pixel-linear, filters have the dtype of ``x``. ``spatial``: a filter
+    [C, CI, R, S] of at most 64 taps, with ``geometry``; None: ``x`` is what ``expand`` reads. ``expand``: [K, C, 1, 1].
     ``reduce``: [D, K, 1, 1]; or None. What a convolution reads was rounded to the dtype of ``x``. ``config``: the tile,
     whose ``block_n`` are the channels of ``z`` at a time; without it, ``default_config``.
 
-    Returns z [N, K, P, Q] and y [N, D, P, Q] or None, channels_last, of the dtype of ``x``. Raises ValueError for tensors
-    that do not fit, and for links that :func:`why_not` refuses... RuntimeError where nothing can execute the kernel.
+    Returns z [N, K, P, Q] and y [N, D, P, Q] or None, channels_last, of the dtype of ``x``. Raises ValueError for
+    tensors that do not fit or lie otherwise, RuntimeError where nothing can execute the kernel.
     """
     links = {"spatial": spatial, "expand": expand, "reduce": reduce}
     filters = tuple(None if link is None else layout(link.w) for link in links.values())
@@ -439,7 +446,10 @@ def _chain(x: Layout, filters: tuple[Layout | None, ...], geometry: Geometry, tf
         problem = ConvProblem(n, h, w, ci, co, r, s, *of, x.dtype, tf32, False, arch)
         if filter.dtype != x.dtype or filter.shape[1] != ci or (name != "spatial" and (r, s) != (1, 1)) or r * s > 64:
             size = "R, S" if name == "spatial" else "1, 1"
-            raise ValueError(f"{name}.w must be {x.dtype} [CO, {ci}, {size}], of at most 64 taps; got {filter.dtype} {tuple(filter.shape)}")
+            raise ValueError(
+                f"{name}.w must be {x.dtype} [CO, {ci}, {size}], of at most 64 taps; got {filter.dtype} "
+                f"{tuple(filter.shape)}"
+            )
         check_geometry(problem)
         links.append(problem)
         ci, h, w = co, problem.p, problem.q
@@ -467,5 +477,3 @@ def _cost(chain: Chain, tensors: Mapping[str, Any]) -> Cost:
         read += expand.m * res.shape[1] * res.element_size()
     written = sum(t.nbytes for name in ("z_ptr", "y_ptr") if (t := tensors[name]) is not None)
     return Cost(sum(2 * link.m * link.co * link.r * link.s * link.ci for link in chain.links), read, written)
-
-

@@ -815,7 +815,8 @@ def _fuse_chain(graph: fx.GraphModule, node: fx.Node, expand: TritonConv) -> Non
     """Make one module of the 1x1 convolution ``node`` and those next to it, as :class:`TritonChain` has them."""
     if len(node.args) < 2 or not (expand.relu and _is_pointwise(expand) and expand.geometry.groups == 1):
         return
-    before, after = node.args[0], _following(graph, node)
+    before: Any = node.args[0]
+    after = _following(graph, node)
     spatial = _unit(graph, before)
     if spatial is not None and (_only_user(before) is not node or not _pure_between(graph, before, node)):
         spatial = None

@@ -1452,9 +1452,11 @@ MUTATIONS = [
     Mutation(CHAIN, "z = tl.where(mask_c[None, :], z, 0.0)", "pass", f"{CHAIN_TESTS} -k finite"),
     Mutation(CHAIN, "tap = tl.where(last, tap << 1, tap)", "tap = tap << 1", f"{CHAIN_TESTS} -k geometry"),
     Mutation(CHAIN, "tl.where(wrap, row_step,", "tl.where(wrap, tap_step,", f"{CHAIN_TESTS} -k geometry"),
-    Mutation(CHAIN, "if EVEN and not form.RES_PADDED:", "if EVEN:", f"{CHAIN_TESTS} -k residuals"),
+    Mutation(CHAIN, "if EVEN and not form.RES_PADDED:", "if EVEN:", f"{CHAIN_TESTS} -k even_widths"),
     Mutation(CHAIN, "z = relu(v).to(FACTOR)", "z = v.to(FACTOR)", f"{CHAIN_TESTS} -k shapes"),
-    Mutation(CHAIN, "CHUNKS=cdiv(first.ci, tile.block_k)", "CHUNKS=first.ci // tile.block_k", f"{CHAIN_TESTS} -k shapes"),
+    Mutation(
+        CHAIN, "CHUNKS=cdiv(first.ci, tile.block_k)", "CHUNKS=first.ci // tile.block_k", f"{CHAIN_TESTS} -k shapes"
+    ),
     Mutation(
         "resnet_fused/inference.py",
         "if spatial is not None and (_only_user(before) is not node or not",

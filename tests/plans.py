@@ -36,7 +36,11 @@ def text(arch: int) -> str:
                 plan = decide(problem)
                 times = "  ".join(f"{way} {seconds * 1e6:.1f}" for way, seconds in sorted(plan.alternatives))
                 lines.append(f"{problem!s:<75} {plan.implementation:<6} {times}")
-    lines += ["", "chains of a frozen ResNet-50: convolutions of each launch, and predicted microseconds of each road", ""]
+    lines += [
+        "",
+        "chains of a frozen ResNet-50: convolutions of each launch, and predicted microseconds of each road",
+        "",
+    ]
     for batch in CHAINED:
         for chain in dict.fromkeys(chains(batch, arch)):
             plan = decide_chain(chain)

@@ -24,7 +24,16 @@ from resnet_fused.__main__ import main
 from resnet_fused.commands import check, check_cases
 from resnet_fused.engine import eligible, tolerance
 from resnet_fused.engine.tolerance import error_ratio
-from resnet_fused.kernels import batch_norm, chain_forward, conv_box, conv_dgrad, conv_forward, conv_pool, conv_wgrad, norm_backward
+from resnet_fused.kernels import (
+    batch_norm,
+    chain_forward,
+    conv_box,
+    conv_dgrad,
+    conv_forward,
+    conv_pool,
+    conv_wgrad,
+    norm_backward,
+)
 from resnet_fused.kernels.launch import Call, dry_run, observe
 from resnet_fused.plan import checked
 from resnet_fused.plan.cache import digest

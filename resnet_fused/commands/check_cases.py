@@ -324,7 +324,7 @@ def _check_conv_pool(layer: CheckLayer, variant: str, draw: Draw) -> Comparison:
 
 
 def _check_chain(layer: CheckLayer, variant: str, draw: Draw) -> Comparison:
-    """Inference: ``layer``, a 1x1 to four times its channels with a residual, and one back, in each tile that may be."""
+    """Inference: ``layer``, a 1x1 to four times its channels with a residual, and one back; in each tile."""
     size, wide = layer.output[2:], 4 * layer.co
     layers = [layer, CheckLayer(layer.n, size, layer.co, wide), CheckLayer(layer.n, size, wide, layer.co)]
     kept = [variant != "without 3x3", True, variant != "without the next"]
@@ -335,20 +335,21 @@ def _check_chain(layer: CheckLayer, variant: str, draw: Draw) -> Comparison:
     x = draw.activations(layer.input if kept[0] else layer.output)
     geometry = layer.geometry if kept[0] else Geometry()
     residual = _residual(layers[1], variant, draw) or Residual(draw.images(layers[1].output))
-    problems = [
-        ConvProblem(of.n, *of.size, of.ci, of.co, of.taps, of.taps, *of.geometry, draw.dtype, draw.tf32, False, target_arch())
-        if keeps
-        else None
-        for of, keeps in zip(layers, kept, strict=True)
-    ]
-    chain = Chain(*problems)  # type: ignore[arg-type]
+
+    def problem(of: CheckLayer) -> ConvProblem:
+        sizes = of.n, *of.size, of.ci, of.co, of.taps, of.taps
+        return ConvProblem(*sizes, *of.geometry, draw.dtype, draw.tf32, False, target_arch())
+
+    spatial, expand, reduce = (problem(of) if keeps else None for of, keeps in zip(layers, kept, strict=True))
+    assert expand is not None
+    chain = Chain(spatial, expand, reduce)
     chosen: list[TileConfig | None] = [None] if target_arch() == INTERPRETER else [None, *chain_forward.tiles(chain)]
 
     def ours() -> Results:
-        results = {}
+        results: Results = {}
         for tile in chosen:
             arguments: dict[str, Any] = {"geometry": geometry, "residual": residual, "tf32": draw.tf32, "config": tile}
-            z, y = chain_forward.chain_forward(x, *links, **arguments)
+            z, y = chain_forward.chain_forward(x, *links, **arguments)  # type: ignore[arg-type]
             results |= {f"z, {tile}": z} | ({} if y is None else {f"y, {tile}": y})
         return results
 

@@ -24,7 +24,7 @@ from resnet_fused.kernels.chain_forward import Chain, Link, chain_forward
 from resnet_fused.kernels.conv import ConvProblem, Geometry
 from resnet_fused.kernels.conv_forward import conv_forward, conv_forward_moments
 from resnet_fused.kernels.epilogue import Moments, Norm, Residual
-from resnet_fused.kernels.launch import KEPT_LAYOUTS, TileConfig, target_arch
+from resnet_fused.kernels.launch import KEPT_LAYOUTS, target_arch
 from resnet_fused.plan import decide, tuned
 from resnet_fused.plan.problem import REQUESTS, Problem, Request, Tiles, Way
 
@@ -139,7 +139,9 @@ def choose_chain(
     ``links``: of each of a :class:`Chain`, its filter's shape and geometry, or None.
     """
     arch, gpu = decide.target(device)
-    problems, plan = _decided_chain(shape, links, (dtype, decide.tf32(dtype), False, arch), gpu, request, tuned.load(gpu))
+    problems, plan = _decided_chain(
+        shape, links, (dtype, decide.tf32(dtype), False, arch), gpu, request, tuned.load(gpu)
+    )
     for problem in problems:
         decide.note(problem)
     return plan
@@ -161,7 +163,8 @@ def _decided_chain(
             problems[name] = None
             continue
         (co, _, r, s), geometry = link
-        problem = Problem(n, h, w, ci, co, r, s, *geometry, *options, "frozen", name == "expand", gpu)
+        unit: tuple[Any, ...] = *geometry, *options, "frozen", name == "expand", gpu
+        problem = Problem(n, h, w, ci, co, r, s, *unit)
         problems[name], ci, h, w = problem, co, problem.p, problem.q
     chain = Chain(**problems)  # type: ignore[arg-type]
     return cast(Any, chain.links), decide.decide_chain(chain, request, table)

@@ -27,9 +27,7 @@ _library.define(
     "conv_bn_act_pool(Tensor x, Tensor w, Tensor? bias, Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, "
     "float eps, int[] convolution) -> Tensor"
 )
-_library.define(
-    "chain(Tensor x, Tensor?[] weights, Tensor?[] affines, Tensor residual, int[] convolution) -> Tensor[]"
-)
+_library.define("chain(Tensor x, Tensor?[] weights, Tensor?[] affines, Tensor residual, int[] convolution) -> Tensor[]")
 _library.define(
     "unit_forward(Tensor x, Tensor? x_stats, Tensor w, Tensor? bias, Tensor? gamma, Tensor? beta, "
     "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? batches, float? momentum, float eps, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -138,8 +139,9 @@ def decide_chain(links: Chain, request: Request = "auto", table: Table | None = 
     roads = {}
     for lengths in PARTS[len(links.links)]:
         found = [_part(part, request, constants) for part in _cut(links, lengths)]
-        if all(found):
-            roads[tuple(zip(lengths, (tile for _, tile in found), strict=True))] = sum(s for s, _ in found)
+        if math.inf not in (seconds for seconds, _ in found):
+            parts = tuple(zip(lengths, (tile for _, tile in found), strict=True))
+            roads[parts] = sum(seconds for seconds, _ in found)
     order = sorted(roads.items(), key=lambda road: road[1])
     alternatives = tuple((tuple(length for length, _ in parts), seconds) for parts, seconds in order)
     return ChainPlan(order[0][0], order[0][1], "predicted fastest", alternatives)
@@ -157,14 +159,17 @@ def _cut(links: Chain, lengths: tuple[int, ...]) -> Iterator[Chain | Problem]:
         yield part[0][1] if length == 1 else Chain(**{**dict.fromkeys(Chain._fields), **dict(part)})
 
 
-def _part(part: Chain | Problem, request: Request, constants: Constants) -> tuple[float, TileConfig | None] | None:
-    """Seconds and tile of the fastest launch of a part; None where there is none."""
+def _part(part: Chain | Problem, request: Request, constants: Constants) -> tuple[float, TileConfig | None]:
+    """Seconds and tile of the fastest launch of a part; infinity where there is none."""
     if isinstance(part, Problem):
-        tiles = best_tiles(part, constants)
-        seconds = dict(roofline.compare(part, tiles, constants))
+        seconds = dict(roofline.compare(part, best_tiles(part, constants), constants))
         return (seconds["fused"] if request == "triton" else min(seconds.values())), None
-    predicted = [(roofline.chain(part, tile, constants).seconds, i, tile) for i, tile in enumerate(chain_forward.tiles(part))]
-    return min(predicted)[::2] if predicted else None
+    tiles = chain_forward.tiles(part)
+    return min(
+        ((roofline.chain(part, tile, constants).seconds, tile) for tile in tiles),
+        key=lambda found: found[0],
+        default=(math.inf, None),
+    )
 
 
 def constants_of(table: Table | None) -> Constants:

@@ -172,7 +172,7 @@ def compulsory(problem: Problem) -> int:
 def chain(links: Chain, tile: TileConfig, constants: Constants = ASSUMED) -> PredictedLaunch:
     """The one launch of a chain, whose links are problems; what stays in registers is neither loaded nor stored."""
     models = [_Model(link, Tiles(), constants) for link in links.links]  # type: ignore[arg-type]
-    first, last, arch = models[0], models[-1], links.first.arch
+    first, last = models[0], models[-1]
     programs = _tiles(last.problem.m, tile.block_m)
     waves = _tiles(programs, first.gpu.multiprocessors)
     time = dict.fromkeys(("tensor", "issue", "shared", "l2"), 0.0)
@@ -189,7 +189,7 @@ def chain(links: Chain, tile: TileConfig, constants: Constants = ASSUMED) -> Pre
     outputs = sum(model.sizes.y for model in models if model.problem is not links.spatial)
     residual = sum(model.residual for model in models)
     size = first.sizes.met + sum(model.sizes.w for model in models) + outputs + residual
-    return first.longest("chain_forward", sum(model.flops for model in models), size, **time)
+    return first.longest("chain_forward", sum(model.flops for model in models), size, 0, **time)
 
 
 def roof(flops: int, size: int, beside: Problem) -> float:

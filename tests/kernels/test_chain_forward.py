@@ -106,6 +106,16 @@ def test_residuals(residual):
     assert_within_rule(z, apply(links[1], inner, Geometry(), added), apply(links[1], inner.double(), Geometry(), added))
 
 
+def test_a_padded_residual_of_even_widths():
+    x, residual = random(2, 16, 5, 6), Residual(random(2, 32, 10, 11), 2, 16)
+    z, _ = chain_forward(x, link(16, 16, 3), expand := link(64, 16), None, geometry=PADDED, residual=residual)
+    bare, _ = chain_forward(
+        x, None, Link(torch.zeros_like(expand.w), torch.zeros(2, 64)), link(16, 64), residual=residual
+    )
+    torch.testing.assert_close(bare, torch.relu(PaddedIdentity(*residual).materialize(64)))
+    assert z.shape == bare.shape
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_stays_with_its_pixel(value):
     """Channels that fill no block are no neighbours of a zero."""
@@ -133,9 +143,14 @@ def test_no_image():
 
 def test_cost():
     calls = []
-    x, links = random(2, 16, 8, 8, dtype=torch.float16), [link(*s, torch.float16) for s in ((8, 16, 3), (32, 8, 1), (4, 32, 1))]
+    x, links = (
+        random(2, 16, 8, 8, dtype=torch.float16),
+        [link(*s, torch.float16) for s in ((8, 16, 3), (32, 8, 1), (4, 32, 1))],
+    )
     with observe(calls.append):
-        chain_forward(x, *links, geometry=Geometry((2, 2), (1, 1)), residual=Residual(random(2, 32, 4, 4, dtype=torch.float16)))
+        chain_forward(
+            x, *links, geometry=Geometry((2, 2), (1, 1)), residual=Residual(random(2, 32, 4, 4, dtype=torch.float16))
+        )
     (call,) = calls
     cost, pixels = call.cost(), 2 * 4 * 4
     assert cost.flops == 2 * pixels * (9 * 16 * 8 + 8 * 32 + 32 * 4)
