@@ -47,7 +47,7 @@ class Link(NamedTuple):
 
 
 class Chain(NamedTuple):
-    """The convolutions of a chain: ``spatial`` of any filter, ``expand`` and ``reduce`` 1x1. The first or last may lack."""
+    """The convolutions of a chain: ``spatial`` of any filter, then two of 1x1. The first or the last may lack."""
 
     spatial: ConvProblem | None
     expand: ConvProblem
