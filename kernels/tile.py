@@ -55,6 +55,19 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def settled(acc):
+    """``acc``, which products of the next step may not overtake; costs no instruction.
+
+    A product that is under way while another's accumulator is set to zero makes the assembler of sm_90 have every
+    product of the kernel wait for the one before. What is read in between is waited for once.
+    """
+    if INTERPRETING:
+        return acc
+    else:
+        return tl.inline_asm_elementwise("", "=f,0", [acc], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def bound(n):
     """``n``, as the end of a ``range``.
 

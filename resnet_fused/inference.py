@@ -24,11 +24,13 @@ from resnet_fused.engine import eligible, forward, ops, reference
 from resnet_fused.engine.ops import channels_last
 from resnet_fused.engine.request import requested
 from resnet_fused.functional import conv_bn_act, conv_bn_act_pool
+from resnet_fused.kernels.chain_forward import Link
 from resnet_fused.kernels.conv import Geometry, output_size
 from resnet_fused.kernels.conv_pool import POOL
 from resnet_fused.kernels.epilogue import Norm
-from resnet_fused.kernels.launch import FLOATS
+from resnet_fused.kernels.launch import FLOATS, TileConfig
 from resnet_fused.modules import traced_forward
+from resnet_fused.plan.problem import Tiles
 from resnet_fused.recognise import same_random_numbers
 
 PACKED_SHAPES = 4
@@ -169,8 +171,11 @@ def _fed_from_inside(network: nn.Module) -> Iterator[nn.Module]:
     """The convolutions that read what another layer returned, and not what came into a graph."""
     for part in network.modules():
         for node in part.graph.nodes if isinstance(part, fx.GraphModule) else ():
-            if node.op == "call_module" and node.args and not _is_input(node.args[0]):
-                yield part.get_submodule(node.target)
+            if node.op != "call_module" or not node.args:
+                continue
+            module = part.get_submodule(node.target)
+            layers = module.links if isinstance(module, TritonChain) else [module]
+            yield from layers[1 if _is_input(node.args[0]) else 0 :]
 
 
 def _is_input(node: Any) -> bool:
@@ -338,6 +343,7 @@ class TritonConv(nn.Module):
         self.relu = False
         self.pooled = False
         self._folded: tuple[Tensor, Tensor] | None = None
+        self._affine: Tensor | None = None
 
     def forward(self, x: Tensor, residual: Any = None) -> Tensor:
         if self.pooled:
@@ -388,8 +394,14 @@ class TritonConv(nn.Module):
             return residual is None and shape is not None and x.shape[0] > 0
         return _is_like(residual, x, FLOATS) and tuple(residual.shape) == shape
 
+    def link(self) -> Link:
+        """What a chain is told of it."""
+        if self._affine is None or self._affine.device != self.weight.device:  # a replica's is that of the original
+            self._affine = self._constants()
+        return Link(self.weight, self._affine)
+
     def _apply(self, fn: Any, recurse: bool = True) -> TritonConv:
-        self._folded = None
+        self._folded = self._affine = None
         super()._apply(fn, recurse)
         return self
 
@@ -400,9 +412,15 @@ class TritonConv(nn.Module):
         if self._folded is not None:
             for old, new in zip(self._folded, self._fold(), strict=True):
                 old.copy_(new)  # in place, where a CUDA graph reads it
+        if self._affine is not None:
+            self._affine.copy_(self._constants())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_folded": None}
+        return {**super().__getstate__(), "_folded": None, "_affine": None}
+
+    def _constants(self) -> Tensor:
+        vectors = self.conv_bias, self.mean, self.var, self.gamma, self.beta, self.eps
+        return torch.stack(reference.affine(*vectors)).float()
 
     def _fold(self) -> tuple[Tensor, Tensor]:
         norm = Norm(self.mean, self.var, self.gamma, self.beta, self.eps)
@@ -415,6 +433,60 @@ class TritonConv(nn.Module):
         y = F.batch_norm(y, self.mean, self.var, self.gamma, self.beta, eps=self.eps)
         y = _finish(y, residual, self.accumulates, self.relu)
         return F.max_pool2d(y, *POOL) if self.pooled else y
+
+
+class TritonChain(nn.Module):
+    """``z = expand(spatial(x), residual)`` and ``y = reduce(z)``, in as few launches as are predicted to be fastest.
+
+    Returns both. ``spatial`` or ``reduce`` may be None: the input takes its place, or there is no ``y``.
+    """
+
+    def __init__(self, spatial: TritonConv | None, expand: TritonConv, reduce: TritonConv | None) -> None:
+        super().__init__()
+        self.spatial, self.expand, self.reduce = spatial, expand, reduce
+
+    @property
+    def links(self) -> list[TritonConv]:
+        """The units that there are, in order."""
+        return [unit for unit in (self.spatial, self.expand, self.reduce) if unit is not None]
+
+    def forward(self, x: Tensor, residual: Any) -> tuple[Any, Any]:
+        units, z = self.links, None
+        for length, tile in self._parts(x, residual):
+            part, units = units[:length], units[length:]
+            if length > 1:
+                outputs = self._launch(part, x, residual, tile)
+                z, x = outputs[0], outputs[-1]
+            elif part[0] is self.expand:
+                x = z = self.expand(x, residual)
+            else:
+                x = part[0](x)
+        return z, None if self.reduce is None else x
+
+    def _parts(self, x: Any, residual: Any) -> tuple[tuple[int, TileConfig | None], ...]:
+        """How many units each launch computes, with its tile."""
+        units = self.links
+        apart = ((1, None),) * len(units)
+        if torch.compiler.is_compiling() or not units[0]._launches(_cast(x, units[0].weight), None):
+            return apart
+        weight = units[0].weight
+        shape = _output_shape(x.shape, weight, units[0].geometry)
+        alike = all(_is_like(other, weight) for other in (residual, *(unit.weight for unit in units)))
+        if not alike or shape is None or residual.shape != (shape[0], self.expand.weight.shape[0], *shape[2:]):
+            return apart
+        filters = (None if unit is None else (tuple(unit.weight.shape), unit.geometry) for unit in self._named())
+        return forward.choose_chain(tuple(x.shape), tuple(filters), weight.dtype, x.device, requested()).parts
+
+    def _named(self) -> tuple[TritonConv | None, TritonConv, TritonConv | None]:
+        return self.spatial, self.expand, self.reduce
+
+    def _launch(self, part: list[TritonConv], x: Tensor, residual: Tensor, tile: TileConfig | None) -> list[Tensor]:
+        """The outputs of the ``part`` that are stored: z, and y if ``reduce`` is in it."""
+        x = channels_last(_cast(x, part[0].weight).resolve_neg())
+        links = [unit.link() if unit in part else (None, None) for unit in self._named()]
+        weights, affines = zip(*links, strict=True)
+        code = forward.Convolution(part[0].geometry, True, Tiles(forward=tile)).encode()
+        return ops.chain(x, weights, affines, channels_last(residual.resolve_neg()), code)
 
 
 def _check_normalised(y: Any, weight: Tensor) -> None:
@@ -546,7 +618,7 @@ def _augmented(name: str, a: Any, b: Any) -> Any:
 
 _ADD = (operator.add, torch.add, "add")
 _RELU = (F.relu, F.relu_, torch.relu, torch.relu_)
-_READERS = (*_UNITS, nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d)
+_READERS = (*_UNITS, TritonChain, nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d)
 """Modules that neither write to their input nor return an alias of it."""
 _PURE = (operator.getitem, operator.sub, operator.floordiv, getattr, F.pad)
 """Functions of which the same holds, or that only move views about."""
@@ -669,6 +741,9 @@ def _fused(graph: fx.GraphModule, dtype: torch.dtype | None) -> fx.GraphModule:
     for node, unit in units:
         if isinstance(unit, FoldedConv):
             unit.in_place = _owns_residual(graph, node)
+    for node, unit in units:
+        if isinstance(unit, TritonConv):
+            _fuse_chain(graph, node, unit)
     graph.delete_all_unused_submodules()
     graph.graph.lint()
     graph.recompile()
@@ -728,15 +803,67 @@ def _fuse_residual(graph: fx.GraphModule, node: fx.Node, unit: FoldedConv | Trit
         return
     if in_place and args[0] is not node:
         return  # it writes to a tensor that may have other names
-    between = node.next
-    while between is not add:
-        if not (_calls(graph, between, *_READERS) or between.op == "get_attr" or between.target in _PURE):
-            return
-        between = between.next
+    if not _pure_between(graph, node, add):
+        return
     add.prepend(node)
     node.args = (node.args[0], others[0])
     unit.accumulates = in_place
     _absorb(add, node)
+
+
+def _fuse_chain(graph: fx.GraphModule, node: fx.Node, expand: TritonConv) -> None:
+    """Make one module of the 1x1 convolution ``node`` and those next to it, as :class:`TritonChain` has them."""
+    if len(node.args) < 2 or not (expand.relu and _is_pointwise(expand) and expand.geometry.groups == 1):
+        return
+    before: Any = node.args[0]
+    after = _following(graph, node)
+    spatial = _unit(graph, before)
+    if spatial is not None and (_only_user(before) is not node or not _pure_between(graph, before, node)):
+        spatial = None
+    if spatial is None and after is None:
+        return
+    chain = TritonChain(spatial, expand, None if after is None else _unit(graph, after))
+    name = f"{node.name}_chain"
+    graph.add_submodule(name, chain)
+    with graph.graph.inserting_before(node):
+        both = graph.graph.call_module(name, (before if spatial is None else before.args[0], node.args[1]))
+        for i, old in enumerate((node, after)):
+            if old is not None:
+                old.replace_all_uses_with(graph.graph.call_function(operator.getitem, (both, i)))
+    for old in (after, node, None if spatial is None else before):
+        if old is not None:
+            graph.graph.erase_node(old)
+
+
+def _following(graph: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+    """The unit that is to be the last of a chain, if one reads ``node``."""
+    for user in node.users:
+        unit = _unit(graph, user)
+        if unit is not None and _is_pointwise(unit) and _pure_between(graph, node, user):
+            return user
+    return None
+
+
+def _unit(graph: fx.GraphModule, node: Any) -> TritonConv | None:
+    """What ``node`` calls, if that may be a chain's first or last: a convolution in one group, and a ReLU alone."""
+    if not (isinstance(node, fx.Node) and _calls(graph, node, TritonConv)) or len(node.args) != 1:
+        return None
+    unit: Any = graph.get_submodule(str(node.target))
+    return unit if unit.relu and not unit.pooled and unit.geometry.groups == 1 else None
+
+
+def _is_pointwise(unit: TritonConv) -> bool:
+    return unit.weight.shape[2:] == (1, 1) and unit.geometry == Geometry()
+
+
+def _pure_between(graph: fx.GraphModule, first: fx.Node, last: fx.Node) -> bool:
+    """Whether no node between the two writes to a tensor, so that either may run where the other does."""
+    node = first.next
+    while node is not last:
+        if not (_calls(graph, node, *_READERS) or node.op == "get_attr" or node.target in _PURE):
+            return False
+        node = node.next
+    return True
 
 
 def _owns_residual(graph: fx.GraphModule, node: fx.Node) -> bool:

@@ -22,6 +22,8 @@ class Mutation(NamedTuple):
 
 AUTOGRAD = "tests/test_autograd.py"
 
+CHAIN, CHAIN_TESTS = "kernels/chain_forward.py", "tests/kernels/test_chain_forward.py"
+
 POOL, POOL_TESTS = "kernels/conv_pool.py", "tests/kernels/test_conv_pool.py"
 NORM_POOL, NORM_POOL_TESTS = "kernels/norm_pool.py", "tests/kernels/test_norm_pool.py"
 
@@ -1585,5 +1587,38 @@ MUTATIONS = [
         "+ pooled * len(REQUESTS)",
         "",
         "tests/test_plan.py -k undecided",
+    ),
+    Mutation(CHAIN, "inner = tl.where(mask_middle[None, :], inner, 0.0)", "pass", f"{CHAIN_TESTS} -k finite"),
+    Mutation(CHAIN, "z = tl.where(mask_c[None, :], z, 0.0)", "pass", f"{CHAIN_TESTS} -k finite"),
+    Mutation(CHAIN, "tap = tl.where(last, tap << 1, tap)", "tap = tap << 1", f"{CHAIN_TESTS} -k geometry"),
+    Mutation(CHAIN, "tl.where(wrap, row_step,", "tl.where(wrap, tap_step,", f"{CHAIN_TESTS} -k geometry"),
+    Mutation(CHAIN, "if EVEN and not form.RES_PADDED:", "if EVEN:", f"{CHAIN_TESTS} -k even_widths"),
+    Mutation(CHAIN, "z = relu(v).to(FACTOR)", "z = v.to(FACTOR)", f"{CHAIN_TESTS} -k shapes"),
+    Mutation(
+        CHAIN, "CHUNKS=cdiv(first.ci, tile.block_k)", "CHUNKS=first.ci // tile.block_k", f"{CHAIN_TESTS} -k shapes"
+    ),
+    Mutation(
+        "resnet_fused/inference.py",
+        "if spatial is not None and (_only_user(before) is not node or not",
+        "if spatial is not None and (False or not",
+        "tests/test_chains.py -k reads",
+    ),
+    Mutation(
+        "resnet_fused/inference.py",
+        "_is_pointwise(unit) and _pure_between(graph, node, user)",
+        "_is_pointwise(unit)",
+        "tests/test_chains.py -k between_two",
+    ),
+    Mutation(
+        "resnet_fused/inference.py",
+        "self._affine.copy_(self._constants())",
+        "self._affine = self._constants()",
+        "tests/test_chains.py -k new_weights",
+    ),
+    Mutation(
+        "resnet_fused/inference.py",
+        "return unit if unit.relu and not unit.pooled",
+        "return unit if not unit.pooled",
+        "tests/test_chains.py -k without_a_relu",
     ),
 ]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from benchmarks.shapes import MODELS, layers
-from resnet_fused.plan.decide import decide
+from resnet_fused.kernels.chain_forward import Chain
+from resnet_fused.plan.decide import decide, decide_chain
 from resnet_fused.plan.problem import Problem
 
 ARCHITECTURES = (80, 89, 90, 100, 120)
@@ -33,7 +36,46 @@ def text(arch: int) -> str:
                 plan = decide(problem)
                 times = "  ".join(f"{way} {seconds * 1e6:.1f}" for way, seconds in sorted(plan.alternatives))
                 lines.append(f"{problem!s:<75} {plan.implementation:<6} {times}")
+    lines += [
+        "",
+        "chains of a frozen ResNet-50: convolutions of each launch, and predicted microseconds of each road",
+        "",
+    ]
+    for batch in CHAINED:
+        for chain in dict.fromkeys(chains(batch, arch)):
+            plan = decide_chain(chain)
+            times = "  ".join(f"{_parts(parts)} {seconds * 1e6:.1f}" for parts, seconds in sorted(plan.alternatives))
+            names = ", ".join(link.layer for link in chain.links)
+            lines.append(f"{names:<100} {_parts(length for length, _ in plan.parts):<6} {times}")
     return "\n".join(lines) + "\n"
+
+
+def _parts(lengths: Iterable[int]) -> str:
+    return "+".join(map(str, lengths))
+
+
+CHAINED = (1, 32, 256)
+
+
+def chains(batch: int, arch: int) -> Iterator[Chain]:
+    """Of each block of a ResNet-50 its 3x3 and its last 1x1, and the first 1x1 of the next block."""
+    side = 56
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for i in range(blocks):
+            stride = 2 if i == 0 and width > 64 else 1
+            following = width if i + 1 < blocks else 2 * width
+            unit = partial(_unit, batch, arch)
+            spatial, expand = unit(side, width, width, 3, stride), unit(side // stride, width, 4 * width, residual=True)
+            side //= stride
+            reduce = None if (width, i) == (512, 2) else unit(side, 4 * width, following)
+            yield Chain(spatial, expand, reduce)
+
+
+def _unit(
+    batch: int, arch: int, side: int, ci: int, co: int, taps: int = 1, stride: int = 1, residual: bool = False
+) -> Problem:
+    sizes = batch, side, side, ci, co, taps, taps, (stride, stride), (taps // 2, taps // 2), (1, 1), 1
+    return Problem(*sizes, torch.bfloat16, False, False, arch, "frozen", residual)
 
 
 if __name__ == "__main__":

@@ -559,6 +559,11 @@ def test_operators_pass_opcheck():
         arguments = (x[:, :channels], w[:, :channels].contiguous(memory_format=torch.channels_last), None, *norm)
         stem = Convolution(Geometry((2, 2), (1, 1), (1, 1), 1), True, Tiles()).encode()
         torch.library.opcheck(operators.conv_bn_act_pool.default, (*arguments, stem), test_utils=tests)
+    pointwise, affine = torch.randn(16, 16, 1, 1), torch.rand(2, 16)
+    for weights in ([w, pointwise, pointwise], [w, pointwise, None]):
+        affines = [None if weight is None else affine for weight in weights]
+        arguments = (x, weights, affines, residual, convolution)
+        torch.library.opcheck(operators.chain.default, arguments, test_utils=tests)
 
 
 @pytest.mark.parametrize("name", ["bottleneck, projection", "padded identity", "stem"])

@@ -26,6 +26,7 @@ from resnet_fused.engine import eligible, tolerance
 from resnet_fused.engine.tolerance import error_ratio
 from resnet_fused.kernels import (
     batch_norm,
+    chain_forward,
     conv_box,
     conv_dgrad,
     conv_forward,
@@ -95,6 +96,7 @@ def test_every_kernel_is_checked_in_every_number_format():
         "conv_forward, wide",
         "conv_forward_moments",
         "conv_pool",
+        "chain_forward",
         "conv_dgrad",
         "conv_dgrad, boxes",
         "conv_wgrad",
@@ -108,7 +110,8 @@ def test_every_kernel_is_checked_in_every_number_format():
     keys = [(case.kernel, case.name, case.number_format) for case in every]
     assert len(keys) == len(set(keys))
     kernels = {call.kernel.__name__ for call in launched(90).values()}
-    modules = batch_norm, norm_backward, norm_pool, conv_box, conv_forward, conv_pool, conv_dgrad, dgrad_box, conv_wgrad
+    norms = batch_norm, norm_backward, norm_pool
+    modules = *norms, chain_forward, conv_box, conv_forward, conv_pool, conv_dgrad, dgrad_box, conv_wgrad
     assert kernels == {name for module in modules for name in vars(module) if name.endswith("_kernel")}
 
 

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from resnet_fused.engine import reference
 from resnet_fused.engine.forward import Convolution, inference_pooled
 from resnet_fused.engine.request import implementation
-from resnet_fused.kernels import conv_box, dgrad_box
+from resnet_fused.kernels import chain_forward, conv_box, dgrad_box
 from resnet_fused.kernels.batch_norm import batch_norm_apply, batch_norm_stats, channel_moments, merge_moments
+from resnet_fused.kernels.chain_forward import Chain, Link
 from resnet_fused.kernels.conv import ConvProblem, Geometry, output_size
 from resnet_fused.kernels.conv_dgrad import conv_dgrad
 from resnet_fused.kernels.conv_forward import conv_forward, conv_forward_moments, default_config, steps, wide_tiles
@@ -117,6 +118,10 @@ CONV_SPLIT = (
     *(("deep", "residual"), ("last", "padded residual")),
 )
 CONV_WIDE = (("wide", ""), ("expand", "residual"), ("last", "padded residual"), ("last", "moments"))
+CHAIN = (
+    *(("middle", ""), ("wide", ""), ("widening", ""), ("strided", "padded residual")),
+    *(("middle", "without 3x3"), ("wide", "without 3x3"), ("middle", "without the next"), ("wide", "without the next")),
+)
 CONV_MOMENTS = (
     *(("stem", ""), ("reduce", ""), ("projection", ""), ("middle", "prologue"), ("expand", "prologue")),
     *(("groups", "prologue"), ("wide groups", "prologue"), ("strided", "prologue"), ("deep", "prologue")),
@@ -325,6 +330,50 @@ def _check_conv_pool(layer: CheckLayer, variant: str, draw: Draw) -> Comparison:
         mean, var, gamma, beta = (v.to(_wide(t)) for v in norm[:4] if v is not None)
         z = torch.relu(F.batch_norm(y.to(_wide(t)), mean, var, gamma, beta, eps=norm.eps)).to(t)
         return {"y": F.max_pool2d(z, *POOL)}
+
+    return Comparison(ours, expected)
+
+
+def _check_chain(layer: CheckLayer, variant: str, draw: Draw) -> Comparison:
+    """Inference: ``layer``, a 1x1 to four times its channels with a residual, and one back; in each tile."""
+    size, wide = layer.output[2:], 4 * layer.co
+    layers = [layer, CheckLayer(layer.n, size, layer.co, wide), CheckLayer(layer.n, size, wide, layer.co)]
+    kept = [variant != "without 3x3", True, variant != "without the next"]
+    links = [
+        Link(draw.filter(of), torch.stack([draw.uniform(0.5, 1.5, of.co), draw.normal(of.co)])) if keeps else None
+        for of, keeps in zip(layers, kept, strict=True)
+    ]
+    x = draw.activations(layer.input if kept[0] else layer.output)
+    geometry = layer.geometry if kept[0] else Geometry()
+    residual = _residual(layers[1], variant, draw) or Residual(draw.images(layers[1].output))
+
+    def problem(of: CheckLayer) -> ConvProblem:
+        sizes = of.n, *of.size, of.ci, of.co, of.taps, of.taps
+        return ConvProblem(*sizes, *of.geometry, draw.dtype, draw.tf32, False, target_arch())
+
+    spatial, expand, reduce = (problem(of) if keeps else None for of, keeps in zip(layers, kept, strict=True))
+    assert expand is not None
+    chain = Chain(spatial, expand, reduce)
+    chosen: list[TileConfig | None] = [None] if target_arch() == INTERPRETER else [None, *chain_forward.tiles(chain)]
+
+    def ours() -> Results:
+        results: Results = {}
+        for tile in chosen:
+            arguments: dict[str, Any] = {"geometry": geometry, "residual": residual, "tf32": draw.tf32, "config": tile}
+            z, y = chain_forward.chain_forward(x, *links, **arguments)  # type: ignore[arg-type]
+            results |= {f"z, {tile}": z} | ({} if y is None else {f"y, {tile}": y})
+        return results
+
+    def expected(t: torch.dtype, _: Results) -> Results:
+        v, outputs = x.to(t), []
+        for link, of in zip(links, layers, strict=True):
+            if link is not None:
+                scale, shift = (vector.to(_wide(t))[:, None, None] for vector in link.affine)
+                v = (F.conv2d(v, link.w.to(t), None, *of.geometry).to(_wide(t)) * scale + shift).to(t)
+                v = torch.relu(v + _materialized(residual, wide, t) if of is layers[1] else v)
+            outputs.append(v)
+        names = {"z": outputs[1]} | ({"y": outputs[2]} if kept[2] else {})
+        return {f"{name}, {tile}": value for tile in chosen for name, value in names.items()}
 
     return Comparison(ours, expected)
 
@@ -695,6 +744,7 @@ def cases(device_type: str) -> list[CheckCase]:
         ("conv_forward, split", partial(_check_conv_tiles, _split_tiles), CONV_SPLIT, True),
         ("conv_forward, wide", partial(_check_conv_tiles, _wide_tiles), CONV_WIDE, True),
         ("conv_pool", _check_conv_pool, [("stem", "")], True),
+        ("chain_forward", _check_chain, CHAIN, True),
         ("conv_forward_moments", _check_conv_moments, CONV_MOMENTS, True),
         ("conv_dgrad", partial(_check_conv_dgrad, _launchers_tile), CONV_DGRAD, True),
         ("conv_dgrad, boxes", partial(_check_conv_dgrad, _gradient_box_tiles), DGRAD_BOX, True),

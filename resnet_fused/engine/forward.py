@@ -20,6 +20,7 @@ from torch.distributed import distributed_c10d as c10d
 from resnet_fused.engine import reference
 from resnet_fused.kernels import conv_pool
 from resnet_fused.kernels.batch_norm import batch_norm_apply, batch_norm_stats, channel_moments, merge_moments
+from resnet_fused.kernels.chain_forward import Chain, Link, chain_forward
 from resnet_fused.kernels.conv import ConvProblem, Geometry
 from resnet_fused.kernels.conv_forward import conv_forward, conv_forward_moments
 from resnet_fused.kernels.epilogue import Moments, Norm, Residual
@@ -130,6 +131,49 @@ def _decided(
     return problem, (chosen.implementation, conv.encode())
 
 
+def choose_chain(
+    shape: tuple[int, ...],
+    links: tuple[tuple[tuple[int, ...], Geometry] | None, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    request: Request,
+) -> decide.ChainPlan:
+    """How convolutions of a frozen model that follow each other run on an input of ``shape`` [N, CI, H, W].
+
+    ``links``: of each of a :class:`Chain`, its filter's shape and geometry, or None.
+    """
+    arch, gpu = decide.target(device)
+    problems, plan = _decided_chain(
+        shape, links, (dtype, decide.tf32(dtype), False, arch), gpu, request, tuned.load(gpu)
+    )
+    for problem in problems:
+        decide.note(problem)
+    return plan
+
+
+@lru_cache(maxsize=KEPT_LAYOUTS)
+def _decided_chain(
+    shape: tuple[int, ...],
+    links: tuple[tuple[tuple[int, ...], Geometry] | None, ...],
+    options: tuple[Any, ...],
+    gpu: str,
+    request: Request,
+    table: tuned.Table | None,
+) -> tuple[tuple[Problem, ...], decide.ChainPlan]:
+    n, ci, h, w = shape
+    problems: dict[str, Problem | None] = {}
+    for name, link in zip(Chain._fields, links, strict=True):
+        if link is None:
+            problems[name] = None
+            continue
+        (co, _, r, s), geometry = link
+        unit: tuple[Any, ...] = *geometry, *options, "frozen", name == "expand", gpu
+        problem = Problem(n, h, w, ci, co, r, s, *unit)
+        problems[name], ci, h, w = problem, co, problem.p, problem.q
+    chain = Chain(**problems)  # type: ignore[arg-type]
+    return cast(Any, chain.links), decide.decide_chain(chain, request, table)
+
+
 class Running(NamedTuple):
     """Batch norm's buffers and how they are updated; ``momentum`` None: the average over all batches."""
 
@@ -165,6 +209,26 @@ def inference(
         )
     y = convolve(x, None, w, bias, conv)
     return batch_norm_apply(y, norm, residual=residual, relu=relu, out_dtype=out_dtype)
+
+
+def chain(x: Tensor, links: Sequence[Link | None], residual: Tensor, conv: Convolution) -> list[Tensor]:
+    """The outputs of the convolutions behind the first, in one launch; see :func:`chain_forward`.
+
+    ``conv``: the first convolution's geometry, and the tile.
+    """
+    spatial, expand, reduce = links
+    assert expand is not None
+    z, y = chain_forward(
+        x,
+        spatial,
+        expand,
+        reduce,
+        geometry=conv.geometry,
+        residual=Residual(residual),
+        tf32=decide.tf32(x.dtype),
+        config=conv.tiles.forward,
+    )
+    return [z] if y is None else [z, y]
 
 
 def inference_pooled(x: Tensor, w: Tensor, bias: Tensor | None, norm: Norm, conv: Convolution) -> Tensor:

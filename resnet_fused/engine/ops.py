@@ -11,6 +11,7 @@ from torch import Tensor
 from resnet_fused.engine import backward, forward
 from resnet_fused.engine.trace import implementations
 from resnet_fused.kernels.batch_norm import batch_norm_apply
+from resnet_fused.kernels.chain_forward import Link
 from resnet_fused.kernels.conv import output_size
 from resnet_fused.kernels.conv_pool import pooled_size
 from resnet_fused.kernels.epilogue import Norm, Residual
@@ -27,6 +28,7 @@ _library.define(
     "conv_bn_act_pool(Tensor x, Tensor w, Tensor? bias, Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, "
     "float eps, int[] convolution) -> Tensor"
 )
+_library.define("chain(Tensor x, Tensor?[] weights, Tensor?[] affines, Tensor residual, int[] convolution) -> Tensor[]")
 _library.define(
     "unit_forward(Tensor x, Tensor? x_stats, Tensor w, Tensor? bias, Tensor? gamma, Tensor? beta, "
     "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? batches, float? momentum, float eps, "
@@ -97,6 +99,26 @@ def _conv_bn_act_pool_fake(x: Tensor, w: Tensor, *arguments: Any) -> Tensor:
     n, co, p, q = _output_shape(x, w, arguments[6])
     shape = n, co, pooled_size(p), pooled_size(q)
     return torch.empty(shape, dtype=w.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _chain(
+    x: Tensor,
+    weights: list[Tensor | None],
+    affines: list[Tensor | None],
+    residual: Tensor,
+    convolution: list[int],
+) -> list[Tensor]:
+    links = [None if w is None or v is None else Link(w, v) for w, v in zip(weights, affines, strict=True)]
+    with torch.cuda.device_of(x):
+        return forward.chain(x, links, residual, forward.Convolution.decode(convolution))
+
+
+def _chain_fake(x: Tensor, weights: list[Tensor | None], *arguments: Any) -> list[Tensor]:
+    if dry_target() is not None:
+        return _chain(x, weights, *arguments)
+    n, _, p, q = arguments[1].shape
+    channels = [w.shape[0] for w in weights[1:] if w is not None]
+    return [x.new_empty(n, co, p, q).contiguous(memory_format=torch.channels_last) for co in channels]
 
 
 def _output_shape(x: Tensor, w: Tensor, convolution: list[int]) -> tuple[int, int, int, int]:
@@ -308,6 +330,7 @@ def _is_watched(arguments: tuple[Any, ...]) -> bool:
 
 conv_bn_act = _register("conv_bn_act", _conv_bn_act, _conv_bn_act_fake)
 conv_bn_act_pool = _register("conv_bn_act_pool", _conv_bn_act_pool, _conv_bn_act_pool_fake)
+chain = _register("chain", _chain, _chain_fake)
 unit_forward = _register("unit_forward", _unit_forward, _unit_forward_fake)
 pool_forward = _register("pool_forward", _pool_forward, _pool_forward_fake)
 join_forward = _register("join_forward", _join_forward, _join_forward_fake)

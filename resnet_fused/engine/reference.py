@@ -37,10 +37,10 @@ class PaddedIdentity(NamedTuple):
         return F.pad(kept, (0, 0, 0, 0, self.channels_before, after))
 
 
-def fold(
-    w: Tensor, bias: Tensor | None, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float
+def affine(
+    bias: Tensor | None, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Filter [CO, CI/groups, R, S] and bias [CO], in fp64, of the convolution that equals batch norm behind ``w``.
+    """Vectors [CO] in fp64, ``scale`` and ``shift``, for which ``scale*y + shift`` is batch norm behind ``y + bias``.
 
     ``mean``, ``var``, ``gamma``, ``beta``: batch norm in evaluation mode, vectors [CO].
     """
@@ -50,6 +50,17 @@ def fold(
     shift = (-mean.double() if bias is None else bias.double() - mean.double()) * scale
     if beta is not None:
         shift = shift + beta.double()
+    return scale, shift
+
+
+def fold(
+    w: Tensor, bias: Tensor | None, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Filter [CO, CI/groups, R, S] and bias [CO], in fp64, of the convolution that equals batch norm behind ``w``.
+
+    The other arguments: see :func:`affine`.
+    """
+    scale, shift = affine(bias, mean, var, gamma, beta, eps)
     return w.double() * scale[:, None, None, None], shift
 
 

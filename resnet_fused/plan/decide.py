@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 
 import torch
 
-from resnet_fused.kernels import conv_box, conv_pool, dgrad_box
+from resnet_fused.kernels import chain_forward, conv_box, conv_pool, dgrad_box
+from resnet_fused.kernels.chain_forward import Chain
 from resnet_fused.kernels.gpus import gpu_of
 from resnet_fused.kernels.launch import INTERPRETER, KEPT_LAYOUTS, TileConfig, dry_target, interpreting
 from resnet_fused.plan import roofline
@@ -109,6 +111,69 @@ def decide(problem: Problem, request: Request = "auto", table: Table | None = No
         return Plan("fused", tiles, None, "model", "the interpreter has no speed to predict", ())
     best, seconds = min(alternatives, key=lambda way: (waited(problem, way[0], way[1], tiles, constants), way[1]))
     return Plan(best, tiles, seconds, "model", _why(problem, best, alternatives[0][0], tiles, constants), alternatives)
+
+
+@dataclass(frozen=True)
+class ChainPlan:
+    """How convolutions that follow each other run, and why.
+
+    ``parts``: how many of them each launch computes, in order, with its tile (None: the kernel's own); one alone is a
+    unit, with the plan of its own. ``seconds``: predicted; None where nothing is. ``alternatives``: by parts, the
+    seconds predicted, fastest first.
+    """
+
+    parts: tuple[tuple[int, TileConfig | None], ...]
+    seconds: float | None
+    reason: str
+    alternatives: tuple[tuple[tuple[int, ...], float], ...]
+
+
+@lru_cache(maxsize=KEPT_LAYOUTS)
+def decide_chain(links: Chain, request: Request = "auto", table: Table | None = None) -> ChainPlan:
+    """The plan for a chain whose links are problems: in one launch, in two, or each link by itself.
+
+    Every road is predicted by the model, with the constants of the ``table``, if they were measured. Pure.
+    """
+    apart = ChainPlan(((1, None),) * len(links.links), None, f"implementation({request!r}) is in force", ())
+    if request not in ("auto", "triton"):
+        return apart
+    if links.first.arch == INTERPRETER:
+        return ChainPlan(((len(links.links), None),), None, "the interpreter has no speed to predict", ())
+    constants = constants_of(table)
+    roads = {}
+    for lengths in PARTS[len(links.links)]:
+        found = [_part(part, request, constants) for part in _cut(links, lengths)]
+        if math.inf not in (seconds for seconds, _ in found):
+            parts = tuple(zip(lengths, (tile for _, tile in found), strict=True))
+            roads[parts] = sum(seconds for seconds, _ in found)
+    order = sorted(roads.items(), key=lambda road: road[1])
+    alternatives = tuple((tuple(length for length, _ in parts), seconds) for parts, seconds in order)
+    return ChainPlan(order[0][0], order[0][1], "predicted fastest", alternatives)
+
+
+PARTS = {2: ((2,), (1, 1)), 3: ((3,), (1, 2), (2, 1), (1, 1, 1))}
+"""By the number of links, how many each launch may compute."""
+
+
+def _cut(links: Chain, lengths: tuple[int, ...]) -> Iterator[Chain | Problem]:
+    """The parts of so many links each; one alone is a problem."""
+    named = [(name, link) for name, link in links._asdict().items() if link is not None]
+    for length in lengths:
+        part, named = named[:length], named[length:]
+        yield part[0][1] if length == 1 else Chain(**{**dict.fromkeys(Chain._fields), **dict(part)})
+
+
+def _part(part: Chain | Problem, request: Request, constants: Constants) -> tuple[float, TileConfig | None]:
+    """Seconds and tile of the fastest launch of a part; infinity where there is none."""
+    if isinstance(part, Problem):
+        seconds = dict(roofline.compare(part, best_tiles(part, constants), constants))
+        return (seconds["fused"] if request == "triton" else min(seconds.values())), None
+    tiles = chain_forward.tiles(part)
+    return min(
+        ((roofline.chain(part, tile, constants).seconds, tile) for tile in tiles),
+        key=lambda found: found[0],
+        default=(math.inf, None),
+    )
 
 
 def constants_of(table: Table | None) -> Constants:

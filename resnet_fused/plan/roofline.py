@@ -8,7 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from resnet_fused.kernels import conv_box, conv_dgrad, conv_forward, conv_pool, conv_wgrad, dgrad_box
+from resnet_fused.kernels import (
+    chain_forward,
+    conv_box,
+    conv_dgrad,
+    conv_forward,
+    conv_pool,
+    conv_wgrad,
+    dgrad_box,
+)
+from resnet_fused.kernels.chain_forward import Chain
 from resnet_fused.kernels.gpus import gpu_of
 from resnet_fused.kernels.launch import TileConfig
 from resnet_fused.plan.constants import ASSUMED, Constants
@@ -61,6 +70,13 @@ ISSUE_SLOTS: dict[str, dict[int, tuple[float, ...]]] = {
 # The same of the whole of conv_pool, whose loop is short and unrolled, for 64 channels: all its instructions over the
 # cycles of its product.
 POOL_SLOTS = {80: 0.969, 86: 0.496, 89: 0.248, 90: 2.089, 100: 6.929, 120: 0.242}
+
+# Of chain_forward's two loops, the walk over the taps and that over the channels of z, with 128 channels between the
+# convolutions; counted alike.
+CHAIN_SLOTS = {
+    **{80: (0.33, 0.594), 86: (0.229, 0.338), 89: (0.114, 0.169)},
+    **{90: (0.309, 0.633), 100: (1.039, 3.096), 120: (0.105, 0.134)},
+}
 CALLS_KERNELS = {"aten._native_batch_norm_legit": (2, 3 / 2), "aten.native_batch_norm_backward": (2, 5 / 3)}
 """Calls of PyTorch's that launch more than one kernel: how many, and the bytes that these move over those of the
 operands, each once. Batch norm's statistics, and its gradient's sums, take a pass of their own."""
@@ -183,6 +199,29 @@ def compulsory(problem: Problem, *, leaf: bool = False) -> int:
     if problem.pooled:
         return forward + 2 * b.pooled + b.met + b.w
     return forward + 2 * b.y + b.met + b.w + (0 if leaf else b.x + b.w)
+
+
+def chain(links: Chain, tile: TileConfig, constants: Constants = ASSUMED) -> PredictedLaunch:
+    """The one launch of a chain, whose links are problems; what stays in registers is neither loaded nor stored."""
+    models = [_Model(link, Tiles(), constants) for link in links.links]  # type: ignore[arg-type]
+    first, last = models[0], models[-1]
+    programs = _tiles(last.problem.m, tile.block_m)
+    waves = _tiles(programs, first.gpu.multiprocessors)
+    time = dict.fromkeys(("tensor", "issue", "shared", "l2"), 0.0)
+    walk, tail = CHAIN_SLOTS[first.gpu.arch]
+    for model, product in zip(models, chain_forward.products(links, tile), strict=True):
+        part = replace(tile, block_n=product.columns)
+        work = model.work(programs, part, product.depth)
+        held = 0 if model is first else tile.block_m * product.depth * model.problem.dtype.itemsize
+        at_peak = waves * 2 * work.macs / (model.peak / model.gpu.multiprocessors)
+        time["tensor"] += at_peak / (model.efficiency * constants.triton_of_cudnn)
+        time["issue"] += at_peak * (walk if model.problem is links.spatial else tail)
+        time["shared"] += waves * (work.shared_bytes - 2 * held) / (SHARED_BYTES_PER_CLOCK * model.gpu.clock * 1e9)
+        time["l2"] += programs * (work.l2_bytes - held) / (model.gpu.l2 * 1e9)
+    outputs = sum(model.sizes.y for model in models if model.problem is not links.spatial)
+    residual = sum(model.residual for model in models)
+    size = first.sizes.met + sum(model.sizes.w for model in models) + outputs + residual
+    return first.longest("chain_forward", sum(model.flops for model in models), size, 0, **time)
 
 
 def roof(flops: int, size: int, beside: Problem) -> float:
@@ -377,7 +416,7 @@ class _Model:
         return self.cudnn("aten.convolution", b.met + b.w + b.y)
 
     def convolution_backward(self) -> PredictedLaunch:
-        """One call of two kernels, the gradients of the filter and of the input; of a leaf or a stem the first alone."""
+        """One call of two kernels, the gradients of the filter and of the input; of a leaf or stem the first alone."""
         b, name = self.sizes, "aten.convolution_backward"
         if self.leaf or self.problem.pooled:
             return self.cudnn(name, b.y + b.met + 2 * b.w)

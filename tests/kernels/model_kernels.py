@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator
-from functools import cache
+from functools import cache, partial
 from hashlib import sha256
 from itertools import islice, product
 from math import gcd
@@ -18,9 +18,12 @@ import resnet_fused
 from benchmarks import shapes
 from resnet_fused import functional
 from resnet_fused.commands.tune_trial import Candidate, rehearse
-from resnet_fused.kernels import conv_box, dgrad_box
+from resnet_fused.kernels import chain_forward, conv_box, dgrad_box
+from resnet_fused.kernels.chain_forward import Chain, Link
+from resnet_fused.kernels.conv import ConvProblem, Geometry
 from resnet_fused.kernels.conv_forward import split_tiles, wide_tiles
-from resnet_fused.kernels.launch import Call, dry_run, observe
+from resnet_fused.kernels.epilogue import Residual
+from resnet_fused.kernels.launch import Call, TileConfig, dry_run, observe
 from resnet_fused.plan.problem import Problem, Tiles
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "tf32": torch.float32, "float32": torch.float32}
@@ -56,6 +59,12 @@ class Kernel(NamedTuple):
         form, widths = self.call.arguments.get("form"), self.call.arguments.get("widths")
         if form is None:
             return ""
+        if self.name == "chain_forward_kernel":
+            if self.arch == 100:
+                return "a product leaves whole rows to a thread, which then reads whole vectors of batch norm"
+            if triton.__version__.startswith("3.6"):
+                return "Triton 3.6 does not see how far a chunk of channels is contiguous"
+            return "" if form.EVEN else "masked channels"
         if getattr(form, "FLAT", False):
             return "few input channels: a chunk of K runs across taps"
         if self.call.config.box is not None:
@@ -77,7 +86,8 @@ class Kernel(NamedTuple):
     @property
     def prologue(self) -> bool:
         """Whether it transforms a factor on the way into its product."""
-        return any(self.call.arguments.get(f"{name}_ptr") is not None for name in ("scale", "coefs", "stats"))
+        vectors = ("scale", "coefs", "stats", "expand_affine")
+        return any(self.call.arguments.get(f"{name}_ptr") is not None for name in vectors)
 
     @property
     def key(self) -> str:
@@ -116,6 +126,8 @@ def _launched(arch: int) -> Iterator[Kernel]:
         if name != "float16" or each_kind:
             yield from _calls(arch, name, MODELS, training=False)
             yield from _tried(arch, name)
+        if name in ("bfloat16", "tf32"):
+            yield from _chained(arch, name)
         if name == "bfloat16":
             yield from _calls(arch, name, TRAINED if each_kind else TRAINED[:3], training=True)
         elif name != "float16" and each_kind:
@@ -189,6 +201,62 @@ def _tried(arch: int, number_format: str) -> Iterator[Kernel]:
         for tile in (*islice(split_tiles(unit), 1), *wide_tiles(unit)):
             calls, _ = rehearse(unit, Candidate("fused", Tiles(forward=tile)))
             yield from (Kernel(arch, number_format, call) for call in calls)
+
+
+CHAINED = {
+    "resnet50": [
+        (64, 64, 256, 64),
+        (64, 64, 256, 128),
+        (128, 128, 512, 128),
+        (128, 128, 512, 256),
+        (256, 256, 1024, 256),
+    ],
+    "wide_resnet50_2": [(128, 128, 256, 128), (128, 128, 256, 256), (256, 256, 512, 256)],
+    "odd": [(40, 48, 136, 24)],
+}
+"""Channels of the 3x3's input and output, of z, and of the next block's first output. The models' 1x1 are ResNeXt's."""
+
+
+def _chained(arch: int, number_format: str) -> Iterator[Kernel]:
+    """What the plan may take of convolutions that follow each other in a frozen model: of three, or of two."""
+    for model, units in CHAINED.items():
+        for widths in units:
+            spatial, expand, reduce = chain = chain_of(arch, number_format, widths)
+            for part in (chain, Chain(None, expand, reduce), Chain(spatial, expand, None)):
+                for tile in chain_forward.tiles(part):
+                    yield Kernel(arch, number_format, chain_call(part, tile), odd=model == "odd")
+
+
+def chain_of(arch: int, number_format: str, widths: tuple[int, int, int, int]) -> Chain:
+    """Three convolutions; ``widths``: as in :data:`CHAINED`."""
+    ci, middle, wide, following = widths
+    same = {"dilation": (1, 1), "groups": 1, "dtype": DTYPES[number_format], "tf32": number_format == "tf32"}
+    unit = partial(ConvProblem, 256, 14, 14, **same, prologue=False, arch=arch)
+    spatial = unit(ci, middle, 3, 3, (1, 1), (1, 1))
+    return Chain(spatial, *(unit(*of, 1, 1, (1, 1), (0, 0)) for of in ((middle, wide), (wide, following))))
+
+
+def chain_call(chain: Chain, tile: TileConfig) -> Call:
+    """The launch of ``chain`` on tensors without data."""
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=first.dtype, device="meta").to(memory_format=torch.channels_last)
+
+    def link(p: ConvProblem | None) -> Link | None:
+        return p and Link(empty(p.co, p.ci, p.r, p.s), torch.empty(2, p.co, device="meta"))
+
+    first, expand, calls = chain.first, chain.expand, []
+    residual = Residual(empty(expand.n, expand.co, expand.p, expand.q))
+    with dry_run(first.arch), observe(calls.append):
+        chain_forward.chain_forward(
+            empty(first.n, first.ci, first.h, first.w),
+            *map(link, chain),
+            geometry=first.geometry if chain.spatial else Geometry(),
+            residual=residual,
+            tf32=first.tf32,
+            config=tile,
+        )
+    return calls[0]
 
 
 def _drawn(arch: int, draw: random.Random) -> Iterator[Kernel]:

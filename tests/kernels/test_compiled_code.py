@@ -23,6 +23,7 @@ TENSOR_CORE = {80: "mma.sync", 86: "mma.sync", 89: "mma.sync", 90: "wgmma", 100:
 TENSOR_CORE_KERNELS = (
     *("conv_forward_kernel", "conv_dgrad_kernel", "conv_wgrad_kernel", "conv_pool_kernel"),
     *("conv_box_kernel", "dgrad_box_kernel"),
+    "chain_forward_kernel",
 )
 BY_TMA = {"conv_box_kernel", "dgrad_box_kernel"}
 
