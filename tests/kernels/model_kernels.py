@@ -68,7 +68,8 @@ class Kernel(NamedTuple):
         if getattr(form, "FLAT", False):
             return "few input channels: a chunk of K runs across taps"
         if self.call.config.box is not None:
-            return ""
+            single = form.ONE_CHUNK and form.R * form.S == 1
+            return "vectors are loaded among the products, which are in no loop" if single else ""
         if form.MERGED:
             return "merged groups: narrower than a load"
         if form.VECTOR > 1 and triton.__version__.startswith("3.6"):
