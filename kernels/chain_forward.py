@@ -263,6 +263,8 @@ def why_not(chain: Chain) -> str | None:
         return "fp32 is not multiplied by tensor cores"
     if max(_block(expand.ci), _block(chain.reduce.co if chain.reduce else 0)) > WIDEST:
         return f"more than {WIDEST} channels do not stay in a program's registers"
+    if expand.ci % 16:
+        return "it needs a multiple of 16 channels in the middle: narrower loads of a filter are not fenced"
     return None
 
 
@@ -335,6 +337,10 @@ BARRIERS = 1024
 """Bytes for what is no buffer of a pipeline."""
 
 
+MOST_ELEMENTS = 2**20
+"""Of a tensor in a kernel (``triton.language.core.TRITON_MAX_TENSOR_NUMEL``)."""
+
+
 def _block(channels: int) -> int:
     return max(16, triton.next_power_of_2(channels))
 
@@ -345,7 +351,10 @@ def default_config(chain: Chain) -> TileConfig:
     first, wide = chain.first, _block(chain.expand.co)
     block_k = _block(first.ci)
     if first.arch == INTERPRETER:
-        return TileConfig(min(_block(chain.expand.m), 1024), min(wide, 512), min(block_k, 512))
+        columns = max(_block(chain.expand.ci), _block(chain.reduce.co if chain.reduce else 0))
+        block_n = min(wide, 512, MOST_ELEMENTS // columns)
+        block_m = min(_block(chain.expand.m), 1024, MOST_ELEMENTS // max(block_n, columns))
+        return TileConfig(block_m, block_n, min(block_k, 512, MOST_ELEMENTS // columns))
     return TileConfig(64, min(wide, 64), min(block_k, 64), num_warps=8)
 
 

@@ -317,6 +317,7 @@ class TritonConv(nn.Module):
     """
 
     weight: Tensor
+    affine: Tensor | None
     conv_bias: Tensor | None
     mean: Tensor
     var: Tensor
@@ -343,7 +344,8 @@ class TritonConv(nn.Module):
         self.relu = False
         self.pooled = False
         self._folded: tuple[Tensor, Tensor] | None = None
-        self._affine: Tensor | None = None
+        self.register_buffer("affine", None, persistent=False)
+        self._made_of: tuple[Any, ...] = ()
 
     def forward(self, x: Tensor, residual: Any = None) -> Tensor:
         if self.pooled:
@@ -395,14 +397,23 @@ class TritonConv(nn.Module):
         return _is_like(residual, x, FLOATS) and tuple(residual.shape) == shape
 
     def link(self) -> Link:
-        """What a chain is told of it."""
-        if self._affine is None or self._affine.device != self.weight.device:  # a replica's is that of the original
-            self._affine = self._constants()
-        return Link(self.weight, self._affine)
+        """What a chain is told of it: its constants anew, where batch norm's are not those that they were made of."""
+        vectors = self.conv_bias, self.mean, self.var, self.gamma, self.beta
+        if not all(t is None or type(t) in _PLAIN for t in vectors):
+            return Link(self.weight, self._constants())
+        seen = [t if t is None else (id(t), 0 if t.is_inference() else t._version, t.data_ptr()) for t in vectors]
+        if self.affine is None or self._made_of[:2] != (self.eps, seen):
+            constants = self._constants()
+            if type(constants) is not Tensor:
+                return Link(self.weight, constants)
+            self.affine, self._made_of = constants, (self.eps, seen, vectors)
+        return Link(self.weight, self.affine)
 
     def _apply(self, fn: Any, recurse: bool = True) -> TritonConv:
-        self._folded = self._affine = None
+        self._folded, self._made_of = None, ()
         super()._apply(fn, recurse)
+        if self.affine is not None:
+            self.link()
         return self
 
     @torch.inference_mode()  # where what it overwrites was made
@@ -412,11 +423,14 @@ class TritonConv(nn.Module):
         if self._folded is not None:
             for old, new in zip(self._folded, self._fold(), strict=True):
                 old.copy_(new)  # in place, where a CUDA graph reads it
-        if self._affine is not None:
-            self._affine.copy_(self._constants())
+        if self.affine is not None:
+            old, self._made_of = self.affine, ()
+            new = self.link().affine
+            if old.device == new.device:
+                self.affine = old.copy_(new)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_folded": None, "_affine": None}
+        return {**super().__getstate__(), "_folded": None, "_made_of": ()}
 
     def _constants(self) -> Tensor:
         vectors = self.conv_bias, self.mean, self.var, self.gamma, self.beta, self.eps
@@ -438,52 +452,61 @@ class TritonConv(nn.Module):
 class TritonChain(nn.Module):
     """``z = expand(spatial(x), residual)`` and ``y = reduce(z)``, in as few launches as are predicted to be fastest.
 
-    Returns both. ``spatial`` or ``reduce`` may be None: the input takes its place, or there is no ``y``.
+    Returns both. ``spatial`` or ``reduce`` may be None: the input takes its place, or there is no ``y``. The units are
+    children of the graph that calls this, under the names that they have without it.
     """
 
     def __init__(self, spatial: TritonConv | None, expand: TritonConv, reduce: TritonConv | None) -> None:
         super().__init__()
-        self.spatial, self.expand, self.reduce = spatial, expand, reduce
+        self.training = False
+        self.named = spatial, expand, reduce
+        for unit in self.links:
+            unit.link()
 
     @property
     def links(self) -> list[TritonConv]:
         """The units that there are, in order."""
-        return [unit for unit in (self.spatial, self.expand, self.reduce) if unit is not None]
+        return [unit for unit in self.named if unit is not None]
 
     def forward(self, x: Tensor, residual: Any) -> tuple[Any, Any]:
-        units, z = self.links, None
+        (_, expand, reduce), units, z = self.named, self.links, None
         for length, tile in self._parts(x, residual):
             part, units = units[:length], units[length:]
             if length > 1:
                 outputs = self._launch(part, x, residual, tile)
                 z, x = outputs[0], outputs[-1]
-            elif part[0] is self.expand:
-                x = z = self.expand(x, residual)
+            elif part[0] is expand:
+                x = z = expand(x, residual)
             else:
                 x = part[0](x)
-        return z, None if self.reduce is None else x
+        return z, None if reduce is None else x
 
     def _parts(self, x: Any, residual: Any) -> tuple[tuple[int, TileConfig | None], ...]:
         """How many units each launch computes, with its tile."""
-        units = self.links
-        apart = ((1, None),) * len(units)
-        if torch.compiler.is_compiling() or not units[0]._launches(_cast(x, units[0].weight), None):
-            return apart
-        weight = units[0].weight
-        shape = _output_shape(x.shape, weight, units[0].geometry)
-        alike = all(_is_like(other, weight) for other in (residual, *(unit.weight for unit in units)))
-        if not alike or shape is None or residual.shape != (shape[0], self.expand.weight.shape[0], *shape[2:]):
-            return apart
-        filters = (None if unit is None else (tuple(unit.weight.shape), unit.geometry) for unit in self._named())
-        return forward.choose_chain(tuple(x.shape), tuple(filters), weight.dtype, x.device, requested()).parts
+        first, *_ = units = self.links
+        x = _cast(x, first.weight) if first.casts else x
+        traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+        if traced or eligible.hooked(*units) or not first._launches(x, None) or not self._fits(x, residual):
+            return ((1, None),) * len(units)
+        filters = tuple(None if unit is None else (tuple(unit.weight.shape), unit.geometry) for unit in self.named)
+        return forward.choose_chain(tuple(x.shape), filters, x.dtype, x.device, requested()).parts
 
-    def _named(self) -> tuple[TritonConv | None, TritonConv, TritonConv | None]:
-        return self.spatial, self.expand, self.reduce
+    def _fits(self, x: Tensor, residual: Any) -> bool:
+        """Whether all is of one dtype and each unit reads what the one before returns."""
+        shape = tuple(x.shape)
+        for unit in self.links:
+            found = _output_shape(torch.Size(shape), unit.weight, unit.geometry)
+            if found is None or not _is_like(unit.weight, x):
+                return False
+            shape = found
+            if unit is self.named[1] and not (_is_like(residual, x) and tuple(residual.shape) == shape):
+                return False
+        return True
 
     def _launch(self, part: list[TritonConv], x: Tensor, residual: Tensor, tile: TileConfig | None) -> list[Tensor]:
         """The outputs of the ``part`` that are stored: z, and y if ``reduce`` is in it."""
         x = channels_last(_cast(x, part[0].weight).resolve_neg())
-        links = [unit.link() if unit in part else (None, None) for unit in self._named()]
+        links = [unit.link() if unit in part else (None, None) for unit in self.named]
         weights, affines = zip(*links, strict=True)
         code = forward.Convolution(part[0].geometry, True, Tiles(forward=tile)).encode()
         return ops.chain(x, weights, affines, channels_last(residual.resolve_neg()), code)
@@ -741,10 +764,13 @@ def _fused(graph: fx.GraphModule, dtype: torch.dtype | None) -> fx.GraphModule:
     for node, unit in units:
         if isinstance(unit, FoldedConv):
             unit.in_place = _owns_residual(graph, node)
+    names = {str(node.target): unit for node, unit in units if isinstance(unit, TritonConv)}
     for node, unit in units:
         if isinstance(unit, TritonConv):
             _fuse_chain(graph, node, unit)
     graph.delete_all_unused_submodules()
+    for name, unit in names.items():
+        graph.add_submodule(name, unit)
     graph.graph.lint()
     graph.recompile()
     return graph
@@ -818,7 +844,8 @@ def _fuse_chain(graph: fx.GraphModule, node: fx.Node, expand: TritonConv) -> Non
     before: Any = node.args[0]
     after = _following(graph, node)
     spatial = _unit(graph, before)
-    if spatial is not None and (_only_user(before) is not node or not _pure_between(graph, before, node)):
+    alone = spatial is not None and _only_user(before) is node and node.args[1] is not before
+    if not (alone and _pure_between(graph, before, node)):
         spatial = None
     if spatial is None and after is None:
         return

@@ -1599,8 +1599,8 @@ MUTATIONS = [
     ),
     Mutation(
         "resnet_fused/inference.py",
-        "if spatial is not None and (_only_user(before) is not node or not",
-        "if spatial is not None and (False or not",
+        "_only_user(before) is node and node.args[1] is not before",
+        "node.args[1] is not before",
         "tests/test_chains.py -k reads",
     ),
     Mutation(
@@ -1611,8 +1611,8 @@ MUTATIONS = [
     ),
     Mutation(
         "resnet_fused/inference.py",
-        "self._affine.copy_(self._constants())",
-        "self._affine = self._constants()",
+        "self.affine = old.copy_(new)",
+        "pass",
         "tests/test_chains.py -k new_weights",
     ),
     Mutation(

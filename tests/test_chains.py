@@ -12,9 +12,10 @@ import torchvision
 import transformers
 import triton
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from resnet_fused import implementation, models, modules, optimize_for_inference, trace
+from resnet_fused import implementation, inference, models, modules, optimize_for_inference, trace
 from resnet_fused.inference import TritonChain, TritonConv
 from resnet_fused.kernels.launch import dry_run
 from tests.rule import assert_within_rule
@@ -174,11 +175,11 @@ def test_new_weights_reach_a_chain():
     model, x = make()
     frozen = freeze(model)
     check(frozen, model, x)
-    constants = [m._affine.data_ptr() for m in frozen.modules() if isinstance(m, TritonConv) and m._affine is not None]
+    constants = [m.affine.data_ptr() for m in frozen.modules() if isinstance(m, TritonConv) and m.affine is not None]
     other = _randomised(Net())
     frozen.load_state_dict(freeze(other).state_dict())
     check(frozen, other, x)
-    again = [m._affine.data_ptr() for m in frozen.modules() if isinstance(m, TritonConv) and m._affine is not None]
+    again = [m.affine.data_ptr() for m in frozen.modules() if isinstance(m, TritonConv) and m.affine is not None]
     assert constants == again, "where a CUDA graph reads them"
 
 
@@ -209,6 +210,98 @@ def test_what_does_not_fit_is_refused_as_eager_does():
             model(wrong)
         with pytest.raises(type(expected.value)), implementation("triton"):
             frozen(wrong)
+
+
+class ReadsTwice(nn.Module):
+    """Adds what its last convolution reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.conv3, self.bn3 = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        m = F.relu(self.bn2(self.conv2(x)))
+        return F.relu(self.bn3(self.conv3(m)) + m)
+
+
+def test_a_residual_that_is_the_convolutions_input_too():
+    torch.manual_seed(0)
+    model, x = _randomised(ReadsTwice()), torch.randn(2, 8, 6, 5)
+    assert check(freeze(model), model, x) == ["conv_forward", "conv_forward"]
+
+
+def test_new_constants_are_read_as_they_are():
+    """However they come, and whoever looked on first."""
+    model, x = make()
+    frozen = freeze(model)
+    with FakeTensorMode(allow_non_fake_inputs=True), implementation("triton"):
+        frozen(x)
+    check(frozen, model, x)
+    other = freeze(_randomised(Net()))
+    state = {f"network.{name}": t for name, t in other.network.state_dict().items()}
+    with implementation("triton"):
+        assert torch.equal(torch.func.functional_call(frozen, state, x), other(x))
+    check(frozen, model, x)
+    for unit, source in (
+        (frozen.network.first_conv3_unit, model.first.bn3),
+        (frozen.network.second_conv1_unit, model.second.bn1),
+    ):
+        unit.gamma.mul_(2)
+        unit.beta = unit.beta + 1
+        unit.eps = source.eps = 1e-2
+        with torch.no_grad():
+            source.weight.mul_(2)
+            source.bias.add_(1)
+    check(frozen, model, x)
+    frozen.load_state_dict({name: t.to("meta") for name, t in frozen.state_dict().items()}, assign=True)
+
+
+def test_a_traced_frozen_model_runs_each_by_itself():
+    model, x = make()
+    frozen = freeze(model)
+    with implementation("triton"), torch.no_grad():
+        traced = torch.jit.trace(frozen, x)
+    with torch.no_grad():
+        torch.testing.assert_close(traced(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+class Half(BOTTLENECK):
+    def forward(self, x):
+        a = F.relu(self.bn1(self.conv1(x)))
+        b = F.relu(self.bn2(self.conv2(a.half())))
+        return F.relu(self.bn3(self.conv3(b)) + x)
+
+
+def test_a_wrong_dtype_inside_the_model_is_refused():
+    model = _randomised(Half(16, 4))
+    with implementation("triton"), pytest.raises(RuntimeError):
+        freeze(model)(torch.randn(2, 16, 6, 5))
+
+
+def test_a_wrong_number_of_channels_inside_is_refused_as_eager_does():
+    model = _randomised(BOTTLENECK(16, 4))
+    model.conv3 = nn.Conv2d(6, 16, 1)
+    with implementation("triton"), pytest.raises(RuntimeError, match="Given groups=1, weight of size"):
+        freeze(model)(torch.randn(2, 16, 6, 5))
+
+
+def test_hooks_on_a_frozen_unit_take_its_chain_apart():
+    model, x = make()
+    frozen = freeze(model)
+    for part in frozen.modules():
+        if isinstance(part, TritonConv):
+            part.register_forward_hook(lambda module, args, y: y * 0)
+    with implementation("triton"):
+        assert not frozen(x).any()
+    assert not any(part.training for part in frozen.modules())
+
+
+def test_keys_are_those_of_a_model_without_chains(monkeypatch):
+    model, _ = make()
+    names = list(freeze(model).state_dict())
+    monkeypatch.setattr(inference, "_fuse_chain", lambda *arguments: None)
+    assert sorted(names) == sorted(freeze(model).state_dict())
 
 
 def test_no_image():

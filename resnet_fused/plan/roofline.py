@@ -75,7 +75,7 @@ POOL_SLOTS = {80: 0.969, 86: 0.496, 89: 0.248, 90: 2.089, 100: 6.929, 120: 0.242
 # convolutions; counted alike.
 CHAIN_SLOTS = {
     **{80: (0.33, 0.594), 86: (0.229, 0.338), 89: (0.114, 0.169)},
-    **{90: (0.309, 0.633), 100: (1.039, 3.096), 120: (0.105, 0.134)},
+    **{90: (0.309, 0.633), 100: (1.039, 1.402), 120: (0.105, 0.134)},
 }
 CALLS_KERNELS = {"aten._native_batch_norm_legit": (2, 3 / 2), "aten.native_batch_norm_backward": (2, 5 / 3)}
 """Calls of PyTorch's that launch more than one kernel: how many, and the bytes that these move over those of the
