@@ -270,7 +270,7 @@ def why_not(chain: Chain) -> str | None:
 
 WIDEST = 256
 """Channels between two convolutions of a chain that a program's registers hold."""
-_SMALL = (128, 64, 64, 8, 3, 256), (64, 64, 64, 8, 3, 512), (64, 32, 64, 4, 2, 256)
+_SMALL = (128, 64, 64, 8, 3, 256), (64, 64, 64, 8, 3, 512), (64, 32, 64, 4, 3, 256)
 TILES: dict[int, tuple[tuple[int, int, int, int, int, int], ...]] = {
     80: ((128, 64, 128, 8, 3, 272), (128, 64, 64, 8, 3, 272), (64, 64, 64, 8, 3, 512)),
     **{86: _SMALL, 89: _SMALL, 120: _SMALL},

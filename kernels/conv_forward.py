@@ -416,12 +416,23 @@ def _registers(problem: ConvProblem, block_m: int, block_n: int, block_k: int) -
         return 192 if problem.dtype == torch.float32 else 168
     if (block_m, block_n) == (128, 16) and problem.dtype == torch.float32 and problem.arch == 80:
         return 96
-    small = (block_m, block_n, block_k) == (64, 64, 32) and not problem.flat
-    if small and problem.dtype != torch.float32 and problem.arch in (80, 86, 89):
+    small, element = (block_m, block_n, block_k) == (64, 64, 32) and not problem.flat, problem.dtype.itemsize
+    if small and (problem.arch == 120 if problem.tf32 else problem.arch in (80, 86, 89) and element == 2):
         return 128
     if problem.arch in (86, 89) and (block_m, block_n, block_k) == (128, 64, 64):
         return 255  # as on sm_120
+    if problem.dtype == torch.float32 and not problem.tf32:
+        return _without_tensor_cores(problem, block_n)
     return None
+
+
+def _without_tensor_cores(problem: ConvProblem, block_n: int) -> int | None:
+    """:func:`_registers` of a tile whose products are multiply-adds."""
+    if problem.arch == 89 and problem.merged > 1:
+        return 255
+    if problem.arch == 90 and problem.prologue and block_n == 64:
+        return 168
+    return 96 if problem.arch == 120 and problem.flat and block_n == 16 else None
 
 
 def steps(problem: ConvProblem, tile: TileConfig) -> int:

@@ -166,15 +166,17 @@ def waits(machine: Program) -> dict[str, int]:
     """What the main loop waits for where it need not; without what does not occur.
 
     loads: all that are under way, behind which no product stands that they could be under way with. products: those
-    that begin when the one before is done, in place of following it through the tensor cores (sm_90).
+    that begin when the one before is done, in place of following it through the tensor cores (sm_90). Where the
+    compiler has unrolled the loop, its last loads have no product left to be under way with.
     """
+    unrolled = machine.main_loop not in [machine.code[first : last + 1] for first, last in machine.loops]
     found: Counter[str] = Counter()
     loading = serial = False
     for instruction in machine.main_loop:
         if instruction.opcode == "LDGDEPBAR":
             loading = True
         elif instruction.name.startswith("DEPBAR.LE") and instruction.operands == "SB0, 0x0":
-            found["loads"] += loading
+            found["loads"] += loading and not unrolled
         elif instruction.name == "WARPGROUP.DEPBAR.LE" and instruction.operands == "gsb0, 0x0":
             serial = True
         elif instruction.opcode in TENSOR_OPCODES:

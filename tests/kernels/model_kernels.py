@@ -82,6 +82,8 @@ class Kernel(NamedTuple):
         """Why each of its products may wait on sm_90 for the one before; "" where none must."""
         if self.prologue:
             return "a factor that is transformed stands in registers, which are written while products run"
+        if getattr(self.call.arguments.get("form"), "MERGED", False):
+            return "merged groups: a filter that is masked by the element comes through registers"
         return ""
 
     @property
