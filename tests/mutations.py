@@ -411,8 +411,8 @@ MUTATIONS = [
     ),
     Mutation(
         "resnet_fused/inference.py",
-        'raise RuntimeError("its forward draws random numbers")',
-        "pass",
+        "with same_random_numbers(RuntimeError):",
+        "if True:",
         "tests/test_inference.py -k effects",
     ),
     Mutation(
@@ -1057,8 +1057,8 @@ MUTATIONS = [
     ),
     Mutation(
         "resnet_fused/plan/roofline.py",
-        "            *([] if self.leaf else [self.triton(",
-        "            *([] if False else [self.triton(",
+        "*([] if self.leaf else [self.dgrad()])]",
+        "self.dgrad()]",
         "tests/test_explain.py -k nobody",
     ),
     Mutation(
@@ -1093,8 +1093,8 @@ MUTATIONS = [
     ),
     Mutation(
         "kernels/conv_dgrad.py",
-        '        "stats_ptr": Vector("mask[1]", (5, ci), (torch.float32,)),\n',
-        "",
+        '{"stats_ptr": Vector("mask[1]", (5, ci), (torch.float32,))}',
+        "{}",
         "tests/kernels/test_conv_dgrad.py -k 'errors_name'",
     ),
     Mutation(
