@@ -412,23 +412,27 @@ def _registers(problem: ConvProblem, block_m: int, block_n: int, block_k: int) -
     if block_k == 64 and problem.arch in (100, 120):
         # On sm_120 shared memory has no room for another program anyway.
         return 255
+    tensor, small = problem.dtype != torch.float32 or problem.tf32, (block_m, block_n) == (64, 64) and not problem.flat
     if (block_m, block_n) == (128, 32) and problem.merged == 1 and problem.arch in (86, 89, 120):
         return 192 if problem.dtype == torch.float32 else 168
+    if (block_m, block_n) == (128, 32) and not problem.flat and tensor and problem.arch == 80:
+        return 168
     if (block_m, block_n) == (128, 16) and problem.dtype == torch.float32 and problem.arch == 80:
         return 96
-    small, element = (block_m, block_n, block_k) == (64, 64, 32) and not problem.flat, problem.dtype.itemsize
-    if small and (problem.arch == 120 if problem.tf32 else problem.arch in (80, 86, 89) and element == 2):
+    if small and tensor and not problem.prologue and problem.arch in (86, 89, 120):
+        return 128
+    if small and block_k == 32 and problem.dtype != torch.float32 and problem.arch in (80, 86, 89):
         return 128
     if problem.arch in (86, 89) and (block_m, block_n, block_k) == (128, 64, 64):
         return 255  # as on sm_120
-    if problem.dtype == torch.float32 and not problem.tf32:
-        return _without_tensor_cores(problem, block_n)
-    return None
+    if problem.prologue and problem.arch in (86, 89) and (block_m, block_n, block_k) == (128, 64, 32):
+        return 192
+    return None if tensor else _without_tensor_cores(problem, block_n)
 
 
 def _without_tensor_cores(problem: ConvProblem, block_n: int) -> int | None:
     """:func:`_registers` of a tile whose products are multiply-adds."""
-    if problem.arch == 89 and problem.merged > 1:
+    if problem.arch == 89 and problem.merged > 1 and not triton.__version__.startswith("3.6."):
         return 255
     if problem.arch == 90 and problem.prologue and block_n == 64:
         return 168

@@ -275,7 +275,8 @@ def _tile(problem: ConvProblem, block_m: int, block_n: int) -> TileConfig:
         # With three stages of a 1x1 filter's pixels, these two would spill.
         pointwise = problem.prologue and problem.r * problem.s == 1 and min(block_m, block_n) >= 64
         four = pointwise and problem.arch in (86, 89)
-        return TileConfig(min(block_m, 64), min(block_n, 64), 16, num_stages=4 if four else 3)
+        registers = 168 if problem.flat and problem.arch == 80 else None
+        return TileConfig(min(block_m, 64), min(block_n, 64), 16, num_stages=4 if four else 3, max_registers=registers)
     slow = problem.arch in (86, 89, 120)
     weights = ci * co
     middle = problem.r * problem.s > 1 and min(ci, co) >= 128 and weights < 2**18 and ci % 8 == co % 8 == 0
