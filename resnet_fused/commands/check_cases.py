@@ -99,7 +99,7 @@ LAYERS = {
     "groups": _layer((8, (56, 56), 128, 128, 32), (1, (4, 3), 32, 32, 8), taps=3),
     "wide groups": _layer((8, (7, 7), 1024, 1024, 32), (1, (3, 4), 80, 48, 2), taps=3),
     "strided": _layer((8, (56, 56), 128, 128), (2, (5, 4), 24, 16), taps=3, stride=2),
-    "widening": _layer((8, (56, 56), 64, 128), (2, (6, 4), 16, 24), taps=3, stride=2),
+    "widening": _layer((32, (56, 56), 64, 128), (2, (6, 4), 16, 24), taps=3, stride=2),
     "projection": _layer((8, (56, 56), 256, 512), (2, (5, 4), 20, 24), stride=2),
     "deep": _layer((8, (14, 14), 256, 1024), (1, (3, 3), 20, 136)),
     "last": _layer((64, (7, 7), 512, 512), (2, (2, 3), 40, 24), taps=3),
@@ -107,6 +107,7 @@ LAYERS = {
 
 CONV_FORWARD = (
     *(("stem", ""), ("middle", ""), ("wide", ""), ("groups", ""), ("wide groups", ""), ("strided", "")),
+    ("widening", ""),
     *(("expand", "residual"), ("deep", "residual"), ("last", "padded residual"), ("projection", "no ReLU")),
 )
 CONV_BOX = (
