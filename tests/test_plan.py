@@ -12,6 +12,7 @@ from math import prod
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
