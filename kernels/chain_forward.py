@@ -251,11 +251,8 @@ def why_not(chain: Chain) -> str | None:
     first, expand = chain.first, chain.expand
     if any(link.groups > 1 for link in chain.links):
         return "a group's channels alone would not fill a program's tile"
-    if any(
-        link.r * link.s > 1 or link.stride != (1, 1) or link.padding != (0, 0)
-        for link in chain.links[-2:]
-        if link is not chain.spatial
-    ):
+    behind = [link for link in (expand, chain.reduce) if link is not None]
+    if any(link.r * link.s > 1 or link.stride != (1, 1) or link.padding != (0, 0) for link in behind):
         return "behind the first convolution, only 1x1 ones need no pixels of other programs"
     if chain.spatial is None and chain.reduce is None:
         return "one convolution is no chain"
@@ -355,7 +352,9 @@ def default_config(chain: Chain) -> TileConfig:
         block_n = min(wide, 512, MOST_ELEMENTS // columns)
         block_m = min(_block(chain.expand.m), 1024, MOST_ELEMENTS // max(block_n, columns))
         return TileConfig(block_m, block_n, min(block_k, 512, MOST_ELEMENTS // columns))
-    return TileConfig(64, min(wide, 64), min(block_k, 64), num_warps=8)
+    # What the plan never takes, fp32 without tensor cores above all, has room with few channels at a time.
+    low = TileConfig(64, min(wide, 16), min(block_k, 16), num_warps=8, num_stages=2)
+    return next(tiles(chain), low)
 
 
 def chain_forward(

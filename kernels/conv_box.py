@@ -279,10 +279,10 @@ def tiles_of(
             continue
         for block_k in (128, 64, 32) if element == 2 else (32,):
             stages = min(4, room // ((block_m + block_n) * block_k * element))
-            if depth % block_k == 0 and stages >= 3:
-                # Of a low tile, or on sm_120 without a loop, the compiler would spill for one more program at a time.
-                alone = problem.arch == 120 and problem.r * problem.s == 1 and depth == block_k
-                registers = 255 if block_m == 64 or alone else None
+            alone = problem.r * problem.s == 1 and depth == block_k  # a single step, which leaves nothing to pipeline
+            if depth % block_k == 0 and stages >= (1 if alone and problem.arch != 120 else 3):
+                # Of a low tile, or on sm_120 of one step, the compiler would spill for one more program at a time.
+                registers = 255 if block_m == 64 or (alone and problem.arch == 120) else None
                 yield TileConfig(block_m, block_n, block_k, warps, stages, registers, cover(block_m))
                 break
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -335,6 +335,12 @@ def _check_conv_pool(layer: CheckLayer, variant: str, draw: Draw) -> Comparison:
     return Comparison(ours, expected)
 
 
+def _chain_tiles(chain: Chain) -> Iterator[TileConfig]:
+    """Every one that may be chosen; none in the interpreter."""
+    if chain.first.arch != INTERPRETER:
+        yield from chain_forward.tiles(chain)
+
+
 def _check_chain(layer: CheckLayer, variant: str, draw: Draw) -> Comparison:
     """Inference: ``layer``, a 1x1 to four times its channels with a residual, and one back; in each tile."""
     size, wide = layer.output[2:], 4 * layer.co
@@ -348,14 +354,8 @@ def _check_chain(layer: CheckLayer, variant: str, draw: Draw) -> Comparison:
     geometry = layer.geometry if kept[0] else Geometry()
     residual = _residual(layers[1], variant, draw) or Residual(draw.images(layers[1].output))
 
-    def problem(of: CheckLayer) -> ConvProblem:
-        sizes = of.n, *of.size, of.ci, of.co, of.taps, of.taps
-        return ConvProblem(*sizes, *of.geometry, draw.dtype, draw.tf32, False, target_arch())
-
-    spatial, expand, reduce = (problem(of) if keeps else None for of, keeps in zip(layers, kept, strict=True))
-    assert expand is not None
-    chain = Chain(spatial, expand, reduce)
-    chosen: list[TileConfig | None] = [None] if target_arch() == INTERPRETER else [None, *chain_forward.tiles(chain)]
+    problems = [_problem(of, draw) if keeps else None for of, keeps in zip(layers, kept, strict=True)]
+    chosen: list[TileConfig | None] = [*_chain_tiles(Chain(*problems))] or [None]  # type: ignore[arg-type]
 
     def ours() -> Results:
         results: Results = {}
@@ -369,9 +369,8 @@ def _check_chain(layer: CheckLayer, variant: str, draw: Draw) -> Comparison:
         v, outputs = x.to(t), []
         for link, of in zip(links, layers, strict=True):
             if link is not None:
-                scale, shift = (vector.to(_wide(t))[:, None, None] for vector in link.affine)
-                v = (F.conv2d(v, link.w.to(t), None, *of.geometry).to(_wide(t)) * scale + shift).to(t)
-                v = torch.relu(v + _materialized(residual, wide, t) if of is layers[1] else v)
+                added = _materialized(residual, wide, t) if of is layers[1] else None
+                v = reference.conv_affine_act(v, link.w, link.affine, of.geometry, added)
             outputs.append(v)
         names = {"z": outputs[1]} | ({"y": outputs[2]} if kept[2] else {})
         return {f"{name}, {tile}": value for tile in chosen for name, value in names.items()}

@@ -64,6 +64,18 @@ def fold(
     return w.double() * scale[:, None, None, None], shift
 
 
+def conv_affine_act(x: Tensor, w: Tensor, affine: Tensor, geometry: Geometry, residual: Tensor | None = None) -> Tensor:
+    """``relu(affine[0]*conv(x) + affine[1] + residual)``, one link of a chain; ``affine`` is [2, CO].
+
+    In the dtype of ``x``, but that batch norm's share is computed in fp32 at the least. ``residual``: of the output's
+    shape, or None.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    scale, shift = (vector.to(wide)[:, None, None] for vector in affine)
+    z = (F.conv2d(x, w.to(x.dtype), None, *geometry).to(wide) * scale + shift).to(x.dtype)
+    return F.relu(z if residual is None else z + residual)
+
+
 def conv_bn_act(
     x: Tensor,
     conv: nn.Conv2d,

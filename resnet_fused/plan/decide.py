@@ -115,7 +115,7 @@ def decide(problem: Problem, request: Request = "auto", table: Table | None = No
 
 @dataclass(frozen=True)
 class ChainPlan:
-    """How convolutions that follow each other run, and why.
+    """How convolutions that follow each other run.
 
     ``parts``: how many of them each launch computes, in order, with its tile (None: the kernel's own); one alone is a
     unit, with the plan of its own. ``seconds``: predicted; None where nothing is. ``alternatives``: by parts, the
@@ -124,7 +124,6 @@ class ChainPlan:
 
     parts: tuple[tuple[int, TileConfig | None], ...]
     seconds: float | None
-    reason: str
     alternatives: tuple[tuple[tuple[int, ...], float], ...]
 
 
@@ -132,13 +131,13 @@ class ChainPlan:
 def decide_chain(links: Chain, request: Request = "auto", table: Table | None = None) -> ChainPlan:
     """The plan for a chain whose links are problems: in one launch, in two, or each link by itself.
 
-    Every road is predicted by the model, with the constants of the ``table``, if they were measured. Pure.
+    Every road is predicted by the model, with the constants of the ``table``, if they were measured; what it has of
+    single units does not count, since chains are not measured beside them. Pure.
     """
-    apart = ChainPlan(((1, None),) * len(links.links), None, f"implementation({request!r}) is in force", ())
     if request not in ("auto", "triton"):
-        return apart
-    if links.first.arch == INTERPRETER:
-        return ChainPlan(((len(links.links), None),), None, "the interpreter has no speed to predict", ())
+        return ChainPlan(((1, None),) * len(links.links), None, ())
+    if links.first.arch == INTERPRETER:  # which has no speed to predict
+        return ChainPlan(((len(links.links), None),), None, ())
     constants = constants_of(table)
     roads = {}
     for lengths in PARTS[len(links.links)]:
@@ -148,7 +147,7 @@ def decide_chain(links: Chain, request: Request = "auto", table: Table | None = 
             roads[parts] = sum(seconds for seconds, _ in found)
     order = sorted(roads.items(), key=lambda road: road[1])
     alternatives = tuple((tuple(length for length, _ in parts), seconds) for parts, seconds in order)
-    return ChainPlan(order[0][0], order[0][1], "predicted fastest", alternatives)
+    return ChainPlan(*order[0], alternatives)
 
 
 PARTS = {2: ((2,), (1, 1)), 3: ((3,), (1, 2), (2, 1), (1, 1, 1))}

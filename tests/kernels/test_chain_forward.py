@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
 import triton
 
-from resnet_fused.engine.reference import PaddedIdentity
+from resnet_fused.engine.reference import PaddedIdentity, conv_affine_act
 from resnet_fused.kernels.chain_forward import Link, chain_forward
 from resnet_fused.kernels.conv import Geometry
 from resnet_fused.kernels.epilogue import Residual
 from resnet_fused.kernels.launch import TileConfig, observe
 from resnet_fused.plan import roofline
+from tests.compiler import answer
 from tests.kernels.test_conv_forward import DTYPES, random, random_norm
 from tests.rule import assert_within_rule
 
@@ -36,19 +31,16 @@ def link(co, ci, taps=1, dtype=torch.float32):
     return Link(random(co, ci, taps, taps, dtype=dtype), torch.stack([random_norm(co).gamma, random(co)]))
 
 
-def apply(link, x, geometry, residual=0.0):
+def apply(link, x, geometry, residual=None):
     """In the dtype of ``x``."""
-    if link is None:
-        return x
-    scale, shift = (v[:, None, None].to(x.dtype) for v in link.affine)
-    return torch.relu(F.conv2d(x, link.w.to(x.dtype), None, *geometry) * scale + shift + residual)
+    return x if link is None else conv_affine_act(x, *link, geometry, residual)
 
 
 def specification(x, links, geometry, residual, rounded):
     """z and y; ``rounded``: the dtype of what is between the convolutions, here as in the kernel."""
     spatial, expand, reduce = links
     inner = apply(spatial, x, geometry).to(rounded).to(x.dtype)
-    z = apply(expand, inner, Geometry(), 0.0 if residual is None else residual.to(x.dtype))
+    z = apply(expand, inner, Geometry(), None if residual is None else residual.to(x.dtype))
     return z, None if reduce is None else apply(reduce, z.to(rounded).to(x.dtype), Geometry())
 
 
@@ -101,7 +93,7 @@ def test_geometry(geometry, taps):
 def test_residuals(residual):
     x, links = random(2, 12, 5, 6), (link(16, 12, 3), link(40, 16), None)
     z, _ = chain_forward(x, *links, geometry=PADDED, residual=residual)
-    added = 0.0 if residual is None else PaddedIdentity(*residual).materialize(40)
+    added = None if residual is None else PaddedIdentity(*residual).materialize(40)
     inner = apply(links[0], x.double(), PADDED).float()
     assert_within_rule(z, apply(links[1], inner, Geometry(), added), apply(links[1], inner.double(), Geometry(), added))
 
@@ -201,10 +193,4 @@ print(json.dumps(slots))
 
 @pytest.mark.skipif(triton.__version__ != "3.8.0", reason="the plan's figures are counted with Triton 3.8.0")
 def test_the_plans_issue_slots_are_those_of_the_compiled_kernel():
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    root = Path(__file__).parents[2]
-    run = subprocess.run(
-        [sys.executable, "-c", COUNT], cwd=root, env=environment, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr
-    assert {int(arch): tuple(slots) for arch, slots in json.loads(run.stdout).items()} == roofline.CHAIN_SLOTS
+    assert {int(arch): tuple(slots) for arch, slots in answer("-c", COUNT).items()} == roofline.CHAIN_SLOTS

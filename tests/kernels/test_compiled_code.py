@@ -6,18 +6,13 @@ own. What the ledger knows is not compiled (tests/kernels/ledger.py).
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 from resnet_fused.kernels import conv_box
 from resnet_fused.kernels.gpus import ARCHITECTURES, gpu_of
 from resnet_fused.plan import roofline
+from tests.compiler import answer
 
-ROOT = Path(__file__).parents[2]
 TENSOR_CORE = {80: "mma.sync", 86: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05.mma", 120: "mma.sync"}
 
 TENSOR_CORE_KERNELS = (
@@ -30,7 +25,7 @@ BY_TMA = {"conv_box_kernel", "dgrad_box_kernel"}
 
 def test_no_spills_and_tensor_cores():
     """Of all GPUs in one test, since finding what the models launch takes longer than looking it up."""
-    report = reported()
+    report = answer("-m", "tests.kernels.ledger", "--report")
     for arch in ARCHITECTURES:
         kernels = [kernel for kernel in report["kernels"] if kernel["arch"] == arch]
         assert len(kernels) >= 80, arch
@@ -68,7 +63,9 @@ def assert_good(kernel: dict) -> None:
     for load, count in figures["slow_loads"].items():
         assert kernel["narrow"] or may_be_slow(kernel, load, count), kernel
     assert "loads" not in figures["waits"], kernel
-    assert "products" not in figures["waits"] or kernel["serial"] or kernel["odd"], kernel
+    # A chain's step waits once, so that the products of the next one need not each.
+    settled = int(kernel["kernel"] == "chain_forward_kernel")
+    assert figures["waits"].get("products", 0) <= settled or kernel["serial"] or kernel["odd"], kernel
     assert figures["shared"] <= gpu_of(arch).shared, kernel
     if kernel["number_format"] != "float32" and kernel["kernel"] in TENSOR_CORE_KERNELS:
         # The wide instructions of sm_90 and sm_100 take 64 rows at the least.
@@ -97,11 +94,3 @@ def warn_of(report: dict) -> None:
     else:
         return
     warnings.warn(f"{told} (python -m tests.kernels.ledger writes them down)", stacklevel=2)
-
-
-def reported() -> dict:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.kernels.ledger", "--report"]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)

@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,6 +15,7 @@ from resnet_fused.kernels.gpus import ARCHITECTURES
 from resnet_fused.kernels.launch import dry_run, observe
 from resnet_fused.plan import roofline
 from resnet_fused.plan.problem import Problem, Tiles
+from tests.compiler import answer
 from tests.kernels.test_conv_forward import DEVICE, DTYPES, layer, random, random_norm
 from tests.rule import assert_within_rule
 
@@ -227,11 +222,5 @@ print(json.dumps(slots))
 
 @pytest.mark.skipif(triton.__version__ != "3.8.0", reason="the plan's figures are counted with Triton 3.8.0")
 def test_the_plans_issue_slots_are_those_of_the_compiled_kernel():
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    root = Path(__file__).parents[2]
-    run = subprocess.run(
-        [sys.executable, "-c", COUNT], cwd=root, env=environment, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr
-    assert {int(arch): slots for arch, slots in json.loads(run.stdout).items()} == roofline.POOL_SLOTS
+    assert {int(arch): slots for arch, slots in answer("-c", COUNT).items()} == roofline.POOL_SLOTS
     assert set(roofline.POOL_SLOTS) == set(ARCHITECTURES)
