@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+import numpy as np
 import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
@@ -46,18 +47,71 @@ def reads_only(*tensors: Tensor) -> Iterator[None]:
     """A load inside the ``with`` block from anywhere but the storages of ``tensors`` raises."""
     storages = [tensor.untyped_storage() for tensor in tensors]
     ranges = [(storage.data_ptr(), storage.data_ptr() + storage.nbytes()) for storage in storages]
+
+    def load(pointers: Any, itemsize: int) -> None:
+        inside = sum((first <= pointers) & (pointers < end) for first, end in ranges)
+        assert np.all(inside), "a load from outside of the tensors"
+
+    with _seen(load, lambda pointers, itemsize: None):
+        yield
+
+
+class Touched:
+    """How many distinct bytes were read and written since the last :meth:`take`."""
+
+    def __init__(self) -> None:
+        self.read: list[Any] = []
+        self.written: list[Any] = []
+
+    def take(self) -> tuple[int, int]:
+        """Those numbers, which start again at zero."""
+        found = len(_distinct(self.read)), len(_distinct(self.written))
+        self.read.clear()
+        self.written.clear()
+        return found
+
+
+@contextmanager
+def touched() -> Iterator[Touched]:
+    """Notes every byte that kernels load and store inside the ``with`` block, but for those that are masked."""
+    found = Touched()
+    with _seen(
+        lambda pointers, itemsize: found.read.append(_bytes(pointers, itemsize)),
+        lambda pointers, itemsize: found.written.append(_bytes(pointers, itemsize)),
+    ):
+        yield found
+
+
+def _bytes(pointers: Any, itemsize: int) -> Any:
+    return (np.unique(pointers)[:, None] + np.arange(itemsize, dtype=np.uint64)).ravel()
+
+
+def _distinct(parts: list[Any]) -> Any:
+    return np.unique(np.concatenate(parts)) if parts else np.empty(0)
+
+
+def _unmasked(pointers: Any, mask: Any) -> Any:
+    return np.asarray(pointers)[np.asarray(mask).astype(bool)]
+
+
+@contextmanager
+def _seen(load: Callable[[Any, int], None], store: Callable[[Any, int], None]) -> Iterator[None]:
+    """Pass the addresses of every load and store that is not masked, and the size of an element, to the functions."""
     whole = interpreter._interpreter
 
-    class Checked:
+    class Seen:
         def __getattr__(self, name: str) -> Any:
             return getattr(whole, name)
 
-        def load(self, pointers: Any, mask: Any, *rest: Any) -> Any:
-            inside = sum((first <= pointers) & (pointers < end) for first, end in ranges)
-            assert (inside | ~mask.astype(bool)).all(), "a load from outside of the tensors"
-            return whole.load(pointers, mask, *rest)
+        def load(self, pointers: Any, mask: Any, other: Any, dtype: Any) -> Any:
+            load(_unmasked(pointers, mask), np.dtype(dtype).itemsize)
+            return whole.load(pointers, mask, other, dtype)
 
-    interpreter._interpreter = Checked()
+        def store(self, pointers: Any, values: Any, mask: Any) -> Any:
+            store(_unmasked(pointers, mask), np.asarray(values).dtype.itemsize)
+            return whole.store(pointers, values, mask)
+
+    interpreter._interpreter = Seen()
     try:
         yield
     finally:
