@@ -294,6 +294,18 @@ MUTATIONS = [
     ),
     Mutation(
         "resnet_fused/commands/tune_worker.py",
+        "self.captured = graph",
+        "pass",
+        "tests/test_tune_worker.py::test_graphs_share_their_memory",
+    ),
+    Mutation(
+        "resnet_fused/commands/tune_worker.py",
+        "clock.release()",
+        "pass",
+        "tests/test_tune_worker.py::test_another_problem_has_the_memory_of_the_graphs",
+    ),
+    Mutation(
+        "resnet_fused/commands/tune_worker.py",
         "if needed > shared:",
         "if needed < shared:",
         "tests/test_tune.py::test_candidates_that_do_not_compile_are_told_apart",
