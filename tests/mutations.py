@@ -324,6 +324,18 @@ MUTATIONS = [
     ),
     Mutation(
         "resnet_fused/engine/tolerance.py",
+        "name: max(eager[name], own[name], ",
+        "name: min(eager[name], own[name], ",
+        "tests/test_check.py::test_eager_in_tf32_errs_as_pytorch_does_or_as_cut_factors_do",
+    ),
+    Mutation(
+        "resnet_fused/engine/tolerance.py",
+        "if not tf32:",
+        "if True:",
+        "tests/test_check.py::test_eager_in_tf32_errs_as_pytorch_does_or_as_cut_factors_do",
+    ),
+    Mutation(
+        "resnet_fused/engine/tolerance.py",
         "~0x1FFF",
         "~0x3FFF",
         "tests/test_check.py::test_eager_in_tf32_is_convolution_of_cut_factors",
