@@ -287,6 +287,12 @@ MUTATIONS = [
         "tests/test_tune.py::test_nothing_is_compiled_side_by_side_with_itself",
     ),
     Mutation(
+        "resnet_fused/commands/tune_trial.py",
+        "@cached_property",
+        "@property",
+        "tests/test_tune.py::test_what_candidates_are_compared_with_is_computed_once",
+    ),
+    Mutation(
         "resnet_fused/commands/tune_worker.py",
         "i = (turn + step) % len(works)",
         "i = step",

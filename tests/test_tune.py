@@ -393,6 +393,14 @@ def test_verification_passes_a_stem_with_its_pool(way, ci):
     assert trained.work(Candidate(way))()["dw"].shape == (24, ci, 7, 7)
 
 
+def test_what_candidates_are_compared_with_is_computed_once(monkeypatch):
+    trial, dtypes = Trial(problem(), DEVICE), []
+    expected = trial._expected
+    monkeypatch.setattr(trial, "_expected", lambda dtype: (dtypes.append(dtype), expected(dtype))[1])
+    assert all(trial.ratio(Candidate(way)) <= 1 for way in ("fused", "mixed"))
+    assert dtypes == [torch.float64, torch.float32]
+
+
 @pytest.mark.parametrize(
     ("module", "launcher"), [(forward, "conv_forward_moments"), (backward, "conv_dgrad"), (backward, "conv_wgrad")]
 )
