@@ -1651,4 +1651,16 @@ MUTATIONS = [
         "return unit if not unit.pooled",
         "tests/test_chains.py -k without_a_relu",
     ),
+    Mutation(
+        "benchmarks/peers.py",
+        '"cuda" if mode == "reduce-overhead" else None',
+        "None",
+        "tests/test_peers.py::test_a_compiler_replays_a_graph_as_our_frozen_copy_does",
+    ),
+    Mutation(
+        "benchmarks/run.py",
+        "isinstance(setting.case, NetworkCase) and peer.why_not",
+        "peer.why_not",
+        "tests/test_benchmarks.py::TestCommand::test_what_may_take_minutes_is_said_before",
+    ),
 ]

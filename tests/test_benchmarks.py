@@ -288,6 +288,17 @@ class TestCommand:
         assert run.main(options("--out", str(tmp_path))) == 0
         assert "out of order" in (tmp_path / "report.html").read_text()
 
+    def test_what_may_take_minutes_is_said_before(self, monkeypatch, capsys):
+        """Of a network, where compilers are at work, each peer that runs here; of a layer itself alone."""
+        network, said = setting(NetworkCase("resnet20")), []
+        chosen = [Broken(), BASELINE, PEERS["TensorRT"]]
+        monkeypatch.setattr(run, "settings", lambda options, device: [setting(), network])
+        monkeypatch.setattr(run, "peers", lambda setting, skip: chosen)
+        monkeypatch.setattr(Broken, "prepare", lambda *_: said.append(capsys.readouterr().err) or (lambda: None))
+        list(run.measure(options("--rounds", "1"), CPU))
+        assert said == [f"1 of 2: {setting()}\n", f"2 of 2: {network}\n    preparing broken\n"]
+        assert capsys.readouterr().err == f"    preparing {BASELINE.name}\n"
+
     def test_a_page_of_nothing_but_failures(self, monkeypatch, tmp_path, capsys):
         pytest.importorskip("matplotlib", reason="matplotlib, which draws the page, is not installed")
         monkeypatch.setattr(checked, "verified", lambda device: True)
