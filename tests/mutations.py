@@ -1652,6 +1652,18 @@ MUTATIONS = [
         "tests/test_chains.py -k without_a_relu",
     ),
     Mutation(
+        "resnet_fused/inference.py",
+        "with torch.cuda.stream(side), capture:",
+        "with capture:",
+        "tests/test_inference.py -k capture_that_fails",
+    ),
+    Mutation(
+        "benchmarks/measure.py",
+        "with torch.cuda.stream(side), torch.cuda.graph",
+        "with torch.cuda.graph",
+        "tests/test_benchmarks.py -k a_capture_that_fails",
+    ),
+    Mutation(
         "benchmarks/peers.py",
         '"cuda" if mode == "reduce-overhead" else None',
         "None",
