@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from signal import Signals
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -28,11 +29,11 @@ from resnet_fused.commands.tune import (
     tune_problem,
     tune_problems,
 )
-from resnet_fused.commands.tune_trial import Candidate, Trial, candidates
-from resnet_fused.commands.tune_worker import serve
+from resnet_fused.commands.tune_trial import Candidate, Trial, candidates, rehearse
+from resnet_fused.commands.tune_worker import serve, why_not_compiled
 from resnet_fused.engine import backward, forward, tolerance
 from resnet_fused.kernels import conv_wgrad
-from resnet_fused.kernels.launch import TileConfig
+from resnet_fused.kernels.launch import Call, TileConfig
 from resnet_fused.plan import cache, decide, tuned
 from resnet_fused.plan.problem import Problem, Tiles
 from tests import faulty_worker
@@ -540,6 +541,17 @@ def test_candidates_that_do_not_compile_are_told_apart(monkeypatch):
         assert compile_all(replace(p, n=9), [Candidate("fused")]) == {}
     finally:
         compile_all.close()
+
+
+def test_every_kernel_of_a_candidate_is_compiled_ahead(monkeypatch):
+    """One that stays behind is compiled while nothing else runs, by the process that times."""
+    p = problem(n=32, h=56, w=56, ci=64, co=64, dtype=torch.bfloat16)
+    way = next(way for way in candidates(p) if way.tiles.dgrad and way.tiles.dgrad.box)
+    compiled, small = [], SimpleNamespace(metadata=SimpleNamespace(shared=0))
+    monkeypatch.setattr(Call, "compile", lambda call, arch: compiled.append((call.kernel.__name__, arch)) or small)
+    assert why_not_compiled(p, way) is None
+    assert compiled == [(call.kernel.__name__, p.arch) for call in rehearse(p, way)[0]]
+    assert ("dgrad_box_kernel", 90) in compiled
 
 
 @pytest.mark.parametrize("unit", [problem(), problem(**DEEP)], ids=["training", "split"])

@@ -139,10 +139,9 @@ def why_not_compiled(problem: Problem, candidate: Candidate) -> str | None:
     shared = gpu_of(problem.arch, problem.gpu).shared
     try:
         for call in rehearse(problem, candidate)[0]:
-            if call.kernel.__name__.startswith("conv_"):
-                needed = call.compile(problem.arch).metadata.shared
-                if needed > shared:
-                    return f"out of resources: {needed} bytes of shared memory, the GPU has {shared}"
+            needed = call.compile(problem.arch).metadata.shared
+            if needed > shared:
+                return f"out of resources: {needed} bytes of shared memory, the GPU has {shared}"
     except Exception as error:
         return f"does not compile: {type(error).__name__}: {error}".splitlines()[0][:300]
     return None
