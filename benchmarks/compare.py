@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -61,12 +61,18 @@ class PeerRow:
     model_roof_ms: float | None = None
 
 
-def compare(setting: Setting, peers: Sequence[Peer], rounds: Iterable[int]) -> list[PeerRow]:
-    """Measure every peer that can run at ``setting``, and count the work of those whose launches can be seen."""
+def compare(
+    setting: Setting, peers: Sequence[Peer], rounds: Iterable[int], tell: Callable[[Peer], None] = lambda _: None
+) -> list[PeerRow]:
+    """Measure every peer that can run at ``setting``, and count the work of those whose launches can be seen.
+
+    ``tell`` is called with each before it is prepared.
+    """
     torch.compiler.reset()  # a block compiled for too many shapes would reach the limit of dynamo's cache
     runners: dict[str, PeerRunner] = {}
     rows: list[PeerRow] = []
     for peer in peers:
+        tell(peer)
         runner = prepare(peer, setting)
         if isinstance(runner, PeerRunner):
             runners[peer.name] = runner

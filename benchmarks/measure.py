@@ -222,8 +222,11 @@ def _graph(function: Callable[[], Any], device: torch.device) -> Callable[[], An
     """``function``, which is warm, recorded once and replayed from then on."""
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.graph(graph, stream=torch.cuda.Stream()):
-        out = function()
+    with torch.cuda.device(device):
+        side = torch.cuda.Stream()
+        # a capture that fails stays on its stream
+        with torch.cuda.stream(side), torch.cuda.graph(graph, stream=side):
+            out = function()
 
     def replay() -> Any:
         graph.replay()

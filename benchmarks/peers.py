@@ -74,8 +74,9 @@ class Compile(Peer):
 
     def __init__(self, name: str, mode: str, freezing: bool) -> None:
         self.name, self.mode, self.freezing = name, mode, freezing
-        self.trains = mode != "default" or not freezing
-        self.heavy = self.own_graph = mode != "default"
+        self.heavy, self.own_graph = mode == "max-autotune", mode != "default"
+        self.trains = self.heavy or not freezing
+        self.device = "cuda" if mode == "reduce-overhead" else None  # elsewhere the mode changes nothing
 
     def why_not(self, device: torch.device, training: bool) -> str | None:
         missing = _why_no_compiler() if device.type == "cpu" else None
@@ -278,6 +279,7 @@ OTHERS: tuple[Peer, ...] = (
     JitOptimize(),
     Compile("torch.compile", "default", freezing=False),
     Compile("torch.compile freezing", "default", freezing=True),
+    Compile("torch.compile reduce-overhead", "reduce-overhead", freezing=True),
     Compile("torch.compile max-autotune", "max-autotune", freezing=True),
     OnnxRuntime(),
     OpenVino(),

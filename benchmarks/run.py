@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, fields
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,10 +115,16 @@ def measure(options: argparse.Namespace, device: torch.device) -> Iterator[list[
         print(f"{i} of {len(todo)}: {setting}", file=sys.stderr, flush=True)
         compared = peers(setting, options.skip)
         try:
-            rows = compare(setting, compared, range(options.rounds))
+            rows = compare(setting, compared, range(options.rounds), partial(_tell, setting))
         except Exception as error:  # of whatever kind, it is no reason to lose the settings behind it
             rows = failed(compared, setting, error)
         yield rows
+
+
+def _tell(setting: Setting, peer: Peer) -> None:
+    """Say which peer comes next, where it may take minutes: on a network, which others compile."""
+    if isinstance(setting.case, NetworkCase) and peer.why_not(setting.device, setting.training) is None:
+        print(f"    preparing {peer.name}", file=sys.stderr, flush=True)
 
 
 def require_check(device: torch.device) -> None:

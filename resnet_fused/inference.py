@@ -592,8 +592,9 @@ class _CudaGraph:
                     network(self.x)
             torch.cuda.current_stream().wait_stream(side)
             self.graph = torch.cuda.CUDAGraph()
-            # the default stream of a capture belongs to the first device that captured
-            with torch.cuda.graph(self.graph, stream=side, capture_error_mode="thread_local"):
+            # the default stream of a capture belongs to the first device that captured; one that fails stays on its own
+            capture = torch.cuda.graph(self.graph, stream=side, capture_error_mode="thread_local")
+            with torch.cuda.stream(side), capture:
                 self.out = network(self.x)
 
     def takes(self, args: tuple[Any, ...]) -> bool:

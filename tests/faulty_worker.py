@@ -65,6 +65,9 @@ class Clock:
         self.now += 1e-3
         return self.now
 
+    def release(self) -> None:
+        """There are no graphs."""
+
     def usable(self) -> bool:
         return "poison" not in FAULTS
 

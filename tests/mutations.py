@@ -287,10 +287,34 @@ MUTATIONS = [
         "tests/test_tune.py::test_nothing_is_compiled_side_by_side_with_itself",
     ),
     Mutation(
+        "resnet_fused/commands/tune_trial.py",
+        "@cached_property",
+        "@property",
+        "tests/test_tune.py::test_what_candidates_are_compared_with_is_computed_once",
+    ),
+    Mutation(
         "resnet_fused/commands/tune_worker.py",
         "i = (turn + step) % len(works)",
         "i = step",
         "tests/test_tune.py::test_the_worker_verifies_and_times",
+    ),
+    Mutation(
+        "resnet_fused/commands/tune_worker.py",
+        "in rehearse(problem, candidate)[0]:",
+        "in rehearse(problem, candidate)[0][:1]:",
+        "tests/test_tune.py::test_every_kernel_of_a_candidate_is_compiled_ahead",
+    ),
+    Mutation(
+        "resnet_fused/commands/tune_worker.py",
+        "self.captured = graph",
+        "pass",
+        "tests/test_tune_worker.py::test_graphs_share_their_memory",
+    ),
+    Mutation(
+        "resnet_fused/commands/tune_worker.py",
+        "clock.release()",
+        "pass",
+        "tests/test_tune_worker.py::test_another_problem_has_the_memory_of_the_graphs",
     ),
     Mutation(
         "resnet_fused/commands/tune_worker.py",
@@ -309,6 +333,18 @@ MUTATIONS = [
         "with _Tf32Factors() if tf32 else nullcontext():",
         "with nullcontext():",
         "tests/test_tune.py::test_tf32_is_judged_by_what_it_may_cost",
+    ),
+    Mutation(
+        "resnet_fused/engine/tolerance.py",
+        "name: max(eager[name], own[name], ",
+        "name: min(eager[name], own[name], ",
+        "tests/test_check.py::test_eager_in_tf32_errs_as_pytorch_does_or_as_cut_factors_do",
+    ),
+    Mutation(
+        "resnet_fused/engine/tolerance.py",
+        "if not tf32:",
+        "if True:",
+        "tests/test_check.py::test_eager_in_tf32_errs_as_pytorch_does_or_as_cut_factors_do",
     ),
     Mutation(
         "resnet_fused/engine/tolerance.py",
@@ -1620,5 +1656,29 @@ MUTATIONS = [
         "return unit if unit.relu and not unit.pooled",
         "return unit if not unit.pooled",
         "tests/test_chains.py -k without_a_relu",
+    ),
+    Mutation(
+        "resnet_fused/inference.py",
+        "with torch.cuda.stream(side), capture:",
+        "with capture:",
+        "tests/test_inference.py -k capture_that_fails",
+    ),
+    Mutation(
+        "benchmarks/measure.py",
+        "with torch.cuda.stream(side), torch.cuda.graph",
+        "with torch.cuda.graph",
+        "tests/test_benchmarks.py -k a_capture_that_fails",
+    ),
+    Mutation(
+        "benchmarks/peers.py",
+        '"cuda" if mode == "reduce-overhead" else None',
+        "None",
+        "tests/test_peers.py::test_a_compiler_replays_a_graph_as_our_frozen_copy_does",
+    ),
+    Mutation(
+        "benchmarks/run.py",
+        "isinstance(setting.case, NetworkCase) and peer.why_not",
+        "peer.why_not",
+        "tests/test_benchmarks.py::TestCommand::test_what_may_take_minutes_is_said_before",
     ),
 ]

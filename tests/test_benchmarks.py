@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager, nullcontext
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import host, run
+from benchmarks import host, measure, run
 from benchmarks.compare import compare
 from benchmarks.count import KINDS, count, kind, least_work, roof
 from benchmarks.measure import BACKWARD, FORWARD, STEP, Setting, Stopwatch, Timing, interleave
@@ -133,6 +134,35 @@ class TestTiming:
     def test_a_stopwatch_tells_long_from_short(self):
         stopwatch = Stopwatch(CPU)
         assert stopwatch(lambda: torch.randn(400, 400).matrix_exp()) > stopwatch(lambda: None) >= 0
+
+    def test_a_capture_that_fails_leaves_the_current_stream(self, monkeypatch):
+        """PyTorch's capture stays on its stream where it cannot be ended."""
+        streams = ["the caller's"]
+
+        @contextmanager
+        def on(stream):
+            streams.append(stream)
+            yield
+            streams.remove(stream)
+
+        @contextmanager
+        def restored(stream):
+            before = list(streams)
+            try:
+                yield
+            finally:
+                streams[:] = before
+
+        for name, fake in {"device": nullcontext, "stream": restored, "synchronize": id}.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+        monkeypatch.setattr(torch.cuda, "Stream", lambda: "another")
+        monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: on(stream))
+        assert measure._graph(lambda: list(streams), CPU) is not None
+        assert streams == ["the caller's"]
+        with pytest.raises(ZeroDivisionError):
+            measure._graph(lambda: 1 / 0, CPU)
+        assert streams == ["the caller's"]
 
 
 class Broken(Peer):
@@ -287,6 +317,17 @@ class TestCommand:
         todo.pop()
         assert run.main(options("--out", str(tmp_path))) == 0
         assert "out of order" in (tmp_path / "report.html").read_text()
+
+    def test_what_may_take_minutes_is_said_before(self, monkeypatch, capsys):
+        """Of a network, where compilers are at work, each peer that runs here; of a layer itself alone."""
+        network, said = setting(NetworkCase("resnet20")), []
+        chosen = [Broken(), BASELINE, PEERS["TensorRT"]]
+        monkeypatch.setattr(run, "settings", lambda options, device: [setting(), network])
+        monkeypatch.setattr(run, "peers", lambda setting, skip: chosen)
+        monkeypatch.setattr(Broken, "prepare", lambda *_: said.append(capsys.readouterr().err) or (lambda: None))
+        list(run.measure(options("--rounds", "1"), CPU))
+        assert said == [f"1 of 2: {setting()}\n", f"2 of 2: {network}\n    preparing broken\n"]
+        assert capsys.readouterr().err == f"    preparing {BASELINE.name}\n"
 
     def test_a_page_of_nothing_but_failures(self, monkeypatch, tmp_path, capsys):
         pytest.importorskip("matplotlib", reason="matplotlib, which draws the page, is not installed")

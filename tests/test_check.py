@@ -287,6 +287,23 @@ def test_eager_in_tf32_is_convolution_of_cut_factors():
     assert all(1e-5 < (a - b).abs().max() / b.abs().max() < 1e-2 for a, b in zip(ours, plain, strict=True))
 
 
+@pytest.mark.parametrize("tf32", [False, True])
+def test_eager_in_tf32_errs_as_pytorch_does_or_as_cut_factors_do(tf32):
+    """By the larger error of the two: which of them cuDNN computes is its own choice."""
+    x, w = torch.randn(2, 8, 5, 4), torch.randn(8, 8, 3, 3)
+
+    def expected(dtype: torch.dtype) -> dict[str, Tensor]:
+        y = F.conv2d(x.to(dtype), w.to(dtype))
+        rough = torch.backends.cudnn.conv.fp32_precision == "tf32"
+        return {"cut": y, "PyTorch's": y.add(1.0) if rough else y}
+
+    exact, eager = tolerance.references(expected, torch.float32, tf32)
+    plain = F.conv2d(x, w)
+    torch.testing.assert_close(exact, dict.fromkeys(exact, F.conv2d(x.double(), w.double())))
+    wanted = (F.conv2d(tolerance.cut(x), tolerance.cut(w)), plain + 1.0) if tf32 else (plain, plain)
+    assert all(torch.equal(got, y) for got, y in zip(eager.values(), wanted, strict=True))
+
+
 AHEAD = """
 import torch, triton
 from triton.backends.compiler import GPUTarget

@@ -1085,8 +1085,9 @@ class _FakeCuda:
     def __init__(self, monkeypatch, error: Exception | None = None) -> None:
         self.error, self.options, self.capturing = error, [], False
         monkeypatch.setattr(Tensor, "is_cuda", property(lambda t: t.device.type == "cpu"), raising=False)
-        for name in ("device", "stream"):
-            monkeypatch.setattr(torch.cuda, name, lambda *_: nullcontext())
+        self.stream = "the caller's"
+        monkeypatch.setattr(torch.cuda, "device", lambda *_: nullcontext())
+        monkeypatch.setattr(torch.cuda, "stream", self._on)
         for name in ("Event", "Stream", "current_stream", "CUDAGraph"):
             monkeypatch.setattr(torch.cuda, name, lambda: MagicMock())
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
@@ -1094,11 +1095,22 @@ class _FakeCuda:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 0))  # no Triton
 
     @contextmanager
+    def _on(self, stream):
+        before, self.stream = self.stream, stream
+        try:
+            yield
+        finally:
+            self.stream = before
+
+    @contextmanager
     def _capture(self, graph, **options):
+        """As PyTorch's, it stays on its stream where the capture fails."""
         self.options.append(options)
+        before, self.stream = self.stream, options["stream"]
         yield
         if self.error is not None:
             raise self.error
+        self.stream = before
 
 
 @pytest.fixture
@@ -1166,9 +1178,10 @@ def test_a_graph_reads_new_weights_or_is_dropped(captured, x):
 
 @pytest.mark.parametrize("error", [RuntimeError("operation not permitted when stream is capturing"), ValueError("x")])
 def test_a_capture_that_fails_is_said_and_leaves_a_model_without_a_graph(error, monkeypatch, model, x, caplog):
-    _FakeCuda(monkeypatch, error)
+    cuda = _FakeCuda(monkeypatch, error)
     frozen = optimize_for_inference(model, x)
     assert frozen._graph is None
+    assert cuda.stream == "the caller's"
     assert f"no CUDA graph: the capture failed: {error}" in caplog.text
     torch.testing.assert_close(frozen(x), model(x).detach())
 

@@ -120,6 +120,16 @@ def test_two_ways_to_compile_share_no_code(order):
     assert counters["stats"]["unique_graphs"] == 2
 
 
+def test_a_compiler_replays_a_graph_as_our_frozen_copy_does(monkeypatch):
+    """Quick to prepare: what takes minutes may be left out of a comparison."""
+    peer, seen = PEERS["torch.compile reduce-overhead"], []
+    assert peer.own_graph and not peer.heavy and peer.does(training=False)
+    assert "on cuda alone" in peer.why_not(torch.device("cpu"), training=False), "there it is freezing once more"
+    monkeypatch.setattr(torch, "compile", lambda model, options, fullgraph: seen.append(options) or model)
+    peer.prepare(*build(training=False))
+    assert [(options["triton.cudagraphs"], options["freezing"]) for options in seen] == [(True, True)]
+
+
 def test_reasons_are_words():
     for peer in PEERS.values():
         for device in ("cpu", "cuda"):

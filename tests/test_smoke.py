@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import resnet_fused
 from resnet_fused import Bottleneck, fuse, implementation, optimize_for_inference
+from resnet_fused.commands.tune_worker import Clock
 from resnet_fused.kernels.conv import Geometry
 from resnet_fused.kernels.conv_forward import conv_forward
 from resnet_fused.kernels.launch import Call, TileConfig, observe
@@ -107,6 +108,19 @@ def test_a_split_sum():
             found.fill_(float("nan"))
             graph.replay()
             assert torch.equal(found, expected)
+
+
+@gpu
+def test_the_tuners_clock():
+    """Its graphs share memory, in which cuBLAS keeps a workspace, also when all that were captured before are gone."""
+    clock, a = Clock(torch.device("cuda")), torch.ones(256, 256, device="cuda")
+    for _ in range(2):
+        prepared = [clock.prepare(lambda: a @ a) for _ in range(2)]
+        assert all(clock.seconds(work) > 0 for work in prepared)
+        del prepared
+    clock.release()
+    assert clock.seconds(clock.prepare(lambda: a @ a)) > 0
+    assert clock.usable()
 
 
 @gpu

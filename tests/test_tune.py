@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from signal import Signals
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -28,11 +29,11 @@ from resnet_fused.commands.tune import (
     tune_problem,
     tune_problems,
 )
-from resnet_fused.commands.tune_trial import Candidate, Trial, candidates
-from resnet_fused.commands.tune_worker import serve
+from resnet_fused.commands.tune_trial import Candidate, Trial, candidates, rehearse
+from resnet_fused.commands.tune_worker import serve, why_not_compiled
 from resnet_fused.engine import backward, forward, tolerance
 from resnet_fused.kernels import conv_wgrad
-from resnet_fused.kernels.launch import TileConfig
+from resnet_fused.kernels.launch import Call, TileConfig
 from resnet_fused.plan import cache, decide, tuned
 from resnet_fused.plan.problem import Problem, Tiles
 from tests import faulty_worker
@@ -393,6 +394,14 @@ def test_verification_passes_a_stem_with_its_pool(way, ci):
     assert trained.work(Candidate(way))()["dw"].shape == (24, ci, 7, 7)
 
 
+def test_what_candidates_are_compared_with_is_computed_once(monkeypatch):
+    trial, dtypes = Trial(problem(), DEVICE), []
+    expected = trial._expected
+    monkeypatch.setattr(trial, "_expected", lambda dtype: (dtypes.append(dtype), expected(dtype))[1])
+    assert all(trial.ratio(Candidate(way)) <= 1 for way in ("fused", "mixed"))
+    assert dtypes == [torch.float64, torch.float32]
+
+
 @pytest.mark.parametrize(
     ("module", "launcher"), [(forward, "conv_forward_moments"), (backward, "conv_dgrad"), (backward, "conv_wgrad")]
 )
@@ -437,7 +446,7 @@ def test_what_is_right_does_not_depend_on_the_fastest_algorithm(direction, monke
     p = problem(direction=direction, prologue=False, tf32=True)
     assert Trial(p, DEVICE).ratio(Candidate("fused")) <= 1
     assert {state[:2] for state in seen} == {(False, True)}
-    assert [state[2] for state in seen[-2:]] == ["ieee", "ieee"]
+    assert [state[2] for state in seen[-3:]] == ["ieee", "ieee", "tf32"]
     assert (cudnn.benchmark, cudnn.deterministic, cudnn.conv.fp32_precision) == (True, False, before)
 
 
@@ -532,6 +541,17 @@ def test_candidates_that_do_not_compile_are_told_apart(monkeypatch):
         assert compile_all(replace(p, n=9), [Candidate("fused")]) == {}
     finally:
         compile_all.close()
+
+
+def test_every_kernel_of_a_candidate_is_compiled_ahead(monkeypatch):
+    """One that stays behind is compiled while nothing else runs, by the process that times."""
+    p = problem(n=32, h=56, w=56, ci=64, co=64, dtype=torch.bfloat16)
+    way = next(way for way in candidates(p) if way.tiles.dgrad and way.tiles.dgrad.box)
+    compiled, small = [], SimpleNamespace(metadata=SimpleNamespace(shared=0))
+    monkeypatch.setattr(Call, "compile", lambda call, arch: compiled.append((call.kernel.__name__, arch)) or small)
+    assert why_not_compiled(p, way) is None
+    assert compiled == [(call.kernel.__name__, p.arch) for call in rehearse(p, way)[0]]
+    assert ("dgrad_box_kernel", 90) in compiled
 
 
 @pytest.mark.parametrize("unit", [problem(), problem(**DEEP)], ids=["training", "split"])

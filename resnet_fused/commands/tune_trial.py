@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -244,8 +245,12 @@ class Trial:
         """The largest error of the candidate's results over the allowed one: right is what is at most 1."""
         with products(self.problem.tf32):
             ours = self.work(candidate)()
-        exact, eager = references(self._expected, self.problem.dtype, self.problem.tf32)
+        exact, eager = self._references
         return max(error_ratio(got.to(eager[name].dtype), eager[name], exact[name], SUMS) for name, got in ours.items())
+
+    @cached_property
+    def _references(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return references(self._expected, self.problem.dtype, self.problem.tf32)
 
     def _expected(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """The formulas in ``dtype``: in fp64 the exact results, else what eager PyTorch makes of them."""

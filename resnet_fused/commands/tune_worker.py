@@ -45,8 +45,7 @@ class Clock(ColdClock):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        # The graphs keep nothing that another may not overwrite, and together they would not fit.
-        self.pool = torch.cuda.graph_pool_handle()
+        self.captured: torch.cuda.CUDAGraph | None = None
         self.capturing = False
 
     def prepare(self, work: Work) -> Work:
@@ -55,16 +54,24 @@ class Clock(ColdClock):
             work()
         if self.seconds(work) > GRAPH_BELOW:
             return work
+        # The graphs keep nothing that another may not overwrite, and together they would not fit. A pool of memory may
+        # be shared while a graph of it lives: the last one is kept.
+        pool = None if self.captured is None else self.captured.pool()
         graph = torch.cuda.CUDAGraph()
         self.capturing = True
-        with torch.cuda.graph(graph, pool=self.pool):
+        with torch.cuda.graph(graph, pool=pool):
             work()
         self.capturing = False
+        self.captured = graph
 
         def replay(work: Work = work) -> None:  # the graph reads tensors that ``work`` alone may hold
             graph.replay()
 
         return replay
+
+    def release(self) -> None:
+        """What was prepared is not needed any more, nor its memory."""
+        self.captured = None
 
     def host_seconds(self, work: Work) -> float:
         """How long the host takes for one call: the median of ROUNDS, while the device has nothing else to do."""
@@ -100,7 +107,9 @@ def serve(lines: Iterable[str], out: TextIO, make_trial: Callable[[Problem], Tri
         request = json.loads(line)
         try:
             if "problem" in request:
-                trial = None  # its memory is needed
+                trial = None  # its memory is needed, and that of its graphs
+                if clock is not None:
+                    clock.release()
                 problem = problem_in(request["problem"])
                 torch.backends.cudnn.conv.fp32_precision = "tf32" if problem.tf32 else "ieee"  # type: ignore[attr-defined]
                 trial = make_trial(problem)
@@ -130,10 +139,9 @@ def why_not_compiled(problem: Problem, candidate: Candidate) -> str | None:
     shared = gpu_of(problem.arch, problem.gpu).shared
     try:
         for call in rehearse(problem, candidate)[0]:
-            if call.kernel.__name__.startswith("conv_"):
-                needed = call.compile(problem.arch).metadata.shared
-                if needed > shared:
-                    return f"out of resources: {needed} bytes of shared memory, the GPU has {shared}"
+            needed = call.compile(problem.arch).metadata.shared
+            if needed > shared:
+                return f"out of resources: {needed} bytes of shared memory, the GPU has {shared}"
     except Exception as error:
         return f"does not compile: {type(error).__name__}: {error}".splitlines()[0][:300]
     return None
