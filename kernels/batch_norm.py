@@ -85,31 +85,30 @@ def tile_counts(counts_ptr, t, T, rows, pixels):
 def merge_tiles(values_ptr, counts_ptr, T, C, rows, pixels, c, mask_c, BLOCK_T: tl.constexpr):
     """Pixels, mean and sum of squared deviations over all tiles, for the channels ``c`` (Chan et al. 1979).
 
-    What a tile without pixels holds does not count. A mean that is infinite stays so.
+    Each of BLOCK_T rows merges every BLOCK_T-th tile into what it has, and the rows are merged at the end. What a tile
+    without pixels holds does not count. A mean that is infinite stays so.
     """
     pivot = load_channels(values_ptr, c, mask_c)
     pivot = tl.where(finite(pivot), pivot, 0.0)
-    weighted = tl.zeros((BLOCK_T, c.shape[0]), tl.float32)
-    total = tl.zeros((BLOCK_T,), tl.float32)
+    mean = tl.zeros((BLOCK_T, c.shape[0]), tl.float32)
+    m2 = tl.zeros((BLOCK_T, c.shape[0]), tl.float32)
+    count = tl.zeros((BLOCK_T,), tl.float32)
     for start in range(0, bound(T), BLOCK_T):
         t = start + tl.arange(0, BLOCK_T)
         counts = tile_counts(counts_ptr, t, T, rows, pixels)
         mask = (counts > 0)[:, None] & mask_c[None, :]
-        mean = tl.load(values_ptr + t[:, None] * C + c[None, :], mask=mask, other=0.0)
-        weighted += counts[:, None] * (mean - pivot[None, :])
-        total += counts
-    count = tl.sum(total, 0)
-    mean_all = pivot + tl.sum(weighted, 0) / count
-    spread = tl.zeros((BLOCK_T, c.shape[0]), tl.float32)
-    for start in range(0, bound(T), BLOCK_T):
-        t = start + tl.arange(0, BLOCK_T)
-        counts = tile_counts(counts_ptr, t, T, rows, pixels)
-        mask = (counts > 0)[:, None] & mask_c[None, :]
-        mean = tl.load(values_ptr + t[:, None] * C + c[None, :], mask=mask, other=0.0)
-        m2 = tl.load(values_ptr + (T + t)[:, None] * C + c[None, :], mask=mask, other=0.0)
-        d = mean - mean_all[None, :]
-        spread += m2 + counts[:, None] * d * d
-    return count, mean_all, tl.sum(spread, 0)
+        v = tl.load(values_ptr + t[:, None] * C + c[None, :], mask=mask, other=0.0) - pivot[None, :]
+        within = tl.load(values_ptr + (T + t)[:, None] * C + c[None, :], mask=mask, other=0.0)
+        count += counts
+        delta = tl.where(mask, v - mean, 0.0)
+        # Infinity less infinity would be NaN: what comes after it adds to it.
+        mean += tl.where(finite(mean), delta * (counts / tl.maximum(count, 1.0))[:, None], v)
+        m2 += within + delta * tl.where(mask, v - mean, 0.0) * counts[:, None]
+    total = tl.sum(count, 0)
+    weights = tl.broadcast_to(count[:, None], mean.shape)
+    center = tl.sum(rounded_product(mean, weights), 0) / total
+    spread = mean - center[None, :]
+    return total, pivot + center, tl.sum(m2 + rounded_product(spread * spread, weights), 0)
 
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
@@ -263,8 +262,12 @@ VECTOR = torch.float32.itemsize
 """Bytes that a channel takes in one row of stats or coefs."""
 
 
-_MERGE = TileConfig(256, 8, 1, num_stages=1)
-"""Tiles and channels that a program merges at a time."""
+def merge_config(tiles: int) -> TileConfig:
+    """How many tiles and channels a program merges at a time: the channels of one sector of memory.
+
+    Programs are few, and each waits for memory as often as it passes through its loop: of many tiles it loads more.
+    """
+    return TileConfig(256, 8, 1, num_stages=1) if tiles <= 256 else TileConfig(1024, 8, 1, num_warps=16, num_stages=1)
 
 
 def channel_moments(y: Tensor, *, config: TileConfig | None = None) -> Moments:
@@ -502,9 +505,10 @@ def merge_recipe(
     rows: int = 1,
 ) -> Recipe:
     """For a kernel that merges the tiles, by blocks of channels, of ``rows`` of sums."""
-    blocks = {"BLOCK_M": _MERGE.block_m, "BLOCK_N": _MERGE.block_n}
-    grid = (cdiv(scalars["C"], _MERGE.block_n), rows)
-    return Recipe(kernel, grid, scalars | blocks, _MERGE, partial(_cost, read, written, more), vectors)
+    tile = merge_config(scalars["T"])
+    blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
+    grid = (cdiv(scalars["C"], tile.block_n), rows)
+    return Recipe(kernel, grid, scalars | blocks, tile, partial(_cost, read, written, more), vectors)
 
 
 def _cost(read: list[str], written: list[str], more: int, tensors: Mapping[str, Tensor | None]) -> Cost:

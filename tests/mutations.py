@@ -817,6 +817,18 @@ MUTATIONS = [
     ),
     Mutation(
         "kernels/batch_norm.py",
+        "delta * tl.where(mask, v - mean, 0.0) * counts[:, None]",
+        "delta * tl.where(mask, v - mean, 0.0)",
+        "tests/kernels/test_batch_norm.py -k however_many",
+    ),
+    Mutation(
+        "kernels/batch_norm.py",
+        "tl.where(finite(mean), delta * (counts / tl.maximum(count, 1.0))[:, None], v)",
+        "delta * (counts / tl.maximum(count, 1.0))[:, None]",
+        "tests/kernels/test_batch_norm.py -k stays_so",
+    ),
+    Mutation(
+        "kernels/batch_norm.py",
         "    origin = load_channels(y_ptr + first * y_stride, c, mask_c)\n",
         "    origin = tl.zeros_like(load_channels(y_ptr + first * y_stride, c, mask_c))\n",
         "tests/kernels/test_batch_norm.py -k 'test_constant_channels and moments'",
@@ -841,8 +853,8 @@ MUTATIONS = [
     ),
     Mutation(
         "kernels/batch_norm.py",
-        "        mask = (counts > 0)[:, None] & mask_c[None, :]\n        mean = tl.load(values_ptr + t[:, None] * C + c[None, :], mask=mask, other=0.0)\n        weighted",
-        "        mask = (t < T)[:, None] & mask_c[None, :]\n        mean = tl.load(values_ptr + t[:, None] * C + c[None, :], mask=mask, other=0.0)\n        weighted",
+        "        mask = (counts > 0)[:, None] & mask_c[None, :]\n",
+        "        mask = (t < T)[:, None] & mask_c[None, :]\n",
         "tests/kernels/test_batch_norm.py -k 'without_pixels'",
     ),
     Mutation(
@@ -907,8 +919,8 @@ MUTATIONS = [
     ),
     Mutation(
         "kernels/batch_norm.py",
-        "        spread += m2 + counts[:, None] * d * d\n",
-        "        spread += m2 + d * d\n",
+        "m2 + rounded_product(spread * spread, weights)",
+        "m2 + spread * spread",
         "tests/kernels/test_batch_norm.py -k 'channel_moments'",
     ),
     Mutation(

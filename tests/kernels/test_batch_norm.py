@@ -136,11 +136,34 @@ def test_tiles_without_pixels_do_not_count():
         assert torch.equal(merged, own)
 
 
-def test_more_tiles_than_are_merged_at_a_time():
-    y = random(1, 3, 300, 19) + 10
-    moments = channel_moments(y, config=TileConfig(16, 16, 1))
-    assert moments.values.shape[1] == 357
-    torch.testing.assert_close(merge_moments(moments).double(), moments_of(y), rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("counted", [False, True])
+@pytest.mark.parametrize("tiles", [255, 257, 1024, 2500])
+def test_however_many_tiles_there_are(tiles, counted):
+    """Passes over rows of them, the last not full. Means that are far apart show whether each tile has its weight."""
+    rows, missing = 5, 3
+    y = random(tiles, rows, 3, dtype=torch.float64) + 10 * random(tiles, 1, 3, dtype=torch.float64)
+    present = torch.full((tiles,), rows, device=DEVICE)
+    present[-1] -= missing
+    if counted:
+        present[0] = present[tiles // 2] = 0
+    parts = [tile[:count] for tile, count in zip(y, present.tolist(), strict=True)]
+    values = torch.stack([moments_of(part.T[None, :, :, None]) for part in parts], 1)
+    counts = present.float() if counted else None
+    merged = merge_moments(Moments(values.float(), rows, tiles * rows - missing, counts))
+    exact = moments_of(torch.cat(parts).T[None, :, :, None])
+    torch.testing.assert_close(merged.double(), exact, rtol=1e-6, atol=10e-6)
+
+
+@pytest.mark.parametrize("infinite", [[7], [2400], [7, 1031], [7, 8]], ids=str)
+def test_an_infinite_mean_among_many_stays_so(infinite):
+    values = random(2, 2500, 3).abs()
+    values[0, infinite, 1] = float("inf")
+    values[1, infinite, 1] = float("nan")
+    mean, m2 = merge_moments(Moments(values, 4, 10000))
+    assert mean[1] == float("inf")
+    assert m2[1].isnan()
+    assert mean[[0, 2]].isfinite().all()
+    assert m2[[0, 2]].isfinite().all()
 
 
 def test_tiles_with_counts_of_their_own():
