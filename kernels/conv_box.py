@@ -16,11 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .conv import ConvProblem, Size, blocks, precision, sizes
-from .epilogue import WHOLE, Epilogue, Norm, store_output
+from .epilogue import WHOLE, Affine, Epilogue, Norm, affine, load_scale, output, store_moments_of_tile
 from .gpus import gpu_of
 from .launch import Boxes, Cost, Recipe, TileConfig, Vector, dry_target
 from .memory import Layout, cdiv, span, stride_of
-from .tile import PerTile, Pixels, Tile, bound, dot
+from .tile import PerTile, Pixels, Tile, bound, dot, load_channels, tile_mask
 
 
 class Form(NamedTuple):
@@ -31,6 +31,7 @@ class Form(NamedTuple):
     ONE_CHUNK: bool
     STRIDED: bool
     PARTS: int
+    BY_TMA: bool
     RES_PADDED: bool
     RELU: bool
     INT64: bool
@@ -95,6 +96,29 @@ def pixels_of(start, first, HEIGHT: tl.constexpr, box: tl.constexpr):
     n, h, w = start
     place = first + tl.arange(0, HEIGHT)
     return n + place // (box.h * box.w), h + place // box.w % box.h, w + place % box.w
+
+
+@triton.jit
+def start_of_part(start, i, PARTS: tl.constexpr, box: tl.constexpr):
+    """Image, row and column where the ``i``-th of so many PARTS of the box at ``start`` begins (:func:`part_of`)."""
+    n, h, w = start
+    if box.n > 1:
+        n += i * (box.n // PARTS)
+    elif box.h > 1:
+        h += i * (box.h // PARTS)
+    else:
+        w += i * (box.w // PARTS)
+    return n, h, w
+
+
+def part_of(box: Box, parts: int) -> Box | None:
+    """The box that each of so many ``parts`` of the pixels of ``box`` is, None if it is none."""
+    n, h, w = box
+    if n > 1:
+        return Box(n // parts, h, w) if n % parts == 0 else None
+    if h > 1:
+        return Box(1, h // parts, w) if h % parts == 0 else None
+    return Box(1, 1, w // parts)
 
 
 @triton.jit
@@ -174,7 +198,19 @@ def conv_box_kernel(
     at = first
     k = 0
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    chunks = 1 if form.ONE_CHUNK else CI // BLOCK_K
+    c = co + tl.arange(0, BLOCK_N)
+    # Here, so that the program waits for them while it waits for its boxes.
+    bias, mean, scale, beta = bias_ptr, mean_ptr, var_ptr, beta_ptr
+    if bias_ptr is not None:
+        bias = load_channels(bias_ptr, group * CO + c, c < CO)
+    if mean_ptr is not None:
+        mean = load_channels(mean_ptr, group * CO + c, c < CO)
+        scale = load_scale(Norm(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps), group * CO + c, c < CO)
+        if beta_ptr is not None:
+            beta = load_channels(beta_ptr, group * CO + c, c < CO)
+    # Of a loop that is known to end after one step nothing would be left, and so no pipeline in which both boxes come
+    # at the same time.
+    chunks = 1 if form.ONE_CHUNK and R * S > 1 else CI // BLOCK_K
     for _ in range(0, bound(R * S * chunks)):
         if form.STRIDED:
             a = x_ptr.load([n0, at.h >> 1, at.h & 1, at.w >> 1, (at.w & 1) * widths.x + at.channel])
@@ -185,33 +221,29 @@ def conv_box_kernel(
         k += BLOCK_K
         at, _, _ = next_chunk(at, first, end, Chunk(0, dil_h, dil_w), BLOCK_K, form.ONE_CHUNK, R * S == 1)
 
-    norm = Norm(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps)
-    res, y = Pixels(res_ptr, widths.res), Pixels(y_ptr, widths.y)
+    res = Pixels(res_ptr, widths.res)
     HEIGHT: tl.constexpr = BLOCK_M // PARTS
     parts = in_parts(acc, PARTS)
-    c = co + tl.arange(0, BLOCK_N)
     tiles = tl.num_programs(0) // tiles_n * PARTS
     for i in tl.static_range(PARTS):
         n, p, q = pixels_of(start, i * HEIGHT, HEIGHT, box)
         present = (n < images) & (p < rows) & (q < columns)
         tile = Tile((n.to(OFFSET) * rows + p) * columns + q, group * CO + c, present, c < CO)
-        moments = PerTile(moments_ptr, tiles, widths.channels, number * PARTS + i)
-        store_output(
-            tl.trans(parts[i]),
-            tile,
-            bias_ptr,
-            norm,
-            res,
-            crop,
-            y,
-            moments,
-            Size(0, 0, P, Q),
-            form.RES_PADDED,
-            form.RELU,
-        )
+        v = affine(tl.trans(parts[i]), Affine(bias, mean, scale, beta))
+        v = output(v, tile, res, crop, Size(0, 0, P, Q), form.RES_PADDED, form.RELU)
+        if form.BY_TMA:
+            rounded = v.to(y_ptr.dtype)
+            at_n, at_h, at_w = start_of_part(start, i, PARTS, box)
+            y_ptr.store([at_n, at_h, at_w, group * CO + co], tl.reshape(rounded, y_ptr.block_shape))
+        else:
+            rounded = v.to(y_ptr.dtype.element_ty)
+            tl.store(y_ptr + (tile.m * widths.y)[:, None] + tile.c[None, :], rounded, mask=tile_mask(tile))
+        if moments_ptr is not None:
+            moments = PerTile(moments_ptr, tiles, widths.channels, number * PARTS + i)
+            store_moments_of_tile(rounded, tile, moments)
         if counts_ptr is not None:
             first_program = (pid % tiles_n == 0) & (group == 0)
-            tl.store(counts_ptr + moments.number, tl.sum(present.to(tl.float32), 0), mask=first_program)
+            tl.store(counts_ptr + number * PARTS + i, tl.sum(present.to(tl.float32), 0), mask=first_program)
 
 
 def why_not(problem: ConvProblem) -> str | None:
@@ -278,9 +310,9 @@ def tiles_of(
         if block_n > triton.next_power_of_2(columns) or (element == 4 and (problem.arch, block_n) == (120, 128)):
             continue
         for block_k in (128, 64, 32) if element == 2 else (32,):
-            stages = min(4, room // ((block_m + block_n) * block_k * element))
-            alone = problem.r * problem.s == 1 and depth == block_k  # a single step, which leaves nothing to pipeline
-            if depth % block_k == 0 and stages >= (1 if alone and problem.arch != 120 else 3):
+            alone = problem.r * problem.s == 1 and depth == block_k  # a single step, whose two boxes come at once
+            stages = min(2 if alone else 4, room // ((block_m + block_n) * block_k * element))
+            if depth % block_k == 0 and stages >= (2 if alone else 3):
                 # Of a low tile, or on sm_120 of one step, the compiler would spill for one more program at a time.
                 registers = 255 if block_m == 64 or (alone and problem.arch == 120) else None
                 yield TileConfig(block_m, block_n, block_k, warps, stages, registers, cover(block_m))
@@ -357,11 +389,14 @@ def recipe(
     res = epilogue.residual.layout
     crop = epilogue.residual.crop(out.shape)
     images, rows, columns = _extent(problem)
+    parts = 2 if tile.block_m >= 128 else 1
+    stored = _stored(problem, out, box, parts, tile)
     form = Form(
         *(problem.r, problem.s),
         ONE_CHUNK=ci == tile.block_k,
         STRIDED=problem.stride != (1, 1),
-        PARTS=2 if tile.block_m >= 128 else 1,
+        PARTS=parts,
+        BY_TMA=stored is not None,
         RES_PADDED=crop is not WHOLE,
         RELU=epilogue.relu,
         INT64=max(map(span, (x, out, res))) + tile.block_m >= 2**31,
@@ -379,7 +414,8 @@ def recipe(
         "box": box,
     }
     grid = (count(problem, box) * cdiv(co, tile.block_n), problem.groups)
-    return Recipe(conv_box_kernel, grid, scalars, tile, cost, vectors, {"x_ptr": pixels, "w_ptr": filters})
+    by_tma = {"x_ptr": pixels, "w_ptr": filters} | ({} if stored is None else {"y_ptr": stored})
+    return Recipe(conv_box_kernel, grid, scalars, tile, cost, vectors, by_tma)
 
 
 def box_of(tile: TileConfig) -> Box:
@@ -406,6 +442,21 @@ def _pixels(problem: ConvProblem, x: Layout, box: Box, tile: TileConfig) -> Boxe
     pairs = (n, h // 2, 2, w // 2, step + channels)
     steps = (h * w * step, 2 * w * step, w * step, 2 * step, 1)
     return Boxes(pairs, steps, (box.n, box.h, 1, box.w, tile.block_k))
+
+
+def _stored(problem: ConvProblem, out: Layout, box: Box, parts: int, tile: TileConfig) -> Boxes | None:
+    """How TMA stores the output, or None where it does not: what lies outside of the tensor it leaves out."""
+    part = part_of(box, parts)
+    within = problem.groups == 1 or problem.tile_channels[1] % tile.block_n == 0  # else into the next group
+    if part is None or not within:
+        return None
+    n, channels, p, q = out.shape
+    step = stride_of(out)
+    if _pointwise(problem):
+        boxes = Boxes((1, 1, problem.m, channels), (problem.m * step, problem.m * step, step, 1), (*part, tile.block_n))
+    else:
+        boxes = Boxes((n, p, q, channels), (p * q * step, q * step, step, 1), (*part, tile.block_n))
+    return boxes if boxes.fits(out.dtype.itemsize) else None
 
 
 def image_boxes(x: Layout, box: Box, tile: TileConfig) -> Boxes:

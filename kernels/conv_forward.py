@@ -492,7 +492,7 @@ def conv_forward(
     ``x`` [N, CI, H, W] and the residual are pixel-linear (channels_last, or a slice of its channels or images), ``w``
     [CO, CI/groups, R, S] is channels_last and has the dtype of ``x``. ``prologue`` = (scale, shift), fp32 vectors [CI]:
     the input becomes ``relu(scale*x + shift)``, and padding zero after it. ``out``: a pixel-linear tensor [N, CO, P, Q]
-    to write to. ``config``: the tile; without it, or where it has a box that TMA can not load of these tensors,
+    to write to. ``config``: the tile; without it, or where it has a box and TMA can not take these tensors,
     ``default_config``.
 
     Returns [N, CO, P, Q], channels_last, of ``out_dtype`` (that of ``x`` if not given). Raises ValueError for tensors
@@ -500,7 +500,7 @@ def conv_forward(
     """
     dtype = x.dtype if out_dtype is None else out_dtype
     epilogue = Epilogue(added(residual), 0.0 if norm is None else norm.eps, relu, layout(out) or dtype)
-    chosen = conv_box.loadable(config, x, w)
+    chosen = conv_box.loadable(config, x, w, *(() if out is None else (out,)))
     launches = _launches(layout(x), layout(w), geometry, prologue is not None, epilogue, tf32, target_arch(), chosen)
     if out is None:
         out = _output(launches.product, x, w, dtype)

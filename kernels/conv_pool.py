@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .conv import ConvProblem, Geometry, blocks, check_geometry, precision
-from .epilogue import Norm, affine
+from .epilogue import Norm, load_affine
 from .launch import FLOATS, INTERPRETER, KEPT_LAYOUTS, Cost, Recipe, TileConfig, Vector, target_arch
 from .memory import Layout, cdiv, channels_last, layout, require_channels_last_filter, span
 from .tile import bound, dot, relu
@@ -176,7 +176,7 @@ def conv_pool_kernel(
         w_at += BLOCK_K
 
     mask_c = c < CO
-    v = affine(acc, c, mask_c, bias_ptr, Norm(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps))
+    v = load_affine(acc, c, mask_c, bias_ptr, Norm(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps))
     v = tl.where(present[:, None], v, float("-inf"))
     by_row = tl.permute(tl.reshape(v, (2, 2 * PIXELS, BLOCK_N)), (1, 2, 0))
     even, odd = tl.split(by_row)

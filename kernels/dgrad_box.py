@@ -110,7 +110,8 @@ def dgrad_box_kernel(
     at = first
     column = (r * S + s) * CI + ci
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    chunks = 1 if form.ONE_CHUNK else CO // BLOCK_K
+    # See conv_box_kernel: of a single step no pipeline would be left.
+    chunks = 1 if form.ONE_CHUNK and R * S > 1 else CO // BLOCK_K
     for _ in range(0, bound(taps_h * taps_w * chunks)):
         a = g_ptr.load([n0, at.h, at.w, at.channel])
         b = w_ptr.load([at.channel, column])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -156,39 +156,82 @@ def load_residual(res, crop, tile, P, Q, PADDED: tl.constexpr):
     return found
 
 
+class Affine(NamedTuple):
+    """Of the channels of a tile, what :func:`affine` computes with, each None where there is none."""
+
+    bias: Any
+    mean: Any
+    scale: Any
+    beta: Any
+
+
 @triton.jit
-def affine(acc, c, mask_c, bias_ptr, norm):
-    """``(acc + bias - mean) * gamma/sqrt(var + eps) + beta`` for columns that are the channels ``c``; all optional."""
+def load_scale(norm, c, mask_c):
+    """``gamma/sqrt(var + eps)`` of the channels ``c``."""
+    scale = 1.0 / tl.sqrt_rn(load_channels(norm.var, c, mask_c) + norm.eps)
+    if norm.gamma is not None:
+        scale *= load_channels(norm.gamma, c, mask_c)
+    return scale
+
+
+@triton.jit
+def affine(acc, vectors):
+    """``(acc + bias - mean) * scale + beta``; all optional."""
     v = acc
+    if vectors.bias is not None:
+        v += vectors.bias[None, :]
+    if vectors.mean is not None:
+        v = (v - vectors.mean[None, :]) * vectors.scale[None, :]
+        if vectors.beta is not None:
+            v += vectors.beta[None, :]
+    return v
+
+
+@triton.jit
+def load_affine(acc, c, mask_c, bias_ptr, norm):
+    """:func:`affine` of columns that are the channels ``c``."""
+    # Functions of the compiler return no None: what has loaded them stands where they are used.
+    bias, mean, scale, beta = bias_ptr, norm.mean, norm.var, norm.beta
     if bias_ptr is not None:
-        v += load_channels(bias_ptr, c, mask_c)[None, :]
+        bias = load_channels(bias_ptr, c, mask_c)
     if norm.mean is not None:
-        scale = 1.0 / tl.sqrt_rn(load_channels(norm.var, c, mask_c) + norm.eps)
-        if norm.gamma is not None:
-            scale *= load_channels(norm.gamma, c, mask_c)
-        v = (v - load_channels(norm.mean, c, mask_c)[None, :]) * scale[None, :]
+        mean = load_channels(norm.mean, c, mask_c)
+        scale = load_scale(norm, c, mask_c)
         if norm.beta is not None:
-            v += load_channels(norm.beta, c, mask_c)[None, :]
+            beta = load_channels(norm.beta, c, mask_c)
+    return affine(acc, Affine(bias, mean, scale, beta))
+
+
+@triton.jit
+def output(v, tile, res, crop, size, RES_PADDED: tl.constexpr, RELU: tl.constexpr):
+    """``relu(v + res)`` for one tile; each step is optional."""
+    if res.ptr is not None:
+        v += load_residual(res, crop, tile, size.P, size.Q, RES_PADDED)
+    if RELU:
+        v = relu(v)
     return v
 
 
 @triton.jit
 def store_output(acc, tile, bias_ptr, norm, res, crop, y, moments, size, RES_PADDED: tl.constexpr, RELU: tl.constexpr):
-    """``y = relu((acc + bias - mean) * gamma/sqrt(var + eps) + beta + res)`` for one tile; each step is optional.
+    """``y`` of :func:`output` for one tile, rounded.
 
     With ``moments``, also the mean of the tile's rounded values, as far as its rows exist, and the sum of squared
     deviations from it.
     """
-    v = affine(acc, tile.c, tile.mask_c, bias_ptr, norm)
-    if res.ptr is not None:
-        v += load_residual(res, crop, tile, size.P, size.Q, RES_PADDED)
-    if RELU:
-        v = relu(v)
+    v = load_affine(acc, tile.c, tile.mask_c, bias_ptr, norm)
+    v = output(v, tile, res, crop, size, RES_PADDED, RELU)
     rounded = v.to(y.ptr.dtype.element_ty)
     tl.store(y.ptr + (tile.m * y.stride)[:, None] + tile.c[None, :], rounded, mask=tile_mask(tile))
     if moments.ptr is not None:
-        means = moments.ptr + moments.number * moments.channels + tile.c
-        store_moments(rounded, tile.mask_m, means, moments.tiles * moments.channels, tile.mask_c)
+        store_moments_of_tile(rounded, tile, moments)
+
+
+@triton.jit
+def store_moments_of_tile(rounded, tile, moments):
+    """:func:`store_moments` of what a tile's output was rounded to, where those of the tile belong."""
+    means = moments.ptr + moments.number * moments.channels + tile.c
+    store_moments(rounded, tile.mask_m, means, moments.tiles * moments.channels, tile.mask_c)
 
 
 @triton.jit

@@ -141,9 +141,9 @@ class Vector(NamedTuple):
 
 
 class Boxes(NamedTuple):
-    """How TMA sees a tensor: sizes, elements from one to the next in each dimension, and the box that a load brings.
+    """How TMA sees a tensor: sizes, elements from one to the next in each dimension, and the box of one load or store.
 
-    The innermost dimension comes last. What lies outside of the sizes is loaded as zero.
+    The innermost dimension comes last. What lies outside of the sizes is loaded as zero, and not stored.
     """
 
     shape: tuple[int, ...]
@@ -175,7 +175,7 @@ class Recipe:
     Launchers make one per problem and keep it, since it keeps the compiled code: Triton's JIT, which looks at every
     argument of every launch to find that code, takes several times as long as the launch itself. ``cost``: from the
     tensors by name. ``vectors``: what is asked of tensors, by name, in every launch; of all others the layout, on which
-    a recipe depends, was looked at when it was made. ``boxes``: how TMA sees those tensors that it loads, by name.
+    a recipe depends, was looked at when it was made. ``boxes``: how TMA sees the tensors that it moves, by name.
     """
 
     kernel: Any

@@ -83,7 +83,7 @@ def bound(n):
 @triton.jit
 def relu(v):
     """max(v, 0) that keeps NaN, as PyTorch's does (``tl.maximum`` would drop it)."""
-    return tl.where(v <= 0, 0.0, v)
+    return tl.maximum(v, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

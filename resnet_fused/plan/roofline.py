@@ -69,7 +69,7 @@ ISSUE_SLOTS: dict[str, dict[int, tuple[float, ...]]] = {
 
 # The same of the whole of conv_pool, whose loop is short and unrolled, for 64 channels: all its instructions over the
 # cycles of its product.
-POOL_SLOTS = {80: 0.969, 86: 0.496, 89: 0.248, 90: 2.089, 100: 6.929, 120: 0.242}
+POOL_SLOTS = {80: 0.969, 86: 0.484, 89: 0.242, 90: 2.027, 100: 7.411, 120: 0.24}
 
 # Of chain_forward's two loops, the walk over the taps and that over the channels of z, with 128 channels between the
 # convolutions; counted alike.

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from resnet_fused.engine import forward
 from resnet_fused.kernels import conv_box
@@ -107,6 +108,44 @@ def test_slices_of_channels_and_images():
     assert kernels_of(launch) == ["conv_box_kernel"]
     strided = Geometry((2, 2), (1, 1))
     assert kernels_of(lambda: check(part, w, geometry=strided, config=tile((2, 2, 4)))) == ["conv_box_kernel"]
+
+
+def stored_by_tma(launch) -> bool:
+    calls = []
+    with observe(calls.append):
+        launch()
+    assert [call.kernel.__name__ for call in calls] == ["conv_box_kernel"]
+    return isinstance(calls[0].arguments["y_ptr"], TensorDescriptor)
+
+
+@pytest.mark.parametrize("box", [(2, 2, 4), (1, 4, 4), (1, 1, 16), (4, 8, 4), (1, 16, 8), (1, 1, 128)])
+@pytest.mark.parametrize("taps", [1, 3])
+def test_tma_stores_what_lies_in_the_output_alone(taps, box):
+    """Boxes that stick out, whole and in halves; the channels beside a slice keep what they had."""
+    x, w = random(3, 16, 9, 7, dtype=torch.float16), random(24, 16, taps, taps, dtype=torch.float16)
+    whole = torch.full_like(random(3, 48, 9, 7, dtype=torch.float16), float("nan"))
+    geometry = Geometry(padding=(taps // 2,) * 2)
+    out = whole[:, 8:32]
+    launch = lambda: conv_forward(x, w, geometry=geometry, out=out, config=tile(box))  # noqa: E731
+    assert stored_by_tma(launch)
+    exact = F.conv2d(x.double(), w.double(), padding=taps // 2)
+    torch.testing.assert_close(out.double(), exact, rtol=2e-3, atol=2e-3)
+    assert whole[:, :8].isnan().all()
+    assert whole[:, 32:].isnan().all()
+
+
+def test_what_tma_does_not_store():
+    """Where channels of the next group or rows of an odd number of bytes follow, or the address is odd."""
+    x, w = random(2, 64, 5, 6), random(40, 16, 3, 3)
+    groups = Geometry(padding=(1, 1), groups=2)
+    launch = lambda co: check(x, random(co, 32, 3, 3), geometry=groups, config=tile((1, 4, 4)))  # noqa: E731
+    assert not stored_by_tma(lambda: launch(80))
+    assert stored_by_tma(lambda: launch(96))
+    assert stored_by_tma(lambda: check(x[:, :16], w, geometry=SAME, config=tile((1, 4, 4))))
+    assert not stored_by_tma(lambda: check(x[:, :16], w[:38], geometry=SAME, config=tile((1, 4, 4))))
+    out = random(2, 48, 5, 6)[:, 2:42]
+    arguments = dict(geometry=SAME, out=out, config=tile((1, 4, 4)))
+    assert "conv_box_kernel" not in kernels_of(lambda: conv_forward(x[:, :16], w, **arguments))
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)
