@@ -1104,6 +1104,24 @@ MUTATIONS = [
         "tests/test_convert.py -k come_later",
     ),
     Mutation(
+        "resnet_fused/plan/decide.py",
+        'if problem.direction == "frozen":\n        return seconds',
+        'if problem.direction != "inference":\n        return seconds',
+        "tests/test_plan.py -k 'every_launch_of_a_unit'",
+    ),
+    Mutation(
+        "resnet_fused/plan/roofline.py",
+        'return *PREDICTED, "cudnn"',
+        "return PREDICTED",
+        "tests/test_measured.py -k among_the_fastest",
+    ),
+    Mutation(
+        "resnet_fused/plan/roofline.py",
+        '"program": pace.program * generations',
+        '"program": 0 * generations',
+        "tests/test_measured.py",
+    ),
+    Mutation(
         "resnet_fused/plan/roofline.py",
         "*([] if self.leaf else [self.dgrad()])]",
         "self.dgrad()]",
@@ -1507,8 +1525,8 @@ MUTATIONS = [
     ),
     Mutation(
         "resnet_fused/plan/decide.py",
-        "constants.host(implementation) + split * HOST_SPLIT_SECONDS",
-        "constants.host(implementation)",
+        "constants.host(implementation, problem.direction) + split * HOST_SPLIT_SECONDS",
+        "constants.host(implementation, problem.direction)",
         "tests/test_plan.py -k 'every_launch_of_a_unit'",
     ),
     Mutation(

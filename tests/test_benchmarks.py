@@ -65,23 +65,24 @@ class TestCount:
         assert count(BASELINE, setting(phase=BACKWARD)).saved == 4 * (2 * 2 * 64 * 24 + 2 * 24)
 
     def test_fusing_moves_less_and_keeps_less(self):
+        """Of a batch for which the GPU takes longer than the host."""
         for phase in (FORWARD, BACKWARD):
-            eager, ours = (count(peer, setting(BLOCK, phase, batch=64)) for peer in (BASELINE, OURS[0]))
+            eager, ours = (count(peer, setting(BLOCK, phase, batch=32768)) for peer in (BASELINE, OURS[0]))
             assert ours.moved < eager.moved
             assert set(ours.bytes) == set(KINDS)
-        recompute = count(OURS[1], setting(BLOCK, BACKWARD, batch=64))
+        recompute = count(OURS[1], setting(BLOCK, BACKWARD, batch=32768))
         assert recompute.saved < ours.saved < eager.saved
 
     @pytest.mark.parametrize(
         ("peer", "model", "phase", "batch", "launches", "megabytes"),
         [
             (BASELINE, "resnet50", FORWARD, 32, 174, 165.0),
-            (OURS[0], "resnet50", FORWARD, 32, 66, 54.9),
+            (OURS[0], "resnet50", FORWARD, 32, 56, 53.9),
             (BASELINE, "resnet50", BACKWARD, 256, 405, 392.1),
-            (OURS[0], "resnet50", BACKWARD, 256, 413, 297.1),
-            (OURS[1], "resnet50", BACKWARD, 256, 436, 316.2),
+            (OURS[0], "resnet50", BACKWARD, 256, 444, 339.1),
+            (OURS[1], "resnet50", BACKWARD, 256, 473, 360.6),
             (BASELINE, "resnet18", FORWARD, 32, 68, 37.4),
-            (OURS[0], "resnet18", FORWARD, 32, 33, 11.7),
+            (OURS[0], "resnet18", FORWARD, 32, 23, 10.7),
         ],
     )
     def test_whole_models_are_those_of_the_results(self, peer, model, phase, batch, launches, megabytes):

@@ -21,7 +21,7 @@ from resnet_fused.engine.trace import trace
 from resnet_fused.kernels.gpus import gpu_of
 from resnet_fused.kernels.launch import dry_run
 from resnet_fused.plan import cache, roofline, tuned
-from resnet_fused.plan.constants import ASSUMED, Constants
+from resnet_fused.plan.constants import ASSUMED, HOSTED, Constants
 from resnet_fused.plan.decide import decide, waited
 from resnet_fused.plan.problem import Problem, Tiles
 from resnet_fused.plan.tuned import Entry, Table
@@ -39,7 +39,7 @@ MEASURED = Constants(
     cudnn_of_peak=0.9,
     cudnn_by_width={64: 0.4, 128: 0.6, 256: 0.9},
     launch_seconds=1e-6,
-    host_seconds={"fused": 30e-6, "mixed": 50e-6, "eager": 60e-6},
+    host_seconds=dict(zip(HOSTED, (30e-6, 50e-6, 60e-6, 100e-6, 200e-6, 150e-6), strict=True)),
 )
 
 
@@ -111,7 +111,9 @@ def test_what_a_gpu_is_made_of_is_measured():
     assert found.cudnn_by_width == pytest.approx({64: 0.4, 128: 0.5, 256: 0.8}, rel=0.02)
     assert found.cudnn_of_peak == found.cudnn_by_width[256]
     assert found.launch_seconds == pytest.approx(1.5e-6, rel=0.02)
-    assert found.host_seconds == pytest.approx({"fused": 7e-6, "mixed": 14e-6, "eager": 21e-6})
+    launches = {"fused inference": 1, "mixed inference": 2, "eager inference": 3}
+    launches |= {"fused training": 7, "mixed training": 8, "eager training": 7}
+    assert found.host_seconds == pytest.approx({way: 7e-6 * n for way, n in launches.items()})
     assert clock.calls < 100, "in under a minute"
 
 
@@ -185,7 +187,8 @@ BAD = {
     "another format": (put("tensor_of_peak", {"int8": 0.5}), "tensor_of_peak must have bfloat16"),
     "no formats": (put("tensor_of_peak", []), "tensor_of_peak must have"),
     "no host": (put("host_seconds", {}), "host_seconds must have fused"),
-    "a negative host": (put("host_seconds", {"fused": -1e-6, "mixed": 1e-6, "eager": 1e-6}), "host_seconds must be"),
+    "a negative host": (put("host_seconds", dict.fromkeys(HOSTED, -1e-6)), "host_seconds must be"),
+    "the host of inference alone": (put("host_seconds", dict.fromkeys(HOSTED[:3], 1e-6)), "host_seconds must have"),
     "one width": (put("cudnn_by_width", {"64": 0.5}), "cudnn_by_width must have 64, 128, 256"),
     "401 digits": (put("memory_of_peak", 10**400), "."),
 }
@@ -217,12 +220,13 @@ def test_units_that_were_not_tuned_are_predicted_with_them():
     assert measured.alternatives != assumed.alternatives
     narrow = roofline.predict(UNIT, "mixed", Tiles(), MEASURED)[0]
     at_peak = 2 * UNIT.m * 64 * 9 * 64 / (989.4e12 * 0.7 * 0.4)
-    assert narrow.seconds == pytest.approx(at_peak + 1e-6, rel=0.01)
+    assert narrow.seconds == pytest.approx(at_peak + roofline.CUDNN_SECONDS + 1e-6, rel=0.01)
     stream = roofline.predict(UNIT, "mixed", Tiles(), MEASURED)[1]
-    assert stream.seconds == pytest.approx(2 * UNIT.m * 64 * 2 / (3350e9 * 0.8) + 1e-6)
+    slower = roofline.STREAMS["batch_norm_apply"][1]
+    assert stream.seconds == pytest.approx(slower * 2 * UNIT.m * 64 * 2 / (3350e9 * 0.8) + 1e-6)
     small = replace(UNIT, n=1)
     assert waited(small, "eager", 1e-6, Tiles(), MEASURED) == 60e-6
-    slow = replace(MEASURED, host_seconds={"fused": 90e-6, "mixed": 20e-6, "eager": 60e-6})
+    slow = replace(MEASURED, host_seconds=MEASURED.host_seconds | {"fused inference": 90e-6, "mixed inference": 20e-6})
     assert decide(small, table=Table(GPU, constants=slow)).implementation == "mixed"
     assert decide(small).implementation != "mixed"
 
@@ -235,14 +239,14 @@ def test_a_width_counts_for_those_up_to_it(width, share):
 
 def test_explain_says_by_what_it_predicts(monkeypatch):
     model = fuse(torchvision.models.resnet18().bfloat16().to(memory_format=torch.channels_last))
-    x = torch.randn(64, 3, 64, 64).bfloat16().to(memory_format=torch.channels_last)
+    x = torch.zeros(512, 3, 64, 64).bfloat16().to(memory_format=torch.channels_last)
     monkeypatch.setattr(sys.modules["resnet_fused.explain"], "present_gpu", lambda arch: GPU)
-    before = explain(model, x, arch=90, training=True)
+    before = explain(model, x, arch=90, training=False)
     assert before.constants is None
     assert "Predicted with assumed efficiencies" in str(before)
     assumed = before.totals()
-    tuned.save(Table(GPU, constants=replace(MEASURED, memory_of_peak=0.2)))
-    after = explain(model, x, arch=90, training=True)
+    tuned.save(Table(GPU, constants=replace(MEASURED, memory_of_peak=0.2, host_seconds=ASSUMED.host_seconds)))
+    after = explain(model, x, arch=90, training=False)
     assert after.constants.memory_of_peak == 0.2
     assert "Predicted with what tune measured of this GPU: 20% of the bandwidth" in str(after)
     measured = after.totals()

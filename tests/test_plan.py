@@ -104,7 +104,7 @@ def test_every_plan_is_pure_and_legal(problem):
     waits = {way: decide.waited(problem, way, seconds, first.tiles) for way, seconds in predicted.items()}
     assert waits[first.implementation] == min(waits.values())
     assert first.implementation == first.alternatives[0][0] or "keep the host longer" in first.reason
-    assert {way for way, _ in first.alternatives} == {"fused", "mixed", "eager"}
+    assert {way for way, _ in first.alternatives} == {"fused", "mixed", "eager"}  # no unit here is frozen
     for tile, depth in planned_tiles(problem):
         assert legal(tile, problem), tile
         assert problem.groups == 1 or tile.block_k >= depth, "merged groups share a chunk of K"
@@ -198,10 +198,12 @@ def test_force_comes_before_measurement_before_model():
 def test_where_the_host_takes_longer_than_the_gpu_the_fewest_launches_win():
     small, large = (replace(LAYER, n=n, h=7, w=7, ci=512, co=512, prologue=False) for n in (1, 2048))
     for problem, direction, expected in (
-        (small, "frozen", "mixed"),
-        (small, "inference", "eager"),
-        (large, "frozen", "mixed"),
+        (small, "frozen", "cudnn"),
+        (small, "inference", "fused"),
+        (small, "training", "eager"),
+        (large, "frozen", "cudnn"),
         (large, "inference", "mixed"),
+        (large, "training", "mixed"),
     ):
         assert decide.decide(replace(problem, direction=direction)).implementation == expected, (problem.n, direction)
 
@@ -296,7 +298,7 @@ def test_the_first_layer_is_predicted_with_its_own_issue_slots(direction):
         assert forward.seconds > slots * forward.flops / (gpu_of(arch).tensor["bfloat16"] * 1e12)
         if direction == "training":
             (wgrad,) = (x for x in roofline.predict(problem, "fused", Tiles()) if x.kernel == "conv_wgrad")
-            assert wgrad.seconds > 1.5 * forward.seconds
+            assert wgrad.seconds > forward.seconds
 
 
 def test_boxes_are_chosen_and_the_reason_says_so():
@@ -306,8 +308,8 @@ def test_boxes_are_chosen_and_the_reason_says_so():
         *(False, False, 90, "inference", False),
     )
     boxed = decide.decide(layer)
-    assert boxed.tiles.forward.box == (4, 8, 8)
-    assert "pixels by boxes of 4x8x8" in boxed.reason
+    assert boxed.tiles.forward.box == (2, 8, 8)
+    assert "pixels by boxes of 2x8x8" in boxed.reason
     odd = decide.decide(replace(layer, h=57, w=57, stride=(2, 2)))
     assert odd.tiles == Tiles()
     raw = decide.decide(replace(layer, r=1, s=1, padding=(0, 0), prologue=True, direction="training"), "auto")
@@ -324,8 +326,7 @@ def test_the_gradient_is_by_boxes_where_dy_was_kept_and_they_are_faster():
     )
     boxed = decide.decide(layer, "triton")
     assert boxed.tiles.forward is None, "its input is normalised on the way"
-    assert boxed.tiles.dgrad.box == (4, 8, 8)
-    assert "their gradients by boxes of 4x8x8" in decide.decide(layer).reason
+    assert boxed.tiles.dgrad.box == (2, 8, 8)
     assert decide.decide(replace(layer, direction="inference", prologue=False), "triton").tiles.dgrad is None
     assert decide.decide(replace(layer, dtype=torch.float32, tf32=True), "triton").tiles.dgrad is None
     assert decide.decide(replace(layer, arch=80), "triton").tiles == Tiles()
@@ -337,12 +338,11 @@ def test_the_gradient_is_by_boxes_where_dy_was_kept_and_they_are_faster():
     assert (gathered.kernel, predicted(boxed.tiles).kernel) == ("conv_dgrad", "dgrad_box")
     assert predicted(boxed.tiles).seconds < gathered.seconds
     assert predicted(boxed.tiles).bytes == gathered.bytes
-    wasteful = replace(boxed.tiles.dgrad, box=(256, 1, 1))
-    assert predicted(Tiles(dgrad=replace(wasteful, block_m=256))).seconds == predicted(boxed.tiles).seconds
+    assert predicted(Tiles(dgrad=replace(boxed.tiles.dgrad, box=(128, 1, 1)))).seconds == predicted(boxed.tiles).seconds
     few = replace(layer, n=8)
     whole, partial = (
         roofline.predict(few, "fused", Tiles(dgrad=replace(boxed.tiles.dgrad, box=box)))[-1].seconds
-        for box in ((4, 8, 8), (256, 1, 1))
+        for box in ((2, 8, 8), (128, 1, 1))
     )
     assert whole < partial, "boxes of images that there are not"
 
@@ -366,10 +366,14 @@ def test_sums_are_split_where_a_second_launch_pays():
 
 def test_the_host_waits_for_every_launch_of_a_unit():
     split = Tiles(forward=TileConfig(64, 64, 64, splits=2))
-    waits = [decide.waited(replace(DEEP, direction="inference"), "fused", 1e-6, tiles) for tiles in (Tiles(), split)]
-    assert waits == [ASSUMED.host_seconds["fused"], ASSUMED.host_seconds["fused"] + decide.HOST_SPLIT_SECONDS]
-    assert decide.waited(replace(DEEP, direction="inference"), "eager", 1e-6, split) == ASSUMED.host_seconds["eager"]
-    assert decide.waited(DEEP, "fused", 1e-6, split) == 1e-6
+    inference, training = (replace(DEEP, direction=direction) for direction in ("inference", "training"))
+    host = ASSUMED.host_seconds
+    waits = [decide.waited(inference, "fused", 1e-6, tiles) for tiles in (Tiles(), split)]
+    assert waits == [host["fused inference"], host["fused inference"] + decide.HOST_SPLIT_SECONDS]
+    assert decide.waited(inference, "eager", 1e-6, split) == host["eager inference"]
+    assert decide.waited(training, "mixed", 1e-6, Tiles()) == host["mixed training"]
+    assert decide.waited(training, "mixed", 1e-2, Tiles()) == 1e-2
+    assert decide.waited(DEEP, "fused", 1e-6, split) == 1e-6, "a CUDA graph is replayed"
 
 
 def test_both_launches_of_a_split_sum_are_predicted_and_their_bytes_are_those_that_run():
@@ -478,3 +482,32 @@ def test_plans_are_those_of_the_snapshot(arch):
     if arch == 90 and triton.__version__.startswith("3.6."):  # whose tiles of chains hold fewer channels
         found, kept = (text.partition("chains of")[0] for text in (found, kept))
     assert found == kept
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"direction": "inference"},
+        {"dtype": torch.float32},
+        {"ci": 60},
+        {"co": 60},
+        {"groups": 2},
+        {"dilation": (2, 2)},
+        {"pooled": True, "residual": False, "ci": 3, "r": 7, "s": 7},
+    ],
+    ids=str,
+)
+def test_cudnns_one_call_is_predicted_where_it_is_certain_to_be_possible(change):
+    assert dict(decide.decide(DEEP).alternatives).keys() == {"fused", "mixed", "eager", "cudnn"}
+    assert dict(decide.decide(replace(DEEP, **change)).alternatives).keys() == {"fused", "mixed", "eager"}
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_cudnns_one_call_is_one_launch_of_the_predicted_work(residual):
+    unit = replace(DEEP, residual=residual)
+    (predicted,) = roofline.predict(unit, "cudnn", Tiles())
+    _, (launched,) = rehearse(unit, Candidate("cudnn"))
+    bias = unit.co * unit.dtype.itemsize
+    assert predicted.kernel == launched.name
+    assert predicted.flops == launched.flops
+    assert predicted.bytes == launched.bytes_read + launched.bytes_written - bias

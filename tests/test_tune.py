@@ -165,7 +165,7 @@ def test_a_mixed_unit_that_keeps_the_host_longer_than_the_gpu_does_not_win(direc
 
 def test_the_tile_of_the_plan_stays_unless_another_wins_by_more_than_the_spread():
     """A box, where the plan without a measurement takes one."""
-    wide = problem(n=32, h=56, w=56, ci=64, co=64, dtype=torch.bfloat16, direction="frozen", prologue=False)
+    wide = problem(n=32, h=56, w=56, ci=64, co=64, dtype=torch.bfloat16, direction="inference", prologue=False)
     planned = decide.decide(wide)
     assert planned.implementation == "fused"
     assert planned.tiles.forward.box is not None

@@ -124,17 +124,26 @@ def _launch(clock: Clock) -> float:
 
 
 def _host(clock: Clock) -> dict[str, float]:
-    """Seconds of the host for a unit in inference, by the way that it runs."""
+    """Seconds of the host for a unit in inference, and for its forward and backward, by the way that it runs."""
     with clock.device:
-        bn, conv = nn.BatchNorm2d(16).eval(), nn.Conv2d(16, 16, 3, padding=1, bias=False)
+        bn, conv = nn.BatchNorm2d(16), nn.Conv2d(16, 16, 3, padding=1, bias=False)
         conv.to(memory_format=torch.channels_last)
         x = torch.zeros(1, 16, 8, 8).to(memory_format=torch.channels_last)
+        g = torch.zeros_like(x)
+    inputs = x.detach().requires_grad_(), *conv.parameters(), *bn.parameters()
 
-    def unit() -> None:
-        functional.conv_bn_act(x, conv, bn)
+    def inference() -> None:
+        with torch.no_grad():
+            functional.conv_bn_act(x, conv, bn)
+
+    def training() -> None:
+        with torch.enable_grad():
+            torch.autograd.grad(functional.conv_bn_act(inputs[0], conv, bn), inputs, g)
 
     found: dict[str, float] = {}
-    for request, way in ROADS.items():
-        with implementation(request), torch.no_grad():
-            found[way] = clock.host_seconds(unit)
+    for unit in (inference, training):
+        bn.train(unit is training)
+        for request, way in ROADS.items():
+            with implementation(request):
+                found[f"{way} {unit.__name__}"] = clock.host_seconds(unit)
     return found

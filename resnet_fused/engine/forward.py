@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed import distributed_c10d as c10d
+from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from resnet_fused.engine import reference
 from resnet_fused.kernels import conv_pool
@@ -24,7 +25,7 @@ from resnet_fused.kernels.chain_forward import Chain, Link, chain_forward
 from resnet_fused.kernels.conv import ConvProblem, Geometry
 from resnet_fused.kernels.conv_forward import conv_forward, conv_forward_moments
 from resnet_fused.kernels.epilogue import Moments, Norm, Residual
-from resnet_fused.kernels.launch import KEPT_LAYOUTS, target_arch
+from resnet_fused.kernels.launch import KEPT_LAYOUTS, dry_target, target_arch
 from resnet_fused.plan import decide, tuned
 from resnet_fused.plan.problem import REQUESTS, Problem, Request, Tiles, Way
 
@@ -255,11 +256,33 @@ def fold(w: Tensor, bias: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
 def cudnn_conv_relu(x: Tensor, w: Tensor, bias: Tensor, residual: Tensor | None, geometry: Geometry) -> Tensor:
     """``relu(conv(x) + bias + residual)`` as one call of cuDNN; raises RuntimeError for what its version does not take.
 
-    All tensors are of one dtype and lie on a CUDA GPU.
+    All tensors are of one dtype and lie on a CUDA GPU, but in a dry run.
     """
-    if residual is None:
-        return torch.ops.aten.cudnn_convolution_relu(x, w, bias, *geometry)
-    return torch.ops.aten.cudnn_convolution_add_relu(x, w, residual, 1.0, bias, *geometry)
+    tensors = [t for t in (x, w, residual, bias) if t is not None]
+    dry = dry_target() is not None
+    x, w, *added, bias = (torch.empty_like(t, device="meta") for t in tensors) if dry else tensors
+    if added:
+        y: Tensor = torch.ops.aten.cudnn_convolution_add_relu(x, w, added[0], 1.0, bias, *geometry)
+    else:
+        y = torch.ops.aten.cudnn_convolution_relu(x, w, bias, *geometry)
+    return torch.empty_like(y, device=tensors[0].device) if dry else y
+
+
+def _conv_relu_shape(x: Tensor, w: Tensor, bias: Tensor, *geometry: Any) -> Tensor:
+    """What cuDNN's calls return, without data."""
+    stride, padding, dilation, groups = geometry
+    y = torch.convolution(x, w, None, stride, padding, dilation, False, (0, 0), groups)
+    return y.contiguous(memory_format=torch.channels_last)
+
+
+_meta = torch.library.Library("aten", "IMPL", "Meta")  # PyTorch has none of these
+_meta.impl("cudnn_convolution_relu", _conv_relu_shape)
+_meta.impl("cudnn_convolution_add_relu", lambda x, w, z, alpha, *rest: _conv_relu_shape(x, w, *rest))
+
+
+@register_flop_formula([torch.ops.aten.cudnn_convolution_relu, torch.ops.aten.cudnn_convolution_add_relu])
+def _conv_relu_flops(x: Any, w: Any, *_: Any, out_shape: Any, **__: Any) -> int:
+    return conv_flop_count(x, w, out_shape)
 
 
 def unit_forward(

@@ -12,7 +12,7 @@ from resnet_fused.plan.problem import Way
 FORMATS = ("bfloat16", "float16", "tf32", "float32")
 WIDTHS = (64, 128, 256)
 """Output channels at which cuDNN's convolutions are measured."""
-HOSTED = ("fused", "mixed", "eager")
+HOSTED = tuple(f"{way} {direction}" for direction in ("inference", "training") for way in ("fused", "mixed", "eager"))
 
 
 def _nominal() -> dict[str, float]:
@@ -20,7 +20,7 @@ def _nominal() -> dict[str, float]:
 
 
 def _host() -> dict[str, float]:
-    return {"fused": 45e-6, "mixed": 75e-6, "eager": 45e-6}
+    return dict(zip(HOSTED, (45e-6, 75e-6, 45e-6, 182e-6, 303e-6, 135e-6), strict=True))
 
 
 @dataclass(frozen=True)
@@ -29,19 +29,21 @@ class Constants:
 
     ``memory_of_peak``: of the bandwidth, what a kernel that streams reaches; assumed.
     ``tensor_of_peak``: of the tensor cores' dense peak, by number format, what a large product reaches; assumed.
-    ``cudnn_of_peak``: of that, what cuDNN's convolutions reach where arithmetic bounds a wide tile; assumed.
+    ``cudnn_of_peak``: of that, what cuDNN's convolutions reach where arithmetic bounds a wide tile: 3x3 of 256 and of
+    512 channels, measured on an H100 (:data:`roofline.PACES`); assumed of others.
     ``cudnn_by_width``: the same by the number of output channels, each for those up to it; empty where it was not
     measured: then as much less as a narrower tile multiplies less per factor that it reads (:mod:`roofline`).
     ``triton_of_cudnn``: of cuDNN's speed, what convolutions in Triton reach (PyTorch forum, thread 201550: "always ~20%
     slower").
     ``launch_seconds``: from the end of a kernel to the start of the next, with its ramp up and down; assumed.
-    ``host_seconds``: what the host takes to launch a unit in inference, as ``python -m resnet_fused.benchmarks.host``
-    measured it without a GPU (docs/results.md): eager PyTorch's launches on one are not in it.
+    ``host_seconds``: what the host takes to launch a unit in inference, or its forward and backward in training, by
+    the way that it runs, as ``python -m resnet_fused.benchmarks.host`` measured it without a GPU (docs/results.md):
+    eager PyTorch's launches on one are not in it.
     """
 
     memory_of_peak: float = 0.90
     tensor_of_peak: Mapping[str, float] = field(default_factory=_nominal)
-    cudnn_of_peak: float = 0.70
+    cudnn_of_peak: float = 0.78
     cudnn_by_width: Mapping[int, float] = field(default_factory=dict)
     triton_of_cudnn: float = 0.80
     launch_seconds: float = 2e-6
@@ -52,9 +54,9 @@ class Constants:
         wider = [share for known, share in sorted(self.cudnn_by_width.items()) if known >= width]
         return wider[0] if wider else self.cudnn_of_peak if self.cudnn_by_width else None
 
-    def host(self, way: Way) -> float:
-        """Seconds of the host for a unit that runs so."""
-        return self.host_seconds[way]
+    def host(self, way: Way, direction: str) -> float:
+        """Seconds of the host for a unit that runs so, in inference or in training."""
+        return self.host_seconds[f"{way} {direction}"]
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON takes it."""

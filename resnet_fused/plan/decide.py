@@ -36,7 +36,7 @@ class Plan:
     """How a unit runs, and why.
 
     ``implementation``: "fused" (Triton convolves), "mixed" (PyTorch convolves, with our kernels around), "eager", or
-    "cudnn" (one call of cuDNN with batch norm folded in: in a frozen model, where that was measured to be fastest).
+    "cudnn" (one call of cuDNN with batch norm folded in: in a frozen model).
     ``seconds``: what it takes, measured if ``source`` is "tuned", predicted if it is "model", None if it is "forced".
     ``alternatives``: every implementation with the seconds that the model predicts for the GPU, fastest first.
     """
@@ -57,15 +57,14 @@ the parts."""
 def waited(
     problem: Problem, implementation: Way, seconds: float, tiles: Tiles, constants: Constants = ASSUMED
 ) -> float:
-    """``seconds`` of the GPU, or those of the host where it takes longer: in inference outside of a CUDA graph.
+    """``seconds`` of the GPU, or those of the host where it takes longer: outside of a CUDA graph.
 
-    Not in a frozen model, which replays one; nor in training, where the batches are large as a rule. ``tiles``: those
-    of the fused unit.
+    Not in a frozen model, which replays one. ``tiles``: those of the fused unit.
     """
-    if problem.direction != "inference":
+    if problem.direction == "frozen":
         return seconds
     split = implementation == "fused" and tiles.splits > 1
-    return max(seconds, constants.host(implementation) + split * HOST_SPLIT_SECONDS)
+    return max(seconds, constants.host(implementation, problem.direction) + split * HOST_SPLIT_SECONDS)
 
 
 def best_tiles(problem: Problem, constants: Constants = ASSUMED) -> Tiles:

@@ -1,12 +1,15 @@
 """How long a unit should take on a GPU: a model of every launch, from counts and published peaks. Not a measurement.
 
 A launch takes as long as its scarcest resource: tensor cores, instruction slots, shared memory, L2 or device memory
-(the roofline of Williams, Waterman and Patterson 2009). Tiles and waves that are not full lower the roof.
+(the roofline of Williams, Waterman and Patterson 2009). Tiles and waves that are not full lower the roof. Of our
+convolutions the product, what memory carries and the start and end of each program do not hide each other wholly: how
+much of each counts was fitted to measured times (:data:`PACES`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple, TypeVar
 
 from resnet_fused.kernels import (
     chain_forward,
@@ -27,6 +30,11 @@ SHARED_BYTES_PER_CLOCK = 128
 """Of a multiprocessor's shared memory (CUDA C++ Programming Guide: 32 banks of 4 bytes)."""
 PART_BYTES = 4
 """Of an element of a split sum's parts."""
+MOST_REGISTERS = 255
+SPARE_REGISTERS = 64
+"""Of a thread, beside those that hold its share of the tile; an estimate."""
+REGISTERS = 65536
+"""Of a multiprocessor."""
 CUDNN_TILE = (128, 64)
 CUDNN_FULL_COLUMNS = 256
 """Of the wide instructions of sm_90 and sm_100, which read both factors from shared memory: a narrower tile multiplies
@@ -77,18 +85,75 @@ CHAIN_SLOTS = {
     **{80: (0.33, 0.594), 86: (0.229, 0.338), 89: (0.114, 0.169)},
     **{90: (0.309, 0.633), 100: (1.039, 1.402), 120: (0.105, 0.134)},
 }
-CALLS_KERNELS = {"aten._native_batch_norm_legit": (2, 3 / 2), "aten.native_batch_norm_backward": (2, 5 / 3)}
-"""Calls of PyTorch's that launch more than one kernel: how many, and the bytes that these move over those of the
-operands, each once. Batch norm's statistics, and its gradient's sums, take a pass of their own."""
+
+_T = TypeVar("_T")
+
+
+class Pace(NamedTuple):
+    """What a kernel's convolution takes: a sum, since its programs load, multiply and store one after the other.
+
+    ``product``: of the time of the tensor cores, of issuing, of shared memory or of L2, whichever is longest.
+    ``memory``: of that of device memory. ``program``: seconds of a program for its start and its first loads, and as
+    much again for every PACED values of its tile, which it stores; those of the programs that a multiprocessor holds
+    pass at the same time. No launch is faster than the tensor cores or device memory alone.
+    """
+
+    product: float
+    memory: float = 0.0
+    program: float = 0.0
+
+
+PACED = 8192
+
+PACES = {
+    "conv_forward": (Pace(0.65, 0.40, 1.4e-6),),
+    "conv_box": (Pace(0.60, 0.50, 0.75e-6),),
+    "conv_forward, prologue": (Pace(0.85, 0.0, 2.4e-6), Pace(1.55, 0.0, 3.2e-6)),
+    "conv_wgrad": (Pace(1.40, 0.30), Pace(2.20)),
+    "conv_dgrad": (Pace(0.90, 0.50, 0.7e-6), Pace(0.64, 0.0, 6.4e-6)),
+    "dgrad_box": (Pace(0.55, 0.0, 3.5e-6),),
+    "conv_forward, flat": (Pace(5.2),),
+    "conv_wgrad, flat": (Pace(3.5),),
+    "conv_wgrad, flat, no prologue": (Pace(3.5),),
+    "conv_pool": (Pace(2.05),),
+}
+"""By the names of ISSUE_SLOTS, for 1x1 and for wider filters. Fitted, each to within 0.8 and 1.3 of every time, to the
+kernels of a ResNet-50 at batch 256 in bf16 on an H100 80GB HBM3 (driver 580.159, torch 2.11.0, CUDA 13.0, Triton
+3.6.0), and for boxes to other tiles of eight layers: 141 times. Of "conv_wgrad, flat", of "chain_forward", for which
+conv_forward's stands, and of all on other architectures and in other number formats they are assumed: causes lie in
+the kernels."""
+
+STREAMS = {
+    "channel_moments": (1, 1.45),
+    "batch_norm_apply": (1, 1.1),
+    "batch_norm_pool": (1, 1.5),
+    "batch_norm_pool_backward": (1, 1.27),
+    "aten._native_batch_norm_legit": (2, 3.75),
+    "aten.native_batch_norm_backward": (2, 2.25),
+    "aten._native_batch_norm_legit_no_training": (3, 1.4),
+    "aten.max_pool2d_with_indices": (1, 2.8),
+    "aten.max_pool2d_with_indices_backward": (2, 4.3),
+}
+"""Launches that are slower than their bytes: how many kernels a call of PyTorch's has, and the bytes that would take as
+long over those of the operands, each once. Measured where :data:`PACES` were."""
+VECTORS_SECONDS = 3e-6
+"""What a launch of one program for a few channels takes, from reading the first to storing the last; measured there."""
+CUDNN_SECONDS = 2.8e-6
+"""For the start of cuDNN's convolutions and their last stores: taken to be conv_forward's, of PACED values."""
+CUDNN_PADDED = 3.2
+"""How many times longer its convolutions take where input channels are padded, in 16 bit to a multiple of 8: measured
+of a 7x7/2 3->64, there."""
 
 PREDICTED: tuple[Way, ...] = ("fused", "mixed", "eager")
+"""Ways that every unit has."""
 
 
 @dataclass(frozen=True)
 class PredictedLaunch:
     """One launch, or call of PyTorch's, as the model sees it; ``bytes``: every operand once.
 
-    ``bound``: tensor, issue, shared, l2 or memory; launch if all are shorter.
+    ``bound``: tensor, issue, shared, l2, memory, program (starts and stores of programs) or latency (a few channels);
+    launch if all are shorter.
     """
 
     kernel: str
@@ -102,13 +167,16 @@ class PredictedLaunch:
 class _Work:
     """A tiled product: how many programs, and what each executes and asks of L2 and of shared memory, padding included.
 
-    ``shared_bytes``: what its loads write there, and what its products read.
+    ``shared_bytes``: what its loads write there, and what its products read. ``resident``: programs that a
+    multiprocessor holds at the same time. ``values``: of its tile.
     """
 
     programs: int
     macs: int
     l2_bytes: int
     shared_bytes: int
+    resident: int
+    values: int
 
 
 @dataclass(frozen=True)
@@ -134,9 +202,19 @@ def predict(
     ``leaf``: nobody wants the gradient of its input.
     """
     model = _Model(problem, tiles, constants, leaf)
-    if implementation == "fused":
-        return tuple(model.fused())
-    return tuple(model.mixed() if implementation == "mixed" else model.eager())
+    roads = {"fused": model.fused, "mixed": model.mixed, "eager": model.eager, "cudnn": model.folded}
+    return tuple(roads[implementation]())
+
+
+def ways(problem: Problem) -> tuple[Way, ...]:
+    """Those that are predicted: "cudnn" where it is certain that cuDNN takes the unit in one call.
+
+    That is a frozen one in 16 bit, whose channels are multiples of 8, without groups, dilation, or a pool behind it.
+    """
+    whole = problem.ci % 8 == problem.co % 8 == 0 and problem.groups == 1 and problem.dilation == (1, 1)
+    if problem.direction == "frozen" and problem.dtype.itemsize == 2 and whole and not problem.pooled:
+        return *PREDICTED, "cudnn"
+    return PREDICTED
 
 
 def choices(problem: Problem) -> list[Tiles]:
@@ -171,7 +249,7 @@ def programs(problem: Problem, tiles: Tiles) -> int:
 
 def compare(problem: Problem, tiles: Tiles, constants: Constants = ASSUMED) -> tuple[tuple[Way, float], ...]:
     """Every implementation with its predicted seconds, fastest first; ``tiles`` are those of the fused one."""
-    seconds = {way: sum(x.seconds for x in predict(problem, way, tiles, constants)) for way in PREDICTED}
+    seconds = {way: sum(x.seconds for x in predict(problem, way, tiles, constants)) for way in ways(problem)}
     return tuple(sorted(seconds.items(), key=lambda item: item[1]))
 
 
@@ -182,7 +260,7 @@ def template(problem: Problem, tile: TileConfig, slots: float, constants: Consta
     """
     model = _Model(problem, Tiles(forward=tile), constants)
     size = model.sizes.met + model.sizes.w + model.sizes.y
-    return model.product("template", model.forward_work(), size, slots)
+    return model.product("template", PACES["conv_forward"][0], model.forward_work(), size, slots)
 
 
 def compulsory(problem: Problem, *, leaf: bool = False) -> int:
@@ -207,12 +285,14 @@ def chain(links: Chain, tile: TileConfig, constants: Constants = ASSUMED) -> Pre
     first, last = models[0], models[-1]
     programs = _tiles(last.problem.m, tile.block_m)
     waves = _tiles(programs, first.gpu.multiprocessors)
+    stored = 0
     time = dict.fromkeys(("tensor", "issue", "shared", "l2"), 0.0)
     walk, tail = CHAIN_SLOTS[first.gpu.arch]
     for model, product in zip(models, chain_forward.products(links, tile), strict=True):
         part = replace(tile, block_n=product.columns)
         work = model.work(programs, part, product.depth)
         held = 0 if model is first else tile.block_m * product.depth * model.problem.dtype.itemsize
+        stored += 0 if model.problem is links.spatial else work.values
         at_peak = waves * 2 * work.macs / (model.peak / model.gpu.multiprocessors)
         time["tensor"] += at_peak / (model.efficiency * constants.triton_of_cudnn)
         time["issue"] += at_peak * (walk if model.problem is links.spatial else tail)
@@ -221,7 +301,10 @@ def chain(links: Chain, tile: TileConfig, constants: Constants = ASSUMED) -> Pre
     outputs = sum(model.sizes.y for model in models if model.problem is not links.spatial)
     residual = sum(model.residual for model in models)
     size = first.sizes.met + sum(model.sizes.w for model in models) + outputs + residual
-    return first.longest("chain_forward", sum(model.flops for model in models), size, 0, **time)
+    resident = first.resident(chain_forward.shared(links, tile), tile.num_warps, MOST_REGISTERS)
+    whole = _Work(programs, 0, 0, 0, resident, stored)
+    flops = sum(model.flops for model in models)
+    return first.paced("chain_forward", PACES["conv_forward"][0], whole, flops, size, 0, **time)
 
 
 def roof(flops: int, size: int, beside: Problem) -> float:
@@ -319,8 +402,10 @@ class _Model:
         at_peak = _tiles(work.programs, self.gpu.multiprocessors) * seconds_per_program
         return [
             self.call("conv_pack", 0, b.x + b.w + packed),
-            self.longest(
+            self.paced(
                 "conv_pool",
+                PACES["conv_pool"][0],
+                _Work(work.programs, work.macs, 0, 0, 1, 0),
                 self.flops,
                 packed + b.pooled,
                 tensor=at_peak / (self.efficiency * self.constants.triton_of_cudnn),
@@ -368,8 +453,19 @@ class _Model:
         ]
 
     def slots(self, kernel: str) -> float:
-        pointwise, *wider = ISSUE_SLOTS[kernel][self.gpu.arch]
-        return wider[0] if wider and self.problem.r * self.problem.s > 1 else pointwise
+        return self.by_filter(ISSUE_SLOTS[kernel][self.gpu.arch])
+
+    def by_filter(self, each: tuple[_T, ...]) -> _T:
+        """Of one value, or one for 1x1 and one for wider filters."""
+        return each[-1] if self.problem.r * self.problem.s > 1 else each[0]
+
+    def folded(self) -> list[PredictedLaunch]:
+        """Batch norm in the filter, all in one call; it reads a residual when the product is done."""
+        b = self.sizes
+        name = "aten.cudnn_convolution_add_relu" if self.problem.residual else "aten.cudnn_convolution_relu"
+        launch = self.cudnn(name, b.met + b.w + b.y)
+        added = launch.seconds + self.residual / self.bandwidth
+        return [replace(launch, bytes=launch.bytes + self.residual, seconds=added)]
 
     def mixed(self) -> list[PredictedLaunch]:
         p, b = self.problem, self.sizes
@@ -433,7 +529,8 @@ class _Model:
         programs = pixels * _tiles(p.tile_channels[1], tile.block_n) * (p.groups // p.merged) * tile.splits
         work = self.work(programs, tile, depth)
         part = tile.block_m * tile.block_n * PART_BYTES if tile.splits > 1 else 0
-        return replace(work, l2_bytes=work.l2_bytes + part)
+        stored = tile.block_m * tile.block_n * (3 if p.residual else 2) // 2
+        return replace(work, l2_bytes=work.l2_bytes + part, values=stored)
 
     def dgrad_work(self) -> _Work:
         p = self.problem
@@ -462,18 +559,28 @@ class _Model:
         e, (rows, columns) = self.problem.dtype.itemsize, (tile.block_m, tile.block_n)
         loaded = (tensors * rows + columns) * depth * e
         read = _operand_rows(self.gpu.arch, tile) * depth * e
-        return _Work(programs, rows * columns * depth, loaded, loaded + read)
+        pipeline = (tensors * rows + columns) * tile.block_k * tile.num_stages * e
+        registers = tile.max_registers or MOST_REGISTERS
+        held = min(registers, rows * columns // (32 * tile.num_warps) + SPARE_REGISTERS)
+        resident = self.resident(pipeline, tile.num_warps, held)
+        return _Work(programs, rows * columns * depth, loaded, loaded + read, resident, rows * columns)
+
+    def resident(self, shared: int, num_warps: int, registers: int) -> int:
+        """Programs that a multiprocessor holds, of so many bytes of shared memory, and registers of a thread."""
+        return max(1, min(self.gpu.sm_shared // shared, REGISTERS // (32 * num_warps * registers)))
 
     def triton(self, kernel: str, work: _Work, size: int, kept: int = 0) -> PredictedLaunch:
         """``kernel``: which of :data:`ISSUE_SLOTS`."""
         name, _, _ = kernel.partition(", ")
-        return self.product(name, work, size, self.slots(kernel), kept)
+        return self.product(name, self.by_filter(PACES[kernel]), work, size, self.slots(kernel), kept)
 
-    def product(self, kernel: str, work: _Work, size: int, slots: float, kept: int = 0) -> PredictedLaunch:
+    def product(self, kernel: str, pace: Pace, work: _Work, size: int, slots: float, kept: int = 0) -> PredictedLaunch:
         waves = _tiles(work.programs, self.gpu.multiprocessors)
         at_peak = waves * 2 * work.macs / (self.peak / self.gpu.multiprocessors)
-        return self.longest(
+        return self.paced(
             kernel,
+            pace,
+            work,
             self.flops,
             size,
             kept,
@@ -483,6 +590,22 @@ class _Model:
             l2=work.programs * work.l2_bytes / (self.gpu.l2 * 1e9),
         )
 
+    def paced(
+        self, kernel: str, pace: Pace, work: _Work, flops: int, size: int, kept: int = 0, **resources: float
+    ) -> PredictedLaunch:
+        """One of our convolutions; ``resources``: what its product takes of each."""
+        generations = max(1.0, work.programs / (self.gpu.multiprocessors * work.resident))
+        longest, product = max(resources.items(), key=lambda item: item[1])
+        memory = (size - kept) / self.bandwidth
+        parts = {
+            longest: pace.product * product,
+            "memory": pace.memory * memory,
+            "program": pace.program * generations * (1 + work.values / PACED),
+        }
+        bound = max(parts, key=lambda part: parts[part])
+        floors = (memory, "memory"), (resources["tensor"], "tensor")
+        return self.launch(kernel, flops, size, *max((sum(parts.values()), bound), *floors))
+
     def cudnn(self, kernel: str, size: int) -> PredictedLaunch:
         p, (rows, columns) = self.problem, CUDNN_TILE
         if p.groups == 1:
@@ -490,23 +613,28 @@ class _Model:
         else:
             ci, co = (max(width // p.groups, CUDNN_GROUP_WIDTH) for width in (p.ci, p.co))
             macs = _up(p.m, rows) * p.groups * co * p.r * p.s * ci
-        return self.longest(kernel, self.flops, size, tensor=2 * macs / (self.peak * self.efficiency))
+        padded = CUDNN_PADDED if p.groups == 1 and p.dtype.itemsize == 2 and p.ci % 8 else 1.0
+        launch = self.longest(kernel, self.flops, size, tensor=padded * 2 * macs / (self.peak * self.efficiency))
+        return replace(launch, seconds=launch.seconds + CUDNN_SECONDS)
 
     def call(self, kernel: str, flops: int, size: int) -> PredictedLaunch:
         """Of a kernel that streams, or of PyTorch's."""
         gap = self.constants.launch_seconds
-        kernels, moved = CALLS_KERNELS.get(kernel, (1, 1.0))
+        kernels, moved = STREAMS.get(kernel, (1, 1.0))
         tensor = flops / (self.peak * self.constants.cudnn_of_peak)
         launch = self.longest(kernel, flops, int(size * moved), tensor=tensor)
         return replace(launch, bytes=size, seconds=launch.seconds + (kernels - 1) * gap)
 
     def vectors(self, kernel: str) -> PredictedLaunch:
-        return self.longest(kernel, 0, 0)
+        return self.longest(kernel, 0, 0, latency=VECTORS_SECONDS)
 
     def longest(self, kernel: str, flops: int, size: int, kept: int = 0, **resources: float) -> PredictedLaunch:
         """``kept``: of the ``size``, what L2 keeps from one launch to the next."""
         resources["memory"] = (size - kept) / self.bandwidth
         bound, seconds = max(resources.items(), key=lambda item: item[1])
+        return self.launch(kernel, flops, size, seconds, bound)
+
+    def launch(self, kernel: str, flops: int, size: int, seconds: float, bound: str) -> PredictedLaunch:
         gap = self.constants.launch_seconds
         return PredictedLaunch(kernel, flops, size, seconds + gap, bound if seconds > gap else "launch")
 

@@ -1,0 +1,56 @@
+"""The plan of each unit of a ResNet-50 beside what its ways were measured to take on an H100."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from resnet_fused.plan import roofline
+from resnet_fused.plan.constants import ASSUMED
+from resnet_fused.plan.decide import best_tiles, decide
+from resnet_fused.plan.problem import Tiles
+from resnet_fused.plan.tuned import Table
+from tests.measured import GPU, Measured, measured, size
+
+NO_HOST = replace(ASSUMED, host_seconds=dict.fromkeys(ASSUMED.host_seconds, 1e-8))
+"""The times are the GPU's."""
+ROADS, TILES = measured("roads"), measured("tiles")
+
+
+def name(row: Measured) -> str:
+    p = row.problem
+    return f"{p}{', prologue' if p.prologue else ''}{', residual' if p.residual else ''}"
+
+
+@pytest.mark.parametrize("row", ROADS, ids=name)
+def test_the_way_that_is_planned_is_among_the_fastest_measured(row):
+    plan = decide(row.problem, table=Table(GPU, constants=NO_HOST))
+    assert {way for way, _ in plan.alternatives} == set(row.times)
+    assert row.times[plan.implementation] <= 1.05 * min(row.times.values())
+
+
+def ran(row: Measured) -> Tiles:
+    """The tiles with which the unit was measured."""
+    p = row.problem
+    forward, dgrad = (row.boxes.get(kernel, size(None)) for kernel in ("forward", "dgrad"))
+    (tiles,) = (t for t in roofline.choices(p) if size(t.forward) == forward and t.splits == 1)
+    if p.direction != "training":
+        return tiles
+    (gradient,) = (t for t in roofline.gradient_choices(p) if size(t.dgrad) == dgrad)
+    return replace(tiles, dgrad=gradient.dgrad)
+
+
+@pytest.mark.parametrize("row", ROADS, ids=name)
+def test_every_way_is_predicted_to_take_about_as_long_as_measured(row):
+    for way, microseconds in row.times.items():
+        launches = roofline.predict(row.problem, way, ran(row))
+        predicted = sum(x.seconds for x in launches if x.kernel != "batch_norm_stats") * 1e6
+        assert 0.75 <= predicted / microseconds <= 1.33, (way, predicted, microseconds)
+
+
+@pytest.mark.parametrize("row", TILES, ids=name)
+def test_the_tile_that_is_planned_is_among_the_fastest_measured(row):
+    chosen = row.times[size(best_tiles(row.problem).forward)]
+    assert len(row.times) > 3
+    assert chosen <= 1.10 * min(row.times.values())
