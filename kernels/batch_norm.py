@@ -17,7 +17,7 @@ from torch import Tensor
 from .epilogue import WHOLE, Added, Moments, Norm, Residual, added, load_residual, normalise, scale_shift
 from .gpus import gpu_of
 from .launch import INTERPRETER, KEPT_LAYOUTS, Cost, Recipe, TileConfig, Vector, target_arch
-from .memory import Layout, cdiv, layout, require_pixel_linear, span, stride_of
+from .memory import Layout, cdiv, empty_channels_last, layout, require_pixel_linear, span, stride_of
 from .tile import Pixels, Tile, bound, finite, load_channels, load_pixels, relu, rounded_product, store_pixels
 
 RUNTIME_SIZES = ["M", "P", "Q", "T", "steps", "rows", "pixels"]
@@ -409,7 +409,7 @@ def batch_norm_apply(
     mean, var, gamma, beta, eps = fixed or (None, None, None, None, 0.0)
     rows = (0 if fixed else 2) + (0 if residual_stats is None else 2)
     recipe = _apply_recipe(layout(y), added(residual), rows, eps, relu, target_arch(), config)
-    z = torch.empty(y.shape, dtype=dtype, device=y.device, memory_format=torch.channels_last)
+    z = empty_channels_last(y.shape, dtype, y.device)
     recipe.run(
         y_ptr=y,
         stats_ptr=None if isinstance(stats, Norm) else stats,

@@ -24,6 +24,7 @@ from .memory import (
     Layout,
     cdiv,
     channels_last,
+    empty_channels_last,
     layout,
     require_channels_last_filter,
     require_pixel_linear,
@@ -392,7 +393,7 @@ def chain_forward(
 
 
 def _output(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return empty_channels_last(shape, x.dtype, x.device)
 
 
 @lru_cache(maxsize=KEPT_LAYOUTS)

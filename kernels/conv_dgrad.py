@@ -33,6 +33,7 @@ from .launch import INTERPRETER, KEPT_LAYOUTS, Cost, Recipe, TileConfig, Vector,
 from .memory import (
     Layout,
     cdiv,
+    empty_channels_last,
     layout,
     pixel_stride,
     require_channels_last_filter,
@@ -357,7 +358,7 @@ def conv_dgrad(
     recipe = _recipe(inputs, coefs is not None, tuple(size), geometry, tf32, target_arch(), chosen)
     channels = w.shape[1] * geometry.groups
     shape = (dy.shape[0], channels, *size)
-    dx = torch.empty(shape, dtype=dtype, device=dy.device, memory_format=torch.channels_last)
+    dx = empty_channels_last(shape, dtype, dy.device)
     sums = None
     if mask is not None:
         sums = torch.empty(2, _tiles(recipe), channels, dtype=torch.float32, device=dy.device)

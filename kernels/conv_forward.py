@@ -21,6 +21,7 @@ from .memory import (
     Layout,
     cdiv,
     channels_last,
+    empty_channels_last,
     layout,
     require_channels_last_filter,
     require_pixel_linear,
@@ -699,7 +700,7 @@ def _vectors(ci: int, co: int, prologue: bool) -> dict[str, Vector]:
 
 def _output(recipe: Recipe, x: Tensor, w: Tensor, dtype: torch.dtype) -> Tensor:
     shape = (x.shape[0], w.shape[0], recipe.scalars["P"], recipe.scalars["Q"])
-    return torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
+    return empty_channels_last(shape, dtype, x.device)
 
 
 def _check(problem: ConvProblem, w: Layout, out: Layout, residual: Added) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from .conv import RUNTIME_SIZES, ConvProblem, Geometry, blocks, check_geometry, load_width, precision, sizes
 from .gpus import gpu_of
 from .launch import INTERPRETER, KEPT_LAYOUTS, Cost, Recipe, TileConfig, Vector, target_arch
-from .memory import Layout, cdiv, layout, pixel_stride, require_pixel_linear, span, stride_of
+from .memory import Layout, cdiv, empty_channels_last, layout, pixel_stride, require_pixel_linear, span, stride_of
 from .tile import bound, dot, load_channels, relu
 
 
@@ -340,7 +340,7 @@ def conv_wgrad(
     inputs = _Inputs(layout(dy), layout(x), layout(y), layout(dy_out), coefs is not None, x_stats is not None)
     recipe = _recipe(inputs, tuple(filter_size), geometry, tf32, target_arch(), config)
     shape = (dy.shape[1], x.shape[1] // geometry.groups, *filter_size)
-    dw = torch.empty(shape, dtype=out_dtype or x.dtype, device=x.device, memory_format=torch.channels_last)
+    dw = empty_channels_last(shape, out_dtype or x.dtype, x.device)
     splits = recipe.grid[2]
     if splits == 0:
         return dw.zero_()

@@ -185,7 +185,7 @@ class Recipe:
     cost: Callable[[Mapping[str, Any]], Cost]
     vectors: Mapping[str, Vector] = field(default_factory=dict)
     boxes: Mapping[str, Boxes] = field(default_factory=dict)
-    _compiled: dict[Any, Callable[..., None]] = field(default_factory=dict, init=False, repr=False)
+    _compiled: dict[Any, CompiledKernel] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def _pointers(self) -> Callable[[Mapping[str, Any]], tuple[Any, ...]]:
@@ -194,6 +194,11 @@ class Recipe:
         count = len(names) - len(self.scalars)
         assert set(names[count:]) == set(self.scalars), f"{self.kernel.__name__} takes its tensors first"
         return itemgetter(*names[:count])
+
+    @cached_property
+    def _described(self) -> list[tuple[int, str, Boxes]]:
+        """The tensors that TMA loads: their places among the kernel's parameters, their names and boxes."""
+        return [(self.kernel.arg_names.index(name), name, boxes) for name, boxes in self.boxes.items()]
 
     @cached_property
     def _values(self) -> tuple[Any, ...]:
@@ -233,25 +238,51 @@ class Recipe:
             with _disable_current_modes():
                 self.kernel[self.grid](**self._boxed(tensors), **self.scalars, **self.config.options)
             return
-        pointers = self._pointers(tensors)
-        # What the compiled code depends on beside the scalars; and the size of vectors, which need no check again.
-        active = driver.active
-        device = active.get_current_device()
-        key = (
-            device,
-            *[t if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in pointers],
-            *[t if t is None else t.is_contiguous() and t.numel() for t in map(tensors.get, self.vectors)],
-        )
-        launch = self._compiled.get(key)
-        if self.boxes:
-            pointers = self._pointers(self._boxed(tensors))
-        if launch is not None:
-            launch(*pointers, *self._values, stream=active.get_current_stream(device))
+        device = driver.active.get_current_device()
+        # What the compiled code depends on beside the scalars; whether the current device holds the tensors, which the
+        # driver is not asked of bare addresses; and the size of vectors, which need no check again.
+        key: list[Any] = [device]
+        arguments: list[Any] = []
+        for tensor in self._pointers(tensors):
+            if tensor is None:
+                key.append(None)
+                arguments.append(None)
+            else:
+                address = tensor.data_ptr()
+                key.append((tensor.dtype, tensor.get_device(), address % 16 == 0))
+                arguments.append(address)
+        for vector in map(tensors.get, self.vectors):
+            key.append(vector if vector is None else vector.is_contiguous() and vector.numel())
+        compiled = self._compiled.get(tuple(key))
+        if compiled is None:
+            self._compile(tuple(key), tensors)
             return
+        for i, name, boxes in self._described:
+            arguments[i] = boxes.of(tensors[name])  # type: ignore[arg-type]
+        self._start(compiled, driver.active.get_current_stream(device), arguments)
+
+    def _compile(self, key: tuple[Any, ...], tensors: Mapping[str, Tensor | None]) -> None:
+        """Launch by Triton's JIT, and keep what it compiles for those tensors that share the ``key``."""
         self.check(tensors)
-        compiled = self.kernel[self.grid](*pointers, *self._values, **self.config.options)
+        arguments = self._pointers(self._boxed(tensors))
+        compiled = self.kernel[self.grid](*arguments, *self._values, **self.config.options)
         if isinstance(compiled, CompiledKernel):  # and not what a tool in the JIT's place returns
-            self._compiled[key] = compiled[(*self.grid, 1, 1)[:3]]
+            self._compiled[key] = compiled
+
+    def _start(self, compiled: CompiledKernel, stream: int, arguments: list[Any]) -> None:
+        """Launch what Triton compiled, as Triton does: without the way past its hooks where there are none."""
+        grid = (*self.grid, 1, 1)[:3]
+        if _hooked():
+            compiled[grid](*arguments, *self._values, stream=stream)
+        else:
+            metadata = compiled.packed_metadata
+            compiled.run(*grid, stream, compiled.function, metadata, None, None, None, *arguments, *self._values)
+
+
+def _hooked() -> bool:
+    """Whether a tool asked Triton to tell it of launches; Triton's own value is a chain of hooks, which is empty."""
+    enter, leave = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 _observers: list[Callable[[Call], object]] = []

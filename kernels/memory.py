@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, overload
 
 import torch
@@ -55,6 +56,12 @@ def channels_last(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Layou
     """The layout of a new channels_last tensor."""
     _, c, h, w = shape
     return Layout(shape, (h * w * c, 1, w * c, c), dtype)
+
+
+def empty_channels_last(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A new channels_last tensor [N, C, H, W], of any content."""
+    # PyTorch takes half the time to read four numbers that it takes to read one shape.
+    return torch.empty(*shape, dtype=dtype, device=device, memory_format=torch.channels_last)
 
 
 def pixel_stride(x: Layout) -> int | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from .batch_norm import FP32, RUNTIME_SIZES, VECTOR, default_config, merge_recipe, pass_over, sizes, wide
 from .epilogue import normalise
 from .launch import KEPT_LAYOUTS, Recipe, TileConfig, Vector, target_arch
-from .memory import Layout, cdiv, layout, require_pixel_linear, stride_of
+from .memory import Layout, cdiv, empty_channels_last, layout, require_pixel_linear, stride_of
 from .tile import bound, load_channels, load_pixels, store_pixels
 
 
@@ -202,7 +202,7 @@ def batch_norm_reduce(
     recipe = _reduce_recipe(*inputs, mask, target_arch(), config)
     tiles, channels = recipe.scalars["T"], recipe.scalars["C"]
     if masked and out is None:
-        out = torch.empty(dz.shape, dtype=dz.dtype, device=dz.device, memory_format=torch.channels_last)
+        out = empty_channels_last(dz.shape, dz.dtype, dz.device)
     g = out if masked else None
     sums = torch.empty(2 if second is None else 3, tiles, channels, dtype=torch.float32, device=dz.device)
     recipe.run(dz_ptr=dz, z_ptr=z, y_ptr=y, stats_ptr=stats, y2_ptr=y2, stats2_ptr=stats2, g_ptr=g, sums_ptr=sums)

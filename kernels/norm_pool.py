@@ -18,7 +18,7 @@ from .batch_norm import FP32, VECTOR, default_config, pass_over, wide
 from .conv_pool import pooled_size
 from .epilogue import normalise
 from .launch import KEPT_LAYOUTS, Recipe, TileConfig, Vector, target_arch
-from .memory import Layout, cdiv, layout, require_pixel_linear, stride_of
+from .memory import Layout, cdiv, empty_channels_last, layout, require_pixel_linear, stride_of
 from .tile import load_channels, load_pixels, relu, store_pixels
 
 RUNTIME_SIZES = ["M", "P", "Q", "pooled_h", "pooled_w"]
@@ -203,10 +203,7 @@ def batch_norm_pool(y: Tensor, stats: Tensor, *, config: TileConfig | None = Non
     """
     recipe = _pool_recipe(layout(y), target_arch(), config)
     shape = _pooled(layout(y))
-    z, peak, place = (
-        torch.empty(shape, dtype=dtype, device=y.device, memory_format=torch.channels_last)
-        for dtype in (y.dtype, y.dtype, torch.int8)
-    )
+    z, peak, place = (empty_channels_last(shape, dtype, y.device) for dtype in (y.dtype, y.dtype, torch.int8))
     recipe.run(y_ptr=y, stats_ptr=stats, z_ptr=z, peak_ptr=peak, place_ptr=place)
     return z, Peaks(peak, place)
 
@@ -240,7 +237,7 @@ def batch_norm_pool_backward(
     ValueError for tensors that are not pixel-linear, or whose shapes do not fit.
     """
     recipe = _pool_backward_recipe(layout(dz), layout(place), layout(y), frozen, target_arch(), config)
-    dy = torch.empty(y.shape, dtype=y.dtype, device=y.device, memory_format=torch.channels_last)
+    dy = empty_channels_last(y.shape, y.dtype, y.device)
     recipe.run(dz_ptr=dz, place_ptr=place, y_ptr=y, stats_ptr=stats, coefs_ptr=coefs, dy_ptr=dy)
     return dy
 

@@ -1333,15 +1333,33 @@ MUTATIONS = [
     ),
     Mutation(
         "kernels/launch.py",
-        "t if t is None else t.is_contiguous() and t.numel() for",
-        "None for",
+        "vector if vector is None else vector.is_contiguous() and vector.numel()",
+        "None",
         "tests/kernels/test_launch.py -k 'checked_again'",
     ),
     Mutation(
         "kernels/launch.py",
-        "        self.check(tensors)\n        compiled",
-        "        compiled",
+        "        self.check(tensors)\n        arguments",
+        "        arguments",
         "tests/kernels/test_launch.py -k 'checked_again'",
+    ),
+    Mutation(
+        "kernels/launch.py",
+        "        if _hooked():",
+        "        if False:",
+        "tests/kernels/test_launch.py -k 'hooks'",
+    ),
+    Mutation(
+        "kernels/launch.py",
+        "(tensor.dtype, tensor.get_device(), address % 16 == 0)",
+        "(tensor.dtype, address % 16 == 0)",
+        "tests/kernels/test_launch.py -k 'another_device'",
+    ),
+    Mutation(
+        "kernels/launch.py",
+        "(tensor.dtype, tensor.get_device(), address % 16 == 0)",
+        "(tensor.dtype, tensor.get_device())",
+        "tests/kernels/test_launch.py -k 'without_the_jit'",
     ),
     Mutation(
         "kernels/launch.py",

@@ -96,6 +96,9 @@ def unit(n=2, offset=0, norm=True, dtype=torch.bfloat16, vectors=torch.float32):
     conv_forward(x, torch.zeros(64, 64, 1, 1, dtype=dtype), bias=vector, norm=normalise)
     batch_norm_stats(None, vector, None, 1e-5, running_mean=vector, running_var=vector)
 
+def address(value):
+    return value.data_ptr() if isinstance(value, torch.Tensor) else value
+
 changes = [{}, {"n": 1}, {"offset": 1}, {"norm": False}, {"dtype": torch.float16}, {"vectors": torch.float16}]
 run = JITFunction.run
 for round in range(2):
@@ -108,9 +111,9 @@ for round in range(2):
         JITFunction.run = run
         for call, launch in zip(calls, launched[:], strict=True):
             jitted = call.kernel.warmup(grid=call.grid, **call.arguments, **call.config.options)
-            expected = [call.arguments[name] for name in call.kernel.arg_names]
+            expected = [address(call.arguments[name]) for name in call.kernel.arg_names]
             right = launch[:3] == (*call.grid, 1, 1)[:3] and launch[4] == jitted.function
-            print(round, right and all(a is b for a, b in zip(launch[9:], expected, strict=True)))
+            print(round, right and list(map(address, launch[9:])) == expected)
 """
     lines = compiler_on(STAND_IN + code, check=True).stdout.splitlines()
     assert lines == ["0 True"] * 12 + ["1 True"] * 12
@@ -150,6 +153,74 @@ for round in range(3):
     lines = compiler_on("import triton\n" + STAND_IN + code, check=True).stdout.splitlines()
     sizes = [[1, 1, 64, 64, 64 * 64, 64 * 64, 64, 1], [64, 64, 64, 1]]
     assert lines == ["True True", f"True {sizes}"] * 3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU that is launched on is a fake one here")
+def test_hooks_of_triton_see_every_launch_whenever_they_are_set():
+    """As Triton's profiler sets them, and as a function in the place of all others."""
+    code = """
+import triton
+from resnet_fused.kernels.conv_forward import conv_forward
+
+x, w = (torch.zeros(*size).to(memory_format=torch.channels_last) for size in ((2, 64, 5, 5), (64, 64, 1, 1)))
+knobs, seen = triton.knobs.runtime, []
+enter, leave = knobs.launch_enter_hook, knobs.launch_exit_hook
+hook = lambda metadata: seen.append(metadata.get()["name"])
+
+def hooks():
+    launched.clear()
+    conv_forward(x, w)
+    (launch,) = launched
+    for called in launch[7:9]:
+        if called is not None:
+            called(launch[6])
+    found = seen[:]
+    seen.clear()
+    return found
+
+print(hooks(), hooks())
+for chain in (enter, leave):
+    chain.add(hook)
+    print(hooks())
+    chain.remove(hook)
+for name in ("launch_enter_hook", "launch_exit_hook"):
+    with triton.knobs.runtime.scope():
+        setattr(knobs, name, hook)
+        print(hooks())
+        setattr(knobs, name, None)
+        print(hooks())
+print(hooks(), launched[0][6:9])
+"""
+    lines = compiler_on(STAND_IN + code, check=True).stdout.splitlines()
+    one = "['conv_forward_kernel']"
+    assert lines == ["[] []", one, one, one, "[]", one, "[]", "[] (None, None, None)"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU that is launched on is a fake one here")
+def test_a_tensor_on_another_device_is_left_to_the_jit():
+    """Which asks the driver for its address there; of one that the driver cannot reach, it says so."""
+    code = """
+from resnet_fused.kernels.conv_forward import conv_forward
+from triton.runtime.jit import JITFunction
+
+x, w = (torch.zeros(*size).to(memory_format=torch.channels_last) for size in ((2, 64, 5, 5), (64, 64, 1, 1)))
+
+def refuse(*arguments, **others):
+    raise ValueError("cannot be accessed")
+
+class Elsewhere(torch.Tensor):
+    get_device = lambda self: 1
+
+for _ in range(2):
+    conv_forward(x, w, bias=torch.zeros(64))
+    JITFunction.run = refuse
+try:
+    conv_forward(x, w, bias=torch.zeros(64).as_subclass(Elsewhere))
+except ValueError as error:
+    print(error, len(launched))
+"""
+    lines = compiler_on(STAND_IN + code, check=True).stdout.splitlines()
+    assert lines == ["cannot be accessed 2"]
 
 
 STAND_IN = """
