@@ -2,7 +2,10 @@
 
 Of an NVIDIA H100 80GB HBM3 (driver 580.159, torch 2.11.0, CUDA 13.0, Triton 3.6.0): "roads", the kernels of each way to
 run a unit, by PyTorch's profiler, without the merge of batch norm's statistics, whose kernel is a new one since; and
-"tiles", medians of a fused unit alone in a CUDA graph with a cold L2, by the sizes of the tiles that load boxes.
+"tiles", medians of a fused unit alone with a cold L2, by the sizes of the tiles that load boxes. Of frozen units whose
+1x1 filter has few channels the fused way is the fastest of these, or missing where it was not measured with the kernel
+of today; in training their forward is in the times as it was before, up to a third slower. "chains" are measured as the
+tiles are: cuDNN's convolutions with all that is behind them, one after the other, and ours in their fastest tile.
 """
 
 from __future__ import annotations
@@ -13,9 +16,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from resnet_fused.kernels.chain_forward import Chain
 from resnet_fused.kernels.launch import TileConfig
 from resnet_fused.plan.problem import Problem
 
+CONTENT = Path(__file__).with_name("plans") / "measured_h100.json"
 GPU = "NVIDIA H100 80GB HBM3"
 GATHERED = "gathered"
 
@@ -30,9 +35,22 @@ class Measured(NamedTuple):
 
 def measured(table: str) -> list[Measured]:
     """Those of "roads" or "tiles"."""
-    content = json.loads(Path(__file__).with_name("plans").joinpath("measured_h100.json").read_text())
+    content = json.loads(CONTENT.read_text())
     names = content["unit"]
     return [Measured(_problem(dict(zip(names, unit, strict=True))), *rest) for unit, *rest in content[table]]
+
+
+def measured_chains() -> list[tuple[Chain, dict[tuple[int, ...], float]]]:
+    """Blocks of the four stages with what follows, and microseconds by the links of each launch (decide.PARTS)."""
+    found = []
+    for n, side, middle, roads in json.loads(CONTENT.read_text())["chains"]:
+        unit = {"n": n, "size": side, "stride": 1, "prologue": False, "residual": False, "pooled": False}
+        spatial = unit | {"ci": middle, "co": middle, "filter": 3, "padding": 1}
+        expand = unit | {"ci": middle, "co": 4 * middle, "filter": 1, "padding": 0, "residual": True}
+        reduce = unit | {"ci": 4 * middle, "co": middle, "filter": 1, "padding": 0}
+        links = Chain(*(_problem(link | {"direction": "frozen"}) for link in (spatial, expand, reduce)))
+        found.append((links, {tuple(map(int, parts.split())): time for parts, time in roads.items()}))
+    return found
 
 
 def size(tile: TileConfig | None) -> str:
