@@ -137,7 +137,7 @@ for round in range(3):
     calls = []
     JITFunction.run = None if round else run
     with observe(calls.append):
-        conv_forward(x[1:], w, config=tile)
+        y = conv_forward(x[1:], w, config=tile)
     JITFunction.run = run
     (call,), (launch,) = calls, launched
     jitted = call.kernel.warmup(grid=call.grid, **call.arguments, **call.config.options)
@@ -145,13 +145,15 @@ for round in range(3):
     addresses = []
     utils = type("Utils", (), {"__getattr__": lambda *_: lambda address, *rest: addresses.append(address)})()
     driver.triton.runtime.driver.active.utils = utils
-    boxes = zip(launch[9:11], jitted.metadata.tensordesc_meta, strict=True)
+    given = [argument for argument in launch[9:] if hasattr(argument, "block_shape")]
+    boxes = zip(given, jitted.metadata.tensordesc_meta, strict=True)
     sizes = [driver.make_tensordesc_arg(*box, *[None] * (triton.__version__ >= "3.7"))[1:] for box in boxes]
-    print(addresses == [x[1:].data_ptr(), w.data_ptr()], sizes)
+    print(addresses == [x[1:].data_ptr(), w.data_ptr(), y.data_ptr()], sizes)
     driver.triton.runtime.driver.active.utils = stand_in._Utils
 """
     lines = compiler_on("import triton\n" + STAND_IN + code, check=True).stdout.splitlines()
-    sizes = [[1, 1, 64, 64, 64 * 64, 64 * 64, 64, 1], [64, 64, 64, 1]]
+    pixels = [1, 1, 64, 64, 64 * 64, 64 * 64, 64, 1]
+    sizes = [pixels, [64, 64, 64, 1], pixels]
     assert lines == ["True True", f"True {sizes}"] * 3
 
 
