@@ -206,8 +206,6 @@ class _Recorder(TorchDispatchMode):
             offset = result.storage_offset() - args[0].storage_offset()
             like = tuple(result.shape), result.stride(), result.element_size()
             self.events.append(_View(self._new(result), given[0], offset, like))
-        elif func.is_view:
-            self.clear = False
         else:
             made = {i: t for i, t in enumerate(results) if t is not None and t not in self.slots}
             self.clear = all(map(_is_aligned, made.values()))
