@@ -52,13 +52,13 @@ def _settings(x: Tensor) -> tuple[Any, ...]:
 def _signature(arguments: Sequence[Any], tensors: list[Tensor]) -> list[Any]:
     """All about ``arguments`` but the contents of tensors, which are added to ``tensors``."""
     found: list[Any] = []
-    for value in arguments:
+    for value in arguments:  # written out, as this is most of what is left to do
         if isinstance(value, Tensor):
             tensors.append(value)
-            place = value.get_device(), _is_aligned(value)
-            found.append((value.shape, value.stride(), value.dtype, *place, value.is_neg()))
-        elif isinstance(value, list | tuple):
-            numbers = bool(value) and isinstance(value[0], int | str)  # then there are no tensors behind it
+            layout = value.shape, value.stride(), value.dtype, value.is_neg()
+            found.append((layout, value.get_device(), value.data_ptr() % 16 == 0))
+        elif isinstance(value, _LISTS):
+            numbers = value and isinstance(value[0], _NUMBERS)  # then there are no tensors behind it
             found.append(tuple(value if numbers else _signature(value, tensors)))
         else:
             found.append(value)
@@ -69,6 +69,8 @@ def _is_aligned(tensor: Tensor) -> bool:
     """Whether the address is one that compiled code may count on, as all are that PyTorch allocates."""
     return tensor.data_ptr() % 16 == 0
 
+
+_LISTS, _NUMBERS = (list, tuple), (int, str)
 
 _NONE = 0
 """The slot of None. On a tape, a tensor is known by the number of its slot."""
@@ -156,7 +158,7 @@ def _release(slots: Sequence[int]) -> Step:
 
 
 def _several(result: Any) -> Any:
-    return result if isinstance(result, list | tuple) else (result,)
+    return result if isinstance(result, _LISTS) else (result,)
 
 
 _ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
