@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -255,19 +255,39 @@ class Recipe:
             key.append(vector if vector is None else vector.is_contiguous() and vector.numel())
         compiled = self._compiled.get(tuple(key))
         if compiled is None:
-            self._compile(tuple(key), tensors)
-            return
-        for i, name, boxes in self._described:
-            arguments[i] = boxes.of(tensors[name])  # type: ignore[arg-type]
-        self._start(compiled, driver.active.get_current_stream(device), arguments)
+            compiled = self._compile(tuple(key), tensors)
+        else:
+            for i, name, boxes in self._described:
+                arguments[i] = boxes.of(tensors[name])  # type: ignore[arg-type]
+            self._start(compiled, driver.active.get_current_stream(device), arguments)
+        if (note := _recorder.get()) is not None:
+            note(self, compiled, tensors)
 
-    def _compile(self, key: tuple[Any, ...], tensors: Mapping[str, Tensor | None]) -> None:
+    def _compile(self, key: tuple[Any, ...], tensors: Mapping[str, Tensor | None]) -> CompiledKernel | None:
         """Launch by Triton's JIT, and keep what it compiles for those tensors that share the ``key``."""
         self.check(tensors)
         arguments = self._pointers(self._boxed(tensors))
         compiled = self.kernel[self.grid](*arguments, *self._values, **self.config.options)
-        if isinstance(compiled, CompiledKernel):  # and not what a tool in the JIT's place returns
-            self._compiled[key] = compiled
+        if not isinstance(compiled, CompiledKernel):
+            return None  # but what a tool in the JIT's place returns
+        self._compiled[key] = compiled
+        return compiled
+
+    def repeated(self, compiled: CompiledKernel, slots: Mapping[str, int]) -> Callable[[Any, Any, int], None]:
+        """The launch of what was ``compiled``, for tensors like those: of a list of them, of their addresses, a stream.
+
+        ``slots``: where in both lists each tensor stands; only those that TMA loads need be in the first.
+        """
+        take = itemgetter(*self._pointers(slots))
+        described = [(i, slots[name], boxes) for i, name, boxes in self._described]
+
+        def launch(tensors: Sequence[Tensor | None], addresses: Sequence[int | None], stream: int) -> None:
+            arguments = [*take(addresses)]
+            for i, slot, boxes in described:
+                arguments[i] = boxes.of(tensors[slot])  # type: ignore[arg-type]
+            self._start(compiled, stream, arguments)
+
+        return launch
 
     def _start(self, compiled: CompiledKernel, stream: int, arguments: list[Any]) -> None:
         """Launch what Triton compiled, as Triton does: without the way past its hooks where there are none."""
@@ -297,6 +317,33 @@ def observe(callback: Callable[[Call], object]) -> Iterator[None]:
         yield
     finally:
         _observers.remove(observer)
+
+
+_recorder: ContextVar[Callable[[Recipe, CompiledKernel | None, Mapping[str, Any]], object] | None]
+_recorder = ContextVar("recorder", default=None)
+
+
+@contextmanager
+def recording(callback: Callable[[Recipe, CompiledKernel | None, Mapping[str, Any]], object]) -> Iterator[None]:
+    """Pass each launch inside the ``with`` block, in this thread or task alone, to ``callback``.
+
+    That is the recipe, what of it is compiled (None: a tool took the JIT's place), and the tensors by name.
+    """
+    token = _recorder.set(callback)
+    try:
+        yield
+    finally:
+        _recorder.reset(token)
+
+
+def only_launches() -> bool:
+    """Whether a launch made here is that and no more: neither observed, nor just planned, nor interpreted."""
+    return not _observers and _dry_target.get() is None and not interpreting()
+
+
+def current_stream() -> int:
+    """The one that launches on the current device go to."""
+    return int(driver.active.get_current_stream(driver.active.get_current_device()))
 
 
 _dry_target: ContextVar[tuple[int, str] | None] = ContextVar("dry_target", default=None)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from resnet_fused.engine import backward, forward
+from resnet_fused.engine import backward, forward, replay
 from resnet_fused.engine.trace import implementations
 from resnet_fused.kernels.batch_norm import batch_norm_apply
 from resnet_fused.kernels.chain_forward import Link
@@ -290,10 +290,13 @@ def _selected(value: Any, dims: Any, i: int) -> Any:
     return value if dims is None else value.select(dims, i)
 
 
-def _register(name: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+def _register(
+    name: str, implementation: Callable[..., Any], fake: Callable[..., Any], repeated: bool = False
+) -> Callable[..., Any]:
     """Make the operator; returns a function that calls it, or what it runs where nobody could tell the difference.
 
     PyTorch's dispatcher takes as long as the rest of a launch from Python, for the sake of what :func:`_is_watched`.
+    ``repeated``: the launches are so many that to repeat them takes less than to find them out again.
     """
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"resnet_fused::{name}", fake, lib=_library)
@@ -301,7 +304,9 @@ def _register(name: str, implementation: Callable[..., Any], fake: Callable[...,
     implementations[operator] = implementation
 
     def call(*arguments: Any) -> Any:
-        return operator(*arguments) if _is_watched(arguments) else implementation(*arguments)
+        if _is_watched(arguments):
+            return operator(*arguments)
+        return replay.run(implementation, arguments) if repeated else implementation(*arguments)
 
     return call
 
@@ -331,10 +336,10 @@ def _is_watched(arguments: tuple[Any, ...]) -> bool:
 conv_bn_act = _register("conv_bn_act", _conv_bn_act, _conv_bn_act_fake)
 conv_bn_act_pool = _register("conv_bn_act_pool", _conv_bn_act_pool, _conv_bn_act_pool_fake)
 chain = _register("chain", _chain, _chain_fake)
-unit_forward = _register("unit_forward", _unit_forward, _unit_forward_fake)
+unit_forward = _register("unit_forward", _unit_forward, _unit_forward_fake, repeated=True)
 pool_forward = _register("pool_forward", _pool_forward, _pool_forward_fake)
 join_forward = _register("join_forward", _join_forward, _join_forward_fake)
-_call_residual_backward = _register("residual_backward", _residual_backward, _residual_backward_fake)
+_call_residual_backward = _register("residual_backward", _residual_backward, _residual_backward_fake, repeated=True)
 torch.library.register_vmap("resnet_fused::residual_backward", _residual_backward_batched, lib=_library)
 
 

@@ -107,7 +107,7 @@ PACED = 8192
 
 PACES = {
     "conv_forward": (Pace(0.65, 0.40, 1.4e-6),),
-    "conv_box": (Pace(0.45, 0.50, 0.8e-6),),
+    "conv_box": (Pace(0.45, 0.50, 0.8e-6), Pace(0.60, 0.50, 0.75e-6)),
     "conv_forward, prologue": (Pace(0.85, 0.0, 2.4e-6), Pace(1.55, 0.0, 3.2e-6)),
     "conv_wgrad": (Pace(1.40, 0.30), Pace(2.20)),
     "conv_dgrad": (Pace(0.90, 0.50, 0.7e-6), Pace(0.64, 0.0, 6.4e-6)),

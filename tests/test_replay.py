@@ -1,0 +1,358 @@
+"""Operators that are repeated from a tape: to the bit what they do when they are run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.kernels.test_launch import compiler_on
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU that is launched on is a fake one here")
+
+EMULATOR = """
+import ctypes
+import hashlib
+
+import torch
+from torch import nn
+from resnet_fused import BasicBlock, Bottleneck, implementation
+from resnet_fused.benchmarks import stand_in
+from resnet_fused.engine import ops, replay
+from resnet_fused.kernels.launch import observe
+
+torch.set_num_threads(1)
+torch.use_deterministic_algorithms(True)  # memory is filled where it is allocated
+sizes, launched = {}, []
+
+
+def launch(*arguments):
+    '''A kernel that writes to all its tensors what depends on every byte of each, and on all numbers.'''
+    launched.append(arguments)
+    spans = sizes.get(name(arguments))
+    if spans is None:
+        return
+    given = [address(a) for a in arguments[9:]]
+    memory = [(given[i], size) for i, size in spans]
+    seen = hashlib.blake2b(repr(name(arguments)).encode())
+    for start, size in memory:
+        seen.update(ctypes.string_at(start, size))
+    for i, (start, size) in enumerate(memory):
+        drawn = hashlib.shake_256(seen.digest() + bytes([i])).digest(size)
+        ctypes.memmove(start, bytes(b & 0x3F for b in drawn), size)  # a finite number in every dtype
+
+
+def name(arguments):
+    '''Of the kernel, with its grid and all numbers, but for the addresses.'''
+    numbers = [None if isinstance(a, int) and a >= 2**32 else a for a in map(address, arguments[9:])]
+    return arguments[4], *arguments[:3], *numbers
+
+
+def address(a):
+    tensor = getattr(a, "base", a)
+    return tensor.data_ptr() if isinstance(tensor, torch.Tensor) else a
+
+
+stand_in.install(90, launch)
+
+
+def learn(work):
+    '''Lets work run without effect, and notes how large the tensors of its kernels are.'''
+    sizes.clear()
+    launched.clear()
+    calls, spans = [], {}
+    with observe(calls.append):
+        work()
+    for call, arguments in zip(calls, launched, strict=True):
+        given = [call.arguments[n] for n in call.kernel.arg_names]
+        tensors = [(i, getattr(t, "base", t)) for i, t in enumerate(given)]
+        spans[name(arguments)] = [(i, t.nbytes) for i, t in tensors if isinstance(t, torch.Tensor)]
+    sizes.update(spans)
+"""
+
+
+def lines(code: str) -> list[str]:
+    return compiler_on(EMULATOR + code, check=True).stdout.splitlines()
+
+
+def test_a_step_is_repeated_to_the_bit():
+    """Of every kind of block, with both libraries, and with what is computed again in the backward."""
+    code = """
+import copy
+
+def projected(ci, co, stride):
+    return nn.Sequential(nn.Conv2d(ci, co, 1, stride, bias=False), nn.BatchNorm2d(co))
+
+def step(block, x):
+    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    z = block(x)
+    z.sum().backward() if frozen else z.backward(torch.ones_like(z))
+    tensors = [z.detach(), x.grad, *[p.grad for p in block.parameters()], *block.buffers()]
+    return [t.clone() for t in tensors], [(t.stride(), t.storage_offset(), t._is_view()) for t in tensors]
+
+def same(ours, theirs):
+    return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+blocks = [
+    (BasicBlock(16, 32, 2, projected(16, 32, 2)), 16),
+    (BasicBlock(16, 16), 16),
+    (Bottleneck(64, 16), 64),
+    (Bottleneck(16, 16, 2, projected(16, 64, 2)), 16),
+]
+for block, ci in blocks:
+    for road in ("triton", "mixed"):
+        for memory in ("default", "recompute"):
+            for frozen in (False, True):
+                block = block.train().to(memory_format=torch.channels_last)
+                block.memory = memory
+                if frozen:
+                    block.bn1.eval()
+                x = torch.randn(2, ci, 8, 8).to(memory_format=torch.channels_last)
+                results = []
+                with implementation(road):
+                    learn(lambda: step(copy.deepcopy(block), x))
+                    replay._tapes.clear()
+                    launched.clear()
+                    for _ in range(3):
+                        results.append(step(copy.deepcopy(block), x))
+                tapes = [tape is not None for tape in replay._tapes.values()]
+                names = list(map(name, launched))
+                once = len(names) // 3
+                print(
+                    same(results[0][0], results[1][0]) and same(results[1][0], results[2][0]),
+                    results[0][1] == results[1][1] == results[2][1],
+                    names == names[:once] * 3 and set(names) <= set(sizes),
+                    all(tapes) and len(tapes) > 1,
+                )
+"""
+    found = lines(code)
+    assert found == ["True True True True"] * 32
+
+
+UNIT = """
+from torch.overrides import TorchFunctionMode
+from resnet_fused import trace
+from resnet_fused.engine import forward
+from resnet_fused.kernels.conv import Geometry
+from resnet_fused.kernels.launch import dry_run
+from resnet_fused.plan.problem import Tiles
+
+ran, run = [], forward.unit_forward
+forward.unit_forward = lambda *arguments: ran.append(arguments) or run(*arguments)
+
+def unit(n=2, dtype=torch.float32, x=None, eps=1e-5, momentum=0.1, running=True, stride=1, fused=True, twice=False):
+    if x is None:
+        x = torch.zeros(n, 16, 6, 6, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    w = torch.zeros(16, 16, 1, 1, dtype=dtype)
+    vectors = [torch.zeros(16) for _ in range(4)]
+    if not running:
+        vectors[2:] = None, None
+    if twice:
+        vectors[0] = vectors[1]
+    code = forward.Convolution(Geometry(stride=(stride, stride)), fused, Tiles()).encode()
+    ran.clear()
+    y, stats = ops.unit_forward(x, None, w, None, *vectors, None, momentum, eps, True, code, "")
+    assert y.dtype == dtype
+    return len(ran)
+"""
+
+
+def test_what_is_repeated_is_only_what_was_the_same():
+    code = """
+aligned = torch.zeros(2 * 36 * 32 + 16)
+def part(offset):
+    return aligned[offset : offset + 2 * 36 * 32].view(2, 6, 6, 32).permute(0, 3, 1, 2)[:, :16]
+
+class Autocast:
+    def __enter__(self):
+        self.inner = torch.autocast("cpu", torch.bfloat16)
+        self.inner.__enter__()
+    def __exit__(self, *error):
+        self.inner.__exit__(*error)
+
+changes = [
+    {}, {"n": 3}, {"dtype": torch.bfloat16}, {"x": part(0)}, {"x": part(1)}, {"eps": 1e-3}, {"momentum": None},
+    {"running": False}, {"stride": 2}, {"fused": False},
+]
+print(*[(unit(**change), unit(**change)) for change in changes])
+print(*[unit(**change) for change in changes])
+torch.backends.cudnn.allow_tf32 = not torch.backends.cudnn.allow_tf32
+print(unit(), unit())
+torch.backends.cudnn.allow_tf32 = not torch.backends.cudnn.allow_tf32
+print(unit(), unit())
+with torch.autocast("cpu", torch.bfloat16):
+    print(unit(), unit())
+print(unit(), unit(twice=True), unit(twice=True))
+"""
+    assert lines(UNIT + code) == [
+        " ".join(["(1, 0)"] * 10), " ".join(["0"] * 10), "1 0", "0 0", "1 0", "0 1 1",
+    ]  # fmt: skip
+
+
+def test_whoever_watches_sees_every_launch():
+    code = """
+class Seeing(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+unit()
+calls = []
+with observe(calls.append):
+    print(unit(), len(calls))
+with trace() as traced:
+    print(unit(), sum(not launch.name.startswith('aten.') for launch in traced.launches))
+with dry_run(90):
+    print(unit())
+with Seeing():
+    print(unit())
+print(unit())
+"""
+    assert lines(UNIT + code) == ["1 2", "1 2", "1", "1", "0"]
+
+
+STEPS = """
+from torch.profiler import ProfilerActivity, profile
+
+block = Bottleneck(64, 16).train().to(memory_format=torch.channels_last)
+x = torch.randn(2, 64, 16, 16).to(memory_format=torch.channels_last)
+
+def step():
+    z = block(x)
+    z.backward(z.detach())
+    for parameter in block.parameters():
+        parameter.grad = None
+"""
+
+
+@pytest.mark.parametrize("road", ["triton", "mixed"])
+def test_the_peak_of_memory_is_no_higher(road):
+    """While it is written down, and when it is repeated."""
+    code = f"""
+def peak():
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as measured:
+        step()
+    total, most = 0, 0
+    for event in measured.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            total += event.nbytes()
+            most = max(most, total)
+    return most
+
+with implementation({road!r}):
+    step()
+    recorded, repeated = None, peak()
+    replay._tapes.clear()
+    recorded = peak()
+    replay.only_launches = lambda: False
+    print(peak() >= repeated > x.nbytes, peak() >= recorded > x.nbytes)
+"""
+    assert lines(STEPS + code) == ["True True"]
+
+
+def test_threads_repeat_at_once():
+    code = """
+from concurrent.futures import ThreadPoolExecutor
+
+with implementation("triton"):
+    learn(step)
+blocks = [Bottleneck(64, 16).train().to(memory_format=torch.channels_last) for _ in range(4)]
+for each in blocks:
+    each.load_state_dict(block.state_dict())
+
+def work(each):
+    found, own = [], x.clone(memory_format=torch.preserve_format)
+    with implementation("triton"):
+        for _ in range(5):
+            z = each(own)
+            z.backward(z.detach())
+            found.append(z.detach().clone())
+    return found + [parameter.grad for parameter in each.parameters()]
+
+alone = work(blocks[0])
+replay._tapes.clear()
+with ThreadPoolExecutor(3) as pool:
+    for found in pool.map(work, blocks[1:]):
+        print(all(map(torch.equal, alone, found)))
+"""
+    assert lines(STEPS + code) == ["True"] * 3
+
+
+def test_what_is_not_understood_is_never_repeated():
+    """A tensor from elsewhere, a number that depends on contents, tensors in a list; views and results in place are."""
+    code = """
+kept = torch.zeros(16)
+
+def operator(change):
+    def implementation(x):
+        ran.append(change)
+        y = torch.zeros_like(x)
+        if change == "elsewhere":
+            y += kept
+        elif change == "number":
+            y += float(x.sum())
+        elif change == "several":
+            y += torch.stack([x, x])[1]
+        elif change == "views":
+            y[4:8] += x.view(4, 4).unbind()[1]
+            return [y, y.view(torch.int32)]
+        elif change == "input":
+            return x
+        return y
+    return implementation
+
+for change in ("", "elsewhere", "number", "several", "views", "input"):
+    ran, run = [], operator(change)
+    found = [replay.run(run, [x]) for x in torch.ones(3, 16)]
+    count = len(ran)
+    again = run(torch.ones(16))
+    same = all(torch.equal(a, b) for each in found for a, b in zip(each, again, strict=True))
+    print(count, same)
+"""
+    assert lines(code) == ["1 True", "3 True", "3 True", "3 True", "1 True", "1 True"]
+
+
+def test_tapes_are_forgotten():
+    code = """
+replay.KEPT_LAYOUTS = 3
+for n in range(1, 9):
+    unit(n=n)
+    print(len(replay._tapes))
+"""
+    assert lines(UNIT + code) == [str(n % 3 or 3) for n in range(1, 9)]
+
+
+def test_what_tma_loads_is_described_anew():
+    code = """
+from resnet_fused.engine import forward
+from resnet_fused.kernels.conv import Geometry
+from resnet_fused.kernels.launch import TileConfig
+from resnet_fused.plan.problem import Tiles
+
+code = forward.Convolution(Geometry(), True, Tiles(TileConfig(64, 64, 64, box=(1, 8, 8)))).encode()
+for i in range(3):
+    x = torch.zeros(2, 64, 8, 8, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    w = torch.zeros(64, 64, 1, 1, dtype=torch.bfloat16)
+    launched.clear()
+    ops.unit_forward(x, None, w, None, None, None, None, None, None, 0.1, 1e-5, True, code, "")
+    bases = [a.base.data_ptr() for a in launched[0][9:] if hasattr(a, "base")]
+    print(bases == [x.data_ptr(), w.data_ptr()], len(launched), len(next(iter(replay._tapes.values())).steps))
+"""
+    assert lines(code) == ["True 2 8"] * 3
+
+
+def test_a_library_that_lays_its_result_out_otherwise():
+    """As PyTorch may where cuDNN is switched off: what follows was recorded for the layout of the first time."""
+    code = """
+convolution = torch.convolution
+torch.convolution = lambda *arguments: convolution(*arguments).contiguous()
+
+def operator(x, w):
+    return torch.ops.aten.convolution.default(x, w, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1)
+
+x = torch.randn(2, 16, 5, 5).to(memory_format=torch.channels_last)
+w = torch.randn(16, 16, 1, 1)
+first, second = (replay.run(operator, [x, w]) for _ in range(2))
+(tape,) = replay._tapes.values()
+print(torch.equal(first, second), first.stride() == second.stride() != convolution(x.contiguous(), w, None, [1, 1],
+    [0, 0], [1, 1], False, [0, 0], 1).stride(), tape is not None)
+"""
+    assert lines(code) == ["True True True"]
