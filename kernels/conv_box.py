@@ -399,7 +399,7 @@ def recipe(
     res = epilogue.residual.layout
     crop = epilogue.residual.crop(out.shape)
     images, rows, columns = _extent(problem)
-    parts = 2 if tile.block_m >= 128 else 1
+    parts = parts_of(tile, bare=epilogue == Epilogue(out=epilogue.out))
     stored = _stored(problem, out, box, parts, tile)
     form = Form(
         *(problem.r, problem.s),
@@ -426,6 +426,14 @@ def recipe(
     grid = (count(problem, box) * cdiv(co, tile.block_n), problem.groups)
     by_tma = {"x_ptr": pixels, "w_ptr": filters} | ({} if stored is None else {"y_ptr": stored})
     return Recipe(conv_box_kernel, grid, scalars, tile, cost, vectors, by_tma)
+
+
+def parts_of(tile: TileConfig, *, bare: bool) -> int:
+    """How many an epilogue takes the pixels of a tile in; each has moments of its own.
+
+    ``bare``: it loads nothing, for which a high tile would have to leave registers.
+    """
+    return 1 if tile.block_m < 128 or (bare and tile.block_m * tile.block_n <= 128 * 128) else 2
 
 
 def box_of(tile: TileConfig) -> Box:

@@ -20,7 +20,7 @@ def _nominal() -> dict[str, float]:
 
 
 def _host() -> dict[str, float]:
-    return dict(zip(HOSTED, (45e-6, 75e-6, 45e-6, 182e-6, 303e-6, 135e-6), strict=True))
+    return dict(zip(HOSTED, (40e-6, 55e-6, 42e-6, 122e-6, 197e-6, 114e-6), strict=True))
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Constants:
     slower").
     ``launch_seconds``: from the end of a kernel to the start of the next, with its ramp up and down; assumed.
     ``host_seconds``: what the host takes to launch a unit in inference, or its forward and backward in training, by
-    the way that it runs, as ``python -m resnet_fused.benchmarks.host`` measured it without a GPU (docs/results.md):
-    eager PyTorch's launches on one are not in it.
+    the way that it runs: as ``python -m resnet_fused.benchmarks.host`` measured it without a GPU (docs/results.md),
+    and 5 us for each launch or call of a library on one, which are assumed.
     """
 
     memory_of_peak: float = 0.90

@@ -30,6 +30,8 @@ SHARED_BYTES_PER_CLOCK = 128
 """Of a multiprocessor's shared memory (CUDA C++ Programming Guide: 32 banks of 4 bytes)."""
 PART_BYTES = 4
 """Of an element of a split sum's parts."""
+MOMENTS_BYTES = 8
+"""Of a channel's mean and sum of squared deviations."""
 MOST_REGISTERS = 255
 SPARE_REGISTERS = 64
 """Of a thread, beside those that hold its share of the tile; an estimate."""
@@ -381,7 +383,7 @@ class _Model:
         ]
         if p.pooled:
             return [*forward, *self.pooled_training(), *wgrad]
-        vectors = self.vectors("batch_norm_stats"), self.vectors("batch_norm_coefs")
+        vectors = self.vectors("batch_norm_stats", self.moments), self.vectors("batch_norm_coefs")
         return [*forward, *vectors, *wgrad, *([] if self.leaf else [self.dgrad()])]
 
     def pooled_training(self) -> list[PredictedLaunch]:
@@ -451,7 +453,7 @@ class _Model:
 
     def forward(self) -> list[PredictedLaunch]:
         b, work = self.sizes, self.forward_work()
-        behind = b.y + self.residual
+        behind = b.y + self.residual + self.moments
         if self.tiles.splits == 1:
             return [self.triton(self.forward_kernel, work, b.met + b.w + behind)]
         parts = self.tiles.splits * self.problem.m * self.problem.co * PART_BYTES
@@ -461,6 +463,15 @@ class _Model:
             self.triton(self.forward_kernel, work, b.met + b.w + parts, kept),
             self.longest("conv_forward_sum", 0, parts + behind, kept, l2=l2),
         ]
+
+    @property
+    def moments(self) -> int:
+        """Bytes of those that the forward of training takes, of each tile's pixels or of parts of them."""
+        if self.problem.direction != "training":
+            return 0
+        tile = self.tiles.forward or conv_forward.default_config(self.problem)
+        pixels = tile.block_m if tile.box is None else tile.block_m // conv_box.parts_of(tile, bare=True)
+        return _tiles(self.problem.m, pixels) * self.problem.co * MOMENTS_BYTES
 
     def slots(self, kernel: str) -> float:
         return self.by_filter(ISSUE_SLOTS[kernel][self.gpu.arch])
@@ -641,8 +652,8 @@ class _Model:
         launch = self.longest(kernel, flops, int(size * moved), tensor=tensor)
         return replace(launch, bytes=size, seconds=launch.seconds + (kernels - 1) * gap)
 
-    def vectors(self, kernel: str) -> PredictedLaunch:
-        return self.longest(kernel, 0, 0, latency=VECTORS_SECONDS)
+    def vectors(self, kernel: str, size: int = 0) -> PredictedLaunch:
+        return self.longest(kernel, 0, size, latency=VECTORS_SECONDS)
 
     def longest(self, kernel: str, flops: int, size: int, kept: int = 0, **resources: float) -> PredictedLaunch:
         """``kept``: of the ``size``, what L2 keeps from one launch to the next."""
