@@ -431,7 +431,7 @@ def recipe(
 def parts_of(tile: TileConfig, *, bare: bool) -> int:
     """How many an epilogue takes the pixels of a tile in; each has moments of its own.
 
-    ``bare``: it loads nothing, for which a high tile would have to leave registers.
+    ``bare``: it is but a bias, as where moments are taken; for what others load, a high tile has to leave registers.
     """
     return 1 if tile.block_m < 128 or (bare and tile.block_m * tile.block_n <= 128 * 128) else 2
 

@@ -313,7 +313,8 @@ class TritonConv(nn.Module):
 
     ``pooled``: ``max_pool(relu(bn(conv(x))), 3, stride=2, padding=1)`` as two; see :func:`functional.conv_bn_act_pool`.
 
-    Where that was measured to be faster, cuDNN does all of it instead, with batch norm folded into a second filter.
+    Where that was measured or is predicted to be faster, cuDNN does all of it instead, with batch norm folded into a
+    second filter.
     """
 
     weight: Tensor

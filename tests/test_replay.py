@@ -332,9 +332,9 @@ for i in range(3):
     x = torch.zeros(2, 64, 8, 8, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
     w = torch.zeros(64, 64, 1, 1, dtype=torch.bfloat16)
     launched.clear()
-    ops.unit_forward(x, None, w, None, None, None, None, None, None, 0.1, 1e-5, True, code, "")
+    y, _ = ops.unit_forward(x, None, w, None, None, None, None, None, None, 0.1, 1e-5, True, code, "")
     bases = [a.base.data_ptr() for a in launched[0][9:] if hasattr(a, "base")]
-    print(bases == [x.data_ptr(), w.data_ptr()], len(launched), len(next(iter(replay._tapes.values())).steps))
+    print(bases == [x.data_ptr(), w.data_ptr(), y.data_ptr()], len(launched), len(next(iter(replay._tapes.values())).steps))
 """
     assert lines(code) == ["True 2 8"] * 3
 

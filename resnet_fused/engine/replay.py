@@ -56,13 +56,18 @@ def _signature(arguments: Sequence[Any], tensors: list[Tensor]) -> list[Any]:
         if isinstance(value, Tensor):
             tensors.append(value)
             layout = value.shape, value.stride(), value.dtype, value.is_neg()
-            found.append((layout, value.get_device(), value.data_ptr() % 16 == 0))
+            found.append((layout, value.get_device(), value.data_ptr() % 16))
         elif isinstance(value, _LISTS):
             numbers = value and isinstance(value[0], _NUMBERS)  # then there are no tensors behind it
             found.append(tuple(value if numbers else _signature(value, tensors)))
         else:
             found.append(value)
     return found
+
+
+def _bits(tensor: Tensor) -> tuple[Any, ...]:
+    """How memory is to be read, element by element."""
+    return tensor.dtype, tensor.is_neg()
 
 
 def _is_aligned(tensor: Tensor) -> bool:
@@ -204,7 +209,7 @@ class _Recorder(TorchDispatchMode):
                 return  # what TMA's descriptors are made of, once
             self.clear = _is_aligned(result)
             self.events.append(_Event(_allocation(slot := self._new(result), result), [slot]))
-        elif func.is_view and isinstance(result, Tensor) and result.dtype == args[0].dtype:
+        elif func.is_view and isinstance(result, Tensor) and _bits(result) == _bits(args[0]):
             offset = result.storage_offset() - args[0].storage_offset()
             like = tuple(result.shape), result.stride(), result.element_size()
             self.events.append(_View(self._new(result), given[0], offset, like))
