@@ -263,11 +263,15 @@ VECTOR = torch.float32.itemsize
 
 
 def merge_config(tiles: int) -> TileConfig:
-    """How many tiles and channels a program merges at a time: the channels of one sector of memory.
+    """How many tiles and channels a program merges at a time: the channels of one sector of memory, or of half of one.
 
-    Programs are few, and each waits for memory as often as it passes through its loop: of many tiles it loads more.
+    Programs are few, and each waits for memory as often as it passes through its loop: of many tiles it loads more, and
+    of fewer channels, for more programs and registers.
     """
-    return TileConfig(256, 8, 1, num_stages=1) if tiles <= 256 else TileConfig(1024, 8, 1, num_warps=16, num_stages=1)
+    if tiles <= 256:
+        return TileConfig(256, 8, 1, num_stages=1)
+    # As many registers as so many warps may have: else the compiler would spill for more programs at a time.
+    return TileConfig(1024, 4, 1, num_warps=16, num_stages=1, max_registers=128)
 
 
 def channel_moments(y: Tensor, *, config: TileConfig | None = None) -> Moments:

@@ -354,7 +354,7 @@ def default_config(chain: Chain) -> TileConfig:
         block_m = min(_block(chain.expand.m), 1024, MOST_ELEMENTS // max(block_n, columns))
         return TileConfig(block_m, block_n, min(block_k, 512, MOST_ELEMENTS // columns))
     # What the plan never takes, fp32 without tensor cores above all, has room with few channels at a time.
-    low = TileConfig(64, min(wide, 16), min(block_k, 16), num_warps=8, num_stages=2)
+    low = TileConfig(64, min(wide, 16), min(block_k, 16), num_warps=8, num_stages=2, max_registers=255)
     return next(tiles(chain), low)
 
 

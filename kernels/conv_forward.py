@@ -642,7 +642,9 @@ def _product(problem: ConvProblem, x: Layout, out: Layout, epilogue: Epilogue, t
 
 def _total(problem: ConvProblem, out: Layout, epilogue: Epilogue, splits: int) -> Recipe:
     block_n = min(64, max(16, triton.next_power_of_2(problem.co)))
-    tile = TileConfig(1024 // block_n, block_n, 1)
+    tile = TileConfig(
+        1024 // block_n, block_n, 1, max_registers=64
+    )  # without it, the compiler would spill for more warps
     res, crop = epilogue.residual.layout, epilogue.residual.crop(out.shape)
     scalars = {
         **{"M": problem.m, "P": problem.p, "Q": problem.q, "splits": splits},

@@ -334,7 +334,8 @@ for i in range(3):
     launched.clear()
     y, _ = ops.unit_forward(x, None, w, None, None, None, None, None, None, 0.1, 1e-5, True, code, "")
     bases = [a.base.data_ptr() for a in launched[0][9:] if hasattr(a, "base")]
-    print(bases == [x.data_ptr(), w.data_ptr(), y.data_ptr()], len(launched), len(next(iter(replay._tapes.values())).steps))
+    (tape,) = replay._tapes.values()
+    print(bases == [x.data_ptr(), w.data_ptr(), y.data_ptr()], len(launched), len(tape.steps))
 """
     assert lines(code) == ["True 2 8"] * 3
 

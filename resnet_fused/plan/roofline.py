@@ -225,8 +225,8 @@ def predict(
 def ways(problem: Problem) -> tuple[Way, ...]:
     """Those that are predicted: "cudnn" where it is certain that cuDNN takes the unit in one call.
 
-    That is a frozen one in 16 bit, whose channels are multiples of 8, without groups, dilation, or a pool behind it, and
-    whose tensors have fewer than 2^31 elements.
+    That is a frozen one in 16 bit, whose channels are multiples of 8, without groups, dilation, or a pool behind it,
+    and whose tensors have fewer than 2^31 elements.
     """
     whole = problem.ci % 8 == problem.co % 8 == 0 and problem.groups == 1 and problem.dilation == (1, 1)
     whole = whole and max(problem.n * problem.h * problem.w * problem.ci, problem.m * problem.co) < 2**31
