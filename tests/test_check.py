@@ -220,7 +220,7 @@ def launched(arch: int) -> dict:
 def compiled_code(call: Call) -> tuple:
     """Kernel, tile and number format."""
     blocks = tuple(getattr(call.config, f"block_{side}") for side in "mnk")
-    tensors = [t for t in call.arguments.values() if isinstance(t, Tensor)]
+    tensors = [t for t in (getattr(value, "base", value) for value in call.arguments.values()) if isinstance(t, Tensor)]
     narrowest = min((t.dtype for t in tensors), key=lambda dtype: dtype.itemsize)
     form = call.arguments.get("form")
     flags = tuple(getattr(form, name, None) for name in ("PRECISION", "R", "FLAT", "MERGED"))

@@ -102,6 +102,7 @@ LAYERS = {
     "widening": _layer((32, (56, 56), 64, 128), (2, (6, 4), 16, 24), taps=3, stride=2),
     "projection": _layer((8, (56, 56), 256, 512), (2, (5, 4), 20, 24), stride=2),
     "deep": _layer((8, (14, 14), 256, 1024), (1, (3, 3), 20, 136)),
+    "narrowing": _layer((8, (14, 14), 1024, 256), (1, (3, 3), 40, 24)),
     "last": _layer((64, (7, 7), 512, 512), (2, (2, 3), 40, 24), taps=3),
 }
 
@@ -112,7 +113,8 @@ CONV_FORWARD = (
 )
 CONV_BOX = (
     *(("middle", "moments"), ("wide", ""), ("strided", "moments"), ("widening", "moments")),
-    *(("projection", ""), ("expand", "residual"), ("last", "padded residual"), ("last", "moments")),
+    *(("projection", ""), ("expand", "residual"), ("narrowing", "moments")),
+    *(("last", "padded residual"), ("last", "moments")),
 )
 CONV_SPLIT = (
     *(("stem", ""), ("groups", ""), ("wide groups", ""), ("strided", "residual")),

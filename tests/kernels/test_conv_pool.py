@@ -178,7 +178,8 @@ def test_launches_and_bytes():
     assert [call.kernel.__name__ for call in calls] == ["conv_pack_kernel", "conv_pool_kernel"]
     pack, pool = (call.cost() for call in calls)
     assert (pack.bytes_read, pack.bytes_written) == (x.nbytes + w.nbytes, packed)
-    assert (pool.bytes_read, pool.bytes_written) == (packed + 4 * 64 * 4, 32 * 56 * 56 * 64 * 2)
+    unmet = 32 * 229 * 4 * 2  # the last pixel of each packed row, which a filter of 7 columns does not reach
+    assert (pool.bytes_read, pool.bytes_written) == (packed - unmet + 4 * 64 * 4, 32 * 56 * 56 * 64 * 2)
     assert pool.flops == 2 * 32 * 112 * 112 * 64 * 147
 
 
