@@ -195,7 +195,7 @@ def test_force_comes_before_measurement_before_model():
         assert repr(request) in forced.reason
 
 
-def test_where_the_host_takes_longer_than_the_gpu_the_fewest_launches_win():
+def test_where_the_host_takes_longer_than_the_gpu_what_it_launches_sooner_wins():
     small, large = (replace(LAYER, n=n, h=7, w=7, ci=512, co=512, prologue=False) for n in (1, 2048))
     for problem, direction, expected in (
         (small, "frozen", "cudnn"),

@@ -294,12 +294,14 @@ def operator(change):
         elif change == "views":
             y[4:8] += x.view(4, 4).unbind()[1]
             return [y, y.view(torch.int32)]
+        elif change == "negated":
+            y += torch._neg_view(x)
         elif change == "input":
             return x
         return y
     return implementation
 
-for change in ("", "elsewhere", "number", "several", "views", "input"):
+for change in ("", "elsewhere", "number", "several", "views", "negated", "input"):
     ran, run = [], operator(change)
     found = [replay.run(run, [x]) for x in torch.ones(3, 16)]
     count = len(ran)
@@ -307,7 +309,7 @@ for change in ("", "elsewhere", "number", "several", "views", "input"):
     same = all(torch.equal(a, b) for each in found for a, b in zip(each, again, strict=True))
     print(count, same)
 """
-    assert lines(code) == ["1 True", "3 True", "3 True", "3 True", "1 True", "1 True"]
+    assert lines(code) == ["1 True", "3 True", "3 True", "3 True", "1 True", "1 True", "1 True"]
 
 
 def test_tapes_are_forgotten():

@@ -121,8 +121,8 @@ PACES = {
 }
 """By the names of ISSUE_SLOTS, for 1x1 and for wider filters. Fitted, each to within 0.8 and 1.3 of every time, to the
 kernels of a ResNet-50 at batch 256 in bf16 on an H100 80GB HBM3 (driver 580.159, torch 2.11.0, CUDA 13.0, Triton
-3.6.0), and for boxes to the tiles of five layers with two stages. Of "conv_wgrad, flat", and of all on other
-architectures and in other number formats they are assumed: causes lie in the kernels."""
+3.6.0); 1x1 boxes to 33 tiles of five layers with two stages, within 0.78 and 1.25. Of "conv_wgrad, flat", and of all on
+other architectures and in other number formats they are assumed: causes lie in the kernels."""
 
 
 class ChainPace(NamedTuple):
@@ -384,15 +384,15 @@ class _Model:
             *([self.call("sum_splits", 0, parts + b.w)] if parts else []),
         ]
         if p.pooled:
-            return [*forward, *self.pooled_training(), *wgrad]
+            return [*forward, *self.pooled_training(self.moments), *wgrad]
         vectors = self.vectors("batch_norm_stats", self.moments), self.vectors("batch_norm_coefs")
         return [*forward, *vectors, *wgrad, *([] if self.leaf else [self.dgrad()])]
 
-    def pooled_training(self) -> list[PredictedLaunch]:
-        """All but the convolution and its gradient."""
+    def pooled_training(self, moments: int = 0) -> list[PredictedLaunch]:
+        """All but the convolution and its gradient; ``moments``: bytes of those that are merged."""
         b = self.sizes
         return [
-            self.vectors("batch_norm_stats"),
+            self.vectors("batch_norm_stats", moments),
             self.call("batch_norm_pool", 0, b.y + 2 * b.pooled + b.places),
             self.call("batch_norm_reduce", 0, 2 * b.pooled),
             self.vectors("batch_norm_coefs"),
