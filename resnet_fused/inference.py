@@ -359,7 +359,12 @@ class TritonConv(nn.Module):
             residual = channels_last(residual.resolve_neg())
         target = x.dtype, "frozen", x.device, requested()
         implementation, code = functional.choose(
-            tuple(x.shape), tuple(self.weight.shape), self.geometry, *target, residual=residual is not None
+            tuple(x.shape),
+            tuple(self.weight.shape),
+            self.geometry,
+            *target,
+            residual=residual is not None,
+            relu=self.relu,
         )
         if implementation == "eager":
             return self._aten(x, residual)
@@ -368,9 +373,7 @@ class TritonConv(nn.Module):
             if self._folded is None or self._folded[0].device != x.device:  # a replica's is that of the original
                 self._folded = self._fold()
             folded, shift = self._folded
-            if self.relu:
-                return forward.cudnn_conv_relu(x, folded, shift, residual, self.geometry)
-            return _finish(F.conv2d(x, folded, shift, *self.geometry), residual, self.accumulates, relu=False)
+            return forward.cudnn_conv_relu(x, folded, shift, residual, self.geometry)
         keeps = residual is None or self.accumulates
         out_dtype = x.dtype if keeps else torch.promote_types(x.dtype, residual.dtype)
         return ops.conv_bn_act(x, self.weight, self.conv_bias, *norm, residual, 1, 0, code, self.relu, out_dtype)

@@ -493,6 +493,7 @@ def test_plans_are_those_of_the_snapshot(arch):
         {"co": 60},
         {"groups": 2},
         {"dilation": (2, 2)},
+        {"relu": False},
         {"pooled": True, "residual": False, "ci": 3, "r": 7, "s": 7},
     ],
     ids=str,

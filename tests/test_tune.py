@@ -381,6 +381,14 @@ def test_verification_passes_what_is_right(way, direction, change):
 
 
 @pytest.mark.parametrize("way", ["fused", "mixed", "eager"])
+@pytest.mark.parametrize("residual", [False, True])
+def test_verification_passes_a_frozen_unit_without_a_relu(way, residual):
+    trial = Trial(problem(direction="frozen", prologue=False, residual=residual, relu=False), DEVICE)
+    assert trial.ratio(Candidate(way)) <= 1
+    assert trial.work(Candidate(way))()["z"].min() < 0
+
+
+@pytest.mark.parametrize("way", ["fused", "mixed", "eager"])
 @pytest.mark.parametrize("ci", [3, 6])
 def test_verification_passes_a_stem_with_its_pool(way, ci):
     stem = {"ci": ci, "r": 7, "s": 7, "stride": (2, 2), "padding": (3, 3), "h": 20, "w": 18}
@@ -463,6 +471,7 @@ def test_a_frozen_unit_may_be_cudnns(residual, dtype, monkeypatch):
     trial, candidate = Trial(p, torch.device("cpu")), Candidate("cudnn")
     assert candidate in candidates(p)
     assert candidate not in candidates(replace(p, direction="inference"))
+    assert candidate not in candidates(replace(p, relu=False))
     with pytest.raises(NotImplementedError, match="cudnn_convolution"):
         trial.ratio(candidate)
     monkeypatch.setattr(forward, "cudnn_conv_relu", conv_relu)

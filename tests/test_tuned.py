@@ -137,6 +137,15 @@ BAD = {
     "other kernels": (lambda: document(put("versions", "kernels", "0123456789ab")), "its versions is .*0123456789ab"),
     "an unknown way": (lambda: document(put("entries", 0, "implementation", "magic")), "implementation 'magic'"),
     "cuDNN in training": (lambda: document(put("entries", 0, "implementation", "cudnn")), "implementation 'cudnn'"),
+    "cuDNN without a ReLU": (
+        lambda: document(
+            put("entries", 0, "implementation", "cudnn"),
+            put("entries", 0, "problem", "direction", "frozen"),
+            put("entries", 0, "problem", "relu", False),
+        ),
+        "implementation 'cudnn'",
+    ),
+    "training without a ReLU": (lambda: document(put("entries", 0, "problem", "relu", False)), "is no problem"),
     "a tile too large": (lambda: document(put("entries", 0, "tiles", TILE_OF_HALF_A_GPU * 3)), "is not legal"),
     "a tile of text": (lambda: document(put("entries", 0, "tiles", ["64"] * 30)), "should be integers"),
     "too few numbers": (lambda: document(put("entries", 0, "tiles", [64] * 7)), "has 7 numbers for its tiles, not 30"),

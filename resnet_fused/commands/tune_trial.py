@@ -83,7 +83,7 @@ def candidates(problem: Problem) -> list[Candidate]:
             for splits in sorted({max(wgrad.splits // 2, 1), wgrad.splits, 2 * wgrad.splits})
             if (tile := replace(t, splits=splits)) != wgrad
         ]
-    if problem.direction == "frozen":
+    if problem.direction == "frozen" and problem.relu:
         found.append(Candidate("cudnn"))
     return [*found, Candidate("mixed"), Candidate("eager")]
 
@@ -194,7 +194,7 @@ class Trial:
         if p.pooled:
             return lambda: {"z": forward.inference_pooled(self.x, self.w, None, norm, conv)}
         residual = None if self.residual is None else Residual(self.residual)
-        return lambda: {"z": forward.inference(self.x, self.w, None, norm, residual, conv, True, p.dtype)}
+        return lambda: {"z": forward.inference(self.x, self.w, None, norm, residual, conv, p.relu, p.dtype)}
 
     def _training(self, conv: Convolution) -> dict[str, Tensor]:
         running = Running(None, None, None, 0.1)
@@ -218,7 +218,8 @@ class Trial:
     def _eager_inference(self) -> dict[str, Tensor]:
         y = F.conv2d(self.x, self.w, None, *self.problem.geometry)
         z = F.batch_norm(y, self.mean, self.var, self.gamma, self.beta, eps=EPS)
-        z = F.relu_(z if self.residual is None else z.add_(self.residual))
+        z = z if self.residual is None else z.add_(self.residual)
+        z = F.relu_(z) if self.problem.relu else z
         return {"z": F.max_pool2d(z, *POOL) if self.problem.pooled else z}
 
     def _eager_training(self) -> dict[str, Tensor]:
@@ -260,7 +261,8 @@ class Trial:
             work = torch.promote_types(dtype, torch.float32)
             mean, var, gamma, beta = (v.to(work)[:, None, None] for v in (self.mean, self.var, self.gamma, self.beta))
             z = (y.to(work) - mean) * torch.rsqrt(var + EPS) * gamma + beta
-            z = F.relu(z if self.residual is None else z + self.residual.to(work))
+            z = z if self.residual is None else z + self.residual.to(work)
+            z = F.relu(z) if p.relu else z
             return {"z": (F.max_pool2d(z, *POOL) if p.pooled else z).to(dtype)}
         work = torch.promote_types(dtype, torch.float32)
         stats, coefs = self.statistics(y.to(work)), reference.batch_norm_coefs(self.sums.to(work), self.stats.to(work))

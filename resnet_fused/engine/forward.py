@@ -103,14 +103,15 @@ def choose(
     prologue: bool = False,
     residual: bool = False,
     pooled: bool = False,
+    relu: bool = True,
 ) -> Choice:
     """Who convolves an input of ``shape`` [N, CI, H, W] with a filter of ``w_shape`` on ``device``, and how.
 
-    ``direction``, ``prologue``, ``residual`` and ``pooled``: see :class:`Problem`. Measurements count where the GPU was
-    tuned.
+    ``direction``, ``prologue``, ``residual``, ``pooled`` and ``relu``: see :class:`Problem`. Measurements count where
+    the GPU was tuned.
     """
     arch, gpu = decide.target(device)
-    options = dtype, decide.tf32(dtype), prologue, arch, direction, residual, gpu, pooled
+    options = dtype, decide.tf32(dtype), prologue, arch, direction, residual, gpu, pooled, relu
     problem, way = _decided(shape, w_shape, geometry, options, request, tuned.load(gpu))
     decide.note(problem)
     return way

@@ -42,7 +42,8 @@ class Problem(ConvProblem):
     ``direction``: "inference" (fixed statistics, no gradient); "frozen": that of a unit whose weights never change, so
     that batch norm may be folded into them; or "training": the forward and both gradients.
     ``prologue``: in training, the input is the raw output of the unit before, which is normalised on the way in.
-    ``residual``: in inference, one is added. ``pooled``: a ReLU and a 3x3/2 max pool with padding 1 follow, as in a
+    ``residual``: in inference, one is added. ``relu``: in a frozen model, one follows, which cuDNN's one call of all of
+    it cannot leave out. ``pooled``: a ReLU and a 3x3/2 max pool with padding 1 follow, as in a
     network's stem, and nobody wants the gradient of the input. ``gpu``: its name as PyTorch gives it, or "" for any of
     that architecture.
     """
@@ -51,6 +52,7 @@ class Problem(ConvProblem):
     residual: bool
     gpu: str = ""
     pooled: bool = False
+    relu: bool = True
 
     @property
     def gradient(self) -> Problem:
@@ -75,7 +77,8 @@ class Problem(ConvProblem):
         return f"{size} {self.ci}->{self.co}{groups} of {image}{pool}"
 
     def __str__(self) -> str:
-        return f"{self.layer}, {self.number_format} {self.direction}"
+        behind = (", residual" if self.residual else "") + ("" if self.relu else ", no ReLU")
+        return f"{self.layer}{behind}, {self.number_format} {self.direction}"
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ ISSUE_SLOTS: dict[str, dict[int, tuple[float, ...]]] = {
 
 # The same of the whole of conv_pool, whose loop is short and unrolled, for 64 channels: all its instructions over the
 # cycles of its product.
-POOL_SLOTS = {80: 0.969, 86: 0.484, 89: 0.242, 90: 2.027, 100: 7.411, 120: 0.24}
+POOL_SLOTS = {80: 0.969, 86: 0.484, 89: 0.242, 90: 1.455, 100: 7.411, 120: 0.24}
 
 # Of chain_forward's two loops, the walk over the taps and that over the channels of z, with 128 channels between the
 # convolutions; counted alike.
@@ -225,10 +225,11 @@ def predict(
 def ways(problem: Problem) -> tuple[Way, ...]:
     """Those that are predicted: "cudnn" where it is certain that cuDNN takes the unit in one call.
 
-    That is a frozen one in 16 bit, whose channels are multiples of 8, without groups, dilation, or a pool behind it,
-    and whose tensors have fewer than 2^31 elements.
+    That is a frozen one in 16 bit with a ReLU, whose channels are multiples of 8, without groups, dilation, or a pool
+    behind it, and whose tensors have fewer than 2^31 elements.
     """
     whole = problem.ci % 8 == problem.co % 8 == 0 and problem.groups == 1 and problem.dilation == (1, 1)
+    whole = whole and problem.relu
     whole = whole and max(problem.n * problem.h * problem.w * problem.ci, problem.m * problem.co) < 2**31
     if problem.direction == "frozen" and problem.dtype.itemsize == 2 and whole and not problem.pooled:
         return *PREDICTED, "cudnn"
@@ -516,7 +517,8 @@ class _Model:
         add = [self.call("aten.add_", 0, 2 * b.y + self.residual)] if p.residual else []
         if p.direction != "training":
             norm = self.call("aten._native_batch_norm_legit_no_training", 0, 2 * b.y)
-            return [self.convolution(), norm, *add, self.call("aten.relu_", 0, 2 * b.y), *self.pool()]
+            relu = [self.call("aten.relu_", 0, 2 * b.y)] if p.relu else []
+            return [self.convolution(), norm, *add, *relu, *self.pool()]
         return [
             *([self.call("batch_norm_apply", 0, 2 * b.x)] if p.prologue else []),
             self.convolution(),

@@ -217,7 +217,7 @@ def _entry(row: dict[str, Any], gpu: str) -> Entry:
     tiles = Tiles.decode(tuple(code))
     if tiles.encode() != code:
         raise ValueError(f"an entry's tiles are not to be told from {code}")
-    known = WAYS if problem.direction == "frozen" and not problem.pooled else WAYS[:-1]
+    known = WAYS if problem.direction == "frozen" and problem.relu and not problem.pooled else WAYS[:-1]
     if row["implementation"] not in known:
         raise ValueError(f"an entry has the implementation {row['implementation']!r}")
     for tile in (tiles.forward, tiles.dgrad, tiles.wgrad and replace(tiles.wgrad, splits=1)):
@@ -241,14 +241,16 @@ def problem_in(fields: dict[str, Any]) -> Problem:
     pairs = {name: tuple(_integers(fields[name])) for name in ("stride", "padding", "dilation")}
     sizes = _integers(fields[name] for name in ("n", "h", "w", "ci", "co", "r", "s", "groups", "arch"))
     problem = Problem(**(fields | pairs | {"dtype": DTYPES[fields["dtype"]]}))
+    flags = problem.tf32, problem.prologue, problem.residual, problem.pooled, problem.relu
     numbers = [*sizes, *(size + 1 for size in problem.padding), *problem.stride, *problem.dilation]
     if (
         not all(1 <= number < 2**31 for number in numbers)
         or any(len(pair) != 2 for pair in pairs.values())
         or min(problem.p, problem.q) < 1
-        or not all(type(flag) is bool for flag in (problem.tf32, problem.prologue, problem.residual, problem.pooled))
+        or not all(type(flag) is bool for flag in flags)
         or problem.direction not in DIRECTIONS
         or (problem.pooled and (problem.residual or problem.prologue))
+        or (problem.direction != "frozen" and not problem.relu)
         or not isinstance(problem.gpu, str)
     ):
         raise ValueError(f"{fields} is no problem")
