@@ -9,7 +9,16 @@ import torch
 import triton
 import triton.language as tl
 
-COUNTS = {"identity": 0, "relu": 0, "leaky_relu": 1, "hardtanh": 2, "hardswish": 0, "silu": 0, "gelu": 0, "gelu_tanh": 0}
+COUNTS = {
+    "identity": 0,
+    "relu": 0,
+    "leaky_relu": 1,
+    "hardtanh": 2,
+    "hardswish": 0,
+    "silu": 0,
+    "gelu": 0,
+    "gelu_tanh": 0,
+}
 """The activations by name, and of how many numbers each is a function."""
 
 

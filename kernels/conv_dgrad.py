@@ -48,7 +48,8 @@ from .tile import PerTile, Pixels, Tile, all_finite, bound, dot, first_tap, load
 class Form(NamedTuple):
     """What the compiled code depends on: the filter's size, and which of the kernel's cases it is.
 
-    ``ACT``: the activation that the input is the output of. ``VECTOR``: see :func:`resnet_fused.kernels.conv.load_width`.
+    ``ACT``: the activation that the input is the output of.
+    ``VECTOR``: see :func:`resnet_fused.kernels.conv.load_width`.
     """
 
     R: int
@@ -348,8 +349,8 @@ def conv_dgrad(
     ``dy`` [N, CO, P, Q]: the gradient of its output, of the dtype of ``w``; or, with ``coefs`` fp32 [3, CO], the g of
     ``dy = coefs[0]*g + coefs[1]*y + coefs[2]`` (``y`` None: only the first term), which is rounded to that dtype.
     ``shortcut``: its channels from ``before`` on are added to every ``step``-th pixel. ``mask`` = (y_in [N, CI, *size],
-    stats fp32 [5, CI]): the input was ``act(scale*y_in + shift)``, with ``activation``, and the gradient in front of that
-    is wanted. Tensors are pixel-linear, ``w`` is channels_last.
+    stats fp32 [5, CI]): the input was ``act(scale*y_in + shift)``, with ``activation``, and the gradient in front of
+    that is wanted. Tensors are pixel-linear, ``w`` is channels_last.
 
     Returns it, channels_last, of ``out_dtype`` (that of ``w`` if not given); and with a mask fp32 [2, T, CI], tile by
     tile the sums of it and of its product with ``y_in - mean``, of the rounded values. Raises ValueError for tensors

@@ -35,7 +35,8 @@ from .tile import PerTile, Pixels, Tile, all_finite, bound, dot, load_channels, 
 class Form(NamedTuple):
     """What the compiled code depends on: the filter's size, and which of the kernel's cases it is.
 
-    ``PRE``, ``ACT``: the activation of the prologue, of the epilogue. ``VECTOR``: see :func:`resnet_fused.kernels.conv.load_width`.
+    ``PRE``, ``ACT``: the activation of the prologue, of the epilogue.
+    ``VECTOR``: see :func:`resnet_fused.kernels.conv.load_width`.
     """
 
     R: int
@@ -496,9 +497,9 @@ def conv_forward(
     In one launch; or in two, where ``config`` splits the sum over K: one for its parts, one for what follows them.
 
     ``x`` [N, CI, H, W] and the residual are pixel-linear (channels_last, or a slice of its channels or images), ``w``
-    [CO, CI/groups, R, S] is channels_last and has the dtype of ``x``. With a ``prologue``, padding is zero
-    after it. ``out``: a pixel-linear tensor [N, CO, P, Q] to write to. ``config``: the tile; without it, or where it has a box and TMA can not take these tensors,
-    ``default_config``.
+    [CO, CI/groups, R, S] is channels_last and has the dtype of ``x``. With a ``prologue``, padding is zero after it.
+    ``out``: a pixel-linear tensor [N, CO, P, Q] to write to. ``config``: the tile; without it, or where it has a box
+    and TMA can not take these tensors, ``default_config``.
 
     Returns [N, CO, P, Q], channels_last, of ``out_dtype`` (that of ``x`` if not given). Raises ValueError for tensors
     that are not laid out so, RuntimeError where nothing can execute the kernel.

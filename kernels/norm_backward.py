@@ -1,4 +1,4 @@
-"""Batch norm's backward: the gradient in front of an activation with its sums, what they come to, and the gradient of y."""
+"""Batch norm's backward: the gradient in front of an activation, its sums, what they come to, the gradient of y."""
 
 from __future__ import annotations
 

@@ -125,8 +125,8 @@ def residual_block(
 ) -> Tensor:
     """``act(layers(x) + shortcut)``; returns channels_last.
 
-    The last layer's activation stands behind the addition. Without gradients and with fixed statistics every layer is one
-    launch. Otherwise layers are run as :class:`resnet_fused.engine.autograd.ResidualFunction`. ``recompute``: its
+    The last layer's activation stands behind the addition. Without gradients and with fixed statistics every layer is
+    one launch. Otherwise layers are run as :class:`resnet_fused.engine.autograd.ResidualFunction`. ``recompute``: its
     backward computes the last convolution again instead of keeping its output.
 
     Layers that cannot be fused as they stand run their own modules, and the reason is logged once; what those refuse is
@@ -397,7 +397,9 @@ def _is_cheap(projection: Unit | None, branch: Sequence[_Planned]) -> bool:
 
 def _spec(planned: _Planned) -> UnitSpec:
     unit, activation = planned.unit, planned.unit.layer.activation
-    return UnitSpec(planned.code, unit.eps, unit.momentum, unit.batch_stats, process_group_name(unit.layer.bn), activation)
+    return UnitSpec(
+        planned.code, unit.eps, unit.momentum, unit.batch_stats, process_group_name(unit.layer.bn), activation
+    )
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -110,7 +110,12 @@ def _stem(module: nn.Module, parts: list[str]) -> StemLayout | None:
         return None
     block = module.get_submodule(unit[0])
     layout = block.described()[0] if isinstance(block, FusedBlock) else recognise(block)
-    if not isinstance(layout, BlockLayout) or layout.residual or len(layout.units) != 1 or layout.units[0].activation != RELU:
+    if (
+        not isinstance(layout, BlockLayout)
+        or layout.residual
+        or len(layout.units) != 1
+        or layout.units[0].activation != RELU
+    ):
         return None
     conv_name, norm_name = (f"{unit[0]}.{name}" for name in layout.units[0][:2])
     return StemLayout(conv_name, norm_name, pool, tuple(parts))

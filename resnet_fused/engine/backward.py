@@ -136,7 +136,8 @@ def backward(
     """Gradients of x and of the shortcut's own input; those of the parameters go to each unit.
 
     ``z``: the output, None if no activation stands in front of it, or one whose derivative it does not decide, or a
-    pool behind that. ``shortcut``: what the shortcut reads, None for x. Formulas: :func:`resnet_fused.engine.reference.batch_norm_coefs` and its neighbours.
+    pool behind that. ``shortcut``: what the shortcut reads, None for x. Formulas:
+    :func:`resnet_fused.engine.reference.batch_norm_coefs` and its neighbours.
     """
     if join.peaks is not None:
         return _branch_backward(_pool_backward(units[-1], dz, join.peaks, wanted), x, units, None, wanted), None

@@ -43,8 +43,8 @@ _library.define("pool_forward(Tensor y, Tensor stats) -> (Tensor, Tensor, Tensor
 _library.define(
     "residual_backward(Tensor dz, Tensor? z, Tensor x, Tensor? shortcut, Tensor? peak, Tensor? place, "
     "Tensor[] weights, Tensor?[] biases, Tensor?[] ys, Tensor[] stats, int[] convolutions, int[] weight_strides, "
-    "bool[] frozen, str[] groups, str[] activations, str kind, int step, int before, bool[] needs, ScalarType weight_dtype, "
-    "ScalarType norm_dtype) -> Tensor[]"
+    "bool[] frozen, str[] groups, str[] activations, str kind, int step, int before, bool[] needs, "
+    "ScalarType weight_dtype, ScalarType norm_dtype) -> Tensor[]"
 )
 
 
