@@ -71,11 +71,6 @@ IDENTITY = Activation("identity")
 RELU = Activation("relu")
 RELU6 = Activation("hardtanh", (0.0, 6.0))
 
-SQRT_1_2 = tl.constexpr(0.7071067811865476)
-SQRT_2_PI = tl.constexpr(0.7978845608028654)
-SQRT_1_2PI = tl.constexpr(0.3989422804014327)
-CUBIC = tl.constexpr(0.044715)
-
 
 @triton.jit
 def relu(v):
@@ -90,9 +85,15 @@ def logistic(v):
 
 
 @triton.jit
-def tanh_argument(v):
-    """Twice what the tanh of gelu_tanh is taken of: ``(1 + tanh(u))/2`` is ``logistic(2*u)``."""
-    return 2.0 * SQRT_2_PI * (v + CUBIC * (v * v * v))
+def normal_cdf(v):
+    """How likely a normal variable is to be smaller than ``v``."""
+    return 0.5 * (1.0 + tl.math.erf(v * 0.7071067811865476))
+
+
+@triton.jit
+def near_cdf(v):
+    """What gelu_tanh takes for it: ``(1 + tanh(u))/2``, which is ``logistic(2*u)``, ``u`` being a cubic function."""
+    return logistic(1.5957691216057308 * (v + 0.044715 * (v * v * v)))
 
 
 @triton.jit
@@ -109,9 +110,9 @@ def activate(v, ACT: tl.constexpr):
     elif ACT.name == "silu":
         return v / (1.0 + tl.exp(-v))
     elif ACT.name == "gelu":
-        return v * (0.5 * (1.0 + tl.math.erf(v * SQRT_1_2)))
+        return v * normal_cdf(v)
     elif ACT.name == "gelu_tanh":
-        return v * logistic(tanh_argument(v))
+        return v * near_cdf(v)
     else:
         tl.static_assert(ACT.name == "identity")
         return v
@@ -135,10 +136,11 @@ def in_front(g, v, ACT: tl.constexpr):
         s = logistic(v)
         return g * (s * (1.0 + v * (1.0 - s)))
     elif ACT.name == "gelu":
-        return g * (0.5 * (1.0 + tl.math.erf(v * SQRT_1_2)) + v * (tl.exp(-0.5 * v * v) * SQRT_1_2PI))
+        return g * (normal_cdf(v) + v * (tl.exp(-0.5 * v * v) * 0.3989422804014327))
     elif ACT.name == "gelu_tanh":
-        s = logistic(tanh_argument(v))
-        return g * (s + v * (2.0 * s * (1.0 - s)) * (SQRT_2_PI * (1.0 + 3.0 * CUBIC * (v * v))))
+        s = near_cdf(v)
+        # The other side's, since 1 - s would be a rounding alone.
+        return g * (s + v * (s * near_cdf(-v)) * (1.5957691216057308 * (1.0 + 0.134145 * (v * v))))
     else:
         tl.static_assert(ACT.name == "identity")
         return g

@@ -36,7 +36,7 @@ def normalised(*shape: int, dtype: torch.dtype = torch.float32, spread: float = 
     y, stats = spread * random(*shape, dtype=dtype), random_stats(shape[1])
     v = reference.batch_norm_apply(y.double(), stats.double(), activation=IDENTITY)
     away = min_distance(v) > 1e-2
-    y = torch.where(away, y, y.new_tensor(0.0))
+    y = torch.where(away, y, 0.0).to(dtype).contiguous(memory_format=torch.channels_last)
     v = reference.batch_norm_apply(y.double(), stats.double(), activation=IDENTITY)
     assert (min_distance(v) > 1e-3).all()
     return y, stats, v
@@ -143,19 +143,17 @@ def test_join(act, kind, dtype):
     )
     assert_within_rule(z, reference.activate(v.float(), act).to(dtype), reference.activate(v, act))
 
-    dz = random(2, 20, 5, 3, dtype=dtype)
-    near = min_distance(v) < 1e-2  # where roundings decide
+    # Nothing comes to where a rounding decides.
+    dz = torch.where(min_distance(v) < 1e-2, 0.0, random(2, 20, 5, 3)).to(dtype)
+    dz = dz.contiguous(memory_format=torch.channels_last)
     behind = dict(z=z) if act.reads_output else dict(residual=None if second else residual)
     g, sums = batch_norm_reduce(dz, y, stats, activation=act, second=second, **behind)
-    exact, eager = reference.in_front(dz.double(), v, act), reference.in_front(dz.float(), v.float(), act).to(dtype)
-    assert_within_rule(*(t.masked_fill(near, 0.0) for t in (g, eager, exact)))
-    want = [*reference.batch_norm_sums(exact.masked_fill(near, 0.0), y.double(), stats.double())]
-    got = merge_sums(batch_norm_reduce(dz.masked_fill(near, 0.0), y, stats, activation=act, second=second, **behind)[1])
+    exact = reference.in_front(dz.double(), v, act)
+    assert_within_rule(g, reference.in_front(dz.float(), v.float(), act).to(dtype), exact)
+    want = [*reference.batch_norm_sums(exact, y.double(), stats.double())]
     if second is not None:
-        want.append(reference.batch_norm_sums(exact.masked_fill(near, 0.0), y2.double(), stats2.double())[1])
-    torch.testing.assert_close(
-        got.double(), torch.stack(want), rtol=1e-4, atol=1e-2 if dtype != torch.float32 else 1e-4
-    )
+        want.append(reference.batch_norm_sums(exact, y2.double(), stats2.double())[1])
+    torch.testing.assert_close(merge_sums(sums).double(), torch.stack(want), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("act", [RELU, IDENTITY, *ACTIVATIONS], ids=lambda act: act.code)
@@ -171,13 +169,13 @@ def test_what_is_not_finite_and_what_overflows(act):
         return
     dz = torch.ones_like(y)
     g, _ = batch_norm_reduce(dz, y, stats, activation=act)
-    gradient = reference.in_front(dz, y, act)
-    if act.name == "hardswish":  # of NaN, PyTorch's kernels for CPUs and for GPUs differ
-        gradient[y.isnan()], g[y.isnan()] = 0.0, 0.0
-    torch.testing.assert_close(g, gradient, equal_nan=True)
     if act.reads_output:
         z = batch_norm_apply(y, stats, activation=act)
         torch.testing.assert_close(batch_norm_reduce(dz, y, stats, activation=act, z=z)[0], g, equal_nan=True)
+    gradient = reference.in_front(dz, y, act)
+    if act.name in ("hardswish", "hardtanh"):  # of NaN, PyTorch's kernels for CPUs and for GPUs differ
+        gradient[y.isnan()], g[y.isnan()] = 0.0, 0.0
+    torch.testing.assert_close(g, gradient, equal_nan=True)
 
 
 def test_the_output_of_a_limit_that_16_bits_do_not_hold():
@@ -209,7 +207,7 @@ def test_what_is_refused(act, message):
 @EVERY
 def test_the_reference_is_its_own_gradient(act):
     v = torch.linspace(-4, 7, 24, dtype=torch.float64, requires_grad=True)
-    assert min_distance(v.detach()).min() > 1e-3
+    assert min_distance(v.detach()).min() > 1e-3, "no value lies at a limit"
     assert torch.autograd.gradcheck(lambda v: reference.activate(v, act), v)
     g = torch.randn(24, dtype=torch.float64)
     step = 1e-6
