@@ -34,6 +34,11 @@ class Activation(NamedTuple):
         return self.name in ("identity", "relu", "hardtanh") or (self.name == "leaky_relu" and self.numbers[0] >= 0)
 
     @property
+    def light(self) -> bool:
+        """Whether it and its derivative are one comparison: all others take registers of their own."""
+        return self.name in ("identity", "relu")
+
+    @property
     def code(self) -> str:
         """As a string, for the schema of an operator; :func:`decode` is the inverse."""
         return " ".join([self.name, *[repr(number) for number in self.numbers]])
@@ -79,6 +84,12 @@ def relu(v):
 
 
 @triton.jit
+def hardtanh(v, LEAST: tl.constexpr, MOST: tl.constexpr):
+    """``v`` between two limits; keeps NaN, too."""
+    return tl.minimum(tl.maximum(v, LEAST, propagate_nan=tl.PropagateNan.ALL), MOST, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def logistic(v):
     """``1/(1 + exp(-v))``."""
     return 1.0 / (1.0 + tl.exp(-v))
@@ -104,9 +115,9 @@ def activate(v, ACT: tl.constexpr):
     elif ACT.name == "leaky_relu":
         return tl.where(v > 0, v, v * ACT.numbers[0])
     elif ACT.name == "hardtanh":
-        return tl.where(v < ACT.numbers[0], ACT.numbers[0], tl.where(v > ACT.numbers[1], ACT.numbers[1], v))
+        return hardtanh(v, ACT.numbers[0], ACT.numbers[1])
     elif ACT.name == "hardswish":
-        return v * tl.where(v < -3.0, 0.0, tl.where(v > 3.0, 6.0, v + 3.0)) * (1.0 / 6.0)
+        return v * hardtanh(v + 3.0, 0.0, 6.0) * (1.0 / 6.0)
     elif ACT.name == "silu":
         return v / (1.0 + tl.exp(-v))
     elif ACT.name == "gelu":
@@ -129,7 +140,7 @@ def in_front(g, v, ACT: tl.constexpr):
     elif ACT.name == "leaky_relu":
         return tl.where(v > 0, g, g * ACT.numbers[0])
     elif ACT.name == "hardtanh":
-        return tl.where((v <= ACT.numbers[0]) | (v >= ACT.numbers[1]), 0.0, g)
+        return tl.where(v <= ACT.numbers[0], 0.0, tl.where(v >= ACT.numbers[1], 0.0, g))
     elif ACT.name == "hardswish":
         return tl.where(v <= -3.0, 0.0, tl.where(v < 3.0, g * (v * (1.0 / 3.0) + 0.5), g))
     elif ACT.name == "silu":

@@ -124,7 +124,7 @@ def part_of(box: Box, parts: int) -> Box | None:
 
 @triton.jit
 def in_parts(acc, PARTS: tl.constexpr):
-    """``acc``, channels x pixels, in so many PARTS of the pixels, 1, 2 or 4.
+    """``acc``, channels x pixels, in so many PARTS of the pixels, a power of two.
 
     A high tile as a whole would not leave room in the registers for what its epilogue loads.
     """
@@ -135,7 +135,7 @@ def in_parts(acc, PARTS: tl.constexpr):
         if PARTS == 2:
             return halves
         else:
-            return in_parts(halves[0], 2) + in_parts(halves[1], 2)
+            return in_parts(halves[0], PARTS // 2) + in_parts(halves[1], PARTS // 2)
 
 
 @triton.jit(do_not_specialize=["P", "Q", "images", "rows", "columns", "pad_h", "pad_w", "dil_h", "dil_w"])

@@ -271,6 +271,12 @@ def default_config(problem: ConvProblem) -> TileConfig:
     return replace(tile, splits=max(1, min(max(wanted, least), steps // 8, max(affordable, least))))
 
 
+def _default(problem: ConvProblem, activation: Activation) -> TileConfig:
+    """The default tile, of half the pixels where what ``activation`` takes would leave no registers for 64."""
+    tile = default_config(problem)
+    return tile if activation.light or problem.arch == INTERPRETER else replace(tile, block_k=min(tile.block_k, 32))
+
+
 def _tile(problem: ConvProblem, block_m: int, block_n: int) -> TileConfig:
     """For a GPU; of the filter's rows and columns, as powers of two."""
     fp32, (ci, co) = problem.dtype == torch.float32, problem.tile_channels
@@ -385,7 +391,7 @@ def _recipe(
     problem = ConvProblem(n, h, w, ci, co, r, s, *geometry, x.dtype, tf32, prologue, arch)
     check_geometry(problem)
     _check(problem, inputs)
-    tile = config or default_config(problem)
+    tile = config or _default(problem, inputs.before or IDENTITY)
     steps = cdiv(cdiv(problem.m, tile.block_k), tile.splits)
     far = max(map(span, (dy, x))) + steps * tile.block_k * max(ci, co) >= 2**31
     widths = _widths(problem, dy, x)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from . import conv_box
-from .activation import IDENTITY, RELU, Activation
+from .activation import Activation
 from .conv import WALK, ConvProblem, blocks, parity_walk, precision, sizes
 from .conv_box import Chunk, in_parts, next_chunk, pixels_of, start_of
 from .epilogue import WHOLE, Added, store_gradient
@@ -213,7 +213,7 @@ def recipe(
     form = Form(
         *(problem.r, problem.s),
         ONE_CHUNK=co == tile.block_k,
-        PARTS=_parts(tile, many=(cut is not None and y_in is not None) or activation not in (IDENTITY, RELU)),
+        PARTS=_parts(tile, both=cut is not None and y_in is not None, light=activation.light),
         CUT_SPARSE=crop is not WHOLE,
         ACT=activation,
         INT64=max(prod(image), span(cut), span(y_in)) + tile.block_m * prod(problem.stride) >= 2**31,
@@ -233,10 +233,10 @@ def recipe(
     return Recipe(dgrad_box_kernel, grid, scalars, tile, cost, vectors, {"g_ptr": gradients, "w_ptr": filters})
 
 
-def _parts(tile: TileConfig, many: bool) -> int:
-    """In how many parts a tile is finished: both a shortcut and a mask, or a derivative that is computed, take ``many``
-    registers more."""
-    return (2 if tile.block_m >= 128 else 1) * (2 if many else 1)
+def _parts(tile: TileConfig, both: bool, light: bool) -> int:
+    """In how many parts a tile is finished: ``both`` a shortcut and a mask take twice the registers, the derivative of
+    an activation that is not ``light`` more."""
+    return (2 if tile.block_m >= 128 else 1) * ((2 if both else 1) if light else 4)
 
 
 def sum_tiles(recipe: Recipe) -> int:

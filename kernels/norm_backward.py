@@ -268,8 +268,9 @@ def _reduce_recipe(
     residual.require_fits(dz.shape)
     pixels, channels = sizes(dz)
     # In 16 bits, with one batch norm, 64 registers are enough: the compiler would spill to do with fewer. Not for
-    # channels that it loads one by one.
-    registers = 64 if y2 is None and dz.dtype.itemsize == 2 and channels % 16 == 0 else None
+    # channels that it loads one by one, nor where a derivative is computed.
+    small = y2 is None and dz.dtype.itemsize == 2 and channels % 16 == 0
+    registers = (64 if activation.light else 96) if small else None
     tile = config or replace(default_config(pixels, channels, arch), max_registers=registers)
     tiles = cdiv(pixels, tile.block_m * tile.block_k)
     g_stride = 0
