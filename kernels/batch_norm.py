@@ -14,11 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .activation import RELU, Activation, activate
 from .epilogue import WHOLE, Added, Moments, Norm, Residual, added, load_residual, normalise, scale_shift
 from .gpus import gpu_of
 from .launch import INTERPRETER, KEPT_LAYOUTS, Cost, Recipe, TileConfig, Vector, target_arch
 from .memory import Layout, cdiv, empty_channels_last, layout, require_pixel_linear, span, stride_of
-from .tile import Pixels, Tile, bound, finite, load_channels, load_pixels, relu, rounded_product, store_pixels
+from .tile import Pixels, Tile, bound, finite, load_channels, load_pixels, rounded_product, store_pixels
 
 RUNTIME_SIZES = ["M", "P", "Q", "T", "steps", "rows", "pixels"]
 """Sizes that the compiled code does not depend on."""
@@ -206,12 +207,12 @@ def batch_norm_apply_kernel(
     crop,
     eps,
     RES_PADDED: tl.constexpr,
-    RELU: tl.constexpr,
+    ACT: tl.constexpr,
     INT64: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """``z = relu(scale*y + shift + residual)`` for BLOCK_M pixels x BLOCK_N channels; the residual may be raw too.
+    """``z = act(scale*y + shift + residual)`` for BLOCK_M pixels x BLOCK_N channels; the residual may be raw too.
 
     Without stats, scale and shift come from fixed statistics: mean, var, gamma and beta.
     """
@@ -234,9 +235,7 @@ def batch_norm_apply_kernel(
         if res_stats_ptr is not None:
             res = normalise(res, res_stats_ptr, c, mask_c, C)
         v += res
-    if RELU:
-        v = relu(v)
-    store_pixels(z_ptr, offs_m, C, c, v, mask)
+    store_pixels(z_ptr, offs_m, C, c, activate(v, ACT), mask)
 
 
 PROGRAMS = 4
@@ -394,11 +393,11 @@ def batch_norm_apply(
     *,
     residual: Residual | None = None,
     residual_stats: Tensor | None = None,
-    relu: bool = True,
+    activation: Activation = RELU,
     out_dtype: torch.dtype | None = None,
     config: TileConfig | None = None,
 ) -> Tensor:
-    """``relu(scale*y + shift + residual)`` for ``y`` [N, C, P, Q]; one read of each tensor and one write.
+    """``act(scale*y + shift + residual)`` for ``y`` [N, C, P, Q]; one read of each tensor and one write.
 
     ``stats``: as :func:`batch_norm_stats` returns them, or the fixed statistics that it would take them from.
     ``residual_stats``: they normalise a residual of the same shape.
@@ -412,7 +411,7 @@ def batch_norm_apply(
     fixed = stats if isinstance(stats, Norm) else None
     mean, var, gamma, beta, eps = fixed or (None, None, None, None, 0.0)
     rows = (0 if fixed else 2) + (0 if residual_stats is None else 2)
-    recipe = _apply_recipe(layout(y), added(residual), rows, eps, relu, target_arch(), config)
+    recipe = _apply_recipe(layout(y), added(residual), rows, eps, activation, target_arch(), config)
     z = empty_channels_last(y.shape, dtype, y.device)
     recipe.run(
         y_ptr=y,
@@ -434,7 +433,7 @@ def _apply_recipe(
     residual: Added,
     rows: int,
     eps: float,
-    relu: bool,
+    activation: Activation,
     arch: int,
     config: TileConfig | None,
 ) -> Recipe:
@@ -456,7 +455,7 @@ def _apply_recipe(
         "crop": crop,
         "eps": eps,
         "RES_PADDED": crop is not WHOLE,
-        "RELU": relu,
+        "ACT": activation,
         "INT64": wide(tile, y, res),
     }
     # Of a padded residual, the pixels that are added.

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .activation import relu
 from .conv import ConvProblem, Geometry, Size, blocks, check_geometry, precision, sizes
 from .epilogue import WHOLE, Added, Residual, added, load_residual
 from .gpus import gpu_of
@@ -31,7 +32,7 @@ from .memory import (
     span,
     stride_of,
 )
-from .tile import Pixels, Tile, bound, dot, load_channels, relu, settled, tap_mask
+from .tile import Pixels, Tile, bound, dot, load_channels, settled, tap_mask
 
 TAIL_STAGES = tl.constexpr(2)
 """Of the loop over the channels of z."""

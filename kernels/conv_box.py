@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .activation import Activation
 from .conv import ConvProblem, Size, blocks, precision, sizes
 from .epilogue import WHOLE, Affine, Epilogue, Norm, affine, load_scale, output, store_moments_of_tile
 from .gpus import gpu_of
@@ -33,7 +34,7 @@ class Form(NamedTuple):
     PARTS: int
     BY_TMA: bool
     RES_PADDED: bool
-    RELU: bool
+    ACT: Activation
     INT64: bool
     PRECISION: str
 
@@ -123,7 +124,7 @@ def part_of(box: Box, parts: int) -> Box | None:
 
 @triton.jit
 def in_parts(acc, PARTS: tl.constexpr):
-    """``acc``, channels x pixels, in so many PARTS of the pixels, 1, 2 or 4.
+    """``acc``, channels x pixels, in so many PARTS of the pixels, a power of two.
 
     A high tile as a whole would not leave room in the registers for what its epilogue loads.
     """
@@ -134,7 +135,7 @@ def in_parts(acc, PARTS: tl.constexpr):
         if PARTS == 2:
             return halves
         else:
-            return in_parts(halves[0], 2) + in_parts(halves[1], 2)
+            return in_parts(halves[0], PARTS // 2) + in_parts(halves[1], PARTS // 2)
 
 
 @triton.jit(do_not_specialize=["P", "Q", "images", "rows", "columns", "pad_h", "pad_w", "dil_h", "dil_w"])
@@ -177,6 +178,7 @@ def conv_box_kernel(
     R: tl.constexpr = form.R
     S: tl.constexpr = form.S
     PARTS: tl.constexpr = form.PARTS
+    ACT: tl.constexpr = form.ACT
     PRECISION: tl.constexpr = form.PRECISION
     BLOCK_M: tl.constexpr = blocks.m
     BLOCK_N: tl.constexpr = blocks.n
@@ -230,7 +232,7 @@ def conv_box_kernel(
         present = (n < images) & (p < rows) & (q < columns)
         tile = Tile((n.to(OFFSET) * rows + p) * columns + q, group * CO + c, present, c < CO)
         v = affine(tl.trans(parts[i]), Affine(bias, mean, scale, beta))
-        v = output(v, tile, res, crop, Size(0, 0, P, Q), form.RES_PADDED, form.RELU)
+        v = output(v, tile, res, crop, Size(0, 0, P, Q), form.RES_PADDED, ACT)
         if form.BY_TMA:
             rounded = v.to(y_ptr.dtype)
             at_n, at_h, at_w = start_of_part(start, i, PARTS, box)
@@ -408,7 +410,7 @@ def recipe(
         PARTS=parts,
         BY_TMA=stored is not None,
         RES_PADDED=crop is not WHOLE,
-        RELU=epilogue.relu,
+        ACT=epilogue.activation,
         INT64=max(map(span, (x, out, res))) + tile.block_m >= 2**31,
         PRECISION=precision(problem),
     )

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import conv_box, conv_forward, dgrad_box
+from .activation import IDENTITY, RELU, Activation
 from .conv import (
     RUNTIME_SIZES,
     WALK,
@@ -47,6 +48,7 @@ from .tile import PerTile, Pixels, Tile, all_finite, bound, dot, first_tap, load
 class Form(NamedTuple):
     """What the compiled code depends on: the filter's size, and which of the kernel's cases it is.
 
+    ``ACT``: the activation that the input is the output of.
     ``VECTOR``: see :func:`resnet_fused.kernels.conv.load_width`.
     """
 
@@ -59,6 +61,7 @@ class Form(NamedTuple):
     ONE_CHUNK: bool
     STRIDED: bool
     CUT_SPARSE: bool
+    ACT: Activation
     INT64: bool
     VECTOR: int
     PRECISION: str
@@ -165,6 +168,7 @@ def conv_dgrad_kernel(
     ONE_CHUNK: tl.constexpr = form.ONE_CHUNK
     STRIDED: tl.constexpr = form.STRIDED
     CUT_SPARSE: tl.constexpr = form.CUT_SPARSE
+    ACT: tl.constexpr = form.ACT
     VECTOR: tl.constexpr = form.VECTOR
     PRECISION: tl.constexpr = form.PRECISION
     BLOCK_M: tl.constexpr = blocks.m
@@ -322,7 +326,7 @@ def conv_dgrad_kernel(
         c = pid % tiles_n * BLOCK_N + part * WIDTH + tl.arange(0, WIDTH)
         tile = Tile(pixel, group * CI + c, offs_m < N * rows * columns, c < CI)
         place = image, h, w
-        store_gradient(parts[part], tile, place, cut, crop, y_in, stats_ptr, dx_ptr, sums, CUT_SPARSE)
+        store_gradient(parts[part], tile, place, cut, crop, y_in, stats_ptr, dx_ptr, sums, CUT_SPARSE, ACT)
 
 
 def conv_dgrad(
@@ -335,6 +339,7 @@ def conv_dgrad(
     coefs: Tensor | None = None,
     shortcut: Residual | None = None,
     mask: tuple[Tensor, Tensor] | None = None,
+    activation: Activation = RELU,
     tf32: bool = False,
     out_dtype: torch.dtype | None = None,
     config: TileConfig | None = None,
@@ -344,15 +349,16 @@ def conv_dgrad(
     ``dy`` [N, CO, P, Q]: the gradient of its output, of the dtype of ``w``; or, with ``coefs`` fp32 [3, CO], the g of
     ``dy = coefs[0]*g + coefs[1]*y + coefs[2]`` (``y`` None: only the first term), which is rounded to that dtype.
     ``shortcut``: its channels from ``before`` on are added to every ``step``-th pixel. ``mask`` = (y_in [N, CI, *size],
-    stats fp32 [5, CI]): the input was ``relu(scale*y_in + shift)``, and the gradient in front of that ReLU is wanted.
-    Tensors are pixel-linear, ``w`` is channels_last.
+    stats fp32 [5, CI]): the input was ``act(scale*y_in + shift)``, with ``activation``, and the gradient in front of
+    that is wanted. Tensors are pixel-linear, ``w`` is channels_last.
 
     Returns it, channels_last, of ``out_dtype`` (that of ``w`` if not given); and with a mask fp32 [2, T, CI], tile by
     tile the sums of it and of its product with ``y_in - mean``, of the rounded values. Raises ValueError for tensors
     that do not fit, and for filters of more than 64 taps.
     """
     y_in, stats = mask or (None, None)
-    inputs = _Inputs(layout(dy), layout(w), layout(y), added(shortcut), layout(y_in))
+    act = IDENTITY if mask is None else activation
+    inputs = _Inputs(layout(dy), layout(w), layout(y), added(shortcut), layout(y_in), act)
     dtype = w.dtype if out_dtype is None else out_dtype
     chosen = conv_box.loadable(config, dy, w)
     recipe = _recipe(inputs, coefs is not None, tuple(size), geometry, tf32, target_arch(), chosen)
@@ -382,6 +388,7 @@ class _Inputs(NamedTuple):
     y: Layout | None
     shortcut: Added
     y_in: Layout | None
+    activation: Activation
 
 
 @lru_cache(maxsize=KEPT_LAYOUTS)
@@ -394,7 +401,7 @@ def _recipe(
     arch: int,
     config: TileConfig | None,
 ) -> Recipe:
-    dy, w, _, shortcut, y_in = inputs
+    dy, w, _, shortcut, y_in, activation = inputs
     require_pixel_linear(dy=dy)
     require_channels_last_filter(w)
     n, co, _, _ = dy.shape
@@ -406,7 +413,7 @@ def _recipe(
     _check_shortcut(problem, shortcut)
     vectors = {"stats_ptr": Vector("mask[1]", (5, ci), (torch.float32,))}
     if config is not None and config.box is not None:
-        boxed = dgrad_box.recipe(problem, dy, y_in, shortcut, config, partial(_cost, problem), vectors)
+        boxed = dgrad_box.recipe(problem, dy, y_in, shortcut, activation, config, partial(_cost, problem), vectors)
         if boxed is not None:
             return boxed
         config = None
@@ -416,11 +423,12 @@ def _recipe(
 
 
 def _gathered(problem: ConvProblem, inputs: _Inputs, tile: TileConfig, vectors: Mapping[str, Vector]) -> Recipe:
-    dy, _, _, shortcut, y_in = inputs
+    dy, _, _, shortcut, y_in, activation = inputs
     image = problem.n, problem.ci, problem.h, problem.w
     transposed, crop, stride = _transposed(problem), shortcut.crop(image), problem.stride
     tiles = cdiv(problem.n * cdiv(problem.h, stride[0]) * cdiv(problem.w, stride[1]), tile.block_m)
     reach = max(_reach(problem, dy), prod(image), *map(span, (shortcut.layout, y_in)))
+    far = reach + tile.block_m >= 2**31
     widths = _widths(problem, transposed, inputs)
     scalars = {
         "N": problem.n,
@@ -428,7 +436,7 @@ def _gathered(problem: ConvProblem, inputs: _Inputs, tile: TileConfig, vectors: 
         **parity_walk(problem),
         "crop": crop,
         "widths": widths,
-        "form": _form(problem, transposed, tile, widths, sparse=crop is not WHOLE, far=reach + tile.block_m >= 2**31),
+        "form": _form(problem, transposed, tile, widths, activation, sparse=crop is not WHOLE, far=far),
         "blocks": blocks(tile),
     }
     columns, parts = transposed.tile_channels[1], problem.groups // transposed.merged
@@ -503,7 +511,14 @@ def _widths(problem: ConvProblem, transposed: ConvProblem, inputs: _Inputs) -> W
 
 
 def _form(
-    problem: ConvProblem, transposed: ConvProblem, tile: TileConfig, widths: Widths, sparse: bool, far: bool
+    problem: ConvProblem,
+    transposed: ConvProblem,
+    tile: TileConfig,
+    widths: Widths,
+    activation: Activation,
+    *,
+    sparse: bool,
+    far: bool,
 ) -> Form:
     co, ci = transposed.tile_channels
     return Form(
@@ -515,6 +530,7 @@ def _form(
         ONE_CHUNK=co <= tile.block_k,
         STRIDED=problem.stride != (1, 1),
         CUT_SPARSE=sparse,
+        ACT=activation,
         INT64=far,
         VECTOR=load_width(problem, ci, co, widths.g, widths.w, widths.tap),
         PRECISION=precision(problem),
@@ -522,7 +538,7 @@ def _form(
 
 
 def _check(problem: ConvProblem, inputs: _Inputs) -> None:
-    dy, w, y, _, y_in = inputs
+    dy, w, y, _, y_in, _ = inputs
     require_pixel_linear(y=y, y_in=y_in)
     if w.shape[0] != problem.co or problem.co % problem.groups:
         raise ValueError(f"w of shape {tuple(w.shape)} does not fit {problem.co} channels in {problem.groups} groups")

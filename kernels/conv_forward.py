@@ -1,4 +1,4 @@
-"""Convolution forward: an implicit matrix product in NHWC, with batch norm, residual and ReLU in its epilogue."""
+"""Convolution forward: an implicit matrix product in NHWC, with batch norm, residual and activation in its epilogue."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import conv_box
+from .activation import IDENTITY, Activation, activate
 from .conv import RUNTIME_SIZES, ConvProblem, Geometry, Size, blocks, check_geometry, load_width, precision, sizes
-from .epilogue import WHOLE, Added, Crop, Epilogue, Moments, Norm, Residual, added, store_output
+from .epilogue import WHOLE, Added, Crop, Epilogue, Moments, Norm, Prologue, Residual, added, store_output
 from .gpus import gpu_of
 from .launch import INTERPRETER, KEPT_LAYOUTS, Cost, Recipe, TileConfig, Vector, target_arch
 from .memory import (
@@ -28,12 +29,13 @@ from .memory import (
     span,
     stride_of,
 )
-from .tile import PerTile, Pixels, Tile, all_finite, bound, dot, load_channels, load_pixels, relu, tap_mask, tile_mask
+from .tile import PerTile, Pixels, Tile, all_finite, bound, dot, load_channels, load_pixels, tap_mask, tile_mask
 
 
 class Form(NamedTuple):
     """What the compiled code depends on: the filter's size, and which of the kernel's cases it is.
 
+    ``PRE``, ``ACT``: the activation of the prologue, of the epilogue.
     ``VECTOR``: see :func:`resnet_fused.kernels.conv.load_width`.
     """
 
@@ -46,7 +48,8 @@ class Form(NamedTuple):
     EVEN_CI: bool
     ONE_CHUNK: bool
     RES_PADDED: bool
-    RELU: bool
+    PRE: Activation
+    ACT: Activation
     SPLIT: bool
     INT64: bool
     VECTOR: int
@@ -66,7 +69,9 @@ class Widths(NamedTuple):
 
 
 @triton.jit
-def product_by_group(x, w, scale_ptr, shift_ptr, row, mask_m, co, size, geometry, group_ci, group_co, S, share):
+def product_by_group(
+    x, w, scale_ptr, shift_ptr, row, mask_m, co, size, geometry, group_ci, group_co, S, share, PRE: tl.constexpr
+):
     """The product of a tile, each column ``co`` from the input channels of its own group alone: slow, but apart.
 
     ``S``: the filter's columns. ``share``: the first of its taps, and the one behind the last.
@@ -86,7 +91,7 @@ def product_by_group(x, w, scale_ptr, shift_ptr, row, mask_m, co, size, geometry
         b = tl.load(w.ptr + co * w.stride + k)
         if scale_ptr is not None:
             scale, shift = tl.load(scale_ptr + ci), tl.load(shift_ptr + ci)
-            v = relu(tl.fma(a.to(tl.float32), scale[None, :], shift[None, :]))
+            v = activate(tl.fma(a.to(tl.float32), scale[None, :], shift[None, :]), PRE)
             a = tl.where(inside, v, 0.0).to(a.dtype)
         acc += a.to(tl.float32) * b.to(tl.float32)[None, :]
     return acc
@@ -145,7 +150,8 @@ def conv_forward_kernel(
     EVEN_CI: tl.constexpr = form.EVEN_CI
     ONE_CHUNK: tl.constexpr = form.ONE_CHUNK
     RES_PADDED: tl.constexpr = form.RES_PADDED
-    RELU: tl.constexpr = form.RELU
+    PRE: tl.constexpr = form.PRE
+    ACT: tl.constexpr = form.ACT
     SPLIT: tl.constexpr = form.SPLIT
     VECTOR: tl.constexpr = form.VECTOR
     PRECISION: tl.constexpr = form.PRECISION
@@ -264,8 +270,8 @@ def conv_forward_kernel(
         if scale_ptr is not None:
             scale = load_channels(scale_ptr, group * CI + channel, k_mask)
             shift = load_channels(shift_ptr, group * CI + channel, k_mask)
-            # Padding is zero after the transform, which would turn it into relu(shift).
-            v = relu(tl.fma(a.to(tl.float32), scale[None, :], shift[None, :]))
+            # Padding is zero after the transform, which would turn it into act(shift).
+            v = activate(tl.fma(a.to(tl.float32), scale[None, :], shift[None, :]), PRE)
             a = tl.where(a_mask, v, 0.0).to(a.dtype)
         acc = dot(a, b, acc, PRECISION)
 
@@ -300,7 +306,7 @@ def conv_forward_kernel(
             channel = group * CO + col
             share = (first, first + trips)
             acc = product_by_group(
-                x, w, scale_ptr, shift_ptr, row, mask_m, channel, size, geometry, group_ci, group_co, S, share
+                x, w, scale_ptr, shift_ptr, row, mask_m, channel, size, geometry, group_ci, group_co, S, share, PRE
             )
 
     norm = Norm(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps)
@@ -317,7 +323,7 @@ def conv_forward_kernel(
     for i in tl.static_range(PARTS):
         n = pid % tiles_n * BLOCK_N + i * WIDTH + tl.arange(0, WIDTH)
         tile = Tile(offs_m, group * CO + n, offs_m < M, n < CO)
-        store_output(parts[i], tile, bias_ptr, norm, res, crop, y, moments, size, RES_PADDED, RELU)
+        store_output(parts[i], tile, bias_ptr, norm, res, crop, y, moments, size, RES_PADDED, ACT)
 
 
 @triton.jit(do_not_specialize=["M", "P", "Q", "splits"])
@@ -340,7 +346,7 @@ def conv_forward_sum_kernel(
     y_stride,
     res_stride,
     RES_PADDED: tl.constexpr,
-    RELU: tl.constexpr,
+    ACT: tl.constexpr,
     INT64: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -363,7 +369,7 @@ def conv_forward_sum_kernel(
         acc += load_pixels(part, offs_m, channels, offs_n, mask)
     norm = Norm(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps)
     res, y = Pixels(res_ptr, res_stride), Pixels(y_ptr, y_stride)
-    store_output(acc, tile, bias_ptr, norm, res, crop, y, PerTile(None, 0, 0, 0), Size(0, 0, P, Q), RES_PADDED, RELU)
+    store_output(acc, tile, bias_ptr, norm, res, crop, y, PerTile(None, 0, 0, 0), Size(0, 0, P, Q), RES_PADDED, ACT)
 
 
 @lru_cache(maxsize=KEPT_LAYOUTS)
@@ -476,33 +482,32 @@ def conv_forward(
     w: Tensor,
     *,
     geometry: Geometry = Geometry(),
-    prologue: tuple[Tensor, Tensor] | None = None,
+    prologue: Prologue | None = None,
     bias: Tensor | None = None,
     norm: Norm | None = None,
     residual: Residual | None = None,
-    relu: bool = False,
+    activation: Activation = IDENTITY,
     tf32: bool = False,
     out: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     config: TileConfig | None = None,
 ) -> Tensor:
-    """``relu(norm(conv(prologue(x)) + bias) + residual)``; every step but the convolution is optional.
+    """``act(norm(conv(prologue(x)) + bias) + residual)``; every step but the convolution is optional.
 
     In one launch; or in two, where ``config`` splits the sum over K: one for its parts, one for what follows them.
 
     ``x`` [N, CI, H, W] and the residual are pixel-linear (channels_last, or a slice of its channels or images), ``w``
-    [CO, CI/groups, R, S] is channels_last and has the dtype of ``x``. ``prologue`` = (scale, shift), fp32 vectors [CI]:
-    the input becomes ``relu(scale*x + shift)``, and padding zero after it. ``out``: a pixel-linear tensor [N, CO, P, Q]
-    to write to. ``config``: the tile; without it, or where it has a box and TMA can not take these tensors,
-    ``default_config``.
+    [CO, CI/groups, R, S] is channels_last and has the dtype of ``x``. With a ``prologue``, padding is zero after it.
+    ``out``: a pixel-linear tensor [N, CO, P, Q] to write to. ``config``: the tile; without it, or where it has a box
+    and TMA can not take these tensors, ``default_config``.
 
     Returns [N, CO, P, Q], channels_last, of ``out_dtype`` (that of ``x`` if not given). Raises ValueError for tensors
     that are not laid out so, RuntimeError where nothing can execute the kernel.
     """
     dtype = x.dtype if out_dtype is None else out_dtype
-    epilogue = Epilogue(added(residual), 0.0 if norm is None else norm.eps, relu, layout(out) or dtype)
+    epilogue = Epilogue(added(residual), 0.0 if norm is None else norm.eps, activation, layout(out) or dtype)
     chosen = conv_box.loadable(config, x, w, *(() if out is None else (out,)))
-    launches = _launches(layout(x), layout(w), geometry, prologue is not None, epilogue, tf32, target_arch(), chosen)
+    launches = _launches(layout(x), layout(w), geometry, _before(prologue), epilogue, tf32, target_arch(), chosen)
     if out is None:
         out = _output(launches.product, x, w, dtype)
     _run(launches, x, w, prologue, bias, norm, residual, out, None)
@@ -514,7 +519,7 @@ def conv_forward_moments(
     w: Tensor,
     *,
     geometry: Geometry = Geometry(),
-    prologue: tuple[Tensor, Tensor] | None = None,
+    prologue: Prologue | None = None,
     bias: Tensor | None = None,
     tf32: bool = False,
     config: TileConfig | None = None,
@@ -528,11 +533,15 @@ def conv_forward_moments(
         raise ValueError(f"config.splits must be 1 where moments are taken; got {config.splits}")
     epilogue = Epilogue(out=x.dtype)
     chosen = conv_box.loadable(config, x, w)
-    launches = _launches(layout(x), layout(w), geometry, prologue is not None, epilogue, tf32, target_arch(), chosen)
+    launches = _launches(layout(x), layout(w), geometry, _before(prologue), epilogue, tf32, target_arch(), chosen)
     y = _output(launches.product, x, w, x.dtype)
     moments = _moments(launches.product, y)
     _run(launches, x, w, prologue, bias, None, None, y, moments)
     return y, moments
+
+
+def _before(prologue: Prologue | None) -> Activation | None:
+    return None if prologue is None else prologue.activation
 
 
 def _moments(recipe: Recipe, y: Tensor) -> Moments:
@@ -555,7 +564,7 @@ def _run(
     launches: _Launches,
     x: Tensor,
     w: Tensor,
-    prologue: tuple[Tensor, Tensor] | None,
+    prologue: Prologue | None,
     bias: Tensor | None,
     norm: Norm | None,
     residual: Residual | None,
@@ -563,7 +572,7 @@ def _run(
     moments: Moments | None,
 ) -> None:
     mean, var, gamma, beta, _ = norm or (None, None, None, None, 0.0)
-    scale, shift = prologue or (None, None)
+    scale, shift, _ = prologue or (None, None, None)
     epilogue: dict[str, Tensor | None] = {
         **{"bias_ptr": bias, "mean_ptr": mean, "var_ptr": var, "gamma_ptr": gamma, "beta_ptr": beta},
         "res_ptr": None if residual is None else residual.tensor,
@@ -586,17 +595,18 @@ def _launches(
     x: Layout,
     w: Layout,
     geometry: Geometry,
-    prologue: bool,
+    before: Activation | None,
     epilogue: Epilogue,
     tf32: bool,
     arch: int,
     config: TileConfig | None,
 ) -> _Launches:
+    """``before``: the activation of the prologue, or None without one."""
     require_pixel_linear(x=x)
     require_channels_last_filter(w)
     n, ci, h, width = x.shape
     co, _, r, s = w.shape
-    problem = ConvProblem(n, h, width, ci, co, r, s, *geometry, x.dtype, tf32, prologue, arch)
+    problem = ConvProblem(n, h, width, ci, co, r, s, *geometry, x.dtype, tf32, before is not None, arch)
     check_geometry(problem)
     out = epilogue.out
     if not isinstance(out, Layout):
@@ -616,12 +626,14 @@ def _launches(
         most = f"the steps of its tile through K, which are {steps(problem, tile)}"
         raise ValueError(f"config.splits must be at least 1 and at most {most}; got {tile.splits}")
     if tile.splits == 1:
-        return _Launches(_product(problem, x, out, epilogue, tile))
+        return _Launches(_product(problem, x, out, before, epilogue, tile))
     parts = channels_last((n, co, problem.p, problem.q), torch.float32)
-    return _Launches(_product(problem, x, parts, Epilogue(), tile), _total(problem, out, epilogue, tile.splits))
+    return _Launches(_product(problem, x, parts, before, Epilogue(), tile), _total(problem, out, epilogue, tile.splits))
 
 
-def _product(problem: ConvProblem, x: Layout, out: Layout, epilogue: Epilogue, tile: TileConfig) -> Recipe:
+def _product(
+    problem: ConvProblem, x: Layout, out: Layout, before: Activation | None, epilogue: Epilogue, tile: TileConfig
+) -> Recipe:
     res, crop = epilogue.residual.layout, epilogue.residual.crop(out.shape)
     far = _far(tile, x, out, res)
     widths = _widths(problem, x, out, res)
@@ -631,7 +643,7 @@ def _product(problem: ConvProblem, x: Layout, out: Layout, epilogue: Epilogue, t
         "eps": epilogue.eps,
         "crop": crop,
         "widths": widths,
-        "form": _form(problem, tile, widths, crop, epilogue.relu, far),
+        "form": _form(problem, tile, widths, crop, (before or IDENTITY, epilogue.activation), far),
         "blocks": blocks(tile),
     }
     tiles = cdiv(problem.m, tile.block_m) * cdiv(problem.tile_channels[1], tile.block_n)
@@ -650,7 +662,7 @@ def _total(problem: ConvProblem, out: Layout, epilogue: Epilogue, splits: int) -
         **{"M": problem.m, "P": problem.p, "Q": problem.q, "splits": splits},
         **{"eps": epilogue.eps, "crop": crop, "channels": problem.co},
         **{"y_stride": stride_of(out), "res_stride": stride_of(res)},
-        **{"RES_PADDED": crop is not WHOLE, "RELU": epilogue.relu},
+        **{"RES_PADDED": crop is not WHOLE, "ACT": epilogue.activation},
         "INT64": _far(tile, out, res),
         **{"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n},
     }
@@ -670,7 +682,14 @@ def _widths(problem: ConvProblem, x: Layout, out: Layout, res: Layout | None) ->
     return Widths(ci, co, problem.co, stride_of(x), w, stride_of(out), stride_of(res))
 
 
-def _form(problem: ConvProblem, tile: TileConfig, widths: Widths, crop: Crop, relu: bool, far: bool) -> Form:
+def _form(
+    problem: ConvProblem,
+    tile: TileConfig,
+    widths: Widths,
+    crop: Crop,
+    activations: tuple[Activation, Activation],
+    far: bool,
+) -> Form:
     ci, co = problem.tile_channels
     taps, padded = problem.r * problem.s, problem.padding != (0, 0)
     if problem.merged > 1 and ci > tile.block_k:
@@ -684,7 +703,8 @@ def _form(problem: ConvProblem, tile: TileConfig, widths: Widths, crop: Crop, re
         EVEN_CI=ci % tile.block_k == 0,
         ONE_CHUNK=not problem.flat and ci <= tile.block_k,
         RES_PADDED=crop is not WHOLE,
-        RELU=relu,
+        PRE=activations[0],
+        ACT=activations[1],
         SPLIT=tile.splits > 1,
         INT64=far,
         VECTOR=load_width(problem, ci, co, widths.x, widths.w),

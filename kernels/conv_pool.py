@@ -16,11 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .activation import relu
 from .conv import ConvProblem, Geometry, blocks, check_geometry, precision
 from .epilogue import Norm, load_affine
 from .launch import FLOATS, INTERPRETER, KEPT_LAYOUTS, Cost, Recipe, TileConfig, Vector, target_arch
 from .memory import Layout, cdiv, channels_last, layout, require_channels_last_filter, span
-from .tile import bound, dot, relu
+from .tile import bound, dot
 
 PIXEL = 4
 """Channels of a packed pixel."""

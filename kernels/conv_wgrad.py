@@ -12,17 +12,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .activation import IDENTITY, RELU, Activation, activate
 from .conv import RUNTIME_SIZES, ConvProblem, Geometry, blocks, check_geometry, load_width, precision, sizes
 from .gpus import gpu_of
 from .launch import INTERPRETER, KEPT_LAYOUTS, Cost, Recipe, TileConfig, Vector, target_arch
 from .memory import Layout, cdiv, empty_channels_last, layout, pixel_stride, require_pixel_linear, span, stride_of
-from .tile import bound, dot, load_channels, relu
+from .tile import bound, dot, load_channels
 
 
 class Form(NamedTuple):
     """What the compiled code depends on: the filter's size, and which of the kernel's cases it is.
 
-    ``VECTOR``: see :func:`resnet_fused.kernels.conv.load_width`.
+    ``ACT``: the activation behind ``x_stats``. ``VECTOR``: see :func:`resnet_fused.kernels.conv.load_width`.
     """
 
     R: int
@@ -31,6 +32,7 @@ class Form(NamedTuple):
     POINTWISE: bool
     PADDED: bool
     FLAT: bool
+    ACT: Activation
     INT64: bool
     VECTOR: int
     PRECISION: str
@@ -77,7 +79,7 @@ def conv_wgrad_kernel(
 ):
     """``dw[co, r, s, ci] = sum over pixels of dy[pixel, co] * a[pixel(r, s), ci]`` over one split's share of pixels.
 
-    dy = A*g + B*y + C, stored at ``dy_ptr`` if given, and a = relu(scale*x + shift), where there are vectors. One
+    dy = A*g + B*y + C, stored at ``dy_ptr`` if given, and a = act(scale*x + shift), where there are vectors. One
     program computes BLOCK_M output channels x BLOCK_N input channels of one tap, of one group (or of several merged
     ones), from ``steps`` times BLOCK_K pixels, whose coordinates it carries along. CI and CO are the group's channels.
 
@@ -89,6 +91,7 @@ def conv_wgrad_kernel(
     POINTWISE: tl.constexpr = form.POINTWISE
     PADDED: tl.constexpr = form.PADDED
     FLAT: tl.constexpr = form.FLAT
+    ACT: tl.constexpr = form.ACT
     VECTOR: tl.constexpr = form.VECTOR
     PRECISION: tl.constexpr = form.PRECISION
     BLOCK_M: tl.constexpr = blocks.m
@@ -203,9 +206,9 @@ def conv_wgrad_kernel(
         if coefs_ptr is not None or stats_ptr is not None:
             dy = tl.where(inside[:, None], dy, 0.0)
         if stats_ptr is not None:
-            v = relu(tl.fma(a.to(tl.float32), scale[None, :], shift[None, :]))
+            v = activate(tl.fma(a.to(tl.float32), scale[None, :], shift[None, :]), ACT)
             if FLAT:
-                # Columns of one step lie inside and outside of the image, where the transform makes zero relu(shift).
+                # Columns of one step lie inside and outside of the image, where the transform makes zero act(shift).
                 v = tl.where(a_mask, v, 0.0)
             a = v.to(a.dtype)
         acc = dot(tl.trans(dy), a, acc, PRECISION)
@@ -268,6 +271,12 @@ def default_config(problem: ConvProblem) -> TileConfig:
     return replace(tile, splits=max(1, min(max(wanted, least), steps // 8, max(affordable, least))))
 
 
+def _default(problem: ConvProblem, activation: Activation) -> TileConfig:
+    """The default tile, of half the pixels where what ``activation`` takes would leave no registers for 64."""
+    tile = default_config(problem)
+    return tile if activation.light or problem.arch == INTERPRETER else replace(tile, block_k=min(tile.block_k, 32))
+
+
 def _tile(problem: ConvProblem, block_m: int, block_n: int) -> TileConfig:
     """For a GPU; of the filter's rows and columns, as powers of two."""
     fp32, (ci, co) = problem.dtype == torch.float32, problem.tile_channels
@@ -323,6 +332,7 @@ def conv_wgrad(
     y: Tensor | None = None,
     coefs: Tensor | None = None,
     x_stats: Tensor | None = None,
+    activation: Activation = RELU,
     dy_out: Tensor | None = None,
     tf32: bool = False,
     out_dtype: torch.dtype | None = None,
@@ -332,12 +342,14 @@ def conv_wgrad(
 
     ``dy`` [N, CO, P, Q]: the gradient of its output; or, with ``coefs`` fp32 [3, CO], the g of
     ``dy = coefs[0]*g + coefs[1]*y + coefs[2]`` (``y`` None: only the first term). ``x_stats`` fp32 [5, CI]: the
-    convolution's input was ``relu(scale*x + shift)``. ``dy_out``: where to keep dy, laid out in memory as ``dy`` is.
+    convolution's input was ``act(scale*x + shift)``, with ``activation``. ``dy_out``: where to keep dy, laid out in
+    memory as ``dy`` is.
 
     Returns it channels_last, of ``out_dtype`` (that of ``x`` if not given). Raises ValueError for tensors that are not
     laid out so.
     """
-    inputs = _Inputs(layout(dy), layout(x), layout(y), layout(dy_out), coefs is not None, x_stats is not None)
+    before = None if x_stats is None else activation
+    inputs = _Inputs(layout(dy), layout(x), layout(y), layout(dy_out), coefs is not None, before)
     recipe = _recipe(inputs, tuple(filter_size), geometry, tf32, target_arch(), config)
     shape = (dy.shape[1], x.shape[1] // geometry.groups, *filter_size)
     dw = empty_channels_last(shape, out_dtype or x.dtype, x.device)
@@ -357,7 +369,7 @@ class _Inputs(NamedTuple):
     y: Layout | None
     dy_out: Layout | None
     coefs: bool
-    x_stats: bool
+    before: Activation | None
 
 
 @lru_cache(maxsize=KEPT_LAYOUTS)
@@ -375,11 +387,11 @@ def _recipe(
     n, ci, h, w = x.shape
     r, s = filter_size
     co, groups = dy.shape[1], geometry.groups
-    prologue = inputs.coefs or inputs.x_stats
+    prologue = inputs.coefs or inputs.before is not None
     problem = ConvProblem(n, h, w, ci, co, r, s, *geometry, x.dtype, tf32, prologue, arch)
     check_geometry(problem)
     _check(problem, inputs)
-    tile = config or default_config(problem)
+    tile = config or _default(problem, inputs.before or IDENTITY)
     steps = cdiv(cdiv(problem.m, tile.block_k), tile.splits)
     far = max(map(span, (dy, x))) + steps * tile.block_k * max(ci, co) >= 2**31
     widths = _widths(problem, dy, x)
@@ -388,7 +400,7 @@ def _recipe(
         **sizes(problem),
         "steps": steps,
         "widths": widths,
-        "form": _form(problem, widths, far),
+        "form": _form(problem, widths, inputs.before or IDENTITY, far),
         "blocks": blocks(tile),
     }
     parts = groups // problem.merged
@@ -407,7 +419,7 @@ def _widths(problem: ConvProblem, dy: Layout, x: Layout) -> Widths:
     return Widths(ci, co, problem.ci, problem.co, stride_of(dy), stride_of(x), w)
 
 
-def _form(problem: ConvProblem, widths: Widths, far: bool) -> Form:
+def _form(problem: ConvProblem, widths: Widths, activation: Activation, far: bool) -> Form:
     padded = problem.padding != (0, 0)
     return Form(
         *(problem.r, problem.s),
@@ -415,6 +427,7 @@ def _form(problem: ConvProblem, widths: Widths, far: bool) -> Form:
         POINTWISE=problem.r * problem.s == 1 and problem.stride == (1, 1) and not padded,
         PADDED=padded,
         FLAT=problem.flat,
+        ACT=activation,
         INT64=far,
         VECTOR=load_width(problem, widths.ci, widths.co, widths.g, widths.x),
         PRECISION=precision(problem),

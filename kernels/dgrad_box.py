@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from . import conv_box
+from .activation import Activation
 from .conv import WALK, ConvProblem, blocks, parity_walk, precision, sizes
 from .conv_box import Chunk, in_parts, next_chunk, pixels_of, start_of
 from .epilogue import WHOLE, Added, store_gradient
@@ -27,6 +28,7 @@ class Form(NamedTuple):
     ONE_CHUNK: bool
     PARTS: int
     CUT_SPARSE: bool
+    ACT: Activation
     INT64: bool
     PRECISION: str
 
@@ -82,6 +84,7 @@ def dgrad_box_kernel(
     R: tl.constexpr = form.R
     S: tl.constexpr = form.S
     PARTS: tl.constexpr = form.PARTS
+    ACT: tl.constexpr = form.ACT
     PRECISION: tl.constexpr = form.PRECISION
     BLOCK_M: tl.constexpr = blocks.m
     BLOCK_N: tl.constexpr = blocks.n
@@ -134,7 +137,7 @@ def dgrad_box_kernel(
         tile = Tile((n.to(OFFSET) * H + h) * W + w, group * CI + c, (n < N) & (h < H) & (w < W), c < CI)
         sums = PerTile(sums_ptr, tiles * tl.num_programs(2), channels, number + part)
         store_gradient(
-            tl.trans(parts[part]), tile, (n, h, w), cut, crop, y_in, stats_ptr, dx_ptr, sums, form.CUT_SPARSE
+            tl.trans(parts[part]), tile, (n, h, w), cut, crop, y_in, stats_ptr, dx_ptr, sums, form.CUT_SPARSE, ACT
         )
 
 
@@ -189,6 +192,7 @@ def recipe(
     dy: Layout,
     y_in: Layout | None,
     shortcut: Added,
+    activation: Activation,
     tile: TileConfig,
     cost: Callable[[Mapping[str, Any]], Cost],
     vectors: Mapping[str, Vector],
@@ -209,8 +213,9 @@ def recipe(
     form = Form(
         *(problem.r, problem.s),
         ONE_CHUNK=co == tile.block_k,
-        PARTS=_parts(tile, both=cut is not None and y_in is not None),
+        PARTS=_parts(tile, both=cut is not None and y_in is not None, light=activation.light),
         CUT_SPARSE=crop is not WHOLE,
+        ACT=activation,
         INT64=max(prod(image), span(cut), span(y_in)) + tile.block_m * prod(problem.stride) >= 2**31,
         PRECISION=precision(problem),
     )
@@ -228,9 +233,10 @@ def recipe(
     return Recipe(dgrad_box_kernel, grid, scalars, tile, cost, vectors, {"g_ptr": gradients, "w_ptr": filters})
 
 
-def _parts(tile: TileConfig, both: bool) -> int:
-    """In how many parts a tile is finished: ``both`` a shortcut and a mask take twice the registers."""
-    return (2 if tile.block_m >= 128 else 1) * (2 if both else 1)
+def _parts(tile: TileConfig, both: bool, light: bool) -> int:
+    """In how many parts a tile is finished: ``both`` a shortcut and a mask take twice the registers, the derivative of
+    an activation that is not ``light`` more."""
+    return (2 if tile.block_m >= 128 else 1) * ((2 if both else 1) if light else 4)
 
 
 def sum_tiles(recipe: Recipe) -> int:

@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .activation import IDENTITY, RELU, Activation, activate, in_front
 from .memory import Layout, cdiv, layout
-from .tile import finite, load_channels, load_pixels, relu, rounded_product, store_pixels, tile_mask
+from .tile import finite, load_channels, load_pixels, rounded_product, store_pixels, tile_mask
 
 
 class Norm(NamedTuple):
@@ -21,6 +22,14 @@ class Norm(NamedTuple):
     gamma: Tensor | None
     beta: Tensor | None
     eps: float
+
+
+class Prologue(NamedTuple):
+    """What a convolution does to its input as it loads it: ``act(scale*x + shift)``, both fp32 vectors [CI]."""
+
+    scale: Tensor
+    shift: Tensor
+    activation: Activation = RELU
 
 
 class Moments(NamedTuple):
@@ -103,7 +112,7 @@ class Epilogue(NamedTuple):
 
     residual: Added = NOTHING
     eps: float = 0.0
-    relu: bool = False
+    activation: Activation = IDENTITY
     out: Layout | torch.dtype = torch.float32
 
 
@@ -203,24 +212,22 @@ def load_affine(acc, c, mask_c, bias_ptr, norm):
 
 
 @triton.jit
-def output(v, tile, res, crop, size, RES_PADDED: tl.constexpr, RELU: tl.constexpr):
-    """``relu(v + res)`` for one tile; each step is optional."""
+def output(v, tile, res, crop, size, RES_PADDED: tl.constexpr, ACT: tl.constexpr):
+    """``act(v + res)`` for one tile; the residual is optional."""
     if res.ptr is not None:
         v += load_residual(res, crop, tile, size.P, size.Q, RES_PADDED)
-    if RELU:
-        v = relu(v)
-    return v
+    return activate(v, ACT)
 
 
 @triton.jit
-def store_output(acc, tile, bias_ptr, norm, res, crop, y, moments, size, RES_PADDED: tl.constexpr, RELU: tl.constexpr):
+def store_output(acc, tile, bias_ptr, norm, res, crop, y, moments, size, RES_PADDED: tl.constexpr, ACT: tl.constexpr):
     """``y`` of :func:`output` for one tile, rounded.
 
     With ``moments``, also the mean of the tile's rounded values, as far as its rows exist, and the sum of squared
     deviations from it.
     """
     v = load_affine(acc, tile.c, tile.mask_c, bias_ptr, norm)
-    v = output(v, tile, res, crop, size, RES_PADDED, RELU)
+    v = output(v, tile, res, crop, size, RES_PADDED, ACT)
     rounded = v.to(y.ptr.dtype.element_ty)
     tl.store(y.ptr + (tile.m * y.stride)[:, None] + tile.c[None, :], rounded, mask=tile_mask(tile))
     if moments.ptr is not None:
@@ -235,10 +242,12 @@ def store_moments_of_tile(rounded, tile, moments):
 
 
 @triton.jit
-def store_gradient(acc, tile, place, cut, crop, y_in, stats_ptr, dx_ptr, sums, CUT_SPARSE: tl.constexpr):
-    """``dx = acc + shortcut``, then the ReLU's mask and the sums for the batch norm in front of it, for one tile.
+def store_gradient(
+    acc, tile, place, cut, crop, y_in, stats_ptr, dx_ptr, sums, CUT_SPARSE: tl.constexpr, ACT: tl.constexpr
+):
+    """``dx = acc + shortcut``, then the activation's derivative and the sums for the batch norm in front of it.
 
-    ``place``: image, row and column of each pixel, whose number is the tile's ``m``.
+    Of one tile. ``place``: image, row and column of each pixel, whose number is the tile's ``m``.
     """
     mask = tile_mask(tile)
     channels = sums.channels
@@ -253,7 +262,7 @@ def store_gradient(acc, tile, place, cut, crop, y_in, stats_ptr, dx_ptr, sums, C
             v += load_pixels(cut.ptr, tile.m, cut.stride, tile.c, mask)
     if y_in.ptr is not None:
         y = load_pixels(y_in.ptr, tile.m, y_in.stride, tile.c, mask)
-        v = tl.where(normalise(y, stats_ptr, tile.c, tile.mask_c, channels) <= 0, 0.0, v)
+        v = in_front(v, normalise(y, stats_ptr, tile.c, tile.mask_c, channels), ACT)
         rounded = v.to(dx_ptr.dtype.element_ty)
         store_pixels(dx_ptr, tile.m, channels, tile.c, rounded, mask)
         g = tl.where(mask, rounded.to(tl.float32), 0.0)

@@ -1,4 +1,4 @@
-"""Batch norm's backward: the gradient in front of a ReLU with its sums, what they come to, and the gradient of y."""
+"""Batch norm's backward: the gradient in front of an activation, its sums, what they come to, the gradient of y."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .activation import IDENTITY, RELU, Activation, in_front
 from .batch_norm import FP32, RUNTIME_SIZES, VECTOR, default_config, merge_recipe, pass_over, sizes, wide
-from .epilogue import normalise
+from .epilogue import NOTHING, WHOLE, Added, Residual, added, load_residual, normalise
 from .launch import KEPT_LAYOUTS, Recipe, TileConfig, Vector, target_arch
 from .memory import Layout, cdiv, empty_channels_last, layout, require_pixel_linear, stride_of
-from .tile import bound, load_channels, load_pixels, store_pixels
+from .tile import Pixels, Tile, bound, load_channels, load_pixels, store_pixels
 
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
@@ -26,25 +27,32 @@ def batch_norm_reduce_kernel(
     stats_ptr,
     y2_ptr,
     stats2_ptr,
+    res_ptr,
     g_ptr,
     sums_ptr,
     M,
     C,
+    P,
+    Q,
     T,
     steps,
     dz_stride,
     z_stride,
     y_stride,
     y2_stride,
+    res_stride,
     g_stride,
-    MASK: tl.constexpr,
+    crop,
+    RES_PADDED: tl.constexpr,
+    ACT: tl.constexpr,
     INT64: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """``g = dz`` where the ReLU let pass, and its sums over steps*BLOCK_M pixels x BLOCK_N channels.
+    """``g``, ``dz`` times the activation's derivative, and its sums over steps*BLOCK_M pixels x BLOCK_N channels.
 
-    The sums: of g, of ``g*(y - mean)`` and of ``g*(y2 - mean2)``. MASK: the ReLU's input is ``scale*y + shift``.
+    The sums: of g, of ``g*(y - mean)`` and of ``g*(y2 - mean2)``. The derivative is that at z, the activation's output;
+    without z, at its input ``scale*y + shift``, to which comes what ``res`` or y2 add.
     """
     OFFSET: tl.constexpr = tl.int64 if INT64 else tl.int32
     pid = tl.program_id(0)
@@ -58,14 +66,23 @@ def batch_norm_reduce_kernel(
         mask = (offs_m < M)[:, None] & mask_c[None, :]
         g = load_pixels(dz_ptr, offs_m, dz_stride, c, mask)
         if z_ptr is not None:
-            g = tl.where(load_pixels(z_ptr, offs_m, z_stride, c, mask) <= 0, 0.0, g)
+            g = in_front(g, load_pixels(z_ptr, offs_m, z_stride, c, mask), ACT)
         if y_ptr is not None:
             y = load_pixels(y_ptr, offs_m, y_stride, c, mask)
-            if MASK:
-                g = tl.where(normalise(y, stats_ptr, c, mask_c, C) <= 0, 0.0, g)
-            sum_gy += g * (y - load_channels(stats_ptr, c, mask_c)[None, :])
         if y2_ptr is not None:
             y2 = load_pixels(y2_ptr, offs_m, y2_stride, c, mask)
+        if z_ptr is None:
+            if ACT.name != "identity":
+                v = normalise(y, stats_ptr, c, mask_c, C)
+                if y2_ptr is not None:
+                    v += normalise(y2, stats2_ptr, c, mask_c, C)
+                if res_ptr is not None:
+                    tile = Tile(offs_m, c, offs_m < M, mask_c)
+                    v += load_residual(Pixels(res_ptr, res_stride), crop, tile, P, Q, RES_PADDED)
+                g = in_front(g, v, ACT)
+        if y_ptr is not None:
+            sum_gy += g * (y - load_channels(stats_ptr, c, mask_c)[None, :])
+        if y2_ptr is not None:
             sum_gy2 += g * (y2 - load_channels(stats2_ptr, c, mask_c)[None, :])
         sum_g += g
         if g_ptr is not None:
@@ -180,40 +197,55 @@ def batch_norm_reduce(
     y: Tensor | None,
     stats: Tensor | None,
     *,
+    activation: Activation = IDENTITY,
     z: Tensor | None = None,
-    mask: bool = False,
     second: tuple[Tensor, Tensor] | None = None,
+    residual: Residual | None = None,
     out: Tensor | None = None,
     config: TileConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The gradient ``g`` in front of a ReLU from that behind it, ``dz`` [N, C, P, Q], and its sums.
+    """The gradient ``g`` in front of an activation from that behind it, ``dz`` [N, C, P, Q], and its sums.
 
-    The ReLU's output is ``z``, or its input ``scale*y + shift`` if ``mask``; with neither there is no ReLU and g is
-    ``dz`` itself. ``second``: y and stats of a second batch norm in front of the same ReLU. ``out``: a pixel-linear
-    tensor that g goes to; ``dz`` itself will do.
+    The derivative is read off the activation's output ``z``, where that decides it, or computed at its input: without
+    ``z`` that is ``scale*y + shift``, plus ``residual`` or what the ``second`` batch norm, given by its y and stats, is
+    in front of the same activation. Both take one read of a tensor, which is kept for the backward anyway: z where a
+    ReLU is, else the residual. Of the identity, g is ``dz`` itself. ``out``: a pixel-linear tensor that g goes to;
+    ``dz`` itself will do.
 
     Returns g and fp32 [2 or 3, T, C]: tile by tile ``sum g``, ``sum g*(y - mean)`` (0 without ``y``), and the second's.
     """
     y2, stats2 = second or (None, None)
-    if (y is None) != (stats is None) or (mask and (y is None or z is not None)):
-        raise ValueError("y and stats must be given together, and with mask, without z")
-    masked = z is not None or mask
+    masked = activation != IDENTITY
+    if (y is None) != (stats is None) or (masked and z is None and y is None):
+        raise ValueError("y and stats must be given together, and with an activation, they or z; got one or nothing")
+    if z is not None and not (masked and activation.reads_output and residual is None):
+        raise ValueError(f"z must come with an activation that it decides, without residual; got {activation}")
     inputs = map(layout, (dz, y, z, y2, out if masked else None))
-    recipe = _reduce_recipe(*inputs, mask, target_arch(), config)
+    recipe = _reduce_recipe(*inputs, added(residual), activation, target_arch(), config)
     tiles, channels = recipe.scalars["T"], recipe.scalars["C"]
     if masked and out is None:
         out = empty_channels_last(dz.shape, dz.dtype, dz.device)
     g = out if masked else None
     sums = torch.empty(2 if second is None else 3, tiles, channels, dtype=torch.float32, device=dz.device)
-    recipe.run(dz_ptr=dz, z_ptr=z, y_ptr=y, stats_ptr=stats, y2_ptr=y2, stats2_ptr=stats2, g_ptr=g, sums_ptr=sums)
+    recipe.run(
+        dz_ptr=dz,
+        z_ptr=z,
+        y_ptr=y,
+        stats_ptr=stats,
+        y2_ptr=y2,
+        stats2_ptr=stats2,
+        res_ptr=None if residual is None else residual.tensor,
+        g_ptr=g,
+        sums_ptr=sums,
+    )
     return dz if g is None else g, sums
 
 
 def batch_norm_sums(dz: Tensor, y: Tensor, stats: Tensor, *, config: TileConfig | None = None) -> Tensor:
-    """The sums of :func:`batch_norm_reduce` with ``mask``, fp32 [2, T, C], where g itself is of no use."""
-    recipe = _reduce_recipe(layout(dz), layout(y), None, None, None, True, target_arch(), config)
+    """The sums of :func:`batch_norm_reduce` of a ReLU without ``z``, fp32 [2, T, C], where g itself is of no use."""
+    recipe = _reduce_recipe(layout(dz), layout(y), None, None, None, NOTHING, RELU, target_arch(), config)
     sums = torch.empty(2, recipe.scalars["T"], recipe.scalars["C"], dtype=torch.float32, device=dz.device)
-    nothing = dict.fromkeys(("z_ptr", "y2_ptr", "stats2_ptr", "g_ptr"))
+    nothing = dict.fromkeys(("z_ptr", "y2_ptr", "stats2_ptr", "res_ptr", "g_ptr"))
     recipe.run(dz_ptr=dz, y_ptr=y, stats_ptr=stats, sums_ptr=sums, **nothing)
     return sums
 
@@ -225,34 +257,46 @@ def _reduce_recipe(
     z: Layout | None,
     y2: Layout | None,
     out: Layout | None,
-    mask: bool,
+    residual: Added,
+    activation: Activation,
     arch: int,
     config: TileConfig | None,
 ) -> Recipe:
     _require_alike(dz=dz, y=y, z=z, y2=y2, out=out)
+    res, crop = residual.layout, residual.crop(dz.shape)
+    require_pixel_linear(residual=res)
+    residual.require_fits(dz.shape)
     pixels, channels = sizes(dz)
     # In 16 bits, with one batch norm, 64 registers are enough: the compiler would spill to do with fewer. Not for
-    # channels that it loads one by one.
-    registers = 64 if y2 is None and dz.dtype.itemsize == 2 and channels % 16 == 0 else None
+    # channels that it loads one by one, nor where a derivative is computed.
+    small = y2 is None and dz.dtype.itemsize == 2 and channels % 16 == 0
+    registers = (64 if activation.light else 96) if small else None
     tile = config or replace(default_config(pixels, channels, arch), max_registers=registers)
     tiles = cdiv(pixels, tile.block_m * tile.block_k)
     g_stride = 0
-    if z is not None or mask:
+    if activation != IDENTITY:
         g_stride = channels if out is None else stride_of(out)
     scalars = {
         "M": pixels,
         "C": channels,
+        "P": dz.shape[2],
+        "Q": dz.shape[3],
         "T": tiles,
         "dz_stride": stride_of(dz),
         "z_stride": stride_of(z),
         "y_stride": stride_of(y),
         "y2_stride": stride_of(y2),
+        "res_stride": stride_of(res),
         "g_stride": g_stride,
-        "MASK": mask,
-        "INT64": wide(tile, dz, z, y, y2, out),
+        "crop": crop,
+        "RES_PADDED": crop is not WHOLE,
+        "ACT": activation if z is None else activation.of_output(z.dtype),
+        "INT64": wide(tile, dz, z, y, y2, res, out),
         "steps": tile.block_k,
     }
-    more = VECTOR * channels * ((y is not None) * (3 if mask else 1) + (y2 is not None))
+    rows = 1 if z is not None or activation == IDENTITY else 3
+    more = VECTOR * channels * rows * ((y is not None) + (y2 is not None))
+    more += 0 if res is None else pixels * res.shape[1] * res.dtype.itemsize
     read, written = ["dz_ptr", "z_ptr", "y_ptr", "y2_ptr"], ["sums_ptr", "g_ptr"]
     vectors = {
         "stats_ptr": Vector("stats", (5, channels), FP32),

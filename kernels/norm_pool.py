@@ -14,12 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .activation import relu
 from .batch_norm import FP32, VECTOR, default_config, pass_over, wide
 from .conv_pool import pooled_size
 from .epilogue import normalise
 from .launch import KEPT_LAYOUTS, Recipe, TileConfig, Vector, target_arch
 from .memory import Layout, cdiv, empty_channels_last, layout, require_pixel_linear, stride_of
-from .tile import load_channels, load_pixels, relu, store_pixels
+from .tile import load_channels, load_pixels, store_pixels
 
 RUNTIME_SIZES = ["M", "P", "Q", "pooled_h", "pooled_w"]
 """Sizes that the compiled code does not depend on."""

@@ -81,12 +81,6 @@ def bound(n):
 
 
 @triton.jit
-def relu(v):
-    """max(v, 0) that keeps NaN, as PyTorch's does (``tl.maximum`` would drop it)."""
-    return tl.maximum(v, 0.0, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
 def rounded_product(a, b):
     """``a * b`` in fp32, for a sum over it.
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from resnet_fused import functional
 from resnet_fused.engine import eligible
+from resnet_fused.kernels.activation import IDENTITY, RELU
 from resnet_fused.modules import BlockLayout, FusedBlock, StemLayout, descendants
 from resnet_fused.plan import checked
 from resnet_fused.recognise import recognise, recognise_stem
@@ -200,7 +201,7 @@ class ConvertedSequential(Converted):
 
 def _layer(run: Sequence[Any]) -> eligible.Layer:
     """That of the modules of one unit."""
-    return eligible.Layer(run[0], run[1], relu=len(run) == 3)
+    return eligible.Layer(run[0], run[1], RELU if len(run) == 3 else IDENTITY)
 
 
 _classes: dict[tuple[type, type], type] = {}

@@ -16,12 +16,13 @@ from resnet_fused.engine.forward import Choice, choose, undecided
 from resnet_fused.engine.ops import channels_last
 from resnet_fused.engine.reference import PaddedIdentity
 from resnet_fused.engine.request import requested
+from resnet_fused.kernels.activation import IDENTITY, RELU, Activation
 from resnet_fused.kernels.conv import output_size
 from resnet_fused.kernels.conv_pool import POOL
 from resnet_fused.kernels.launch import FLOATS
 from resnet_fused.plan.problem import Request, Way
 
-__all__ = ["Layer", "PaddedIdentity", "Projection", "conv_bn_act", "conv_bn_act_pool", "residual_block"]
+__all__ = ["Activation", "Layer", "PaddedIdentity", "Projection", "conv_bn_act", "conv_bn_act_pool", "residual_block"]
 
 
 class Projection(NamedTuple):
@@ -41,8 +42,12 @@ def conv_bn_act(
     bn: nn.BatchNorm2d,
     residual: Tensor | PaddedIdentity | None = None,
     relu: bool = True,
+    *,
+    activation: Activation | None = None,
 ) -> Tensor:
-    """``relu(bn(conv(x)) + residual)``; the residual and the ReLU are optional.
+    """``act(bn(conv(x)) + residual)``; the residual is optional.
+
+    The activation is a ReLU, nothing if not ``relu``, or ``activation`` if given: see :class:`Activation`.
 
     ``x``: [N, CI, H, W], fp32, fp16 or bf16, any memory format. ``residual``: a tensor of the output's shape
     [N, CO, P, Q], or a :class:`PaddedIdentity`. Returns [N, CO, P, Q] in channels_last, in the dtype that the same
@@ -53,12 +58,14 @@ def conv_bn_act(
 
     Raises TypeError or ValueError for arguments that do not fit each other, and what ``conv`` and ``bn`` raise.
     """
+    act = activation or (RELU if relu else IDENTITY)
     _check(x, conv, bn, residual)
-    chain = chain_of(x, [Layer(conv, bn, relu)], residual)
+    act.require()
+    chain = chain_of(x, [Layer(conv, bn, act)], residual)
     if isinstance(chain, Chain):
         return run(chain)
     eligible.report_once(chain)
-    return reference.conv_bn_act(x, conv, bn, residual, relu)
+    return reference.conv_bn_act(x, conv, bn, residual, activation=act)
 
 
 def conv_bn_act_pool(x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, pool: nn.MaxPool2d) -> Tensor:
@@ -116,10 +123,10 @@ def run_pooled(x: Tensor, found: PooledUnit) -> Tensor:
 def residual_block(
     x: Tensor, layers: Sequence[Layer], shortcut: Shortcut | None = None, *, recompute: bool = False
 ) -> Tensor:
-    """``relu(layers(x) + shortcut)``; returns channels_last.
+    """``act(layers(x) + shortcut)``; returns channels_last.
 
-    The last layer's ReLU stands behind the addition. Without gradients and with fixed statistics every layer is one
-    launch. Otherwise layers are run as :class:`resnet_fused.engine.autograd.ResidualFunction`. ``recompute``: its
+    The last layer's activation stands behind the addition. Without gradients and with fixed statistics every layer is
+    one launch. Otherwise layers are run as :class:`resnet_fused.engine.autograd.ResidualFunction`. ``recompute``: its
     backward computes the last convolution again instead of keeping its output.
 
     Layers that cannot be fused as they stand run their own modules, and the reason is logged once; what those refuse is
@@ -131,7 +138,7 @@ def residual_block(
     eligible.report_once(chain)
     *inner, last = layers
     for layer in inner:
-        x = reference.conv_bn_act(x, *layer[:2], relu=layer.relu)
+        x = reference.conv_bn_act(x, layer.conv, layer.bn, activation=layer.activation)
     return _run_eager(x, last, shortcut)
 
 
@@ -209,7 +216,7 @@ def resolve(
             return reason
         if source.x.dtype not in FLOATS if autocast is not None else source.x.dtype != x.dtype:
             return f"the branch reads {x.dtype} and the shortcut {source.x.dtype}"
-        found = eligible.unit(source.x, tuple(source.x.shape), autocast, Layer(source.conv, source.bn, relu=False))
+        found = eligible.unit(source.x, tuple(source.x.shape), autocast, Layer(source.conv, source.bn, IDENTITY))
         if isinstance(found, str):
             return found
         projection, source = found, source.x
@@ -283,13 +290,13 @@ def _infer_unit(
     before: int = 0,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    conv, bn, relu = unit.layer
+    conv, bn, activation = unit.layer
     implementation, code = _plan(tuple(x.shape), unit, dtype, request, "inference", residual=residual is not None)
     if implementation == "eager":
         added: Tensor | PaddedIdentity | None = residual
         if residual is not None and residual.shape != unit.out:
             added = PaddedIdentity(residual, step, before)
-        return channels_last(reference.conv_bn_act(x, conv, bn, added, relu)).to(out_dtype or dtype)
+        return channels_last(reference.conv_bn_act(x, conv, bn, added, activation=activation)).to(out_dtype or dtype)
     return ops.conv_bn_act(
         x.to(dtype),
         laid_out(unit.w, dtype),
@@ -303,7 +310,7 @@ def _infer_unit(
         step,
         before,
         code,
-        relu,
+        activation.code,
         out_dtype or dtype,
     )
 
@@ -317,14 +324,14 @@ class _Planned(NamedTuple):
 
 
 def _parts(chain: Chain) -> Iterator[list[_Planned]]:
-    """Runs of units. The chain is cut around a unit that runs eager, and where no ReLU stands between two."""
+    """Runs of units. The chain is cut around a unit that runs eager, and where no activation stands between two."""
     part: list[_Planned] = []
     shape = tuple(chain.x.shape)
     for i, unit in enumerate(chain.units):
-        prologue = i > 0 and chain.units[i - 1].layer.relu
+        prologue = i > 0 and chain.units[i - 1].layer.activation != IDENTITY
         planned = _Planned(unit, *_plan(shape, unit, chain.dtype, chain.request, "training", prologue=prologue))
         shape = unit.out
-        if part and (_is_eager(planned, *part[-1:]) or not part[-1].unit.layer.relu):
+        if part and (_is_eager(planned, *part[-1:]) or part[-1].unit.layer.activation == IDENTITY):
             yield part
             part = []
         part.append(planned)
@@ -346,7 +353,7 @@ def _plan(
 
 def _run_eager(x: Tensor, layer: Layer, shortcut: Shortcut | None) -> Tensor:
     residual = shortcut.bn(shortcut.conv(shortcut.x)) if isinstance(shortcut, Projection) else shortcut
-    return channels_last(reference.conv_bn_act(x, layer.conv, layer.bn, residual, layer.relu))
+    return channels_last(reference.conv_bn_act(x, layer.conv, layer.bn, residual, activation=layer.activation))
 
 
 def _train(x: Tensor, part: Sequence[_Planned], chain: Chain, last: bool, recompute: bool) -> Tensor:
@@ -362,7 +369,7 @@ def _train(x: Tensor, part: Sequence[_Planned], chain: Chain, last: bool, recomp
     shared = source is x and (kind == "projection" or x.dtype == chain.dtype)
     spec = ChainSpec(
         tuple(_spec(unit) for unit in units),
-        *(kind, chain.step, chain.before, part[-1].unit.layer.relu),
+        *(kind, chain.step, chain.before),
         chain.out_dtype if last else chain.dtype,
         keep_last_y=not recompute,
         keep_projection_y=not recompute and not _is_cheap(chain.projection, part),
@@ -372,7 +379,7 @@ def _train(x: Tensor, part: Sequence[_Planned], chain: Chain, last: bool, recomp
 
 
 def _train_pooled(x: Tensor, planned: _Planned, dtype: torch.dtype) -> Tensor:
-    spec = ChainSpec((_spec(planned),), "none", 1, 0, True, dtype, True, True, pooled=True)
+    spec = ChainSpec((_spec(planned),), "none", 1, 0, dtype, True, True, pooled=True)
     return ResidualFunction.apply(spec, channels_last(plain(x).to(dtype)), None, *planned.unit[1:8])
 
 
@@ -389,8 +396,10 @@ def _is_cheap(projection: Unit | None, branch: Sequence[_Planned]) -> bool:
 
 
 def _spec(planned: _Planned) -> UnitSpec:
-    unit = planned.unit
-    return UnitSpec(planned.code, unit.eps, unit.momentum, unit.batch_stats, process_group_name(unit.layer.bn))
+    unit, activation = planned.unit, planned.unit.layer.activation
+    return UnitSpec(
+        planned.code, unit.eps, unit.momentum, unit.batch_stats, process_group_name(unit.layer.bn), activation
+    )
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:

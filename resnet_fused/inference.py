@@ -24,6 +24,7 @@ from resnet_fused.engine import eligible, forward, ops, reference
 from resnet_fused.engine.ops import channels_last
 from resnet_fused.engine.request import requested
 from resnet_fused.functional import conv_bn_act, conv_bn_act_pool
+from resnet_fused.kernels.activation import IDENTITY, RELU
 from resnet_fused.kernels.chain_forward import Link
 from resnet_fused.kernels.conv import Geometry, output_size
 from resnet_fused.kernels.conv_pool import POOL
@@ -376,7 +377,8 @@ class TritonConv(nn.Module):
             return forward.cudnn_conv_relu(x, folded, shift, residual, self.geometry)
         keeps = residual is None or self.accumulates
         out_dtype = x.dtype if keeps else torch.promote_types(x.dtype, residual.dtype)
-        return ops.conv_bn_act(x, self.weight, self.conv_bias, *norm, residual, 1, 0, code, self.relu, out_dtype)
+        act = RELU if self.relu else IDENTITY
+        return ops.conv_bn_act(x, self.weight, self.conv_bias, *norm, residual, 1, 0, code, act.code, out_dtype)
 
     def _pool(self, x: Tensor) -> Tensor:
         target = self.weight.dtype, "frozen", x.device, requested()

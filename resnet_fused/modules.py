@@ -7,7 +7,6 @@ from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resnet_fused import functional
@@ -15,20 +14,21 @@ from resnet_fused.engine import eligible
 from resnet_fused.engine.ops import channels_last
 from resnet_fused.engine.reference import PaddedIdentity
 from resnet_fused.engine.request import requested
+from resnet_fused.kernels.activation import IDENTITY, RELU, Activation
 
 
 class UnitNames(NamedTuple):
-    """A convolution and its batch norm, by the dotted names of the submodules, and whether a ReLU follows."""
+    """A convolution and its batch norm, by the dotted names of the submodules, and the activation that follows."""
 
     conv: str
     norm: str
-    relu: bool = True
+    activation: Activation = RELU
 
 
 class BlockLayout(NamedTuple):
-    """What a block computes: ``relu(units(x) + shortcut(x))``, or ``units(x)`` alone if it is not ``residual``.
+    """What a block computes: ``act(units(x) + shortcut(x))``, or ``units(x)`` alone if it is not ``residual``.
 
-    The ReLU of the last unit stands behind the addition. ``shortcut``: a projection; the name of a
+    The activation of the last unit stands behind the addition. ``shortcut``: a projection; the name of a
     :class:`PaddedShortcut`; or None for the identity. ``pool``: the name of a module in front of the projection.
     ``in_place``: the addition writes to the branch, and so keeps its dtype where autocast gives the shortcut another.
     """
@@ -136,7 +136,7 @@ class FusedBlock(nn.Module):
         )
 
     def _layer(self, unit: UnitNames) -> eligible.Layer:
-        return eligible.Layer(_submodule(self, unit.conv), _submodule(self, unit.norm), unit.relu)
+        return eligible.Layer(_submodule(self, unit.conv), _submodule(self, unit.norm), unit.activation)
 
     def _shortcut(self, layout: BlockLayout, x: Tensor, projection: eligible.Layer) -> functional.Shortcut | None:
         """That of ``x``; ``projection``: the layer that it is, if it is one."""
@@ -189,7 +189,8 @@ class _NumberedBlock(FusedBlock):
     def layout(self) -> BlockLayout:  # type: ignore[override]
         downsample = self._modules.get("downsample")
         made = _numbered.__wrapped__ if torch.compiler.is_compiling() else _numbered
-        return made(self.depth, downsample is not None, isinstance(downsample, PaddedShortcut))
+        activation = eligible.activation_of(self.relu) or RELU  # why_unfusable tells of others
+        return made(self.depth, activation, downsample is not None, isinstance(downsample, PaddedShortcut))
 
     def why_unfusable(self) -> str | None:
         downsample = self.downsample
@@ -198,17 +199,17 @@ class _NumberedBlock(FusedBlock):
                 return (
                     f"the shortcut is {type(downsample).__qualname__}, not nn.Sequential of a convolution and its norm"
                 )
-        if type(self.relu) is not nn.ReLU:
+        if eligible.activation_of(self.relu) is None:
             return f"the activation is {type(self.relu).__qualname__}"
         return super().why_unfusable()
 
 
 @lru_cache(maxsize=64)
-def _numbered(depth: int, downsampled: bool, padded: bool) -> BlockLayout:
-    units = tuple([UnitNames(f"conv{i}", f"bn{i}") for i in range(1, depth + 1)])
+def _numbered(depth: int, activation: Activation, downsampled: bool, padded: bool) -> BlockLayout:
+    units = tuple([UnitNames(f"conv{i}", f"bn{i}", activation) for i in range(1, depth + 1)])
     if not downsampled:
         return BlockLayout(units)
-    return BlockLayout(units, "downsample" if padded else UnitNames("downsample.0", "downsample.1", relu=False))
+    return BlockLayout(units, "downsample" if padded else UnitNames("downsample.0", "downsample.1", IDENTITY))
 
 
 class BasicBlock(_NumberedBlock):
@@ -351,7 +352,7 @@ class ResidualBlock(_NumberedBlock):
             if i < self.depth:
                 out = self.relu(out)
         identity = x if self.downsample is None else self.downsample(x)
-        return F.relu(out + identity)
+        return cast(Tensor, self.relu(out + identity))
 
 
 def _same_size(in_channels: int, out_channels: int, kernel_size: int, stride: int) -> nn.Conv2d:

@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import _disable_current_modes
 
 from resnet_fused.engine import eligible
+from resnet_fused.kernels.activation import IDENTITY, RELU
 from resnet_fused.modules import BlockLayout, FusedBlock, StemLayout, UnitNames, traced_forward
 
 _PARTS = {"conv": nn.Conv2d, "norm": _BatchNorm, "relu": nn.ReLU, "identity": nn.Identity, "pool": nn.AvgPool2d}
@@ -109,7 +110,12 @@ def _stem(module: nn.Module, parts: list[str]) -> StemLayout | None:
         return None
     block = module.get_submodule(unit[0])
     layout = block.described()[0] if isinstance(block, FusedBlock) else recognise(block)
-    if not isinstance(layout, BlockLayout) or layout.residual or len(layout.units) != 1 or not layout.units[0].relu:
+    if (
+        not isinstance(layout, BlockLayout)
+        or layout.residual
+        or len(layout.units) != 1
+        or layout.units[0].activation != RELU
+    ):
         return None
     conv_name, norm_name = (f"{unit[0]}.{name}" for name in layout.units[0][:2])
     return StemLayout(conv_name, norm_name, pool, tuple(parts))
@@ -357,15 +363,15 @@ def _match(module: nn.Module, graph: fx.Graph) -> BlockLayout:
         raise _NoBlock("its forward adds to its input in place")
     branch, shortcut = sorted(paths, key=lambda path: (_pooled(module, path), -len(path)))
     *units, last = _units(module, branch)
-    if last.relu:
+    if last.activation != IDENTITY:
         raise _NoBlock("a ReLU stands between the last batch norm and the addition")
     in_place = join.target in _IN_PLACE
-    layout = BlockLayout((*units, last._replace(relu=relu)), in_place=in_place)
+    layout = BlockLayout((*units, last._replace(activation=RELU if relu else IDENTITY)), in_place=in_place)
     if not shortcut:
         return layout
     pool = str(shortcut.pop(0).target) if _pooled(module, shortcut) else None
     projection = _units(module, shortcut)
-    if len(projection) != 1 or projection[0].relu:
+    if len(projection) != 1 or projection[0].activation != IDENTITY:
         raise _NoBlock("its shortcut is neither the identity nor one convolution with batch norm")
     return layout._replace(shortcut=projection[0], pool=pool)
 
@@ -419,7 +425,7 @@ def _units(module: nn.Module, path: list[fx.Node]) -> tuple[UnitNames, ...]:
         if kinds[at : at + 2] != ["conv", "norm"]:
             raise _NoBlock(f"{path[at].target} is not part of a convolution, batch norm and ReLU in this order")
         relu = kinds[at + 2 : at + 3] == ["relu"]
-        units.append(UnitNames(str(path[at].target), str(path[at + 1].target), relu))
+        units.append(UnitNames(str(path[at].target), str(path[at + 1].target), RELU if relu else IDENTITY))
         at += 3 if relu else 2
     if not units:
         raise _NoBlock("it has no convolution")

@@ -13,6 +13,7 @@ from resnet_fused import BasicBlock, Bottleneck, ResidualBlock, functional, fuse
 from resnet_fused.engine import eligible, ops, reference
 from resnet_fused.engine.forward import Convolution
 from resnet_fused.engine.trace import trace
+from resnet_fused.kernels.activation import IDENTITY
 from resnet_fused.kernels.conv import Geometry
 from resnet_fused.plan.problem import Tiles
 from tests.training import DEVICE, Stem, WatchedReLU, check, draw, step
@@ -518,12 +519,12 @@ def test_operators_pass_opcheck():
     gamma, beta, mean, var = torch.rand(4, 16)
     batches = torch.zeros((), dtype=torch.int64)
     convolution = Convolution(Geometry((2, 1), (1, 1), (1, 1), 1), True, Tiles()).encode()
-    arguments = (x, None, w, None, gamma, beta, mean, var, batches, 0.1, 1e-5, True, convolution, "")
+    arguments = (x, None, w, "identity", None, gamma, beta, mean, var, batches, 0.1, 1e-5, True, convolution, "")
     operators, tests = torch.ops.resnet_fused, ("test_schema", "test_faketensor", "test_aot_dispatch_static")
     torch.library.opcheck(operators.unit_forward.default, arguments, test_utils=tests)
     y, stats = ops.unit_forward(*arguments)
     residual = torch.randn_like(y)
-    arguments = (y, stats, residual, None, 1, 0, True, torch.float32)
+    arguments = (y, stats, residual, None, 1, 0, "relu", torch.float32)
     torch.library.opcheck(operators.join_forward.default, arguments, test_utils=tests)
     z = ops.join_forward(*arguments)
     needs = [True, True, True, False, True, True]
@@ -536,6 +537,7 @@ def test_operators_pass_opcheck():
         w.contiguous().stride(),  # the filter was laid out on the way
         [False],
         [""],
+        ["relu"],
         "identity",
         1,
         0,
@@ -545,15 +547,16 @@ def test_operators_pass_opcheck():
     )
     arguments = (torch.randn_like(z), z, x, residual, None, None, *rest)
     torch.library.opcheck(operators.residual_backward.default, arguments, test_utils=tests)
-    without_relu = (arguments[0], None, *arguments[2:])  # the gradients are those of the output, but not its tensor
-    torch.library.opcheck(operators.residual_backward.default, without_relu, test_utils=tests)
+    for other in ("identity", "silu"):  # the gradients are those of the output, but not its tensor
+        without_z = (arguments[0], None, *arguments[2:14], [other], *arguments[15:])
+        torch.library.opcheck(operators.residual_backward.default, without_z, test_utils=tests)
     torch.library.opcheck(operators.pool_forward.default, (y, stats), test_utils=tests)
     pooled, peak, place = ops.pool_forward(y, stats)
-    arguments = (torch.randn_like(pooled), None, x, None, peak, place, *rest[:8], "none", 1, 0)
+    arguments = (torch.randn_like(pooled), None, x, None, peak, place, *rest[:9], "none", 1, 0)
     arguments = (*arguments, [True, False, *needs[2:]], *rest[-2:])
     torch.library.opcheck(operators.residual_backward.default, arguments, test_utils=tests)
     norm = (mean, var, gamma, beta, 1e-5)
-    arguments = (x, w, None, *norm, residual, 1, 0, convolution, True, torch.float32)
+    arguments = (x, w, None, *norm, residual, 1, 0, convolution, "silu", torch.float32)
     torch.library.opcheck(operators.conv_bn_act.default, arguments, test_utils=tests)
     for channels in (3, 12):  # packed, and too many for that
         arguments = (x[:, :channels], w[:, :channels].contiguous(memory_format=torch.channels_last), None, *norm)
@@ -592,7 +595,7 @@ def test_the_reference_is_its_own_gradient():
             mean, var = y.mean((0, 2, 3)), y.var((0, 2, 3), correction=0)
             stats = reference.batch_norm_stats(mean, var, gamma, beta, 1e-5, 1 / 8)
             ctx.save_for_backward(y, stats)
-            return reference.batch_norm_apply(y, stats, relu=False)
+            return reference.batch_norm_apply(y, stats, activation=IDENTITY)
 
         @staticmethod
         def backward(ctx, g):

@@ -42,7 +42,7 @@ def test_without_momentum_and_counter_the_running_statistics_stay(x):
     mean, var = torch.randn(12), torch.rand(12)
     before = mean.clone(), var.clone()
     convolution = Convolution(Geometry((1, 1), (0, 0), (1, 1), 1), True, Tiles()).encode()
-    ops.unit_forward(x, None, w, None, None, None, mean, var, None, None, 1e-5, True, convolution, "")
+    ops.unit_forward(x, None, w, "identity", None, None, None, mean, var, None, None, 1e-5, True, convolution, "")
     assert torch.equal(mean, before[0])
     assert torch.equal(var, before[1])
 

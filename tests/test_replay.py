@@ -150,7 +150,7 @@ def unit(n=2, dtype=torch.float32, x=None, eps=1e-5, momentum=0.1, running=True,
         vectors[0] = vectors[1]
     code = forward.Convolution(Geometry(stride=(stride, stride)), fused, Tiles()).encode()
     ran.clear()
-    y, stats = ops.unit_forward(x, None, w, None, *vectors, None, momentum, eps, True, code, "")
+    y, stats = ops.unit_forward(x, None, w, "identity", None, *vectors, None, momentum, eps, True, code, "")
     assert y.dtype == dtype
     return len(ran)
 """
@@ -334,7 +334,7 @@ for i in range(3):
     x = torch.zeros(2, 64, 8, 8, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
     w = torch.zeros(64, 64, 1, 1, dtype=torch.bfloat16)
     launched.clear()
-    y, _ = ops.unit_forward(x, None, w, None, None, None, None, None, None, 0.1, 1e-5, True, code, "")
+    y, _ = ops.unit_forward(x, None, w, "identity", None, None, None, None, None, None, 0.1, 1e-5, True, code, "")
     bases = [a.base.data_ptr() for a in launched[0][9:] if hasattr(a, "base")]
     (tape,) = replay._tapes.values()
     print(bases == [x.data_ptr(), w.data_ptr(), y.data_ptr()], len(launched), len(tape.steps))

@@ -19,6 +19,7 @@ from resnet_fused.engine import reference
 from resnet_fused.engine.forward import Convolution, inference_pooled
 from resnet_fused.engine.request import implementation
 from resnet_fused.kernels import chain_forward, conv_box, dgrad_box
+from resnet_fused.kernels.activation import IDENTITY, RELU
 from resnet_fused.kernels.batch_norm import batch_norm_apply, batch_norm_stats, channel_moments, merge_moments
 from resnet_fused.kernels.chain_forward import Chain, Link
 from resnet_fused.kernels.conv import ConvProblem, Geometry, output_size
@@ -26,7 +27,7 @@ from resnet_fused.kernels.conv_dgrad import conv_dgrad
 from resnet_fused.kernels.conv_forward import conv_forward, conv_forward_moments, default_config, steps, wide_tiles
 from resnet_fused.kernels.conv_pool import POOL
 from resnet_fused.kernels.conv_wgrad import conv_wgrad
-from resnet_fused.kernels.epilogue import Norm, Residual
+from resnet_fused.kernels.epilogue import Norm, Prologue, Residual
 from resnet_fused.kernels.launch import INTERPRETER, TileConfig, target_arch
 from resnet_fused.kernels.norm_backward import (
     batch_norm_backward,
@@ -238,7 +239,7 @@ class Draw:
     def normalised(self, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         """A raw output and its stats, such that no input of the ReLU behind them lies within rounding of zero."""
         y, stats = self.images(shape), self.stats(shape)
-        near = reference.batch_norm_apply(y.float(), stats, relu=False).abs() < 1e-3
+        near = reference.batch_norm_apply(y.float(), stats, activation=IDENTITY).abs() < 1e-3
         return torch.where(near, 0.0, y).to(self.dtype), stats  # of a zero, the ReLU's input is the shift
 
     def coefs(self, channels: int, frozen: bool = False) -> Tensor:
@@ -257,7 +258,7 @@ def _wide(t: torch.dtype) -> torch.dtype:
 def _activated(y: Tensor, stats: Tensor | None, t: torch.dtype) -> Tensor:
     if stats is None:
         return y.to(t)
-    return reference.scale_shift_relu(y.to(_wide(t)), *stats[2:4].to(_wide(t))).to(t)
+    return reference.scale_shift_act(y.to(_wide(t)), *stats[2:4].to(_wide(t))).to(t)
 
 
 def _gradient(g: Tensor, y: Tensor, coefs: Tensor | None, t: torch.dtype) -> Tensor:
@@ -299,11 +300,13 @@ def _check_conv_forward(layer: CheckLayer, variant: str, draw: Draw) -> Comparis
     x, w = draw.activations(layer.input), draw.filter(layer)
     mean, var = draw.normal(layer.co), draw.uniform(0.5, 1.5, layer.co)
     norm = Norm(mean, var, draw.normal(layer.co), draw.normal(layer.co), 1e-5)
-    relu = variant != "no ReLU"
+    activation = IDENTITY if variant == "no ReLU" else RELU
     residual = _residual(layer, variant, draw)
 
     def ours() -> Results:
-        y = conv_forward(x, w, geometry=layer.geometry, norm=norm, residual=residual, relu=relu, tf32=draw.tf32)
+        y = conv_forward(
+            x, w, geometry=layer.geometry, norm=norm, residual=residual, activation=activation, tf32=draw.tf32
+        )
         return {"y": y}
 
     def expected(t: torch.dtype, _: Results) -> Results:
@@ -312,7 +315,7 @@ def _check_conv_forward(layer: CheckLayer, variant: str, draw: Draw) -> Comparis
         z = F.batch_norm(y.to(_wide(t)), mean, var, gamma, beta, eps=norm.eps).to(t)
         if residual is not None:
             z = z + _materialized(residual, layer.co, t)
-        return {"y": torch.relu(z) if relu else z}
+        return {"y": reference.activate(z, activation)}
 
     return Comparison(ours, expected)
 
@@ -391,7 +394,7 @@ def _check_conv_tiles(
 
     def ours() -> Results:
         if variant != "moments":
-            return {t: conv_forward(x, w, residual=residual, relu=True, **p) for t, p in configs.items()}
+            return {t: conv_forward(x, w, residual=residual, activation=RELU, **p) for t, p in configs.items()}
         results = {}
         for name, config in configs.items():
             results[name], moments = conv_forward_moments(x, w, **config)
@@ -453,7 +456,7 @@ def _check_conv_moments(layer: CheckLayer, variant: str, draw: Draw) -> Comparis
     w = draw.filter(layer)
 
     def ours() -> Results:
-        prologue = None if stats is None else (stats[2], stats[3])
+        prologue = None if stats is None else Prologue(stats[2], stats[3])
         y, moments = conv_forward_moments(x, w, geometry=layer.geometry, prologue=prologue, tf32=draw.tf32)
         return {"y": y, **dict(zip(("mean", "squared deviations"), merge_moments(moments), strict=True))}
 
@@ -498,7 +501,7 @@ def _check_conv_dgrad(
         if mask is None:
             return {f"dx{name}": dx for name in named}
         y_in, stats = mask
-        dx = torch.where(reference.batch_norm_apply(y_in.double(), stats.double(), relu=False) > 0, dx, 0.0)
+        dx = torch.where(reference.batch_norm_apply(y_in.double(), stats.double(), activation=IDENTITY) > 0, dx, 0.0)
         sums = {
             f"{key}{name}": v for name in named for key, v in _masked_sums(ours[f"dx{name}"], y_in, stats, t).items()
         }
@@ -629,11 +632,11 @@ def _check_reduce(layer: CheckLayer, variant: str, draw: Draw) -> Comparison:
     second = (y2, stats2) if variant == "two norms" else None
 
     def ours() -> Results:
-        g, sums = batch_norm_reduce(dz, y, stats, z=z, mask=z is None, second=second)
+        g, sums = batch_norm_reduce(dz, y, stats, activation=RELU, z=z, second=second)
         return {"g": g, **_named("sum_g sum_gy" + " sum_gy2" * (second is not None), merge_sums(sums))}
 
     def expected(t: torch.dtype, ours: Results) -> Results:
-        behind = reference.batch_norm_apply(y.double(), stats.double(), relu=False) if z is None else z
+        behind = reference.batch_norm_apply(y.double(), stats.double(), activation=IDENTITY) if z is None else z
         results = {"g": torch.where(behind > 0, dz.to(t), 0.0), **_masked_sums(ours["g"], y, stats, t)}
         if second is not None:
             results["sum_gy2"] = _masked_sums(ours["g"], y2, stats2, t)["sum_gy"]

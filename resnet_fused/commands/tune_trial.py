@@ -14,10 +14,11 @@ from torch import Tensor
 
 from resnet_fused.engine import backward, forward, reference
 from resnet_fused.engine.backward import Needs, UnitBackward, Wanted
-from resnet_fused.engine.forward import Convolution, Running
+from resnet_fused.engine.forward import Before, Convolution, Running
 from resnet_fused.engine.tolerance import deterministic, error_ratio, products, references
 from resnet_fused.engine.trace import Launch, trace
 from resnet_fused.kernels import conv_dgrad, conv_forward, conv_wgrad
+from resnet_fused.kernels.activation import IDENTITY, RELU
 from resnet_fused.kernels.batch_norm import batch_norm_apply
 from resnet_fused.kernels.conv_pool import POOL, pooled_size
 from resnet_fused.kernels.epilogue import Norm, Residual
@@ -159,12 +160,17 @@ class Trial:
                 self.peaks = Peaks(peak.to(p.dtype), place)
             self.sums = reference.batch_norm_sums(self.passed(), self.y.double(), self.stats.double()).float()
 
+    @property
+    def before(self) -> Before | None:
+        """What stands in front of the convolution."""
+        return None if self.x_stats is None else Before(self.x_stats, RELU)
+
     def input(self, dtype: torch.dtype) -> Tensor:
         """What is convolved."""
         if self.x_stats is None:
             return self.x.to(dtype)
         work = torch.promote_types(dtype, torch.float32)
-        a = reference.scale_shift_relu(self.x.to(work), self.x_stats[2].to(work), self.x_stats[3].to(work))
+        a = reference.scale_shift_act(self.x.to(work), self.x_stats[2].to(work), self.x_stats[3].to(work))
         return _channels_last(a.to(dtype))
 
     def passed(self) -> Tensor:
@@ -194,16 +200,18 @@ class Trial:
         if p.pooled:
             return lambda: {"z": forward.inference_pooled(self.x, self.w, None, norm, conv)}
         residual = None if self.residual is None else Residual(self.residual)
-        return lambda: {"z": forward.inference(self.x, self.w, None, norm, residual, conv, p.relu, p.dtype)}
+        activation = RELU if p.relu else IDENTITY
+        return lambda: {"z": forward.inference(self.x, self.w, None, norm, residual, conv, activation, p.dtype)}
 
     def _training(self, conv: Convolution) -> dict[str, Tensor]:
         running = Running(None, None, None, 0.1)
         y, stats = forward.unit_forward(
-            self.x, self.x_stats, self.w, None, self.gamma, self.beta, running, EPS, True, conv, ""
+            self.x, self.before, self.w, None, self.gamma, self.beta, running, EPS, True, conv, ""
         )
         needs = Needs(w=True, bias=False, gamma=True, beta=True)
         unit = UnitBackward(
-            conv, self.w, self.w.stride(), None, self.y, self.stats, frozen=False, group="", needs=needs
+            *(conv, self.w, self.w.stride(), None, self.y, self.stats),
+            **{"frozen": False, "group": "", "needs": needs, "activation": RELU},
         )
         wanted = Wanted(x=not self.problem.pooled, shortcut=False, weight_dtype=self.w.dtype, norm_dtype=torch.float32)
         if self.problem.pooled:
@@ -211,7 +219,7 @@ class Trial:
             backward.pooled_unit_backward(unit, self.g, self.peaks, self.x, wanted)
             assert unit.gradients.w is not None
             return {"y": y, "scale": stats[2], "shift": stats[3], "z": z, "dw": unit.gradients.w}
-        dx, _ = backward.unit_backward(unit, self.g, self.sums[:, None], self.x, self.x_stats, wanted)
+        dx, _ = backward.unit_backward(unit, self.g, self.sums[:, None], self.x, self.before, wanted)
         assert dx is not None and unit.gradients.w is not None
         return {"y": y, "scale": stats[2], "shift": stats[3], "dx": dx, "dw": unit.gradients.w}
 
@@ -239,7 +247,7 @@ class Trial:
         assert dx is not None
         if self.x_stats is not None:
             dx = _channels_last(dx)
-            dx, _ = batch_norm_reduce(dx, self.x, self.x_stats, mask=True, out=dx)
+            dx, _ = batch_norm_reduce(dx, self.x, self.x_stats, activation=RELU, out=dx)
         return {"dx": dx}
 
     def ratio(self, candidate: Candidate) -> float:

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from resnet_fused.engine import eligible, ops
+from resnet_fused.kernels.activation import IDENTITY, Activation
 
 
 class UnitSpec(NamedTuple):
     """What is constant about a unit. ``convolution``: see :meth:`resnet_fused.engine.forward.Convolution.encode`.
+
+    ``activation``: what stands behind it, of the last unit of a branch behind the addition.
 
     ``batch_stats``: batch norm uses the batch's own statistics, shared by the process group ``group`` unless it is "".
     """
@@ -22,6 +25,7 @@ class UnitSpec(NamedTuple):
     momentum: float | None
     batch_stats: bool
     group: str
+    activation: Activation
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,8 @@ class ChainSpec:
     """What is constant about a chain; the projection's unit, if there is one, stands last in ``units``.
 
     ``kind`` of the shortcut: none, identity, padded (every ``step``-th pixel, ``before`` zero channels in front) or
-    projection. ``pooled``: a max pool, 3x3/2 with padding 1, stands behind the last ReLU, and there is no shortcut.
+    projection. ``pooled``: a max pool, 3x3/2 with padding 1, stands behind the last activation, a ReLU, and there is no
+    shortcut.
     ``keep_last_y``, ``keep_projection_y``: save the raw output of the branch's last convolution, of the
     projection, for the backward, rather than compute it again there.
     """
@@ -38,7 +43,6 @@ class ChainSpec:
     kind: str
     step: int
     before: int
-    relu: bool
     dtype: torch.dtype
     keep_last_y: bool
     keep_projection_y: bool
@@ -50,12 +54,12 @@ TENSORS_PER_UNIT = 7
 
 
 class ResidualFunction(torch.autograd.Function):
-    """``relu(units(x) + shortcut(x))``, each unit a convolution and batch norm, with a ReLU between units; or pooled.
+    """``act(units(x) + shortcut(x))``, each unit a convolution and batch norm, with activations between; or pooled.
 
     ``apply(spec, x, shortcut, *tensors)``: ``x`` and the ``shortcut``'s input (None: x itself) are channels_last;
     ``tensors`` are TENSORS_PER_UNIT for each unit of ``spec``, None where there is none; filters may lie in memory as
-    they like, and so do their gradients. Saved for the backward are the convolutions' raw outputs, the block's output
-    (in place of that, the peaks of a pool) and vectors. First derivatives only.
+    they like, and so do their gradients. Saved for the backward are the convolutions' raw outputs, vectors, and the
+    block's output where that decides the last activation's derivative (of a pool, its peaks). First derivatives only.
     """
 
     @staticmethod
@@ -73,6 +77,7 @@ class ResidualFunction(torch.autograd.Function):
                 ys[-1] if chained else x if i == 0 else source,
                 stats[-1] if chained else None,
                 weights[i],
+                spec.units[i - 1].activation.code if chained else IDENTITY.code,
                 *units[i][1:],
                 unit.momentum,
                 unit.eps,
@@ -92,7 +97,8 @@ class ResidualFunction(torch.autograd.Function):
         ]
         watched += [unit[2] for unit in units]
         watched += [t for unit, norm in zip(units, spec.units, strict=True) if not norm.batch_stats for t in unit[4:6]]
-        mask = z if spec.relu and not spec.pooled else None
+        last = spec.units[branch - 1].activation
+        mask = z if last != IDENTITY and last.reads_output and not spec.pooled else None
         ctx.save_for_backward(x, shortcut, mask, *peaks, *weights, *biases, *kept, *stats, *watched)
         norms = [t.dtype for unit in units for t in unit[2:4] if t is not None]  # all the same, as are the filters'
         ctx.spec, ctx.dtypes = spec, (filters[0].dtype, norms[0] if norms else x.dtype)
@@ -128,6 +134,7 @@ class ResidualFunction(torch.autograd.Function):
                 ctx.weight_strides,
                 [not unit.batch_stats for unit in spec.units],
                 [unit.group for unit in spec.units],
+                [unit.activation.code for unit in spec.units],
                 spec.kind,
                 spec.step,
                 spec.before,
@@ -149,7 +156,8 @@ def _joined(
     last, residual, residual_stats = -1, None if spec.kind == "none" else source, None
     if spec.kind == "projection":
         last, residual, residual_stats = -2, ys[-1], stats[-1]
-    z = ops.join_forward(ys[last], stats[last], residual, residual_stats, spec.step, spec.before, spec.relu, spec.dtype)
+    act = spec.units[last].activation.code
+    z = ops.join_forward(ys[last], stats[last], residual, residual_stats, spec.step, spec.before, act, spec.dtype)
     return z, None, None
 
 

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from resnet_fused.engine.forward import Convolution, convolve, process_group
+from resnet_fused.engine.forward import Before, Convolution, convolve, process_group
+from resnet_fused.kernels.activation import IDENTITY, Activation
 from resnet_fused.kernels.batch_norm import batch_norm_apply
 from resnet_fused.kernels.conv_dgrad import conv_dgrad
 from resnet_fused.kernels.conv_wgrad import conv_wgrad
@@ -63,7 +64,8 @@ class UnitBackward:
     """A unit as the backward sees it, which fills in ``gradients``.
 
     ``w`` is channels_last; ``w_stride``: the strides that its gradient is to have. ``y`` is None if it was not kept.
-    ``frozen``: its statistics are constants. ``group``: see :func:`unit_forward`.
+    ``frozen``: its statistics are constants. ``group``: see :func:`unit_forward`. ``activation``: what stands behind
+    it; of the last unit of a branch, behind the addition.
     """
 
     conv: Convolution
@@ -75,12 +77,13 @@ class UnitBackward:
     frozen: bool
     group: str
     needs: Needs
+    activation: Activation
     gradients: Gradients = field(default_factory=Gradients)
 
     @property
     def reads_y(self) -> bool:
-        """Whether a gradient depends on y other than through a ReLU."""
-        return not self.frozen or self.needs.gamma
+        """Whether a gradient depends on y other than through an activation that its output decides."""
+        return not self.frozen or self.needs.gamma or not self.activation.reads_output
 
     @property
     def y_of_dy(self) -> Tensor | None:
@@ -132,14 +135,15 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of x and of the shortcut's own input; those of the parameters go to each unit.
 
-    ``z``: the output, None if no ReLU stands in front of it, or a pool behind that. ``shortcut``: what the shortcut
-    reads, None for x. Formulas: :func:`resnet_fused.engine.reference.batch_norm_coefs` and its neighbours.
+    ``z``: the output, None if no activation stands in front of it, or one whose derivative it does not decide, or a
+    pool behind that. ``shortcut``: what the shortcut reads, None for x. Formulas:
+    :func:`resnet_fused.engine.reference.batch_norm_coefs` and its neighbours.
     """
     if join.peaks is not None:
         return _branch_backward(_pool_backward(units[-1], dz, join.peaks, wanted), x, units, None, wanted), None
     source = x if shortcut is None else shortcut
     needs_source = wanted.x if shortcut is None else wanted.shortcut
-    g, dy, dy_p = _join_backward(dz, z, x, source, units, projection, join.kind != "none" and needs_source, wanted)
+    g, dy, dy_p = _join_backward(dz, z, x, source, units, projection, join, needs_source, wanted)
     addend: Residual | None = None
     if projection is not None and dy_p is not None:
         compact = shortcut is None and projection.subsamples
@@ -159,20 +163,24 @@ def _join_backward(
     source: Tensor,
     units: Sequence[UnitBackward],
     projection: UnitBackward | None,
-    keeps_g: bool,
+    join: Join,
+    needs_source: bool,
     wanted: Wanted,
 ) -> tuple[Tensor, Incoming, Incoming | None]:
     """The gradient g behind the addition, and of the last convolution's output and of the projection's."""
-    last = units[-1]
+    last, act = units[-1], units[-1].activation
     if last.reads_y or projection is not None:
         _recompute(last, *_input(units, len(units) - 1, x))
     if projection is None:
         y, stats = (last.y, last.stats) if last.reads_y else (None, None)
-        g, sums = batch_norm_reduce(dz, y, stats, z=z)
+        recomputed = z is None and act != IDENTITY and join.kind != "none"
+        residual = Residual(source, join.step, join.before) if recomputed else None
+        g, sums = batch_norm_reduce(dz, y, stats, activation=act, z=z, residual=residual)
         coefs = _norm_backward(last, sums[0], sums[1], wanted)
-        return g, _incoming(last, g, coefs, overwrite=g is not dz and not keeps_g), None
+        overwrite = g is not dz and not (join.kind != "none" and needs_source)
+        return g, _incoming(last, g, coefs, overwrite=overwrite), None
     y_p = _recompute(projection, source, None)
-    g, sums = batch_norm_reduce(dz, last.y, last.stats, z=z, second=(y_p, projection.stats))
+    g, sums = batch_norm_reduce(dz, last.y, last.stats, activation=act, z=z, second=(y_p, projection.stats))
     coefs = _norm_backward(last, sums[0], sums[1], wanted)
     coefs_p = _norm_backward(projection, sums[0], sums[2], wanted)
     if last.in_prologue or projection.in_prologue:
@@ -189,8 +197,8 @@ def _branch_backward(
     """Down the branch, from the gradient of its last convolution's output to that of x, as far as any is wanted."""
     for i in reversed(range(len(units))):
         below = wanted.x or any(any(unit.needs) for unit in units[:i])
-        source, stats = _input(units, i, x)
-        dx, sums = _conv_backward(units[i], dy, source, stats, below, wanted, addend=addend if i == 0 else None)
+        source, before = _input(units, i, x)
+        dx, sums = _conv_backward(units[i], dy, source, before, below, wanted, addend=addend if i == 0 else None)
         if dx is None or sums is None:
             return dx
         coefs = _norm_backward(units[i - 1], sums[0], sums[1], wanted)
@@ -199,14 +207,14 @@ def _branch_backward(
 
 
 def unit_backward(
-    unit: UnitBackward, g: Tensor, sums: Tensor, source: Tensor, stats: Tensor | None, wanted: Wanted
+    unit: UnitBackward, g: Tensor, sums: Tensor, source: Tensor, before: Before | None, wanted: Wanted
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradient of one unit's input from ``g``, that of its batch norm's output, and ``sums`` as of its reduction.
 
     Returns what :func:`_conv_backward` does, and notes the parameters' gradients in the unit.
     """
     dy = _incoming(unit, g, _norm_backward(unit, sums[0], sums[1], wanted), overwrite=False)
-    return _conv_backward(unit, dy, source, stats, wanted.x, wanted)
+    return _conv_backward(unit, dy, source, before, wanted.x, wanted)
 
 
 def pooled_unit_backward(unit: UnitBackward, dz: Tensor, peaks: Peaks, source: Tensor, wanted: Wanted) -> None:
@@ -222,19 +230,19 @@ def _pool_backward(unit: UnitBackward, dz: Tensor, peaks: Peaks, wanted: Wanted)
     return Incoming(batch_norm_pool_backward(dz, peaks.place, unit.y, unit.stats, coefs, frozen=unit.frozen))
 
 
-def _input(units: Sequence[UnitBackward], i: int, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """What unit ``i`` reads, and the stats that normalise it, if any."""
+def _input(units: Sequence[UnitBackward], i: int, x: Tensor) -> tuple[Tensor, Before | None]:
+    """What unit ``i`` reads, and what stands in front of its convolution, if that is raw."""
     if i == 0:
         return x, None
     y = units[i - 1].y
     assert y is not None
-    return y, units[i - 1].stats
+    return y, Before(units[i - 1].stats, units[i - 1].activation)
 
 
-def _recompute(unit: UnitBackward, source: Tensor, stats: Tensor | None) -> Tensor:
+def _recompute(unit: UnitBackward, source: Tensor, before: Before | None) -> Tensor:
     """The raw output of a unit, computed again if it was not kept."""
     if unit.y is None:
-        unit.y = convolve(source, stats, unit.w, unit.bias, unit.conv)
+        unit.y = convolve(source, before, unit.w, unit.bias, unit.conv)
     return unit.y
 
 
@@ -270,7 +278,7 @@ def _conv_backward(
     unit: UnitBackward,
     dy: Incoming,
     source: Tensor,
-    stats: Tensor | None,
+    before: Before | None,
     needs_input: bool,
     wanted: Wanted,
     *,
@@ -282,8 +290,9 @@ def _conv_backward(
     Notes the gradient of the filter. ``compact``: leave out the pixels of the input that the convolution never reads.
     """
     if not unit.conv.fused:
-        return _library_backward(unit, dy.g, source, stats, needs_input, wanted, addend)
+        return _library_backward(unit, dy.g, source, before, needs_input, wanted, addend)
     geometry, rounded = unit.conv.geometry, tf32(source.dtype)
+    stats, act = before or (None, IDENTITY)
     if unit.needs.w:
         # A filter wider than a pixel would compute dy anew at every tap: its gradient keeps it for the input's.
         kept = None
@@ -297,6 +306,7 @@ def _conv_backward(
             y=dy.y,
             coefs=dy.coefs,
             x_stats=stats,
+            activation=act,
             dy_out=kept,
             tf32=rounded,
             out_dtype=wanted.weight_dtype,
@@ -320,6 +330,7 @@ def _conv_backward(
         coefs=dy.coefs,
         shortcut=addend,
         mask=mask,
+        activation=act,
         tf32=rounded,
         config=None if compact else unit.conv.tiles.dgrad,
     )
@@ -329,7 +340,7 @@ def _library_backward(
     unit: UnitBackward,
     dy: Tensor,
     source: Tensor,
-    stats: Tensor | None,
+    before: Before | None,
     needs_input: bool,
     wanted: Wanted,
     addend: Residual | None,
@@ -337,7 +348,9 @@ def _library_backward(
     """:func:`_conv_backward` by PyTorch's convolution: it reads a materialised input and writes a plain gradient."""
     if not needs_input and not unit.needs.w:
         return None, None
-    a = batch_norm_apply(source, stats) if stats is not None and unit.needs.w else source
+    a = source
+    if before is not None and unit.needs.w:
+        a = batch_norm_apply(source, before.stats, activation=before.activation)
     c = unit.conv.geometry
     dx, dw, _ = torch.ops.aten.convolution_backward(
         dy,
@@ -357,8 +370,8 @@ def _library_backward(
     if not needs_input:
         return None, None
     dx = dx.contiguous(memory_format=torch.channels_last)
-    if stats is not None:
-        return batch_norm_reduce(dx, source, stats, mask=True, out=dx)
+    if before is not None:
+        return batch_norm_reduce(dx, source, before.stats, activation=before.activation, out=dx)
     if addend is not None:
         _add(dx, addend)
     return dx, None

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 
 from resnet_fused.engine.request import requested
+from resnet_fused.kernels.activation import IDENTITY, RELU, RELU6, Activation
 from resnet_fused.kernels.conv import Geometry, output_size
 from resnet_fused.kernels.conv_pool import POOL
 from resnet_fused.kernels.launch import FLOATS, KEPT_LAYOUTS, dry_target
@@ -83,11 +85,93 @@ def warn_once(message: str) -> None:
 
 
 class Layer(NamedTuple):
-    """A convolution, the batch norm behind it, and whether a ReLU follows."""
+    """A convolution, the batch norm behind it, and the activation that follows."""
 
     conv: nn.Conv2d
     bn: nn.BatchNorm2d
-    relu: bool = True
+    activation: Activation = RELU
+
+
+def _relu(v: Any, inplace: bool = False) -> Activation:
+    return RELU
+
+
+def _relu6(v: Any, inplace: bool = False) -> Activation:
+    return RELU6
+
+
+def _leaky_relu(v: Any, negative_slope: Any = 0.01, inplace: bool = False) -> Activation | None:
+    # Of its own output, eager has no gradient for a slope below zero.
+    return None if inplace and negative_slope < 0 else Activation("leaky_relu", (negative_slope,))
+
+
+def _hardtanh(v: Any, min_val: Any = -1.0, max_val: Any = 1.0, inplace: bool = False) -> Activation:
+    return Activation("hardtanh", (min_val, max_val))
+
+
+def _hardswish(v: Any, inplace: bool = False) -> Activation:
+    return Activation("hardswish")
+
+
+def _silu(v: Any, inplace: bool = False) -> Activation:
+    return Activation("silu")
+
+
+def _gelu(v: Any, *, approximate: str = "none") -> Activation:
+    return Activation({"none": "gelu", "tanh": "gelu_tanh"}[approximate])
+
+
+_FUNCTIONS: dict[Any, Callable[..., Activation | None]] = {
+    **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"), _relu),
+    **dict.fromkeys((F.leaky_relu, F.leaky_relu_), _leaky_relu),
+    **dict.fromkeys((F.hardtanh, F.hardtanh_), _hardtanh),
+    **{F.relu6: _relu6, F.hardswish: _hardswish, F.silu: _silu, F.gelu: _gelu},
+}
+"""What takes the arguments of a function (of a method: its name) that is an activation, in place or not."""
+
+_MODULES: dict[str, Callable[[Any], Activation | None]] = {
+    "torch.nn.modules.linear.Identity": lambda m: IDENTITY,
+    "torch.nn.modules.activation.ReLU": lambda m: RELU,
+    "torch.nn.modules.activation.ReLU6": lambda m: _hardtanh(None, m.min_val, m.max_val),
+    "torch.nn.modules.activation.LeakyReLU": lambda m: _leaky_relu(None, m.negative_slope, m.inplace),
+    "torch.nn.modules.activation.Hardtanh": lambda m: _hardtanh(None, m.min_val, m.max_val),
+    "torch.nn.modules.activation.Hardswish": lambda m: _hardswish(None),
+    "torch.nn.modules.activation.SiLU": lambda m: _silu(None),
+    "torch.nn.modules.activation.GELU": lambda m: _gelu(None, approximate=m.approximate),
+    "timm.layers.activations.GELU": lambda m: _gelu(None),
+    "timm.layers.activations.GELUTanh": lambda m: _gelu(None, approximate="tanh"),
+}
+"""By the names of their classes, which need not be installed."""
+
+
+def activation_of(module: nn.Module) -> Activation | None:
+    """The activation that ``module`` is, of exactly that type; None if it is none that the kernels have."""
+    if type(module) is nn.ReLU:  # at once, since every call of a block asks
+        return RELU
+    made = _MODULES.get(_named(module))
+    return None if made is None else _activation(made, module)
+
+
+def activation_of_call(function: Any, arguments: Sequence[Any], kwargs: Mapping[str, Any]) -> Activation | None:
+    """The activation that ``function(*arguments, **kwargs)`` is; None if it is none that the kernels have.
+
+    The first argument, whatever it is, stands for the tensor. ``function``: of a method, its name.
+    """
+    made = _FUNCTIONS.get(function)
+    return None if made is None else _activation(made, *arguments, **kwargs)
+
+
+def _activation(made: Callable[..., Activation | None], *arguments: Any, **kwargs: Any) -> Activation | None:
+    """What it ``made`` of the arguments, with plain numbers; None if the kernels do not take them."""
+    try:
+        found = made(*arguments, **kwargs)
+        if found is None:
+            return None
+        found = Activation(found.name, tuple([float(number) for number in found.numbers]))
+        found.require()
+    except (KeyError, TypeError, ValueError):
+        return None
+    return found
 
 
 Out = tuple[int, int, int, int]

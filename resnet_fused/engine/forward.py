@@ -20,11 +20,12 @@ from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from resnet_fused.engine import reference
 from resnet_fused.kernels import conv_pool
+from resnet_fused.kernels.activation import RELU, Activation
 from resnet_fused.kernels.batch_norm import batch_norm_apply, batch_norm_stats, channel_moments, merge_moments
 from resnet_fused.kernels.chain_forward import Chain, Link, chain_forward
 from resnet_fused.kernels.conv import ConvProblem, Geometry
 from resnet_fused.kernels.conv_forward import conv_forward, conv_forward_moments
-from resnet_fused.kernels.epilogue import Moments, Norm, Residual
+from resnet_fused.kernels.epilogue import Moments, Norm, Prologue, Residual
 from resnet_fused.kernels.launch import KEPT_LAYOUTS, dry_target, target_arch
 from resnet_fused.plan import decide, tuned
 from resnet_fused.plan.problem import REQUESTS, Problem, Request, Tiles, Way
@@ -176,6 +177,13 @@ def _decided_chain(
     return cast(Any, chain.links), decide.decide_chain(chain, request, table)
 
 
+class Before(NamedTuple):
+    """What stands between the raw output of the unit before and a convolution: stats [5, CI], and the activation."""
+
+    stats: Tensor
+    activation: Activation
+
+
 class Running(NamedTuple):
     """Batch norm's buffers and how they are updated; ``momentum`` None: the average over all batches."""
 
@@ -192,10 +200,10 @@ def inference(
     norm: Norm,
     residual: Residual | None,
     conv: Convolution,
-    relu: bool,
+    activation: Activation,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """``relu(norm(conv(x)) + residual)``: one launch if fused, else PyTorch's convolution and one launch behind it."""
+    """``act(norm(conv(x)) + residual)``: one launch if fused, else PyTorch's convolution and one launch behind it."""
     if conv.fused:
         return conv_forward(
             x,
@@ -204,13 +212,13 @@ def inference(
             bias=bias,
             norm=norm,
             residual=residual,
-            relu=relu,
+            activation=activation,
             tf32=decide.tf32(x.dtype),
             out_dtype=out_dtype,
             config=conv.tiles.forward,
         )
     y = convolve(x, None, w, bias, conv)
-    return batch_norm_apply(y, norm, residual=residual, relu=relu, out_dtype=out_dtype)
+    return batch_norm_apply(y, norm, residual=residual, activation=activation, out_dtype=out_dtype)
 
 
 def chain(x: Tensor, links: Sequence[Link | None], residual: Tensor, conv: Convolution) -> list[Tensor]:
@@ -245,7 +253,7 @@ def inference_pooled(x: Tensor, w: Tensor, bias: Tensor | None, norm: Norm, conv
         if conv_pool.why_not(problem) is None:
             return conv_pool.conv_pool(x, w, geometry=conv.geometry, bias=bias, norm=norm, tf32=tf32)
     x = x.to(w.dtype).contiguous(memory_format=torch.channels_last)
-    return F.max_pool2d(inference(x, w, bias, norm, None, conv, True, w.dtype), *conv_pool.POOL)
+    return F.max_pool2d(inference(x, w, bias, norm, None, conv, RELU, w.dtype), *conv_pool.POOL)
 
 
 def fold(w: Tensor, bias: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
@@ -288,7 +296,7 @@ def _conv_relu_flops(x: Any, w: Any, *_: Any, out_shape: Any, **__: Any) -> int:
 
 def unit_forward(
     x: Tensor,
-    x_stats: Tensor | None,
+    before: Before | None,
     w: Tensor,
     bias: Tensor | None,
     gamma: Tensor | None,
@@ -301,24 +309,24 @@ def unit_forward(
 ) -> tuple[Tensor, Tensor]:
     """The raw output ``y`` of a unit's convolution, and what its batch norm does to it (stats [5, CO]).
 
-    ``x_stats``: the input is the raw output of the unit before, which these normalise. ``group``: the process group
+    ``before``: the input is the raw output of the unit before, behind which this stands. ``group``: the process group
     that shares the statistics of the batch, or "".
     """
     if not batch_stats:
-        y = convolve(x, x_stats, w, bias, conv)
+        y = convolve(x, before, w, bias, conv)
         return y, batch_norm_stats(None, gamma, beta, eps, running_mean=running.mean, running_var=running.var)
     if conv.fused:
         y, moments = conv_forward_moments(
             x,
             w,
             geometry=conv.geometry,
-            prologue=_prologue(x_stats),
+            prologue=_prologue(before),
             bias=bias,
             tf32=decide.tf32(x.dtype),
             config=conv.tiles.forward,
         )
     else:
-        y = convolve(x, x_stats, w, bias, conv)
+        y = convolve(x, before, w, bias, conv)
         moments = channel_moments(y)
     stats = batch_norm_stats(
         _gather(moments, group) if group else moments,
@@ -333,23 +341,24 @@ def unit_forward(
     return y, stats
 
 
-def _prologue(stats: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    return None if stats is None else (stats[2], stats[3])
+def _prologue(before: Before | None) -> Prologue | None:
+    return None if before is None else Prologue(before.stats[2], before.stats[3], before.activation)
 
 
-def convolve(x: Tensor, x_stats: Tensor | None, w: Tensor, bias: Tensor | None, conv: Convolution) -> Tensor:
+def convolve(x: Tensor, before: Before | None, w: Tensor, bias: Tensor | None, conv: Convolution) -> Tensor:
+    """The convolution of ``x``, or of what ``before`` makes of it."""
     if conv.fused:
         return conv_forward(
             x,
             w,
             geometry=conv.geometry,
-            prologue=_prologue(x_stats),
+            prologue=_prologue(before),
             bias=bias,
             tf32=decide.tf32(x.dtype),
             config=conv.tiles.forward,
         )
-    if x_stats is not None:
-        x = batch_norm_apply(x, x_stats)
+    if before is not None:
+        x = batch_norm_apply(x, before.stats, activation=before.activation)
     bias = None if bias is None else bias.to(x.dtype)
     stride, padding, dilation, groups = conv.geometry
     y = torch.convolution(x, w, bias, stride, padding, dilation, False, (0, 0), groups)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from resnet_fused.engine import backward, forward, replay
 from resnet_fused.engine.trace import implementations
+from resnet_fused.kernels.activation import decode
 from resnet_fused.kernels.batch_norm import batch_norm_apply
 from resnet_fused.kernels.chain_forward import Link
 from resnet_fused.kernels.conv import output_size
@@ -21,7 +22,7 @@ from resnet_fused.kernels.norm_pool import Peaks, batch_norm_pool
 _library = torch.library.Library("resnet_fused", "DEF")
 _library.define(
     "conv_bn_act(Tensor x, Tensor w, Tensor? bias, Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, float eps, "
-    "Tensor? residual, int residual_step, int residual_before, int[] convolution, bool relu, "
+    "Tensor? residual, int residual_step, int residual_before, int[] convolution, str activation, "
     "ScalarType out_dtype) -> Tensor"
 )
 _library.define(
@@ -30,20 +31,20 @@ _library.define(
 )
 _library.define("chain(Tensor x, Tensor?[] weights, Tensor?[] affines, Tensor residual, int[] convolution) -> Tensor[]")
 _library.define(
-    "unit_forward(Tensor x, Tensor? x_stats, Tensor w, Tensor? bias, Tensor? gamma, Tensor? beta, "
+    "unit_forward(Tensor x, Tensor? x_stats, Tensor w, str before, Tensor? bias, Tensor? gamma, Tensor? beta, "
     "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? batches, float? momentum, float eps, "
     "bool batch_stats, int[] convolution, str group) -> (Tensor, Tensor)"
 )
 _library.define(
-    "join_forward(Tensor y, Tensor stats, Tensor? residual, Tensor? residual_stats, int step, int before, bool relu, "
-    "ScalarType out_dtype) -> Tensor"
+    "join_forward(Tensor y, Tensor stats, Tensor? residual, Tensor? residual_stats, int step, int before, "
+    "str activation, ScalarType out_dtype) -> Tensor"
 )
 _library.define("pool_forward(Tensor y, Tensor stats) -> (Tensor, Tensor, Tensor)")
 _library.define(
     "residual_backward(Tensor dz, Tensor? z, Tensor x, Tensor? shortcut, Tensor? peak, Tensor? place, "
     "Tensor[] weights, Tensor?[] biases, Tensor?[] ys, Tensor[] stats, int[] convolutions, int[] weight_strides, "
-    "bool[] frozen, str[] groups, str kind, int step, int before, bool[] needs, ScalarType weight_dtype, "
-    "ScalarType norm_dtype) -> Tensor[]"
+    "bool[] frozen, str[] groups, str[] activations, str kind, int step, int before, bool[] needs, "
+    "ScalarType weight_dtype, ScalarType norm_dtype) -> Tensor[]"
 )
 
 
@@ -60,14 +61,14 @@ def _conv_bn_act(
     residual_step: int,
     residual_before: int,
     convolution: list[int],
-    relu: bool,
+    activation: str,
     out_dtype: torch.dtype,
 ) -> Tensor:
     norm = Norm(mean, var, gamma, beta, eps)
     added = None if residual is None else Residual(residual, residual_step, residual_before)
     conv = forward.decided(convolution, x, w, "inference", residual=residual is not None)
     with torch.cuda.device_of(x):
-        return forward.inference(x, w, bias, norm, added, conv, relu, out_dtype)
+        return forward.inference(x, w, bias, norm, added, conv, decode(activation), out_dtype)
 
 
 def _conv_bn_act_fake(x: Tensor, w: Tensor, *arguments: Any) -> Tensor:
@@ -131,6 +132,7 @@ def _unit_forward(
     x: Tensor,
     x_stats: Tensor | None,
     w: Tensor,
+    before: str,
     bias: Tensor | None,
     gamma: Tensor | None,
     beta: Tensor | None,
@@ -143,16 +145,17 @@ def _unit_forward(
     convolution: list[int],
     group: str,
 ) -> tuple[Tensor, Tensor]:
+    raw = None if x_stats is None else forward.Before(x_stats, decode(before))
     running = forward.Running(running_mean, running_var, batches, momentum)
     conv = forward.decided(convolution, x, w, "training", prologue=x_stats is not None)
     with torch.cuda.device_of(x):
-        return forward.unit_forward(x, x_stats, w, bias, gamma, beta, running, eps, batch_stats, conv, group)
+        return forward.unit_forward(x, raw, w, bias, gamma, beta, running, eps, batch_stats, conv, group)
 
 
 def _unit_forward_fake(x: Tensor, x_stats: Tensor | None, w: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     if dry_target() is not None:
         return _unit_forward(x, x_stats, w, *arguments)
-    shape = _output_shape(x, w, arguments[9])
+    shape = _output_shape(x, w, arguments[10])
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     return y, x.new_empty(5, w.shape[0], dtype=torch.float32)
 
@@ -164,12 +167,15 @@ def _join_forward(
     residual_stats: Tensor | None,
     step: int,
     before: int,
-    relu: bool,
+    activation: str,
     out_dtype: torch.dtype,
 ) -> Tensor:
     added = None if residual is None else Residual(residual, step, before)
     with torch.cuda.device_of(y):
-        return batch_norm_apply(y, stats, residual=added, residual_stats=residual_stats, relu=relu, out_dtype=out_dtype)
+        act = decode(activation)
+        return batch_norm_apply(
+            y, stats, residual=added, residual_stats=residual_stats, activation=act, out_dtype=out_dtype
+        )
 
 
 def _join_forward_fake(y: Tensor, *arguments: Any) -> Tensor:
@@ -209,6 +215,7 @@ def _residual_backward(
     weight_strides: list[int],
     frozen: list[bool],
     groups: list[str],
+    activations: list[str],
     kind: str,
     step: int,
     before: int,
@@ -229,7 +236,8 @@ def _residual_backward(
         stride, need = tuple(weight_strides[4 * i : 4 * i + 4]), backward.Needs(*needs[2 + 4 * i : 6 + 4 * i])
         units.append(
             backward.UnitBackward(
-                conv, w, stride, biases[i], ys[i], stats[i].resolve_neg().contiguous(), frozen[i], groups[i], need
+                *(conv, w, stride, biases[i], ys[i], stats[i].resolve_neg().contiguous(), frozen[i], groups[i], need),
+                decode(activations[i]),
             )
         )
     branch, last = (units[:-1], units[-1]) if kind == "projection" else (units, None)
@@ -260,7 +268,7 @@ def _restored(x: T) -> T:
 def _residual_backward_fake(dz: Tensor, z: Tensor | None, x: Tensor, shortcut: Tensor | None, *arguments: Any) -> Any:
     if dry_target() is not None:
         return _residual_backward(dz, z, x, shortcut, *arguments)
-    weights, strides, needs, weight_dtype, norm_dtype = arguments[2], arguments[7], *arguments[13:16]
+    weights, strides, needs, weight_dtype, norm_dtype = arguments[2], arguments[7], *arguments[14:17]
     found = [None if t is None else torch.empty_like(t, memory_format=torch.channels_last) for t in (x, shortcut)]
     for i, w in enumerate(weights):
         found.append(torch.empty_strided(w.shape, strides[4 * i : 4 * i + 4], dtype=weight_dtype, device=w.device))

@@ -5,6 +5,7 @@ Tests compare the kernels with these functions in fp64; the eager road runs them
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import grad as conv_grad
 
+from resnet_fused.kernels.activation import IDENTITY, RELU, Activation
 from resnet_fused.kernels.conv import Geometry
 from resnet_fused.kernels.conv_pool import POOL
 from resnet_fused.kernels.epilogue import Residual
@@ -35,6 +37,31 @@ class PaddedIdentity(NamedTuple):
         kept = self.x[:, :, :: self.stride, :: self.stride]
         after = channels - self.channels_before - kept.shape[1]
         return F.pad(kept, (0, 0, 0, 0, self.channels_before, after))
+
+
+_ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
+    "identity": lambda v: v,
+    "relu": F.relu,
+    "leaky_relu": F.leaky_relu,
+    "hardtanh": F.hardtanh,
+    "hardswish": F.hardswish,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda v: F.gelu(v, approximate="tanh"),
+}
+
+
+def activate(v: Tensor, activation: Activation) -> Tensor:
+    """The activation of ``v``, of any shape, in its dtype."""
+    return _ACTIVATIONS[activation.name](v, *activation.numbers)
+
+
+def in_front(g: Tensor, v: Tensor, activation: Activation) -> Tensor:
+    """The gradient in front of the activation of ``v`` from ``g``, the one behind it, in the dtype of ``v``."""
+    with torch.enable_grad():
+        v = v.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(activate(v, activation), v, g.to(v.dtype))
+    return gradient
 
 
 def affine(
@@ -82,19 +109,24 @@ def conv_bn_act(
     bn: nn.BatchNorm2d,
     residual: Tensor | PaddedIdentity | None = None,
     relu: bool = True,
+    *,
+    activation: Activation | None = None,
 ) -> Tensor:
-    """``relu(bn(conv(x)) + residual)``; the residual and the ReLU are optional. Shapes as in ``nn.Conv2d``."""
+    """``act(bn(conv(x)) + residual)``; the residual is optional. Shapes as in ``nn.Conv2d``.
+
+    The activation is ``activation``; without it a ReLU, or nothing if not ``relu``.
+    """
     z = bn(conv(x))
     if isinstance(residual, PaddedIdentity):
         residual = residual.materialize(z.shape[1])
     if residual is not None:
         z = z + residual
-    return F.relu(z) if relu else z
+    return activate(z, activation or (RELU if relu else IDENTITY))
 
 
-def scale_shift_relu(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """``relu(scale*x + shift)`` per channel of ``x`` [N, C, H, W]; ``scale`` and ``shift`` are [C]."""
-    return torch.relu(x * scale[:, None, None] + shift[:, None, None])
+def scale_shift_act(x: Tensor, scale: Tensor, shift: Tensor, activation: Activation = RELU) -> Tensor:
+    """``act(scale*x + shift)`` per channel of ``x`` [N, C, H, W]; ``scale`` and ``shift`` are [C]."""
+    return activate(x * scale[:, None, None] + shift[:, None, None], activation)
 
 
 def batch_norm_stats(
@@ -115,9 +147,9 @@ def batch_norm_apply(
     stats: Tensor,
     residual: Tensor | PaddedIdentity | None = None,
     residual_stats: Tensor | None = None,
-    relu: bool = True,
+    activation: Activation = RELU,
 ) -> Tensor:
-    """``relu(scale*y + shift + residual)`` for ``y`` [N, C, P, Q]; ``residual_stats`` normalise the residual too."""
+    """``act(scale*y + shift + residual)`` for ``y`` [N, C, P, Q]; ``residual_stats`` normalise the residual too."""
     z = y * stats[2, :, None, None] + stats[3, :, None, None]
     if isinstance(residual, PaddedIdentity):
         residual = residual.materialize(z.shape[1])
@@ -125,7 +157,7 @@ def batch_norm_apply(
         residual = residual * residual_stats[2, :, None, None] + residual_stats[3, :, None, None]
     if residual is not None:
         z = z + residual
-    return torch.relu(z) if relu else z
+    return activate(z, activation)
 
 
 def batch_norm_pool(y: Tensor, stats: Tensor) -> tuple[Tensor, Tensor, Tensor]:

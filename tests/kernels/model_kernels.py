@@ -31,6 +31,8 @@ MODELS = ["resnet20", "resnet18", "resnet50", "resnet101", "resnext50_32x4d", "w
 BATCHES = (1, 8, 32, 256)
 """From one image to as many as leave no multiprocessor idle: tiles follow the number of pixels."""
 TRAINED = ["resnet20", "resnet18", "resnet50", "resnext50_32x4d"]
+ACTIVATIONS = [nn.SiLU(), nn.Hardtanh(-2.0, 3.0)]
+"""In place of ReLU: one whose derivative takes the value in front of it, and one whose output decides it."""
 DRAWN = 4
 """Units of odd sizes for each architecture."""
 
@@ -139,6 +141,8 @@ def _launched(arch: int) -> Iterator[Kernel]:
             yield from _calls(arch, name, TRAINED if each_kind else TRAINED[:3], training=True)
         elif name != "float16" and each_kind:
             yield from _calls(arch, name, TRAINED[2:3], training=True)
+    for activation in ACTIVATIONS:
+        yield from _activated(arch, activation)
     draw = random.Random(arch)
     for _ in range(DRAWN):
         yield from _drawn(arch, draw)
@@ -266,6 +270,24 @@ def chain_call(chain: Chain, tile: TileConfig) -> Call:
             config=tile,
         )
     return calls[0]
+
+
+def _activated(arch: int, activation: nn.Module) -> Iterator[Kernel]:
+    """Of two bottlenecks, one with a projection, in inference and in a training step, on every road."""
+    calls: list[Call] = []
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "device": "meta"}
+    with torch.device("meta"):
+        projection = nn.Sequential(nn.Conv2d(256, 512, 1, 2, bias=False), nn.BatchNorm2d(512))
+        blocks = resnet_fused.Bottleneck(256, 64), resnet_fused.Bottleneck(256, 128, 2, projection)
+    for block, road, training in product(blocks, ("triton", "mixed"), (False, True)):
+        block.relu = activation
+        block.train(training).to(torch.bfloat16, memory_format=torch.channels_last)
+        x = torch.empty(32, 256, 56, 56, **options, requires_grad=training)
+        with resnet_fused.implementation(road), dry_run(arch), observe(calls.append), torch.set_grad_enabled(training):
+            z = block(x)
+            if training:
+                z.sum().backward()
+    return (Kernel(arch, "bfloat16", call) for call in calls)
 
 
 def _drawn(arch: int, draw: random.Random) -> Iterator[Kernel]:

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fused.engine import reference
+from resnet_fused.kernels.activation import IDENTITY, RELU, Activation
 from resnet_fused.kernels.batch_norm import batch_norm_apply, batch_norm_stats, channel_moments, merge_moments
 from resnet_fused.kernels.conv import Geometry
 from resnet_fused.kernels.conv_forward import conv_forward, conv_forward_moments
-from resnet_fused.kernels.epilogue import Moments, Norm, Residual
+from resnet_fused.kernels.epilogue import Moments, Norm, Prologue, Residual
 from resnet_fused.kernels.launch import TileConfig, dry_run, observe
 from resnet_fused.kernels.norm_backward import batch_norm_backward, batch_norm_coefs, batch_norm_reduce, merge_sums
 from tests.kernels.test_conv_dgrad import _poisoned, random_coefs, random_stats  # noqa: F401
@@ -52,7 +53,7 @@ def test_variance_far_from_zero(ratio):
 def test_moments_of_a_convolution_are_those_of_its_rounded_output(prologue, config, dtype):
     x, w, bias = random(2, 16, 7, 5, dtype=dtype), random(136, 16, 3, 3, dtype=dtype), random(136, dtype=dtype)
     arguments = dict(geometry=Geometry((2, 1), (1, 1)), bias=bias, config=config)
-    arguments["prologue"] = (torch.rand(16, device=DEVICE), random(16)) if prologue else None
+    arguments["prologue"] = Prologue(torch.rand(16, device=DEVICE), random(16)) if prologue else None
     y, moments = conv_forward_moments(x, w, **arguments)
     assert torch.equal(y, conv_forward(x, w, **arguments))
     torch.testing.assert_close(merge_moments(moments).double(), moments_of(y), rtol=1e-5, atol=1e-5)
@@ -95,7 +96,7 @@ def test_running_statistics_of_what_is_not_finite(road, first, values, config):
     z = bn(y)
     torch.testing.assert_close(mean, bn.running_mean, equal_nan=True)
     torch.testing.assert_close(var, bn.running_var, equal_nan=True)
-    assert torch.equal(batch_norm_apply(y, stats, relu=False).isnan(), z.isnan())
+    assert torch.equal(batch_norm_apply(y, stats, activation=IDENTITY).isnan(), z.isnan())
     assert not bn.running_mean[1].isfinite()
     assert bn.running_var[1].isnan()
 
@@ -191,13 +192,15 @@ def test_statistics_as_torch_updates_them(momentum, affine):
             running_mean=mean, running_var=var, batches=batches, momentum=momentum,
         )  # fmt: skip
         z = bn(y)
-        torch.testing.assert_close(reference.batch_norm_apply(y, stats, relu=False), z, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(reference.batch_norm_apply(y, stats, activation=IDENTITY), z, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(mean, bn.running_mean)
         torch.testing.assert_close(var, bn.running_var)
         assert batches == bn.num_batches_tracked
         assert torch.equal(stats[4], torch.full_like(stats[4], 1 / 60))
     frozen = batch_norm_stats(None, bn.weight, bn.bias, bn.eps, running_mean=mean, running_var=var)
-    torch.testing.assert_close(reference.batch_norm_apply(y, frozen, relu=False), bn.eval()(y), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        reference.batch_norm_apply(y, frozen, activation=IDENTITY), bn.eval()(y), rtol=1e-5, atol=1e-5
+    )
     assert (frozen[4] == 0).all()
 
 
@@ -216,8 +219,8 @@ def residuals(dtype: torch.dtype, channels: int) -> dict[str, dict]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("channels", [20, 136])
 @pytest.mark.parametrize("kind", ["none", "same shape", "wider", "normalised", "padded"])
-@pytest.mark.parametrize("relu", [True, False])
-def test_apply(kind, relu, channels, dtype):
+@pytest.mark.parametrize("act", [RELU, IDENTITY], ids=lambda act: act.name)
+def test_apply(kind, act, channels, dtype):
     y, stats, more = random(2, channels, 5, 3, dtype=dtype), random_stats(channels), residuals(dtype, channels)[kind]
 
     def specification(t: torch.dtype) -> Tensor:
@@ -225,10 +228,10 @@ def test_apply(kind, relu, channels, dtype):
         if residual is not None:
             residual = reference.PaddedIdentity(residual.tensor.to(t), residual.step, residual.before)
         other = more.get("residual_stats")
-        return reference.batch_norm_apply(y.to(t), stats.to(t), residual, None if other is None else other.to(t), relu)
+        return reference.batch_norm_apply(y.to(t), stats.to(t), residual, None if other is None else other.to(t), act)
 
     for config in TILES:
-        z = batch_norm_apply(y, stats, relu=relu, config=config, **more)
+        z = batch_norm_apply(y, stats, activation=act, config=config, **more)
         assert z.is_contiguous(memory_format=torch.channels_last)
         assert_within_rule(z, specification(torch.float32).to(dtype), specification(torch.float64))
 
@@ -237,7 +240,7 @@ def test_apply_agrees_to_the_bit_with_the_prologue():
     y, stats = random(2, 16, 5, 3, dtype=torch.float16), random_stats(16)
     identity = torch.eye(16, device=DEVICE, dtype=torch.float16)[:, :, None, None]
     identity = identity.contiguous(memory_format=torch.channels_last)
-    assert torch.equal(batch_norm_apply(y, stats), conv_forward(y, identity, prologue=(stats[2], stats[3])))
+    assert torch.equal(batch_norm_apply(y, stats), conv_forward(y, identity, prologue=Prologue(stats[2], stats[3])))
 
 
 @pytest.mark.parametrize("affine", [True, False])
@@ -259,9 +262,12 @@ def test_reduce(mask, second, channels, dtype):
     dz, y, y2 = (random(3, channels, 7, 5, dtype=dtype) for _ in range(3))
     stats, stats2 = random_stats(channels), random_stats(channels)
     z = torch.relu(random(3, channels, 7, 5, dtype=dtype))
-    v = y.double() * stats[2].double()[:, None, None] + stats[3].double()[:, None, None]
+    v = reference.batch_norm_apply(y.double(), stats.double(), activation=IDENTITY)
+    if second:
+        v = v + reference.batch_norm_apply(y2.double(), stats2.double(), activation=IDENTITY)
     passes = {"z": z > 0, "y": v > 0, "none": torch.ones_like(z, dtype=torch.bool)}[mask]
-    arguments = dict(z=z if mask == "z" else None, mask=mask == "y", second=(y2, stats2) if second else None)
+    activation = IDENTITY if mask == "none" else RELU
+    arguments = dict(z=z if mask == "z" else None, activation=activation, second=(y2, stats2) if second else None)
     for config in TILES:
         g, sums = batch_norm_reduce(dz, y, stats, config=config, **arguments)
         decided = (v.abs() > 1e-5) | (mask != "y")
@@ -281,7 +287,7 @@ def test_reduce(mask, second, channels, dtype):
 def test_reduce_without_y_only_masks():
     dz, z = random(2, 20, 5, 3), random(2, 20, 5, 3)
     z[0, 1, 2, 2] = float("nan")
-    g, sums = batch_norm_reduce(dz, None, None, z=z)
+    g, sums = batch_norm_reduce(dz, None, None, activation=RELU, z=z)
     assert torch.equal(g, torch.where(z <= 0, 0.0, dz)), "what is not a number lets the gradient pass"
     torch.testing.assert_close(sums.sum(1)[0], g.sum((0, 2, 3)), rtol=1e-4, atol=1e-5)
     assert (sums[1] == 0).all()
@@ -405,14 +411,20 @@ def test_errors_name_the_argument():
             batch_norm_apply(y, stats, residual=residual, residual_stats=stats)
     other = random(2, 20, 5, 4)
     for name in ("y", "z", "out"):
-        arguments = dict(dz=y, y=y, stats=stats, z=y) | {name: other}
+        arguments = dict(dz=y, y=y, stats=stats, activation=RELU, z=y) | {name: other}
         with pytest.raises(
             ValueError, match=rf"{name} must have the shape of dz, \(2, 20, 5, 3\); got \(2, 20, 5, 4\)"
         ):
             batch_norm_reduce(**arguments)
-    for arguments in (dict(y=y, stats=None), dict(y=None, stats=stats), dict(y=y, stats=stats, z=y, mask=True)):
-        with pytest.raises(ValueError, match="y and stats must be given together, and with mask, without z"):
+    nothing = dict(y=None, stats=None)
+    for arguments in (dict(y=y, stats=None), dict(y=None, stats=stats), nothing | dict(activation=RELU)):
+        with pytest.raises(ValueError, match="y and stats must be given together, and with an activation, they or z"):
             batch_norm_reduce(y, **arguments)
+    for arguments in (dict(), dict(activation=Activation("silu")), dict(activation=RELU, residual=Residual(y))):
+        with pytest.raises(ValueError, match="z must come with an activation that it decides, without residual; got"):
+            batch_norm_reduce(y, y, stats, z=y, **arguments)
+    with pytest.raises(ValueError, match=r"residual must have shape \(2, 20, 5, 3\)"):
+        batch_norm_reduce(y, y, stats, activation=RELU, residual=Residual(other))
     for arguments in (dict(y=other), dict(y=y, out=other), dict(y=y, second=(other, random_coefs(20)))):
         with pytest.raises(ValueError, match="must have the shape of g"):
             batch_norm_backward(y, coefs=random_coefs(20), **arguments)

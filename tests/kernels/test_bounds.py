@@ -8,6 +8,7 @@ import torch
 from resnet_fused.kernels.conv_dgrad import conv_dgrad
 from resnet_fused.kernels.conv_forward import conv_forward
 from resnet_fused.kernels.conv_wgrad import conv_wgrad
+from resnet_fused.kernels.epilogue import Prologue
 from resnet_fused.kernels.launch import TileConfig, interpreting
 from tests.interpreter import reads_only
 from tests.kernels.test_conv_dgrad import ALL, drawn, random_stats
@@ -22,8 +23,8 @@ def test_nothing_beside_the_tensors_is_read(name, tile):
     dy, w, size, geometry = drawn(name, torch.float32)
     x = random(dy.shape[0], w.shape[1] * geometry.groups, *size)
     stats = random_stats(x.shape[1])
-    prologue = stats[2].clone(), stats[3].clone()
-    with reads_only(x, w, *prologue):
+    prologue = Prologue(stats[2].clone(), stats[3].clone())
+    with reads_only(x, w, *prologue[:2]):
         conv_forward(x, w, geometry=geometry, config=tile)
         conv_forward(x, w, geometry=geometry, prologue=prologue, config=tile)
     with reads_only(dy, w):

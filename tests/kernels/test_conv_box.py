@@ -13,6 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from resnet_fused.engine import forward
 from resnet_fused.kernels import conv_box
+from resnet_fused.kernels.activation import IDENTITY, RELU
 from resnet_fused.kernels.batch_norm import batch_norm_stats, merge_moments
 from resnet_fused.kernels.conv import ConvProblem, Geometry
 from resnet_fused.kernels.conv_forward import conv_forward, conv_forward_moments
@@ -58,7 +59,7 @@ def test_geometry(name, dtype):
     ci, co, size, taps, geometry = GEOMETRIES[name]
     x, w = random(3, ci, *size, dtype=dtype), random(co, ci // geometry.groups, *taps, dtype=dtype)
     for box in BOXES:
-        launch = lambda: check(x, w, norm=random_norm(co), relu=True, config=tile(box), geometry=geometry)  # noqa: B023, E731
+        launch = lambda: check(x, w, norm=random_norm(co), activation=RELU, config=tile(box), geometry=geometry)  # noqa: B023, E731
         assert kernels_of(launch) == ["conv_box_kernel"]
 
 
@@ -84,7 +85,7 @@ def test_every_epilogue(bias, norm, residual, relu):
         bias=random(20) if bias else None,
         norm=random_norm(20) if norm else None,
         residual=Residual(random(2, 20, 5, 6)) if residual else None,
-        relu=relu,
+        activation=RELU if relu else IDENTITY,
         config=tile((1, 4, 8)),
     )
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from resnet_fused.engine import reference
 from resnet_fused.kernels import conv_forward as module
+from resnet_fused.kernels.activation import IDENTITY, RELU
 from resnet_fused.kernels.conv import ConvProblem, Geometry
 from resnet_fused.kernels.conv_forward import (
     conv_forward,
@@ -22,7 +23,7 @@ from resnet_fused.kernels.conv_forward import (
     steps,
     wide_tiles,
 )
-from resnet_fused.kernels.epilogue import Norm, Residual
+from resnet_fused.kernels.epilogue import Norm, Prologue, Residual
 from resnet_fused.kernels.launch import INTERPRETER, Cost, TileConfig, dry_run, observe
 from resnet_fused.kernels.memory import layout, pixel_stride
 from tests.rule import assert_within_rule
@@ -48,19 +49,21 @@ def random_norm(channels: int) -> Norm:
     return Norm(random(channels), torch.rand(channels, device=DEVICE) + 0.5, random(channels), random(channels), 1e-5)
 
 
-def specification(x, w, *, geometry=Geometry(), prologue=None, bias=None, norm=None, residual=None, relu=False, dtype):
+def specification(
+    x, w, *, geometry=Geometry(), prologue=None, bias=None, norm=None, residual=None, activation=IDENTITY, dtype
+):
     """What a launch must compute, in ``dtype`` throughout."""
     cast = lambda t: None if t is None else t.to(dtype)  # noqa: E731
     x = cast(x)
     if prologue is not None:
-        x = reference.scale_shift_relu(x, cast(prologue[0]), cast(prologue[1]))
+        x = reference.scale_shift_act(x, cast(prologue.scale), cast(prologue.shift), prologue.activation)
     z = F.conv2d(x, cast(w), cast(bias), *geometry)
     if norm is not None:
         z = F.batch_norm(z, cast(norm.mean), cast(norm.var), cast(norm.gamma), cast(norm.beta), False, 0.0, norm.eps)
     if residual is not None:
         shortcut = reference.PaddedIdentity(cast(residual.tensor), residual.step, residual.before)
         z = z + shortcut.materialize(z.shape[1])
-    return torch.relu(z) if relu else z
+    return reference.activate(z, activation)
 
 
 def check(x, w, *, config=None, **arguments):
@@ -113,7 +116,7 @@ def test_geometry(name, dtype):
     for config in TILES:
         if config is not None and geometry.groups > 1:
             config = TileConfig(config.block_m, config.block_n, 32 if geometry.groups > 2 else 16)
-        check(x, w, norm=random_norm(co), relu=True, config=config, geometry=geometry)
+        check(x, w, norm=random_norm(co), activation=RELU, config=config, geometry=geometry)
 
 
 @pytest.mark.parametrize("filter_size", range(1, 8))
@@ -133,14 +136,14 @@ def test_every_epilogue(bias, norm, residual, relu, dtype):
         bias=random(20, dtype=dtype) if bias else None,
         norm=random_norm(20) if norm else None,
         residual=Residual(random(2, 20, 5, 6, dtype=dtype)) if residual else None,
-        relu=relu,
+        activation=RELU if relu else IDENTITY,
     )
 
 
 @pytest.mark.parametrize("config", TILES)
 def test_wide_tiles_are_finished_in_halves(config):
     x, w = random(1, 16, 5, 6), random(136, 16, 1, 1)
-    check(x, w, norm=random_norm(136), residual=Residual(random(1, 136, 5, 6)), relu=True, config=config)
+    check(x, w, norm=random_norm(136), residual=Residual(random(1, 136, 5, 6)), activation=RELU, config=config)
 
 
 @pytest.mark.parametrize("affine", [(True, False), (False, True), (False, False)])
@@ -169,7 +172,7 @@ def test_padded_identity_is_read_in_place(step, before, size, config):
     residual = random(2, 10, *size)
     p, q = (-(-s // step) for s in size)
     check(
-        random(2, 16, p, q), random(20, 16, 3, 3), geometry=SAME, norm=random_norm(20), relu=True,
+        random(2, 16, p, q), random(20, 16, 3, 3), geometry=SAME, norm=random_norm(20), activation=RELU,
         residual=Residual(residual, step, before), config=config,
     )  # fmt: skip
 
@@ -181,9 +184,9 @@ def test_padded_identity_is_read_in_place(step, before, size, config):
 def test_padding_is_zero_after_the_prologue(name, dtype):
     ci, co, size, taps, geometry = GEOMETRIES[name]
     x, w = random(2, ci, *size, dtype=dtype), random(co, ci // geometry.groups, *taps, dtype=dtype)
-    prologue = (random(ci), random(ci) + 100)
+    prologue = Prologue(random(ci), random(ci) + 100)
     ours = conv_forward(x, w, prologue=prologue, geometry=geometry)
-    a = reference.scale_shift_relu(x.double(), *(v.double() for v in prologue))
+    a = reference.scale_shift_act(x.double(), *(v.double() for v in prologue[:2]))
     rounded = F.conv2d(a.to(dtype), w, None, *geometry)
     assert_within_rule(ours, rounded, F.conv2d(a, w.double(), None, *geometry))
 
@@ -198,20 +201,20 @@ def test_negative_zero_and_large_statistics(dtype):
     for shift, scale in ((0.0, 1.0), (1000.0, 1.0), (0.0, 1e-4)):
         bias = torch.full((24,), shift, device=DEVICE, dtype=dtype)
         norm = Norm(mean + shift, var * scale, gamma, random(24), 1e-5)
-        check(x, w, geometry=SAME, bias=bias, norm=norm, relu=True)
+        check(x, w, geometry=SAME, bias=bias, norm=norm, activation=RELU)
 
 
 def test_tiny_variance_leaves_eps():
     x, w = random(1, 16, 4, 4), random(16, 16, 1, 1)
-    check(x, w, norm=Norm(random(16), torch.zeros(16, device=DEVICE), random(16), random(16), 1e-3), relu=True)
+    check(x, w, norm=Norm(random(16), torch.zeros(16, device=DEVICE), random(16), random(16), 1e-3), activation=RELU)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_nan_and_inf_go_through_as_in_eager(value):
     x, w, norm = random(2, 16, 6, 5), random(20, 16, 3, 3), random_norm(20)
     x[0, 3, 2, 2] = value
-    ours = conv_forward(x, w, geometry=SAME, norm=norm, relu=True)
-    eager = specification(x, w, geometry=SAME, norm=norm, relu=True, dtype=x.dtype)
+    ours = conv_forward(x, w, geometry=SAME, norm=norm, activation=RELU)
+    eager = specification(x, w, geometry=SAME, norm=norm, activation=RELU, dtype=x.dtype)
     assert torch.equal(ours.isnan(), eager.isnan())
     assert torch.equal(ours.isinf(), eager.isinf())
     assert ours.isnan().any() or ours.isinf().any()
@@ -230,7 +233,7 @@ def test_what_is_not_finite_stays_in_its_group(name, value, prologue, dtype):
     x, w = random(2, ci, *size, dtype=dtype), random(co, ci // geometry.groups, *taps, dtype=dtype)
     x[0, 5, 2, 2] = value
     w[-1, 0, 0, 0] = 0
-    vectors = (torch.rand(ci, device=DEVICE) + 0.5, random(ci)) if prologue else None
+    vectors = Prologue(torch.rand(ci, device=DEVICE) + 0.5, random(ci)) if prologue else None
     ours = conv_forward(x, w, prologue=vectors, geometry=geometry)
     # Each group apart: what a library's own grouped convolution does to NaN is its own business.
     eager, exact = (
@@ -247,16 +250,16 @@ def test_what_is_not_finite_stays_in_its_group(name, value, prologue, dtype):
     assert_within_rule(*(t.masked_fill(touched, 0.0) for t in (ours, eager, exact)))
 
 
-def activated(x: Tensor, vectors: tuple[Tensor, Tensor] | None, dtype: torch.dtype) -> Tensor:
+def activated(x: Tensor, vectors: Prologue | None, dtype: torch.dtype) -> Tensor:
     if vectors is None:
         return x.to(dtype)
-    return reference.scale_shift_relu(x.double(), *(v.double() for v in vectors)).to(dtype)
+    return reference.scale_shift_act(x.double(), *(v.double() for v in vectors[:2])).to(dtype)
 
 
 def test_relu_keeps_nan_of_the_residual():
     residual = random(1, 16, 3, 3)
     residual[0, 1, 1, 1] = float("nan")
-    ours = conv_forward(random(1, 16, 3, 3), random(16, 16, 1, 1), residual=Residual(residual), relu=True)
+    ours = conv_forward(random(1, 16, 3, 3), random(16, 16, 1, 1), residual=Residual(residual), activation=RELU)
     assert ours.isnan().nonzero().tolist() == [[0, 1, 1, 1]]
 
 
@@ -264,13 +267,13 @@ def test_relu_keeps_nan_of_the_residual():
 def test_reads_only_the_input_and_writes_only_the_output(name, monkeypatch):
     ci, co, size, taps, geometry = GEOMETRIES[name]
     x, w, norm = random(2, ci, *size), random(co, ci // geometry.groups, *taps), random_norm(co)
-    want = conv_forward(x, w, norm=norm, relu=True, geometry=geometry)
+    want = conv_forward(x, w, norm=norm, activation=RELU, geometry=geometry)
     residual = torch.zeros_like(want)
     guarded = [embed(t, float("nan")) for t in (x, residual)]
     w_guarded = embed_flat(w, float("nan"))
     out = embed(torch.full_like(want, float("nan")), 7.0)
     got = conv_forward(
-        guarded[0], w_guarded, norm=norm, relu=True, residual=Residual(guarded[1]), out=out, geometry=geometry
+        guarded[0], w_guarded, norm=norm, activation=RELU, residual=Residual(guarded[1]), out=out, geometry=geometry
     )
     assert got is out
     assert torch.equal(got, want)
@@ -299,7 +302,9 @@ def test_every_output_element_is_written(monkeypatch):
     empty = torch.empty
     monkeypatch.setattr(module.torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
     for ci, co, size, taps, geometry in GEOMETRIES.values():
-        y = conv_forward(random(2, ci, *size), random(co, ci // geometry.groups, *taps), relu=True, geometry=geometry)
+        y = conv_forward(
+            random(2, ci, *size), random(co, ci // geometry.groups, *taps), activation=RELU, geometry=geometry
+        )
         assert not y.isnan().any()
 
 
@@ -318,11 +323,11 @@ def test_offsets_beyond_32_bits():
         geometry = Geometry(padding=(taps // 2, taps // 2))
         seen = []
         with observe(seen.append):
-            conv_forward(x, w, geometry=geometry, residual=Residual(residual), out=out, relu=True, config=config)
+            conv_forward(x, w, geometry=geometry, residual=Residual(residual), out=out, activation=RELU, config=config)
         assert seen[0].arguments["form"].INT64
         assert seen[-1] is seen[0] or seen[1].arguments["INT64"]
         near = Residual(channels_last(residual))
-        small = conv_forward(channels_last(x), w, geometry=geometry, residual=near, relu=True, config=config)
+        small = conv_forward(channels_last(x), w, geometry=geometry, residual=near, activation=RELU, config=config)
         assert torch.equal(out, small)
 
 
@@ -511,7 +516,7 @@ def test_moments_with_prologue_and_bias(bias, prologue, config):
     """The last tile is ragged in its pixels (47 of them) and in its channels, in both halves of a wide one."""
     x, w = random(1, 16, 47, 1, dtype=torch.float16), random(200, 16, 1, 1, dtype=torch.float16)
     check_moments(
-        x, w, config=config, prologue=(random(16), random(16)) if prologue else None,
+        x, w, config=config, prologue=Prologue(random(16), random(16)) if prologue else None,
         bias=random(200, dtype=torch.float16) if bias else None,
     )  # fmt: skip
 
@@ -575,7 +580,7 @@ def test_a_sum_is_split_wherever_its_steps_fall(name, dtype):
     tile = TileConfig(16, 32, 32 if geometry.groups > 2 else 16)
     most = steps(problem_of(x, w, geometry), tile)
     for splits in sorted({2, min(3, most), min(7, most), most}):
-        check(x, w, norm=random_norm(co), relu=True, config=replace(tile, splits=splits), geometry=geometry)
+        check(x, w, norm=random_norm(co), activation=RELU, config=replace(tile, splits=splits), geometry=geometry)
 
 
 def problem_of(x: Tensor, w: Tensor, geometry: Geometry) -> ConvProblem:
@@ -594,7 +599,7 @@ def test_every_epilogue_follows_the_sum_of_all_parts(bias, norm, residual, relu,
         bias=random(72, dtype=dtype) if bias else None,
         norm=random_norm(72) if norm else None,
         residual=Residual(random(2, 72, 5, 6, dtype=dtype)) if residual else None,
-        relu=relu,
+        activation=RELU if relu else IDENTITY,
         config=SPLIT,
     )
 
@@ -603,7 +608,7 @@ def test_every_epilogue_follows_the_sum_of_all_parts(bias, norm, residual, relu,
 def test_a_padded_identity_is_added_to_a_split_sum(step, before, size):
     p, q = (-(-s // step) for s in size)
     check(
-        random(2, 16, p, q), random(20, 16, 3, 3), geometry=SAME, norm=random_norm(20), relu=True,
+        random(2, 16, p, q), random(20, 16, 3, 3), geometry=SAME, norm=random_norm(20), activation=RELU,
         residual=Residual(random(2, 10, *size), step, before), config=SPLIT,
     )  # fmt: skip
 
@@ -613,7 +618,7 @@ def test_a_split_sum_of_normalised_inputs(name):
     ci, co, size, taps, geometry = GEOMETRIES[name]
     x, w = random(2, ci, *size), random(co, ci // geometry.groups, *taps)
     config = TileConfig(16, 16, 32, splits=2)
-    check(x, w, prologue=(random(ci), random(ci) + 100), geometry=geometry, config=config)
+    check(x, w, prologue=Prologue(random(ci), random(ci) + 100), geometry=geometry, config=config)
 
 
 @pytest.mark.parametrize("name", MERGED)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 import triton
 
+from resnet_fused.kernels.activation import RELU
 from resnet_fused.kernels.conv import ConvProblem, Geometry
 from resnet_fused.kernels.conv_forward import conv_forward
 from resnet_fused.kernels.conv_pool import conv_pool, why_not
@@ -108,7 +109,7 @@ def test_norms_that_are_not_finite_come_out_as_without_the_pool():
     inf = float("inf")
     norm.gamma[0], norm.gamma[1], norm.beta[2], norm.mean[3], norm.var[4], norm.var[5] = inf, -inf, inf, inf, inf, -1e-5
     ours = conv_pool(x, w, geometry=STEM, norm=norm)
-    expected = F.max_pool2d(conv_forward(x, w, geometry=STEM, norm=norm, relu=True), 3, 2, 1)
+    expected = F.max_pool2d(conv_forward(x, w, geometry=STEM, norm=norm, activation=RELU), 3, 2, 1)
     assert expected.isnan().any()
     torch.testing.assert_close(ours, expected, equal_nan=True, atol=1e-4, rtol=1e-4)
 

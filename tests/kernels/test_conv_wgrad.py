@@ -53,7 +53,7 @@ def test_prologues(name, config, dtype):
     y, coefs, stats = random(*g.shape, dtype=dtype), random_coefs(g.shape[1]), random_stats(x.shape[1])
     stats[3] += 50  # padding is zero behind the ReLU
     dy = reference.batch_norm_gradient(g.double(), y.double(), coefs.double())
-    a = reference.scale_shift_relu(x.double(), stats[2].double(), stats[3].double())
+    a = reference.scale_shift_act(x.double(), stats[2].double(), stats[3].double())
     exact = reference.conv_wgrad(dy, a, shape, geometry)
     eager = reference.conv_wgrad(dy.to(dtype), a.to(dtype), shape, geometry)
     kept = torch.full_like(g, float("nan"))
@@ -78,7 +78,7 @@ def specification(dy, x, filter_size, *, geometry=Geometry(), y=None, coefs=None
         else:
             dy = reference.batch_norm_gradient(dy, y.to(dtype), coefs)
     if x_stats is not None:
-        x = reference.scale_shift_relu(x, *x_stats[2:4].to(dtype))
+        x = reference.scale_shift_act(x, *x_stats[2:4].to(dtype))
     shape = (dy.shape[1], x.shape[1] // geometry.groups, *filter_size)
     return reference.conv_wgrad(dy, x, shape, geometry)
 

@@ -19,7 +19,7 @@ from resnet_fused.kernels.batch_norm import batch_norm_apply, batch_norm_stats, 
 from resnet_fused.kernels.conv_dgrad import conv_dgrad
 from resnet_fused.kernels.conv_forward import conv_forward, conv_forward_moments
 from resnet_fused.kernels.conv_wgrad import conv_wgrad
-from resnet_fused.kernels.epilogue import Moments, Norm, Residual
+from resnet_fused.kernels.epilogue import Moments, Norm, Prologue, Residual
 from resnet_fused.kernels.launch import INTERPRETER, dry_run, dry_target, interpreting, observe, target_arch
 from resnet_fused.kernels.norm_backward import (
     batch_norm_backward,
@@ -304,13 +304,13 @@ def launches() -> dict[str, tuple[Callable, dict[str, Tensor]]]:
     return {
         "conv_forward": (
             lambda v: conv_forward(
-                x, w, bias=v["bias"], prologue=(v["prologue[0]"], v["prologue[1]"]),
+                x, w, bias=v["bias"], prologue=Prologue(v["prologue[0]"], v["prologue[1]"]),
                 norm=Norm(*(v[name] for name in normalised), 1e-5),
             ),
             {"bias": torch.rand(c, device=DEVICE), **prologue, **normalised},
         ),
         "conv_forward_moments": (
-            lambda v: conv_forward_moments(x, w, bias=v["bias"], prologue=(v["prologue[0]"], v["prologue[1]"])),
+            lambda v: conv_forward_moments(x, w, bias=v["bias"], prologue=Prologue(v["prologue[0]"], v["prologue[1]"])),
             {"bias": torch.rand(c, device=DEVICE), **prologue},
         ),
         "conv_dgrad": (

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_fused.engine import reference
+from resnet_fused.kernels.activation import IDENTITY, RELU
 from resnet_fused.kernels.conv_pool import POOL
 from resnet_fused.kernels.launch import TileConfig, dry_run, interpreting, observe
 from resnet_fused.kernels.norm_backward import batch_norm_reduce, batch_norm_sums
@@ -80,7 +81,7 @@ def test_what_is_not_finite_comes_out_as_pytorch_has_it(values):
 
 def gradient(dz: Tensor, place: Tensor, y: Tensor, stats: Tensor, coefs: Tensor, frozen: bool) -> Tensor:
     g = reference.max_pool_gradient(dz, place, tuple(y.shape[2:]))
-    g = torch.where(reference.batch_norm_apply(y, stats, relu=False) <= 0, 0.0, g)
+    g = torch.where(reference.batch_norm_apply(y, stats, activation=IDENTITY) <= 0, 0.0, g)
     return coefs[0, :, None, None] * g if frozen else reference.batch_norm_gradient(g, y, coefs)
 
 
@@ -107,7 +108,7 @@ def test_sums_of_the_peaks_are_those_of_all_pixels(dtype):
     z, peaks = batch_norm_pool(y, stats)
     dz = random(*z.shape, dtype=dtype)
     sums = batch_norm_sums(dz, peaks.y, stats)
-    _, same = batch_norm_reduce(dz, peaks.y, stats, mask=True)
+    _, same = batch_norm_reduce(dz, peaks.y, stats, activation=RELU)
     assert torch.equal(sums, same)
     g = reference.max_pool_gradient(dz.double(), peaks.place, (9, 6))
     g = torch.where(reference.batch_norm_apply(y.double(), stats.double()) > 0, g, 0.0)
