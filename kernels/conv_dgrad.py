@@ -458,7 +458,7 @@ def _default(problem: ConvProblem, epilogue: bool, activation: Activation) -> Ti
     """The default tile; the compiler would spill for a second program of eight warps beside a derivative."""
     tile = default_config(problem, epilogue)
     tight = problem.arch == 100 and tile.num_warps == 8 and not activation.light
-    return replace(tile, max_registers=168) if tight else tile
+    return replace(tile, max_registers=255) if tight else tile
 
 
 @lru_cache(maxsize=KEPT_LAYOUTS)

@@ -207,9 +207,9 @@ def batch_norm_reduce(
     """The gradient ``g`` in front of an activation from that behind it, ``dz`` [N, C, P, Q], and its sums.
 
     The derivative is that at the activation's input, ``scale*y + shift`` plus ``residual`` or the ``second`` batch
-    norm, which is given by its y and stats; or, of a ReLU, at its output ``z``. The others' outputs may change in place,
-    as PyTorch does not keep them either; and their input takes no more bytes: the residual is read in place of z, and
-    beside a second batch norm nothing. Of the identity, g is ``dz`` itself. ``out``: a pixel-linear tensor that g goes
+    norm, which is given by its y and stats; or, of a ReLU, at its output ``z``. Other outputs may change in place, as
+    PyTorch does not keep them either; and the input takes no more bytes: the residual is read in place of z, and beside
+    a second batch norm nothing. Of the identity, g is ``dz`` itself. ``out``: a pixel-linear tensor that g goes
     to; ``dz`` itself will do.
 
     Returns g and fp32 [2 or 3, T, C]: tile by tile ``sum g``, ``sum g*(y - mean)`` (0 without ``y``), and the second's.
@@ -268,9 +268,9 @@ def _reduce_recipe(
     residual.require_fits(dz.shape)
     pixels, channels = sizes(dz)
     # In 16 bits, with one batch norm, 64 registers are enough: the compiler would spill to do with fewer. Not for
-    # channels that it loads one by one, nor where a derivative is computed.
+    # channels that it loads one by one, nor where a derivative is computed, which takes up to 128.
     small = y2 is None and dz.dtype.itemsize == 2 and channels % 16 == 0
-    registers = (64 if activation.light else 96) if small else None
+    registers = (64 if small else None) if activation.light else 128
     tile = config or replace(default_config(pixels, channels, arch), max_registers=registers)
     tiles = cdiv(pixels, tile.block_m * tile.block_k)
     g_stride = 0
