@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 
@@ -29,11 +28,6 @@ class Activation(NamedTuple):
     numbers: tuple[float, ...] = ()
 
     @property
-    def reads_output(self) -> bool:
-        """Whether its output alone decides its derivative; that of all others takes the value in front of it."""
-        return self.name in ("identity", "relu", "hardtanh") or (self.name == "leaky_relu" and self.numbers[0] >= 0)
-
-    @property
     def light(self) -> bool:
         """Whether it and its derivative are one comparison: all others take registers of their own."""
         return self.name in ("identity", "relu")
@@ -52,12 +46,6 @@ class Activation(NamedTuple):
             raise ValueError(f"activation.numbers of {self.name} must be {count} floats of fp32; got {self.numbers!r}")
         if self.name == "hardtanh" and self.numbers[0] > self.numbers[1]:
             raise ValueError(f"activation.numbers of hardtanh must be in order; got {self.numbers!r}")
-
-    def of_output(self, dtype: torch.dtype) -> Activation:
-        """The one whose derivative, taken at an output that was rounded to ``dtype``, is that at the value in front."""
-        if self.name != "hardtanh":
-            return self
-        return Activation(self.name, tuple(torch.tensor(self.numbers, dtype=dtype).tolist()))
 
 
 def _is_normal(number: float) -> bool:
@@ -133,7 +121,7 @@ def activate(v, ACT: tl.constexpr):
 def in_front(g, v, ACT: tl.constexpr):
     """The gradient in front of the activation of ``v`` from ``g``, the one behind it; both in fp32.
 
-    Of one that reads its output (:attr:`Activation.reads_output`), ``v`` may be that.
+    Of a ReLU, ``v`` may be its output, too.
     """
     if ACT.name == "relu":
         return tl.where(v <= 0, 0.0, g)

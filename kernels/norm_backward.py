@@ -51,8 +51,8 @@ def batch_norm_reduce_kernel(
 ):
     """``g``, ``dz`` times the activation's derivative, and its sums over steps*BLOCK_M pixels x BLOCK_N channels.
 
-    The sums: of g, of ``g*(y - mean)`` and of ``g*(y2 - mean2)``. The derivative is that at z, the activation's output;
-    without z, at its input ``scale*y + shift``, to which comes what ``res`` or y2 add.
+    The sums: of g, of ``g*(y - mean)`` and of ``g*(y2 - mean2)``. The derivative is that at z, the output of a ReLU;
+    without z, at the input ``scale*y + shift``, to which comes what ``res`` or y2 add.
     """
     OFFSET: tl.constexpr = tl.int64 if INT64 else tl.int32
     pid = tl.program_id(0)
@@ -206,11 +206,11 @@ def batch_norm_reduce(
 ) -> tuple[Tensor, Tensor]:
     """The gradient ``g`` in front of an activation from that behind it, ``dz`` [N, C, P, Q], and its sums.
 
-    The derivative is read off the activation's output ``z``, where that decides it, or computed at its input: without
-    ``z`` that is ``scale*y + shift``, plus ``residual`` or what the ``second`` batch norm, given by its y and stats, is
-    in front of the same activation. Both take one read of a tensor, which is kept for the backward anyway: z where a
-    ReLU is, else the residual. Of the identity, g is ``dz`` itself. ``out``: a pixel-linear tensor that g goes to;
-    ``dz`` itself will do.
+    The derivative is that at the activation's input, ``scale*y + shift`` plus ``residual`` or the ``second`` batch
+    norm, which is given by its y and stats; or, of a ReLU, at its output ``z``. Other outputs may change in place, as
+    PyTorch does not keep them either; and the input takes no more bytes: the residual is read in place of z, and beside
+    a second batch norm nothing. Of the identity, g is ``dz`` itself. ``out``: a pixel-linear tensor that g goes
+    to; ``dz`` itself will do.
 
     Returns g and fp32 [2 or 3, T, C]: tile by tile ``sum g``, ``sum g*(y - mean)`` (0 without ``y``), and the second's.
     """
@@ -218,8 +218,8 @@ def batch_norm_reduce(
     masked = activation != IDENTITY
     if (y is None) != (stats is None) or (masked and z is None and y is None):
         raise ValueError("y and stats must be given together, and with an activation, they or z; got one or nothing")
-    if z is not None and not (masked and activation.reads_output and residual is None):
-        raise ValueError(f"z must come with an activation that it decides, without residual; got {activation}")
+    if z is not None and (activation != RELU or residual is not None):
+        raise ValueError(f"z must come with a ReLU, and without residual; got {activation}")
     inputs = map(layout, (dz, y, z, y2, out if masked else None))
     recipe = _reduce_recipe(*inputs, added(residual), activation, target_arch(), config)
     tiles, channels = recipe.scalars["T"], recipe.scalars["C"]
@@ -268,9 +268,9 @@ def _reduce_recipe(
     residual.require_fits(dz.shape)
     pixels, channels = sizes(dz)
     # In 16 bits, with one batch norm, 64 registers are enough: the compiler would spill to do with fewer. Not for
-    # channels that it loads one by one, nor where a derivative is computed.
+    # channels that it loads one by one, nor where a derivative is computed, which takes up to 128.
     small = y2 is None and dz.dtype.itemsize == 2 and channels % 16 == 0
-    registers = (64 if activation.light else 96) if small else None
+    registers = (64 if small else None) if activation.light else 128
     tile = config or replace(default_config(pixels, channels, arch), max_registers=registers)
     tiles = cdiv(pixels, tile.block_m * tile.block_k)
     g_stride = 0
@@ -290,7 +290,7 @@ def _reduce_recipe(
         "g_stride": g_stride,
         "crop": crop,
         "RES_PADDED": crop is not WHOLE,
-        "ACT": activation if z is None else activation.of_output(z.dtype),
+        "ACT": activation,
         "INT64": wide(tile, dz, z, y, y2, res, out),
         "steps": tile.block_k,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -117,6 +118,84 @@ BLOCKS = {
 def test_a_training_step_in_fp32(name, road):
     build, shape = BLOCKS[name]
     check(*draw(build, shape, torch.float32), road)
+
+
+def activated(build: Callable[[], nn.Module], activation: nn.Module) -> Callable[[], nn.Module]:
+    """What makes a block with another activation."""
+
+    def build_activated() -> nn.Module:
+        block = build()
+        block.relu = activation
+        return block
+
+    return build_activated
+
+
+OTHERS = [
+    *(("basic", act) for act in (nn.ReLU6(), nn.GELU(), nn.GELU(approximate="tanh"), nn.Hardswish(), nn.Identity())),
+    *(("bottleneck, projection", act) for act in (nn.SiLU(), nn.LeakyReLU(0.2))),
+    *(("padded identity", act) for act in (nn.SiLU(inplace=True), nn.LeakyReLU(-0.3))),
+    *(("one unit", nn.SiLU()), ("bottleneck, groups", nn.Hardswish()), ("four units", nn.SiLU())),
+    ("projection of two strides", nn.SiLU()),
+]
+
+
+@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize(("name", "activation"), OTHERS, ids=str)
+def test_a_training_step_with_another_activation(name, activation, road):
+    build, shape = BLOCKS[name]
+    block, x, dz = draw(activated(build, activation), shape, torch.float32)
+    with implementation(road):
+        assert block.why_eager(x) is None
+    check(block, x, dz, road)
+
+
+@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize(
+    ("name", "activation"),
+    [
+        *((name, nn.SiLU()) for name in ("basic", "basic, projection", "padded identity")),
+        *((name, nn.LeakyReLU(0.2)) for name in ("basic", "bottleneck, projection")),
+    ],
+    ids=str,
+)
+def test_a_training_step_with_another_activation_in_fp16_and_with_frozen_norms(name, activation, road):
+    build, shape = BLOCKS[name]
+    check(*draw(activated(build, activation), (3, *shape[1:]), torch.float16), road)
+    frozen, x, dz = draw(activated(lambda: build().eval(), activation), shape, torch.float32)
+    for parameter in (frozen.bn1.weight, frozen.bn2.weight):
+        parameter.requires_grad_(False)
+    check(frozen, x, dz, road)
+
+
+@pytest.mark.parametrize("activation", [nn.SiLU(), nn.ReLU6(), nn.ReLU()], ids=str)
+def test_the_output_of_a_block_may_change_in_place_where_it_may_in_eager(activation):
+    block, x = activated(lambda: BasicBlock(12, 12), activation)(), torch.randn(2, 12, 4, 3)
+    found = []
+    for road in ("triton", "eager"):
+        twin = copy.deepcopy(block)
+        with implementation(road):
+            z = twin(x).mul_(2).sum()
+            try:
+                z.backward()
+                found.append(twin.conv1.weight.grad)
+            except RuntimeError as error:
+                found.append("modified by an inplace operation" in str(error))
+    if isinstance(activation, nn.ReLU):
+        assert found == [True, True]
+    else:
+        torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.SiLU(), nn.LeakyReLU(0.2)], ids=str)
+def test_no_more_is_kept_than_with_a_relu(activation):
+    kept: list[Tensor | None] = []
+    block = activated(lambda: BasicBlock(12, 12), activation)()
+    x = torch.randn(2, 12, 4, 3).contiguous(memory_format=torch.channels_last).requires_grad_()
+    with implementation("triton"), torch.autograd.graph.saved_tensors_hooks(kept.append, lambda _: None):
+        block(x)
+    images = sum(t is not None and t.shape == x.shape for t in kept)
+    assert images == (4 if isinstance(activation, nn.ReLU) else 3), "x, both raw outputs, and what a ReLU returned"
 
 
 STEMS = {

@@ -49,7 +49,7 @@ def draw(
             with torch.no_grad(), implementation("eager"):
                 z = copy.deepcopy(block)(x)
             return block, x, torch.randn_like(z)
-    raise AssertionError("no seed keeps every input of a ReLU away from zero")
+    raise AssertionError("no seed keeps every input of an activation away from its limits")
 
 
 def randomise(block: nn.Module) -> None:
@@ -101,16 +101,19 @@ class _MovedNorms(TorchFunctionMode):
         return centres.gather(1, distance.argmin(1, keepdim=True))[:, 0]
 
 
+LIMITS = {F.relu: (0.0,), F.leaky_relu: (0.0,), F.relu6: (0.0, 6.0), F.hardswish: (-3.0, 3.0)}
+"""Where the derivative of an activation jumps."""
+
+
 class WatchedReLU(TorchFunctionMode):
-    """Notes the inputs of every ReLU."""
+    """Notes the inputs of every ReLU, and of other activations whose derivatives jump; from where they do."""
 
     def __init__(self) -> None:
         super().__init__()
         self.inputs: list[Tensor] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.relu:
-            self.inputs.append(args[0].clone())
+        self.inputs += [args[0] - limit for limit in LIMITS.get(func, ())]
         return func(*args, **(kwargs or {}))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused.engine import eligible, ops
-from resnet_fused.kernels.activation import IDENTITY, Activation
+from resnet_fused.kernels.activation import IDENTITY, RELU, Activation
 
 
 class UnitSpec(NamedTuple):
@@ -59,7 +59,7 @@ class ResidualFunction(torch.autograd.Function):
     ``apply(spec, x, shortcut, *tensors)``: ``x`` and the ``shortcut``'s input (None: x itself) are channels_last;
     ``tensors`` are TENSORS_PER_UNIT for each unit of ``spec``, None where there is none; filters may lie in memory as
     they like, and so do their gradients. Saved for the backward are the convolutions' raw outputs, vectors, and the
-    block's output where that decides the last activation's derivative (of a pool, its peaks). First derivatives only.
+    block's output behind a ReLU (of a pool, its peaks). First derivatives only.
     """
 
     @staticmethod
@@ -98,7 +98,7 @@ class ResidualFunction(torch.autograd.Function):
         watched += [unit[2] for unit in units]
         watched += [t for unit, norm in zip(units, spec.units, strict=True) if not norm.batch_stats for t in unit[4:6]]
         last = spec.units[branch - 1].activation
-        mask = z if last != IDENTITY and last.reads_output and not spec.pooled else None
+        mask = z if last == RELU and not spec.pooled else None
         ctx.save_for_backward(x, shortcut, mask, *peaks, *weights, *biases, *kept, *stats, *watched)
         norms = [t.dtype for unit in units for t in unit[2:4] if t is not None]  # all the same, as are the filters'
         ctx.spec, ctx.dtypes = spec, (filters[0].dtype, norms[0] if norms else x.dtype)

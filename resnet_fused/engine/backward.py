@@ -82,8 +82,8 @@ class UnitBackward:
 
     @property
     def reads_y(self) -> bool:
-        """Whether a gradient depends on y other than through an activation that its output decides."""
-        return not self.frozen or self.needs.gamma or not self.activation.reads_output
+        """Whether a gradient depends on y other than through a ReLU."""
+        return not self.frozen or self.needs.gamma or not self.activation.light
 
     @property
     def y_of_dy(self) -> Tensor | None:
@@ -135,9 +135,8 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of x and of the shortcut's own input; those of the parameters go to each unit.
 
-    ``z``: the output, None if no activation stands in front of it, or one whose derivative it does not decide, or a
-    pool behind that. ``shortcut``: what the shortcut reads, None for x. Formulas:
-    :func:`resnet_fused.engine.reference.batch_norm_coefs` and its neighbours.
+    ``z``: the output, None if no ReLU stands in front of it, or a pool behind that. ``shortcut``: what the shortcut
+    reads, None for x. Formulas: :func:`resnet_fused.engine.reference.batch_norm_coefs` and its neighbours.
     """
     if join.peaks is not None:
         return _branch_backward(_pool_backward(units[-1], dz, join.peaks, wanted), x, units, None, wanted), None

@@ -359,7 +359,7 @@ def test_int64_is_chosen_by_extent():
             batch_norm_apply(cut, stats)
             batch_norm_apply(small, stats, residual=Residual(cut))
             for tensors in (dict(dz=cut), dict(y=cut), dict(z=cut), dict(second=(cut, stats)), dict(out=cut)):
-                batch_norm_reduce(**(dict(dz=small, y=small, stats=stats, z=small) | tensors))
+                batch_norm_reduce(**(dict(dz=small, y=small, stats=stats, activation=RELU, z=small) | tensors))
             batch_norm_backward(cut, small, coefs)
             batch_norm_backward(small, cut, coefs)
             batch_norm_backward(small, small, coefs, second=(cut, coefs))
@@ -421,7 +421,7 @@ def test_errors_name_the_argument():
         with pytest.raises(ValueError, match="y and stats must be given together, and with an activation, they or z"):
             batch_norm_reduce(y, **arguments)
     for arguments in (dict(), dict(activation=Activation("silu")), dict(activation=RELU, residual=Residual(y))):
-        with pytest.raises(ValueError, match="z must come with an activation that it decides, without residual; got"):
+        with pytest.raises(ValueError, match="z must come with a ReLU, and without residual; got"):
             batch_norm_reduce(y, y, stats, z=y, **arguments)
     with pytest.raises(ValueError, match=r"residual must have shape \(2, 20, 5, 3\)"):
         batch_norm_reduce(y, y, stats, activation=RELU, residual=Residual(other))
