@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from resnet_fused import functional
 from resnet_fused.engine import eligible
-from resnet_fused.modules import BlockLayout, FusedBlock, StemLayout, descendants
+from resnet_fused.modules import BlockLayout, FusedBlock, StemLayout, descendants, runs_fused
 from resnet_fused.plan import checked
 from resnet_fused.recognise import recognise, recognise_stem
 
@@ -26,18 +26,20 @@ MEMORY = ("default", "recompute")
 _STATE = ("_conversion", "memory")
 _CLAIMED = (
     *(*_STATE, "original", "described", "why_eager", "why_unfusable", "is_stale", "eager_forward"),
-    *("_resolve", "_layer", "_shortcut", "_unit", "_why_stale"),
+    *("forward_ahead", "_resolve", "_layer", "_shortcut", "_unit", "_why_stale"),
 )
 
 
 class _Conversion(NamedTuple):
-    """What is known of a converted module. ``memory``: see :class:`FusedBlock`; ``layout``: None for a sequence.
+    """What is known of a converted module. ``memory``: see :class:`FusedBlock`.
+
+    ``layout``: of a sequence, True if it has units itself, and None if it has blocks alone.
 
     ``kinds``: names and types of its submodules when it was recognised; ``plain``: its plain attributes.
     """
 
     memory: str = "default"
-    layout: BlockLayout | StemLayout | None = None
+    layout: BlockLayout | StemLayout | bool | None = None
     kinds: tuple[Any, ...] = ()
     plain: tuple[tuple[str, Any], ...] = ()
 
@@ -174,7 +176,10 @@ def _parts(network: nn.Module, stem: StemLayout, unit: functional.PooledUnit) ->
 
 
 class ConvertedSequential(Converted):
-    """A converted ``nn.Sequential``: each run of convolution, batch norm and ReLU in it is fused."""
+    """A converted ``nn.Sequential``: each run of convolution, batch norm and ReLU in it is fused.
+
+    So is, without gradients, the end of a block in it with the beginning of the next, where nothing looks in between.
+    """
 
     def why_eager(self, x: Tensor) -> str | None:
         children = list(self._modules.values())
@@ -183,8 +188,13 @@ class ConvertedSequential(Converted):
 
     def forward(self, input: Tensor) -> Tensor:
         x, children = input, list(self._modules.values())  # a module may stand there twice
-        at = 0
+        blocks = [*_unwatched(x, children), None]
+        ahead, at = None, 0
         while at < len(children):
+            if (block := blocks[at]) is not None:
+                at += 1
+                x, ahead = block.forward_ahead(x, ahead, blocks[at])
+                continue
             run = _run_length(children[at : at + 3])
             chain = functional.chain_of(x, [_layer(children[at : at + run])]) if run else None
             if isinstance(chain, functional.Chain):
@@ -196,6 +206,18 @@ class ConvertedSequential(Converted):
             x = cast(nn.Module, children[at])(x)
             at += 1
         return x
+
+
+def _unwatched(x: Any, children: Sequence[Any]) -> list[FusedBlock | None]:
+    """The blocks among ``children`` whose outputs nobody but the next child sees, for an ``x`` without gradients."""
+    if (
+        torch.is_grad_enabled()
+        or not isinstance(x, Tensor)
+        or torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+    ):
+        return [None] * len(children)
+    return [child if runs_fused(child) and not eligible.hooked(child) else None for child in children]
 
 
 def _layer(run: Sequence[Any]) -> eligible.Layer:
@@ -301,9 +323,11 @@ def fuse(
         reasons = "\n".join(f"  {f.name or '(the model)'}: {f.verdict}" for f in refused)
         raise ValueError(f"model has {len(refused)} block(s) that cannot be fused:\n{reasons}")
     changed = [block for block in found if not isinstance(block.verdict, str)]
-    with _restored_on_error([part for block in changed for part in block.module.modules()]):
+    with _restored_on_error(list(model.modules())):
         for block in changed:
             _swap(block, memory)
+        for sequence in [part for part in model.modules() if _holds_chains(part)]:
+            _become(sequence, ConvertedSequential, _Conversion(memory))
     if len(found) == len(refused):
         reasons = "; ".join(sorted({str(f.verdict) for f in refused})) or "no residual block was recognised"
         warnings.warn(f"nothing was fused: {reasons}", UserWarning, stacklevel=2)
@@ -350,7 +374,7 @@ def find(model: nn.Module) -> Iterator[Found]:
 
 def _examine(module: nn.Module) -> BlockLayout | StemLayout | bool | str | None:
     """The verdict on ``module``, or None if there is nothing to fuse in it."""
-    if isinstance(module, ConvertedSequential):
+    if isinstance(module, ConvertedSequential) and module._conversion.layout:
         return True
     if isinstance(module, FusedBlock) and not isinstance(module, ConvertedBlock | ConvertedStem):
         return module.layout
@@ -360,7 +384,7 @@ def _examine(module: nn.Module) -> BlockLayout | StemLayout | bool | str | None:
         return None
     if not isinstance(module, Converted) and (taken := [name for name in _CLAIMED if hasattr(module, name)]):
         return f"it has an attribute {taken[0]!r} of its own"
-    if type(module).forward is nn.Sequential.forward:
+    if type(module).forward in (nn.Sequential.forward, ConvertedSequential.forward):
         children = list(module._modules.values())
         return any(_run_length(children[i : i + 3]) for i in range(len(children))) or None
     return recognise_stem(module) or recognise(module)
@@ -397,7 +421,7 @@ def _restored_on_error(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 def _swap(found: Found, memory: str) -> None:
     module, verdict = found.module, found.verdict
-    state = _Conversion(memory)
+    state = _Conversion(memory, layout=True)
     kind: type[Converted] = ConvertedSequential
     if isinstance(verdict, BlockLayout) and (isinstance(module, ConvertedBlock) or not isinstance(module, FusedBlock)):
         kind = ConvertedBlock
@@ -410,9 +434,26 @@ def _swap(found: Found, memory: str) -> None:
     if isinstance(module, FusedBlock) and not isinstance(module, Converted):
         module.memory = memory
         return
+    _become(module, kind, state)
+
+
+def _become(module: nn.Module, kind: type[Converted], state: _Conversion) -> None:
     vars(module)["_conversion"] = state
     if not isinstance(module, Converted):
         module.__class__ = _converted(kind, type(module))
+
+
+def _holds_chains(module: nn.Module) -> bool:
+    """Whether ``module`` is a plain sequence of which a block may share a launch with what comes behind it."""
+    return type(module).forward is nn.Sequential.forward and any(map(_ends_pointwise, module._modules.values()))
+
+
+def _ends_pointwise(block: nn.Module | None) -> bool:
+    if not runs_fused(block):
+        return False
+    layout = cast(FusedBlock, block).described()[0]
+    conv = cast(nn.Conv2d, block.get_submodule(layout.units[-1].conv))
+    return layout.residual and conv.weight.shape[2:] == (1, 1)
 
 
 def _revert(module: nn.Module) -> None:

@@ -9,16 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resnet_fused.engine import eligible, ops, reference
+from resnet_fused.engine import chains, eligible, ops, reference
 from resnet_fused.engine.autograd import ChainSpec, ResidualFunction, UnitSpec, laid_out
 from resnet_fused.engine.eligible import Layer, Unit, plain, process_group_name, why_foreign, why_unfit
-from resnet_fused.engine.forward import Choice, choose, undecided
+from resnet_fused.engine.forward import Choice, choose, choose_chain, undecided
 from resnet_fused.engine.ops import channels_last
 from resnet_fused.engine.reference import PaddedIdentity
 from resnet_fused.engine.request import requested
-from resnet_fused.kernels.conv import output_size
+from resnet_fused.kernels.chain_forward import Link
+from resnet_fused.kernels.conv import Geometry, output_size
 from resnet_fused.kernels.conv_pool import POOL
-from resnet_fused.kernels.launch import FLOATS
+from resnet_fused.kernels.launch import FLOATS, TileConfig
 from resnet_fused.plan.problem import Request, Way
 
 __all__ = ["Layer", "PaddedIdentity", "Projection", "conv_bn_act", "conv_bn_act_pool", "residual_block"]
@@ -231,7 +232,7 @@ def resolve(
 def run(chain: Chain, *, recompute: bool = False) -> Tensor:
     """What :func:`residual_block` returns."""
     if _is_fixed(chain.all_units, chain.x, chain.source):
-        return _infer(chain)
+        return _infer(chain, chain.x, chain.units)
     x = chain.x
     parts = list(_parts(chain))
     for part in parts:
@@ -263,14 +264,80 @@ def _is_fixed(units: Sequence[Unit], *inputs: Tensor | None) -> bool:
     return not any(t.requires_grad for t in used if t is not None)
 
 
-def _infer(chain: Chain) -> Tensor:
-    x, residual, dtype = chain.x, chain.source, chain.dtype
-    if chain.projection is not None and residual is not None:
-        residual = _infer_unit(residual, chain.projection, chain.request, dtype)
-    *inner, last = chain.units
+def run_ahead(chain: Chain, ahead: Tensor | None, following: Layer | None) -> tuple[Tensor, Tensor | None]:
+    """What :func:`run` returns, and what ``following`` makes of it where that came along, or None.
+
+    ``ahead``: what the first unit returns, where that came along before.
+    """
+    if not _is_fixed(chain.all_units, chain.x, chain.source):
+        return run(chain), None
+    x, units = (chain.x, chain.units) if ahead is None else (ahead, chain.units[1:])
+    members = _members(chain, units, following)
+    if members is None:
+        return _infer(chain, x, units), None
+    for unit in units[: -1 if members[0] is None else -2]:
+        x = _infer_unit(x, unit, chain.request, chain.dtype)
+    x, residual = x.to(chain.dtype), _infer_shortcut(chain)
+    assert residual is not None
+    filters = tuple(None if unit is None else (tuple(unit.w.shape), unit.geometry) for unit in members)
+    plan = choose_chain(tuple(x.shape), filters, chain.dtype, "inference", x.device, chain.request)
+
+    def alone(unit: Unit, x: Tensor, residual: Tensor | None) -> Tensor:
+        return _infer_unit(x, unit, chain.request, chain.dtype, residual)
+
+    return chains.run(members, plan.parts, x, residual, alone, _together)
+
+
+Members = tuple[Unit | None, Unit, Unit | None]
+
+
+def _members(chain: Chain, units: Sequence[Unit], following: Layer | None) -> Members | None:
+    """What may be computed together, of the last of the ``units`` and of what is ``following``; None if nothing may."""
+    *inner, expand = units
+    source = chain.source
+    if source is None or not (expand.layer.relu and _is_pointwise(expand)) or expand.out[0] == 0:
+        return None
+    if chain.projection is None and not (source.dtype == chain.dtype and source.shape == expand.out):
+        return None
+    spatial = inner[-1] if inner and inner[-1].layer.relu and inner[-1].geometry.groups == 1 else None
+    reduce = None if following is None else eligible.unit(chain.x, expand.out, _autocast_dtype(chain.x), following)
+    if not isinstance(reduce, Unit) or reduce.batch_stats or not (reduce.layer.relu and _is_pointwise(reduce)):
+        reduce = None
+    return None if spatial is None and reduce is None else (spatial, expand, reduce)
+
+
+def _is_pointwise(unit: Unit) -> bool:
+    return unit.w.shape[2:] == (1, 1) and unit.geometry == Geometry()
+
+
+def _together(
+    units: Sequence[Unit | None], x: Tensor, residual: Tensor, tile: TileConfig | None
+) -> list[Tensor]:
+    first = next(unit for unit in units if unit is not None)
+    return chains.launch([_link(unit, x.dtype) for unit in units], first.geometry, x, residual, tile)
+
+
+def _link(unit: Unit | None, dtype: torch.dtype) -> Link | None:
+    """As a chain reads it, its batch norm's constants as they are now."""
+    if unit is None:
+        return None
+    return Link(laid_out(unit.w, dtype), ops.affine(unit.mean, unit.var, unit.gamma, unit.beta, unit.bias, unit.eps))
+
+
+def _infer(chain: Chain, x: Tensor, units: Sequence[Unit]) -> Tensor:
+    """The ``units``, the last ones of the chain, on ``x``, each by itself."""
+    residual, dtype = _infer_shortcut(chain), chain.dtype
+    *inner, last = units
     for unit in inner:
         x = _infer_unit(x, unit, chain.request, dtype)
     return _infer_unit(x, last, chain.request, dtype, residual, chain.step, chain.before, chain.out_dtype)
+
+
+def _infer_shortcut(chain: Chain) -> Tensor | None:
+    """What is added, as the last unit reads it."""
+    if chain.projection is None or chain.source is None:
+        return chain.source
+    return _infer_unit(chain.source, chain.projection, chain.request, chain.dtype)
 
 
 def _infer_unit(

@@ -136,17 +136,18 @@ def choose_chain(
     shape: tuple[int, ...],
     links: tuple[tuple[tuple[int, ...], Geometry] | None, ...],
     dtype: torch.dtype,
+    direction: str,
     device: torch.device,
     request: Request,
 ) -> decide.ChainPlan:
-    """How convolutions of a frozen model that follow each other run on an input of ``shape`` [N, CI, H, W].
+    """How convolutions that follow each other run on an input of ``shape`` [N, CI, H, W].
 
-    ``links``: of each of a :class:`Chain`, its filter's shape and geometry, or None.
+    ``links``: of each of a :class:`Chain`, its filter's shape and geometry, or None. ``direction``: "frozen" or
+    "inference"; see :class:`Problem`.
     """
     arch, gpu = decide.target(device)
-    problems, plan = _decided_chain(
-        shape, links, (dtype, decide.tf32(dtype), False, arch), gpu, request, tuned.load(gpu)
-    )
+    options = dtype, decide.tf32(dtype), False, arch, direction
+    problems, plan = _decided_chain(shape, links, options, gpu, request, tuned.load(gpu))
     for problem in problems:
         decide.note(problem)
     return plan
@@ -168,7 +169,7 @@ def _decided_chain(
             problems[name] = None
             continue
         (co, _, r, s), geometry = link
-        unit: tuple[Any, ...] = *geometry, *options, "frozen", name == "expand", gpu
+        unit: tuple[Any, ...] = *geometry, *options, name == "expand", gpu
         problem = Problem(n, h, w, ci, co, r, s, *unit)
         problems[name], ci, h, w = problem, co, problem.p, problem.q
     chain = Chain(**problems)  # type: ignore[arg-type]

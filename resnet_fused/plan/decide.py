@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
+from typing import cast
 
 import torch
 
@@ -112,6 +113,10 @@ def decide(problem: Problem, request: Request = "auto", table: Table | None = No
     return Plan(best, tiles, seconds, "model", _why(problem, best, alternatives[0][0], tiles, constants), alternatives)
 
 
+Parts = tuple[tuple[int, TileConfig | None], ...]
+"""How many convolutions of a chain each launch computes, in order, with its tile; see :class:`ChainPlan`."""
+
+
 @dataclass(frozen=True)
 class ChainPlan:
     """How convolutions that follow each other run.
@@ -121,7 +126,7 @@ class ChainPlan:
     seconds predicted, fastest first.
     """
 
-    parts: tuple[tuple[int, TileConfig | None], ...]
+    parts: Parts
     seconds: float | None
     alternatives: tuple[tuple[tuple[int, ...], float], ...]
 
@@ -164,14 +169,29 @@ def _cut(links: Chain, lengths: tuple[int, ...]) -> Iterator[Chain | Problem]:
 def _part(part: Chain | Problem, request: Request, constants: Constants) -> tuple[float, TileConfig | None]:
     """Seconds and tile of the fastest launch of a part; infinity where there is none."""
     if isinstance(part, Problem):
-        seconds = dict(roofline.compare(part, best_tiles(part, constants), constants))
-        return (seconds["fused"] if request == "triton" else min(seconds.values())), None
-    tiles = chain_forward.tiles(part)
+        tiles = best_tiles(part, constants)
+        ways = roofline.compare(part, tiles, constants)
+        asked = [way for way in ways if request == "auto" or way[0] == ROADS[request]]
+        return min(waited(part, way, seconds, tiles, constants) for way, seconds in asked), None
     return min(
-        ((roofline.chain(part, tile, constants).seconds, tile) for tile in tiles),
+        ((_chain_seconds(part, tile, constants), tile) for tile in chain_forward.tiles(part)),
         key=lambda found: found[0],
         default=(math.inf, None),
     )
+
+
+HOST_CHAIN_SECONDS = 60e-6
+"""What the launch of a live chain takes the host, and HOST_LINK_SECONDS for the batch norm of each of its links."""
+HOST_LINK_SECONDS = 20e-6
+
+
+def _chain_seconds(links: Chain, tile: TileConfig, constants: Constants) -> float:
+    """Of a chain in one launch; a live one waits for the launches that read its batch norms, or for the host."""
+    seconds = roofline.chain(links, tile, constants).seconds
+    if cast(Problem, links.first).direction == "frozen":
+        return seconds
+    seconds += sum(roofline.affine(cast(Problem, link), constants).seconds for link in links.links)
+    return max(seconds, HOST_CHAIN_SECONDS + len(links.links) * HOST_LINK_SECONDS)
 
 
 def constants_of(table: Table | None) -> Constants:

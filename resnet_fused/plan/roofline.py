@@ -321,6 +321,11 @@ def chain(links: Chain, tile: TileConfig, constants: Constants = ASSUMED) -> Pre
     return first.added_up("chain_forward", flops, size, parts, memory, tensor)
 
 
+def affine(problem: Problem, constants: Constants = ASSUMED) -> PredictedLaunch:
+    """The launch that makes of a unit's batch norm what a chain reads."""
+    return _Model(problem, Tiles(), constants).vectors("batch_norm_stats")
+
+
 def roof(flops: int, size: int, beside: Problem) -> float:
     """Seconds for so much arithmetic or so many bytes, whichever takes longer, at the nominal peaks of the GPU.
 
