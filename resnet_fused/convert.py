@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from inspect import isroutine, signature
 from types import FunctionType
 from typing import Any, NamedTuple, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -26,20 +27,18 @@ MEMORY = ("default", "recompute")
 _STATE = ("_conversion", "memory")
 _CLAIMED = (
     *(*_STATE, "original", "described", "why_eager", "why_unfusable", "is_stale", "eager_forward"),
-    *("forward_ahead", "_resolve", "_layer", "_shortcut", "_unit", "_why_stale"),
+    *("forward_ahead", "_run", "_resolve", "_layer", "_shortcut", "_unit", "_why_stale"),
 )
 
 
 class _Conversion(NamedTuple):
-    """What is known of a converted module. ``memory``: see :class:`FusedBlock`.
-
-    ``layout``: of a sequence, True if it has units itself, and None if it has blocks alone.
+    """What is known of a converted module. ``memory``: see :class:`FusedBlock`; ``layout``: None for a sequence.
 
     ``kinds``: names and types of its submodules when it was recognised; ``plain``: its plain attributes.
     """
 
     memory: str = "default"
-    layout: BlockLayout | StemLayout | bool | None = None
+    layout: BlockLayout | StemLayout | None = None
     kinds: tuple[Any, ...] = ()
     plain: tuple[tuple[str, Any], ...] = ()
 
@@ -60,7 +59,7 @@ class Converted(FusedBlock):
         return self.original.forward(self, x)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        kind = next(kind for kind in (ConvertedSequential, ConvertedStem, ConvertedBlock) if isinstance(self, kind))
+        kind = next(kind for kind in _KINDS if isinstance(self, kind))
         return _blank, (kind, self.original), *cast(tuple[Any, ...], super().__reduce_ex__(protocol))[2:]
 
 
@@ -176,10 +175,7 @@ def _parts(network: nn.Module, stem: StemLayout, unit: functional.PooledUnit) ->
 
 
 class ConvertedSequential(Converted):
-    """A converted ``nn.Sequential``: each run of convolution, batch norm and ReLU in it is fused.
-
-    So is, without gradients, the end of a block in it with the beginning of the next, where nothing looks in between.
-    """
+    """A converted ``nn.Sequential``: each run of convolution, batch norm and ReLU in it is fused."""
 
     def why_eager(self, x: Tensor) -> str | None:
         children = list(self._modules.values())
@@ -188,13 +184,8 @@ class ConvertedSequential(Converted):
 
     def forward(self, input: Tensor) -> Tensor:
         x, children = input, list(self._modules.values())  # a module may stand there twice
-        blocks = [*_unwatched(x, children), None]
-        ahead, at = None, 0
+        at = 0
         while at < len(children):
-            if (block := blocks[at]) is not None:
-                at += 1
-                x, ahead = block.forward_ahead(x, ahead, blocks[at])
-                continue
             run = _run_length(children[at : at + 3])
             chain = functional.chain_of(x, [_layer(children[at : at + run])]) if run else None
             if isinstance(chain, functional.Chain):
@@ -208,16 +199,41 @@ class ConvertedSequential(Converted):
         return x
 
 
-def _unwatched(x: Any, children: Sequence[Any]) -> list[FusedBlock | None]:
-    """The blocks among ``children`` whose outputs nobody but the next child sees, for an ``x`` without gradients."""
-    if (
-        torch.is_grad_enabled()
-        or not isinstance(x, Tensor)
-        or torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-    ):
-        return [None] * len(children)
-    return [child if runs_fused(child) and not eligible.hooked(child) else None for child in children]
+class ConvertedBlocks(Converted):
+    """A converted ``nn.Sequential`` of blocks: the end of one and the beginning of the next share launches, as planned.
+
+    Without gradients, and where nobody looks at what is between them.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        tracing = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+        if torch.is_grad_enabled() or tracing or not isinstance(input, Tensor):
+            return self.eager_forward(input)
+        situation = functional.situation(input)
+        known = _apart.get(self)
+        if known is not None and situation in known:
+            return self.eager_forward(input)
+        z, apart = self._run(input)
+        if apart:
+            _apart.setdefault(self, set()).add(situation)
+        return z
+
+    def _run(self, x: Tensor) -> tuple[Tensor, bool]:
+        """What the blocks return, one behind the other, and whether the plan has each unit of theirs by itself."""
+        children = list(self._modules.values())
+        blocks = [child if runs_fused(child) and not eligible.hooked(child) else None for child in children]
+        ran, apart = functional.Ran(x), True
+        for child, block, following in zip(children, blocks, [*blocks[1:], None], strict=True):
+            if block is None:
+                ran = functional.Ran(cast(nn.Module, child)(ran.z))
+            else:
+                ran = block.forward_ahead(ran.z, ran.ahead, following)
+            apart = apart and ran.apart
+        return ran.z, apart
+
+
+_apart: WeakKeyDictionary[nn.Module, set[Any]] = WeakKeyDictionary()
+"""The situations in which nothing in a sequence of blocks shares a launch."""
 
 
 def _layer(run: Sequence[Any]) -> eligible.Layer:
@@ -225,6 +241,7 @@ def _layer(run: Sequence[Any]) -> eligible.Layer:
     return eligible.Layer(run[0], run[1], relu=len(run) == 3)
 
 
+_KINDS = ConvertedSequential, ConvertedBlocks, ConvertedStem, ConvertedBlock
 _classes: dict[tuple[type, type], type] = {}
 
 
@@ -234,7 +251,7 @@ def _converted(kind: type[Converted], original: type[nn.Module]) -> type[Convert
     if key not in _classes:
         attributes: dict[str, Any] = {"original": original, "__module__": __name__, "__doc__": kind.__doc__}
         _, parameter = signature(original.forward).parameters
-        if parameter != "x" and kind is not ConvertedSequential:
+        if parameter != "x" and kind not in (ConvertedSequential, ConvertedBlocks):
             attributes["forward"] = _taking(kind.forward, parameter)
         _classes[key] = type(f"Fused{original.__name__}", key, attributes)
     return _classes[key]
@@ -327,7 +344,7 @@ def fuse(
         for block in changed:
             _swap(block, memory)
         for sequence in [part for part in model.modules() if _holds_chains(part)]:
-            _become(sequence, ConvertedSequential, _Conversion(memory))
+            _become(sequence, ConvertedBlocks, _Conversion(memory))
     if len(found) == len(refused):
         reasons = "; ".join(sorted({str(f.verdict) for f in refused})) or "no residual block was recognised"
         warnings.warn(f"nothing was fused: {reasons}", UserWarning, stacklevel=2)
@@ -374,7 +391,7 @@ def find(model: nn.Module) -> Iterator[Found]:
 
 def _examine(module: nn.Module) -> BlockLayout | StemLayout | bool | str | None:
     """The verdict on ``module``, or None if there is nothing to fuse in it."""
-    if isinstance(module, ConvertedSequential) and module._conversion.layout:
+    if isinstance(module, ConvertedSequential):
         return True
     if isinstance(module, FusedBlock) and not isinstance(module, ConvertedBlock | ConvertedStem):
         return module.layout
@@ -384,7 +401,7 @@ def _examine(module: nn.Module) -> BlockLayout | StemLayout | bool | str | None:
         return None
     if not isinstance(module, Converted) and (taken := [name for name in _CLAIMED if hasattr(module, name)]):
         return f"it has an attribute {taken[0]!r} of its own"
-    if type(module).forward in (nn.Sequential.forward, ConvertedSequential.forward):
+    if type(module).forward in (nn.Sequential.forward, ConvertedBlocks.forward):
         children = list(module._modules.values())
         return any(_run_length(children[i : i + 3]) for i in range(len(children))) or None
     return recognise_stem(module) or recognise(module)
@@ -421,7 +438,7 @@ def _restored_on_error(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 def _swap(found: Found, memory: str) -> None:
     module, verdict = found.module, found.verdict
-    state = _Conversion(memory, layout=True)
+    state = _Conversion(memory)
     kind: type[Converted] = ConvertedSequential
     if isinstance(verdict, BlockLayout) and (isinstance(module, ConvertedBlock) or not isinstance(module, FusedBlock)):
         kind = ConvertedBlock
@@ -438,9 +455,9 @@ def _swap(found: Found, memory: str) -> None:
 
 
 def _become(module: nn.Module, kind: type[Converted], state: _Conversion) -> None:
+    _revert(module)
     vars(module)["_conversion"] = state
-    if not isinstance(module, Converted):
-        module.__class__ = _converted(kind, type(module))
+    module.__class__ = _converted(kind, type(module))
 
 
 def _holds_chains(module: nn.Module) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from resnet_fused.engine import chains, eligible, ops, reference
 from resnet_fused.engine.autograd import ChainSpec, ResidualFunction, UnitSpec, laid_out
 from resnet_fused.engine.eligible import Layer, Unit, plain, process_group_name, why_foreign, why_unfit
-from resnet_fused.engine.forward import Choice, choose, choose_chain, undecided
+from resnet_fused.engine.forward import Choice, choose, choose_chain, settings, undecided
 from resnet_fused.engine.ops import channels_last
 from resnet_fused.engine.reference import PaddedIdentity
 from resnet_fused.engine.request import requested
@@ -20,6 +20,7 @@ from resnet_fused.kernels.chain_forward import Link
 from resnet_fused.kernels.conv import Geometry, output_size
 from resnet_fused.kernels.conv_pool import POOL
 from resnet_fused.kernels.launch import FLOATS, TileConfig
+from resnet_fused.plan.decide import Parts
 from resnet_fused.plan.problem import Request, Way
 
 __all__ = ["Layer", "PaddedIdentity", "Projection", "conv_bn_act", "conv_bn_act_pool", "residual_block"]
@@ -264,28 +265,53 @@ def _is_fixed(units: Sequence[Unit], *inputs: Tensor | None) -> bool:
     return not any(t.requires_grad for t in used if t is not None)
 
 
-def run_ahead(chain: Chain, ahead: Tensor | None, following: Layer | None) -> tuple[Tensor, Tensor | None]:
-    """What :func:`run` returns, and what ``following`` makes of it where that came along, or None.
+class Ran(NamedTuple):
+    """The output ``z`` of a block, and what the next block's first unit makes of it, if that came ``ahead``.
+
+    ``apart``: the plan has each unit by itself, whenever the :func:`situation` is the same.
+    """
+
+    z: Tensor
+    ahead: Tensor | None = None
+    apart: bool = False
+
+
+def run_ahead(chain: Chain, ahead: Tensor | None, following: Layer | None) -> Ran:
+    """What :func:`run` returns, and what ``following`` makes of it where the plan has that in the same launch.
 
     ``ahead``: what the first unit returns, where that came along before.
     """
     if not _is_fixed(chain.all_units, chain.x, chain.source):
-        return run(chain), None
-    x, units = (chain.x, chain.units) if ahead is None else (ahead, chain.units[1:])
+        return Ran(run(chain))
+    x, units, dtype = chain.x, chain.units, chain.dtype
+    if ahead is not None:
+        x, units = ahead, units[1:]
     members = _members(chain, units, following)
-    if members is None:
-        return _infer(chain, x, units), None
+    parts = () if members is None else _chained(chain, members)
+    if members is None or all(length == 1 for length, _ in parts):
+        return Ran(_infer(chain, x, units), apart=ahead is None)
     for unit in units[: -1 if members[0] is None else -2]:
-        x = _infer_unit(x, unit, chain.request, chain.dtype)
-    x, residual = x.to(chain.dtype), _infer_shortcut(chain)
-    assert residual is not None
-    filters = tuple(None if unit is None else (tuple(unit.w.shape), unit.geometry) for unit in members)
-    plan = choose_chain(tuple(x.shape), filters, chain.dtype, "inference", x.device, chain.request)
+        x = _infer_unit(x, unit, chain.request, dtype)
 
     def alone(unit: Unit, x: Tensor, residual: Tensor | None) -> Tensor:
-        return _infer_unit(x, unit, chain.request, chain.dtype, residual)
+        return _infer_unit(x, unit, chain.request, dtype, residual)
 
-    return chains.run(members, plan.parts, x, residual, alone, _together)
+    residual = _infer_shortcut(chain)
+    assert residual is not None
+    return Ran(*chains.run(members, parts, x.to(dtype), residual, alone, _together))
+
+
+def _chained(chain: Chain, members: Members) -> Parts:
+    """How many of the ``members`` each launch computes."""
+    before = chain.units[: -1 if members[0] is None else -2]
+    shape = before[-1].out if before else tuple(chain.x.shape)
+    filters = tuple(None if unit is None else (tuple(unit.w.shape), unit.geometry) for unit in members)
+    return choose_chain(shape, filters, chain.dtype, "inference", chain.x.device, chain.request).parts
+
+
+def situation(x: Tensor) -> tuple[Any, ...]:
+    """All that plans for ``x`` depend on, beside the modules."""
+    return tuple(x.shape), x.dtype, x.device, _autocast_dtype(x), requested(), settings(x.device)
 
 
 Members = tuple[Unit | None, Unit, Unit | None]
@@ -310,9 +336,7 @@ def _is_pointwise(unit: Unit) -> bool:
     return unit.w.shape[2:] == (1, 1) and unit.geometry == Geometry()
 
 
-def _together(
-    units: Sequence[Unit | None], x: Tensor, residual: Tensor, tile: TileConfig | None
-) -> list[Tensor]:
+def _together(units: Sequence[Unit | None], x: Tensor, residual: Tensor, tile: TileConfig | None) -> list[Tensor]:
     first = next(unit for unit in units if unit is not None)
     return chains.launch([_link(unit, x.dtype) for unit in units], first.geometry, x, residual, tile)
 

@@ -500,9 +500,7 @@ def _alone(unit: TritonConv, x: Tensor, residual: Tensor | None) -> Tensor:
     return result
 
 
-def _together(
-    units: Sequence[TritonConv | None], x: Tensor, residual: Tensor, tile: TileConfig | None
-) -> list[Tensor]:
+def _together(units: Sequence[TritonConv | None], x: Tensor, residual: Tensor, tile: TileConfig | None) -> list[Tensor]:
     first = next(unit for unit in units if unit is not None)
     links = [None if unit is None else unit.link() for unit in units]
     return chains.launch(links, first.geometry, _cast(x, first.weight), residual, tile)

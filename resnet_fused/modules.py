@@ -114,9 +114,7 @@ class FusedBlock(nn.Module):
             return self.eager_forward(x)
         return functional.run(found, recompute=self.described()[1] == "recompute")
 
-    def forward_ahead(
-        self, x: Tensor, ahead: Tensor | None, following: nn.Module | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward_ahead(self, x: Tensor, ahead: Tensor | None, following: nn.Module | None) -> functional.Ran:
         """What ``forward`` returns without gradients, and what the first unit of ``following`` makes of it, or None.
 
         ``ahead``: what the block's own first unit makes of ``x``, if that came along with ``x``. ``following``: another
@@ -125,7 +123,7 @@ class FusedBlock(nn.Module):
         found = self._resolve(x)
         if isinstance(found, str):
             eligible.report_once(found)
-            return self.eager_forward(x), None
+            return functional.Ran(self.eager_forward(x))
         return functional.run_ahead(found, ahead, None if following is None else _first_layer(x, following))
 
     def _resolve(self, x: Tensor) -> functional.Chain | str:

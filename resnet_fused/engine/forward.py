@@ -92,6 +92,12 @@ def decided(code: Sequence[int], x: Tensor, w: Tensor, direction: str, **options
     return Convolution.decode(chosen)
 
 
+def settings(device: torch.device) -> tuple[Any, ...]:
+    """What the choice depends on, beside its arguments, for tensors on ``device``."""
+    arch, gpu = decide.target(device)
+    return arch, gpu, decide.tf32(torch.float32), tuned.load(gpu)
+
+
 def choose(
     shape: tuple[int, ...],
     w_shape: tuple[int, ...],
