@@ -393,7 +393,7 @@ def _examine(module: nn.Module) -> BlockLayout | StemLayout | bool | str | None:
     """The verdict on ``module``, or None if there is nothing to fuse in it."""
     if isinstance(module, ConvertedSequential):
         return True
-    if isinstance(module, FusedBlock) and not isinstance(module, ConvertedBlock | ConvertedStem):
+    if isinstance(module, FusedBlock) and not isinstance(module, Converted):
         return module.layout
     if isinstance(module, ConvertedBlock) and not module.is_stale():
         return module.described()[0]

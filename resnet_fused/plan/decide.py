@@ -180,9 +180,9 @@ def _part(part: Chain | Problem, request: Request, constants: Constants) -> tupl
     )
 
 
-HOST_CHAIN_SECONDS = 60e-6
+HOST_CHAIN_SECONDS = 45e-6
 """What the launch of a live chain takes the host, and HOST_LINK_SECONDS for the batch norm of each of its links."""
-HOST_LINK_SECONDS = 20e-6
+HOST_LINK_SECONDS = 35e-6
 
 
 def _chain_seconds(links: Chain, tile: TileConfig, constants: Constants) -> float:
