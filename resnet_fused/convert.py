@@ -220,16 +220,23 @@ class ConvertedBlocks(Converted):
 
     def _run(self, x: Tensor) -> tuple[Tensor, bool]:
         """What the blocks return, one behind the other, and whether the plan has each unit of theirs by itself."""
-        children = list(self._modules.values())
-        blocks = [child if runs_fused(child) and not eligible.hooked(child) else None for child in children]
+        children = cast(list[Any], list(self._modules.values()))
+        blocks = [child if runs_fused(child) and not eligible.answered(child) else None for child in children]
         ran, apart = functional.Ran(x), True
         for child, block, following in zip(children, blocks, [*blocks[1:], None], strict=True):
-            if block is None:
-                ran = functional.Ran(cast(nn.Module, child)(ran.z))
-            else:
-                ran = block.forward_ahead(ran.z, ran.ahead, following)
+            ran = functional.Ran(child(ran.z)) if block is None else _looked_at(block, ran, following)
             apart = apart and ran.apart
         return ran.z, apart
+
+
+def _looked_at(block: FusedBlock, before: functional.Ran, following: FusedBlock | None) -> functional.Ran:
+    """What ``block`` makes of the output ``before`` it, with its onlookers told."""
+    for look in block._forward_pre_hooks.values():
+        look(block, (before.z,))
+    ran = block.forward_ahead(before.z, before.ahead, following)
+    for look in block._forward_hooks.values():
+        look(block, (before.z,), ran.z)
+    return ran
 
 
 _apart: WeakKeyDictionary[nn.Module, set[Any]] = WeakKeyDictionary()
@@ -466,7 +473,7 @@ def _holds_chains(module: nn.Module) -> bool:
 
 
 def _ends_pointwise(block: nn.Module | None) -> bool:
-    if not runs_fused(block):
+    if block is None or not runs_fused(block):
         return False
     layout = cast(FusedBlock, block).described()[0]
     conv = cast(nn.Conv2d, block.get_submodule(layout.units[-1].conv))

@@ -20,8 +20,7 @@ from resnet_fused.kernels.chain_forward import Link
 from resnet_fused.kernels.conv import Geometry, output_size
 from resnet_fused.kernels.conv_pool import POOL
 from resnet_fused.kernels.launch import FLOATS, TileConfig
-from resnet_fused.plan.decide import Parts
-from resnet_fused.plan.problem import Request, Way
+from resnet_fused.plan.problem import Parts, Request, Way
 
 __all__ = ["Layer", "PaddedIdentity", "Projection", "conv_bn_act", "conv_bn_act_pool", "residual_block"]
 

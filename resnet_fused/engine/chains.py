@@ -13,8 +13,7 @@ from resnet_fused.engine.ops import channels_last
 from resnet_fused.kernels.chain_forward import Link
 from resnet_fused.kernels.conv import Geometry
 from resnet_fused.kernels.launch import TileConfig
-from resnet_fused.plan.decide import Parts
-from resnet_fused.plan.problem import Tiles
+from resnet_fused.plan.problem import Parts, Tiles
 
 U = TypeVar("U")
 Alone = Callable[[U, Tensor, Tensor | None], Tensor]
@@ -44,12 +43,11 @@ def run(
         if length > 1:
             outputs = together([member if i in part else None for i, member in enumerate(members)], x, residual, tile)
             z, x = outputs[0], outputs[-1]
-        elif part[0] == EXPAND:
-            x = z = alone(members[EXPAND], x, residual)
-        else:
-            member = members[part[0]]
-            assert member is not None
-            x = alone(member, x, None)
+            continue
+        member = members[part[0]]
+        assert member is not None
+        x = alone(member, x, residual if part[0] == EXPAND else None)
+        z = x if part[0] == EXPAND else z
     return z, None if members[-1] is None else x
 
 

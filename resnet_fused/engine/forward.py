@@ -153,9 +153,8 @@ def choose_chain(
     """
     arch, gpu = decide.target(device)
     options = dtype, decide.tf32(dtype), False, arch, direction
-    problems, plan = _decided_chain(shape, links, options, gpu, request, tuned.load(gpu))
-    for problem in problems:
-        decide.note(problem)
+    chain, plan = _decided_chain(shape, links, options, gpu, request, tuned.load(gpu))
+    decide.note(chain)
     return plan
 
 
@@ -167,7 +166,7 @@ def _decided_chain(
     gpu: str,
     request: Request,
     table: tuned.Table | None,
-) -> tuple[tuple[Problem, ...], decide.ChainPlan]:
+) -> tuple[Chain, decide.ChainPlan]:
     n, ci, h, w = shape
     problems: dict[str, Problem | None] = {}
     for name, link in zip(Chain._fields, links, strict=True):
@@ -179,7 +178,7 @@ def _decided_chain(
         problem = Problem(n, h, w, ci, co, r, s, *unit)
         problems[name], ci, h, w = problem, co, problem.p, problem.q
     chain = Chain(**problems)  # type: ignore[arg-type]
-    return cast(Any, chain.links), decide.decide_chain(chain, request, table)
+    return chain, decide.decide_chain(chain, request, table)
 
 
 class Running(NamedTuple):

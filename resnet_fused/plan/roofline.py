@@ -297,8 +297,15 @@ def compulsory(problem: Problem, *, leaf: bool = False) -> int:
     return forward + 2 * b.y + b.met + b.w + (0 if leaf else b.x + b.w)
 
 
-def chain(links: Chain, tile: TileConfig, constants: Constants = ASSUMED) -> PredictedLaunch:
-    """The one launch of a chain, whose links are problems; what stays in registers is neither loaded nor stored."""
+def chain(links: Chain, tile: TileConfig, constants: Constants = ASSUMED) -> tuple[PredictedLaunch, ...]:
+    """The launch of a chain, whose links are problems, behind those that read a live one's batch norms."""
+    launch, live = _chain(links, tile, constants), links.first.direction != "frozen"  # type: ignore[attr-defined]
+    vectors = [_Model(link, Tiles(), constants) for link in links.links if live]  # type: ignore[arg-type]
+    return *(model.vectors("batch_norm_stats", 36 * model.problem.co) for model in vectors), launch
+
+
+def _chain(links: Chain, tile: TileConfig, constants: Constants) -> PredictedLaunch:
+    """What stays in registers is neither loaded nor stored."""
     models = [_Model(link, Tiles(), constants) for link in links.links]  # type: ignore[arg-type]
     first, last = models[0], models[-1]
     programs = _tiles(last.problem.m, tile.block_m)
@@ -319,11 +326,6 @@ def chain(links: Chain, tile: TileConfig, constants: Constants = ASSUMED) -> Pre
     flops, memory = sum(model.flops for model in models), size / first.bandwidth
     parts = {"issue": issue, "l2": CHAIN_PACE.l2 * l2, "memory": CHAIN_PACE.memory * memory}
     return first.added_up("chain_forward", flops, size, parts, memory, tensor)
-
-
-def affine(problem: Problem, constants: Constants = ASSUMED) -> PredictedLaunch:
-    """The launch that makes of a unit's batch norm what a chain reads."""
-    return _Model(problem, Tiles(), constants).vectors("batch_norm_stats")
 
 
 def roof(flops: int, size: int, beside: Problem) -> float:
