@@ -35,7 +35,7 @@ from resnet_fused.kernels.launch import dry_run, interpreting
 from resnet_fused.models import MODELS
 from resnet_fused.plan import decide, tuned
 from resnet_fused.plan.constants import ASSUMED, Constants
-from resnet_fused.plan.problem import Problem, Tiles, on_gpu, shown
+from resnet_fused.plan.problem import Problem, Tiles, on_gpu, shown, units_of
 from resnet_fused.plan.tuned import DIRECTIONS, ChainEntry, Entry, Table
 from resnet_fused.table import render
 
@@ -345,9 +345,7 @@ def find_problems(
         for shape in shapes:
             network(torch.empty(*shape, dtype=dtype, device="meta"))
     chains = dict.fromkeys(planned for planned in found if isinstance(planned, Chain))
-    units = dict.fromkeys(
-        unit for planned in found for unit in ((planned,) if planned not in chains else planned.links)
-    )
+    units = dict.fromkeys(unit for planned in found for unit in units_of(planned))
     return [*units, *chains]
 
 
@@ -368,8 +366,11 @@ def tune_problems(problems: Sequence[Problem | Chain], gpu: str, runner: Runner,
                 report.known.append(entry)
                 continue
             try:
-                tune_one = tune_chain if isinstance(problem, Chain) else tune_problem
-                entry = tune_one(problem, runner, compiled, decide.constants_of(report.table))
+                constants = decide.constants_of(report.table)
+                if isinstance(problem, Chain):
+                    entry = tune_chain(problem, runner, compiled, constants)
+                else:
+                    entry = tune_problem(problem, runner, compiled, constants)
             except Failure as failure:
                 report.failed.append((problem, str(failure)))
                 continue

@@ -329,7 +329,7 @@ class Trial:
 
 
 class ChainTrial:
-    """The same of a chain: one :class:`Trial` for each of its links, of which each reads what the one before returns."""
+    """The same of a chain: a :class:`Trial` for each of its links, of which each reads what the one before returns."""
 
     def __init__(self, links: Chain, device: torch.device) -> None:
         self.problem = links
@@ -339,7 +339,7 @@ class ChainTrial:
 
     def work(self, candidate: ChainCandidate) -> Callable[[], dict[str, Tensor]]:
         """See :meth:`Trial.work`. What a frozen model works out once is worked out here."""
-        _, expand, reduce = self.members
+        expand = self.members[chains.EXPAND]
         assert expand is not None and expand.residual is not None
         alone = {member: member.inference(_planned(member.problem)) for member in self.members if member is not None}
         links = {member: _link(member) for member in alone}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 
@@ -113,12 +113,17 @@ def on_gpu(problem: Problem | Chain, gpu: str) -> Problem | Chain:
     return changed(problem, gpu=gpu) if isinstance(problem, Chain) else replace(problem, gpu=gpu)
 
 
+def units_of(problem: Problem | Chain) -> tuple[Problem, ...]:
+    """The links of a chain; of a problem, itself."""
+    return cast(Any, problem.links) if isinstance(problem, Chain) else (problem,)
+
+
 def shown(problem: Problem | Chain) -> str:
     """A problem, or the geometry of each link of a chain and what they have in common, for people."""
     if not isinstance(problem, Chain):
         return str(problem)
-    *layers, last = problem.links
-    return " > ".join([*(layer.layer for layer in layers), str(last)])  # type: ignore[attr-defined]
+    *layers, last = units_of(problem)
+    return " > ".join([*(layer.layer for layer in layers), str(last)])
 
 
 @dataclass(frozen=True)
