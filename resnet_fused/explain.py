@@ -16,6 +16,7 @@ from resnet_fused.convert import ConvertedStem, Found, find
 from resnet_fused.engine.eligible import Onlooker
 from resnet_fused.engine.request import implementation, requested
 from resnet_fused.engine.trace import Launch, trace
+from resnet_fused.inference import FrozenModel, TritonChain, TritonConv, frozen_parts
 from resnet_fused.kernels.chain_forward import Chain
 from resnet_fused.kernels.launch import TileConfig, dry_run, interpreting
 from resnet_fused.modules import FusedBlock, StemLayout
@@ -205,19 +206,20 @@ class Explanation:
         if not self.steps or not plans or not all(p.m and plan.alternatives for p, plan, _ in plans):
             return []
         beside, constants = plans[0][0], self.constants or ASSUMED
+        shared = [part for row in self.rows for links in row.chains for part in _shared(links)]
+        alone = plans.copy()
+        for link in (link for part, _ in shared for link in units_of(part)):
+            alone.remove((link, _plan(link), False))
 
         def total(road: str, way: Way | None) -> Total:
             step, seconds = self.steps[road], 0.0
             units: list[roofline.PredictedLaunch] = []
-            alone = plans.copy()
-            for part, tile in self._launched_as_one() if way is None else ():
-                launches = roofline.chain(part, cast(TileConfig, tile), constants)
-                together = ((len(part.links), tile),)
-                seconds += parts_waited(part, together, sum(x.seconds for x in launches), constants)
-                units += launches
-                for link in units_of(part):
-                    alone.remove((link, _plan(link), False))
-            for problem, plan, leaf in alone:
+            for part, tile in shared if way is None else ():
+                chain = roofline.chain(part, cast(TileConfig, tile), constants)
+                whole = ((len(part.links), tile),)
+                seconds += parts_waited(part, whole, sum(x.seconds for x in chain), constants)
+                units += chain
+            for problem, plan, leaf in alone if way is None else plans:
                 chosen = way or plan.implementation
                 tiles = plan.tiles if chosen == "fused" else Tiles()
                 unit = roofline.predict(problem, chosen, tiles, constants, leaf=leaf)
@@ -233,12 +235,10 @@ class Explanation:
         outside = self.steps[PLANNED].outside
         products = (x.flops for p, _, leaf in plans for x in roofline.predict(p, "fused", Tiles(), leaf=leaf))
         flops = _flops(outside) + sum(products)
-        least = _bytes(outside) + sum(roofline.compulsory(p, leaf=leaf) for p, _, leaf in plans)
+        least = _bytes(outside) + sum(roofline.compulsory(p, leaf=leaf) for p, _, leaf in alone)
+        least += sum(roofline.compulsory_of_chain(part) for part, _ in shared)
         roof = Total("roof", beside.n, 0, least, roofline.roof(flops, least, beside))
         return [total(PLANNED, None), *(total(way, way) for way in roofline.PREDICTED), roof]
-
-    def _launched_as_one(self) -> list[tuple[Chain, TileConfig | None]]:
-        return [part for row in self.rows for links in row.chains for part in _shared(links)]
 
     def to_dict(self) -> list[dict[str, Any]]:
         """One dictionary per block."""
@@ -352,6 +352,8 @@ def _planned(model: nn.Module, x: Tensor, arch: int, training: bool) -> Explanat
         for road, request in ((PLANNED, requested()), *((way, request) for request, way in ROADS.items())):
             model.zero_grad()
             with implementation(request):
+                if isinstance(model, FrozenModel):
+                    model(x)  # folds and packs what stays
                 seen[road] = _observe(model, x, blocks, training, together=road == PLANNED)
     rows, _ = seen[PLANNED]
     planning = {row.name for row in rows if row.problems}
@@ -359,18 +361,25 @@ def _planned(model: nn.Module, x: Tensor, arch: int, training: bool) -> Explanat
 
 
 def _blocks(model: nn.Module) -> list[Found]:
-    """What is found in ``model``, less blocks that are part of a stem."""
-    found = list(find(model))
+    """What is found in ``model``, less blocks that are part of a stem; of a frozen one, its units and chains."""
+    found = [*find(model), *(Found(name, module, True) for name, module in frozen_parts(model))]
     stems = [f for f in found if isinstance(f.verdict, StemLayout)]
     parts = [f.module.get_submodule(name) for f in stems for name in f.verdict.parts]  # type: ignore[union-attr]
     return [f for f in found if f.module not in parts]
 
 
 def _row(found: Found) -> BlockRow:
-    if isinstance(found.module, FusedBlock):
+    if isinstance(found.module, FusedBlock | TritonConv | TritonChain):
         return BlockRow(*_named(found), "fused")
     reason = found.verdict if isinstance(found.verdict, str) else "not converted: call fuse(model)"
     return BlockRow(*_named(found), "eager", reason)
+
+
+def _frozen_way(row: BlockRow) -> Way:
+    """Who computes a unit or a chain of a frozen model: of a chain in several launches, the last."""
+    if row.chains:
+        return "fused"
+    return _plan(row.problems[-1]).implementation if row.problems else "eager"
 
 
 def _named(found: Found) -> tuple[str, str]:
@@ -404,6 +413,8 @@ def _observe(
     def close(module: nn.Module) -> None:
         stop(module, "forward")
         rows[module].add(planned[problems[module] :])
+        if isinstance(module, TritonConv | TritonChain):
+            rows[module].implementation = _frozen_way(rows[module])
 
     def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
         for stem in [m for (m, _), span in spans.items() if isinstance(m, ConvertedStem) and len(span) == 1]:

@@ -506,6 +506,14 @@ def _together(units: Sequence[TritonConv | None], x: Tensor, residual: Tensor, t
     return chains.launch(links, first.geometry, _cast(x, first.weight), residual, tile)
 
 
+def frozen_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The Triton units and chains that ``model`` calls, with their names: a chain's own are its affair."""
+    chained = {id(unit) for part in model.modules() if isinstance(part, TritonChain) for unit in part.links}
+    for name, part in model.named_modules():
+        if isinstance(part, TritonChain | TritonConv) and id(part) not in chained:
+            yield name, part
+
+
 def _check_normalised(y: Any, weight: Tensor) -> None:
     """Refuse the output of a convolution that batch norm would refuse."""
     if isinstance(y, Tensor) and y.dim() != 4:
