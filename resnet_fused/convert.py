@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from inspect import isroutine, signature
 from types import FunctionType
 from typing import Any, NamedTuple, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from resnet_fused import functional
 from resnet_fused.engine import eligible
 from resnet_fused.kernels.activation import IDENTITY, RELU
-from resnet_fused.modules import BlockLayout, FusedBlock, StemLayout, descendants
+from resnet_fused.modules import BlockLayout, FusedBlock, StemLayout, descendants, runs_fused
 from resnet_fused.plan import checked
 from resnet_fused.recognise import recognise, recognise_stem
 
@@ -27,7 +28,7 @@ MEMORY = ("default", "recompute")
 _STATE = ("_conversion", "memory")
 _CLAIMED = (
     *(*_STATE, "original", "described", "why_eager", "why_unfusable", "is_stale", "eager_forward"),
-    *("_resolve", "_layer", "_shortcut", "_unit", "_why_stale"),
+    *("forward_ahead", "_run", "_resolve", "_layer", "_shortcut", "_unit", "_why_stale"),
 )
 
 
@@ -59,7 +60,7 @@ class Converted(FusedBlock):
         return self.original.forward(self, x)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        kind = next(kind for kind in (ConvertedSequential, ConvertedStem, ConvertedBlock) if isinstance(self, kind))
+        kind = next(kind for kind in _KINDS if isinstance(self, kind))
         return _blank, (kind, self.original), *cast(tuple[Any, ...], super().__reduce_ex__(protocol))[2:]
 
 
@@ -199,11 +200,56 @@ class ConvertedSequential(Converted):
         return x
 
 
+class ConvertedBlocks(Converted):
+    """A converted ``nn.Sequential`` of blocks: the end of one and the beginning of the next share launches, as planned.
+
+    Without gradients, and where nobody looks at what is between them.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        tracing = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+        if torch.is_grad_enabled() or tracing or not isinstance(input, Tensor):
+            return self.eager_forward(input)
+        situation = functional.situation(input)
+        known = _apart.get(self)
+        if known is not None and situation in known:
+            return self.eager_forward(input)
+        z, apart = self._run(input)
+        if apart:
+            _apart.setdefault(self, set()).add(situation)
+        return z
+
+    def _run(self, x: Tensor) -> tuple[Tensor, bool]:
+        """What the blocks return, one behind the other, and whether the plan has each unit of theirs by itself."""
+        children = cast(list[Any], list(self._modules.values()))
+        blocks = [child if runs_fused(child) and not eligible.answered(child) else None for child in children]
+        ran, apart = functional.Ran(x), True
+        for child, block, following in zip(children, blocks, [*blocks[1:], None], strict=True):
+            ran = functional.Ran(child(ran.z)) if block is None else _looked_at(block, ran, following)
+            apart = apart and ran.apart
+        return ran.z, apart
+
+
+def _looked_at(block: FusedBlock, before: functional.Ran, following: FusedBlock | None) -> functional.Ran:
+    """What ``block`` makes of the output ``before`` it, with its onlookers told."""
+    for look in block._forward_pre_hooks.values():
+        look(block, (before.z,))
+    ran = block.forward_ahead(before.z, before.ahead, following)
+    for look in block._forward_hooks.values():
+        look(block, (before.z,), ran.z)
+    return ran
+
+
+_apart: WeakKeyDictionary[nn.Module, set[Any]] = WeakKeyDictionary()
+"""The situations in which nothing in a sequence of blocks shares a launch."""
+
+
 def _layer(run: Sequence[Any]) -> eligible.Layer:
     """That of the modules of one unit."""
     return eligible.Layer(run[0], run[1], RELU if len(run) == 3 else IDENTITY)
 
 
+_KINDS = ConvertedSequential, ConvertedBlocks, ConvertedStem, ConvertedBlock
 _classes: dict[tuple[type, type], type] = {}
 
 
@@ -213,7 +259,7 @@ def _converted(kind: type[Converted], original: type[nn.Module]) -> type[Convert
     if key not in _classes:
         attributes: dict[str, Any] = {"original": original, "__module__": __name__, "__doc__": kind.__doc__}
         _, parameter = signature(original.forward).parameters
-        if parameter != "x" and kind is not ConvertedSequential:
+        if parameter != "x" and kind not in (ConvertedSequential, ConvertedBlocks):
             attributes["forward"] = _taking(kind.forward, parameter)
         _classes[key] = type(f"Fused{original.__name__}", key, attributes)
     return _classes[key]
@@ -302,9 +348,11 @@ def fuse(
         reasons = "\n".join(f"  {f.name or '(the model)'}: {f.verdict}" for f in refused)
         raise ValueError(f"model has {len(refused)} block(s) that cannot be fused:\n{reasons}")
     changed = [block for block in found if not isinstance(block.verdict, str)]
-    with _restored_on_error([part for block in changed for part in block.module.modules()]):
+    with _restored_on_error(list(model.modules())):
         for block in changed:
             _swap(block, memory)
+        for sequence in [part for part in model.modules() if _holds_chains(part)]:
+            _become(sequence, ConvertedBlocks, _Conversion(memory))
     if len(found) == len(refused):
         reasons = "; ".join(sorted({str(f.verdict) for f in refused})) or "no residual block was recognised"
         warnings.warn(f"nothing was fused: {reasons}", UserWarning, stacklevel=2)
@@ -353,7 +401,7 @@ def _examine(module: nn.Module) -> BlockLayout | StemLayout | bool | str | None:
     """The verdict on ``module``, or None if there is nothing to fuse in it."""
     if isinstance(module, ConvertedSequential):
         return True
-    if isinstance(module, FusedBlock) and not isinstance(module, ConvertedBlock | ConvertedStem):
+    if isinstance(module, FusedBlock) and not isinstance(module, Converted):
         return module.layout
     if isinstance(module, ConvertedBlock) and not module.is_stale():
         return module.described()[0]
@@ -361,7 +409,7 @@ def _examine(module: nn.Module) -> BlockLayout | StemLayout | bool | str | None:
         return None
     if not isinstance(module, Converted) and (taken := [name for name in _CLAIMED if hasattr(module, name)]):
         return f"it has an attribute {taken[0]!r} of its own"
-    if type(module).forward is nn.Sequential.forward:
+    if type(module).forward in (nn.Sequential.forward, ConvertedBlocks.forward):
         children = list(module._modules.values())
         return any(_run_length(children[i : i + 3]) for i in range(len(children))) or None
     return recognise_stem(module) or recognise(module)
@@ -411,9 +459,26 @@ def _swap(found: Found, memory: str) -> None:
     if isinstance(module, FusedBlock) and not isinstance(module, Converted):
         module.memory = memory
         return
+    _become(module, kind, state)
+
+
+def _become(module: nn.Module, kind: type[Converted], state: _Conversion) -> None:
+    _revert(module)
     vars(module)["_conversion"] = state
-    if not isinstance(module, Converted):
-        module.__class__ = _converted(kind, type(module))
+    module.__class__ = _converted(kind, type(module))
+
+
+def _holds_chains(module: nn.Module) -> bool:
+    """Whether ``module`` is a plain sequence of which a block may share a launch with what comes behind it."""
+    return type(module).forward is nn.Sequential.forward and any(map(_ends_pointwise, module._modules.values()))
+
+
+def _ends_pointwise(block: nn.Module | None) -> bool:
+    if block is None or not runs_fused(block):
+        return False
+    layout = cast(FusedBlock, block).described()[0]
+    conv = cast(nn.Conv2d, block.get_submodule(layout.units[-1].conv))
+    return layout.residual and conv.weight.shape[2:] == (1, 1)
 
 
 def _revert(module: nn.Module) -> None:

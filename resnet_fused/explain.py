@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,20 +13,37 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from resnet_fused.convert import ConvertedStem, Found, find
+from resnet_fused.engine.eligible import Onlooker
 from resnet_fused.engine.request import implementation, requested
 from resnet_fused.engine.trace import Launch, trace
-from resnet_fused.kernels.launch import dry_run, interpreting
+from resnet_fused.inference import FrozenModel, TritonChain, TritonConv, frozen_parts
+from resnet_fused.kernels.chain_forward import Chain
+from resnet_fused.kernels.launch import TileConfig, dry_run, interpreting
 from resnet_fused.modules import FusedBlock, StemLayout
 from resnet_fused.plan import roofline, tuned
 from resnet_fused.plan.constants import ASSUMED, Constants
-from resnet_fused.plan.decide import ROADS, Plan, arch_of, decide, present_gpu, record, waited
-from resnet_fused.plan.problem import Problem, Tiles, Way
+from resnet_fused.plan.decide import (
+    ROADS,
+    ChainPlan,
+    Plan,
+    arch_of,
+    decide,
+    decide_chain,
+    parts_waited,
+    present_gpu,
+    record,
+    waited,
+)
+from resnet_fused.plan.problem import PARTS, Problem, Tiles, Way, cut, units_of
 from resnet_fused.table import render
 
 
 @dataclass
 class BlockRow:
-    """One block of :func:`explain`. ``leaf``: in training, nobody wants the gradient of its input."""
+    """One block of :func:`explain`. ``leaf``: in training, nobody wants the gradient of its input.
+
+    ``chains``: units, some of the next block's perhaps, of which some share a launch; those are among the ``problems``.
+    """
 
     name: str
     block: str
@@ -35,6 +52,16 @@ class BlockRow:
     launches: list[Launch] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     leaf: bool = False
+    chains: list[Chain] = field(default_factory=list)
+
+    def add(self, planned: Iterable[Problem | Chain]) -> None:
+        """Units that it planned, and chains of them; what of these is launched by itself was planned as a unit."""
+        for found in planned:
+            if not isinstance(found, Chain):
+                self.problems.append(found)
+            elif shared := [unit for part, _ in _shared(found) for unit in units_of(part)]:
+                self.chains.append(found)
+                self.problems += shared
 
     def is_leaf(self, problem: Problem) -> bool:
         """Whether nobody wants the gradient of a unit's input: in a leaf, of those that read the block's own."""
@@ -54,6 +81,7 @@ class BlockRow:
             "flops": _flops(self.launches),
             "reason": self.reason,
             "units": [_unit(problem) for problem in self.problems],
+            "chains": [_chain(links) for links in self.chains],
         }
 
 
@@ -70,6 +98,32 @@ def _unit(problem: Problem) -> dict[str, Any]:
 
 def _plan(problem: Problem) -> Plan:
     return decide(problem, requested(), tuned.load(problem.gpu))
+
+
+def _chain(links: Chain) -> dict[str, Any]:
+    plan = _chain_plan(links)
+    return {
+        "units": [str(unit) for unit in units_of(links)],
+        "launches": _lengths(length for length, _ in plan.parts),
+        "source": plan.source,
+        "reason": plan.reason,
+        "predicted_seconds": {_lengths(lengths): seconds for lengths, seconds in plan.alternatives},
+    }
+
+
+def _shared(links: Chain) -> list[tuple[Chain, TileConfig | None]]:
+    """The parts of a chain that are launched as one, with their tiles."""
+    parts = _chain_plan(links).parts
+    found = zip(cut(links, (length for length, _ in parts)), parts, strict=True)
+    return [(part, tile) for part, (_, tile) in found if isinstance(part, Chain)]
+
+
+def _lengths(lengths: Iterable[int]) -> str:
+    return "+".join(map(str, lengths))
+
+
+def _chain_plan(links: Chain) -> ChainPlan:
+    return decide_chain(links, requested(), tuned.load(units_of(links)[0].gpu))
 
 
 @dataclass(frozen=True)
@@ -152,11 +206,20 @@ class Explanation:
         if not self.steps or not plans or not all(p.m and plan.alternatives for p, plan, _ in plans):
             return []
         beside, constants = plans[0][0], self.constants or ASSUMED
+        shared = [part for row in self.rows for links in row.chains for part in _shared(links)]
+        alone = plans.copy()
+        for link in (link for part, _ in shared for link in units_of(part)):
+            alone.remove((link, _plan(link), False))
 
         def total(road: str, way: Way | None) -> Total:
             step, seconds = self.steps[road], 0.0
             units: list[roofline.PredictedLaunch] = []
-            for problem, plan, leaf in plans:
+            for part, tile in shared if way is None else ():
+                chain = roofline.chain(part, cast(TileConfig, tile), constants)
+                whole = ((len(part.links), tile),)
+                seconds += parts_waited(part, whole, sum(x.seconds for x in chain), constants)
+                units += chain
+            for problem, plan, leaf in alone if way is None else plans:
                 chosen = way or plan.implementation
                 tiles = plan.tiles if chosen == "fused" else Tiles()
                 unit = roofline.predict(problem, chosen, tiles, constants, leaf=leaf)
@@ -172,7 +235,8 @@ class Explanation:
         outside = self.steps[PLANNED].outside
         products = (x.flops for p, _, leaf in plans for x in roofline.predict(p, "fused", Tiles(), leaf=leaf))
         flops = _flops(outside) + sum(products)
-        least = _bytes(outside) + sum(roofline.compulsory(p, leaf=leaf) for p, _, leaf in plans)
+        least = _bytes(outside) + sum(roofline.compulsory(p, leaf=leaf) for p, _, leaf in alone)
+        least += sum(roofline.compulsory_of_chain(part) for part, _ in shared)
         roof = Total("roof", beside.n, 0, least, roofline.roof(flops, least, beside))
         return [total(PLANNED, None), *(total(way, way) for way in roofline.PREDICTED), roof]
 
@@ -195,6 +259,8 @@ class Explanation:
         tables = [blocks]
         if problems := list(dict.fromkeys(self.problems)):
             tables.append(units_table(problems))
+        if chains := list(dict.fromkeys(links for row in self.rows for links in row.chains)):
+            tables.append(chains_table(chains))
         if totals := self.totals():
             tables += [totals_table(totals), _source(self.constants)]
         return "\n".join(tables)
@@ -211,6 +277,20 @@ def units_table(problems: list[Problem]) -> str:
         rows.append((problem.layer, plan.implementation, *times, plan.reason))
     kinds = dict.fromkeys(f"{problem.number_format} {problem.direction}" for problem in problems)
     return render(f"Units, each once: {', '.join(kinds)}", columns, rows)
+
+
+def chains_table(chains: list[Chain]) -> str:
+    """How many units each launch of a chain computes, with what the model predicts for every way to cut it, as text."""
+    roads = list(dict.fromkeys(lengths for links in chains for lengths in PARTS[len(links.links)]))
+    columns = ["chain", "launches", *(f"{_lengths(road)}, predicted us" for road in roads), "because"]
+    rows = []
+    for links in chains:
+        plan = _chain_plan(links)
+        predicted = dict(plan.alternatives)
+        times = [round(predicted[road] * 1e6, 1) if road in predicted else None for road in roads]
+        names = " > ".join(unit.layer for unit in units_of(links))
+        rows.append((names, _lengths(length for length, _ in plan.parts), *times, plan.reason))
+    return render("Chains, each once: units of each launch", columns, rows)
 
 
 def _source(constants: Constants | None) -> str:
@@ -272,25 +352,34 @@ def _planned(model: nn.Module, x: Tensor, arch: int, training: bool) -> Explanat
         for road, request in ((PLANNED, requested()), *((way, request) for request, way in ROADS.items())):
             model.zero_grad()
             with implementation(request):
-                seen[road] = _observe(model, x, blocks, training)
+                if isinstance(model, FrozenModel):
+                    model(x)  # folds and packs what stays
+                seen[road] = _observe(model, x, blocks, training, together=road == PLANNED)
     rows, _ = seen[PLANNED]
     planning = {row.name for row in rows if row.problems}
     return Explanation(rows, ran=True, steps={road: Step.of(*found, planning) for road, found in seen.items()})
 
 
 def _blocks(model: nn.Module) -> list[Found]:
-    """What is found in ``model``, less blocks that are part of a stem."""
-    found = list(find(model))
+    """What is found in ``model``, less blocks that are part of a stem; of a frozen one, its units and chains."""
+    found = [*find(model), *(Found(name, module, True) for name, module in frozen_parts(model))]
     stems = [f for f in found if isinstance(f.verdict, StemLayout)]
     parts = [f.module.get_submodule(name) for f in stems for name in f.verdict.parts]  # type: ignore[union-attr]
     return [f for f in found if f.module not in parts]
 
 
 def _row(found: Found) -> BlockRow:
-    if isinstance(found.module, FusedBlock):
+    if isinstance(found.module, FusedBlock | TritonConv | TritonChain):
         return BlockRow(*_named(found), "fused")
     reason = found.verdict if isinstance(found.verdict, str) else "not converted: call fuse(model)"
     return BlockRow(*_named(found), "eager", reason)
+
+
+def _frozen_way(row: BlockRow) -> Way:
+    """Who computes a unit or a chain of a frozen model: of a chain in several launches, the last."""
+    if row.chains:
+        return "fused"
+    return _plan(row.problems[-1]).implementation if row.problems else "eager"
 
 
 def _named(found: Found) -> tuple[str, str]:
@@ -302,12 +391,13 @@ def _named(found: Found) -> tuple[str, str]:
 
 
 def _observe(
-    model: nn.Module, x: Tensor, blocks: Sequence[Found], training: bool
+    model: nn.Module, x: Tensor, blocks: Sequence[Found], training: bool, together: bool = True
 ) -> tuple[list[BlockRow], list[Launch]]:
     """Run ``model`` once, in training backward too: what each block planned and launched, or why it ran eager.
 
     And what was launched outside of them. A block's backward is what runs between the gradients of its output and its
     input. A stem lasts until the first block begins, and its backward from the gradient of what that reads to the end.
+    ``together``: units of several blocks may share a launch, which is the first block's.
     """
     rows = {found.module: _row(found) for found in blocks}
     spans: dict[tuple[nn.Module, str], list[int]] = {}
@@ -322,7 +412,9 @@ def _observe(
 
     def close(module: nn.Module) -> None:
         stop(module, "forward")
-        rows[module].problems += planned[problems[module] :]
+        rows[module].add(planned[problems[module] :])
+        if isinstance(module, TritonConv | TritonChain):
+            rows[module].implementation = _frozen_way(rows[module])
 
     def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
         for stem in [m for (m, _), span in spans.items() if isinstance(m, ConvertedStem) and len(span) == 1]:
@@ -344,7 +436,8 @@ def _observe(
             if args[0].requires_grad:
                 args[0].register_hook(lambda _: stop(module, "backward"))
 
-    handles = [h for b in rows for h in (b.register_forward_pre_hook(enter), b.register_forward_hook(leave))]
+    looks = (Onlooker(enter), Onlooker(leave)) if together else (enter, leave)
+    handles = [h for b in rows for h in (b.register_forward_pre_hook(looks[0]), b.register_forward_hook(looks[1]))]
     try:
         model.train(training)
         with trace() as seen, record() as planned:

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resnet_fused.engine import eligible, ops, reference
+from resnet_fused.engine import chains, eligible, ops, reference
 from resnet_fused.engine.autograd import ChainSpec, ResidualFunction, UnitSpec, laid_out
 from resnet_fused.engine.eligible import Layer, Unit, plain, process_group_name, why_foreign, why_unfit
-from resnet_fused.engine.forward import Choice, choose, undecided
+from resnet_fused.engine.forward import Choice, choose, choose_chain, settings, undecided
 from resnet_fused.engine.ops import channels_last
 from resnet_fused.engine.reference import PaddedIdentity
 from resnet_fused.engine.request import requested
 from resnet_fused.kernels.activation import IDENTITY, RELU, Activation
-from resnet_fused.kernels.conv import output_size
+from resnet_fused.kernels.chain_forward import Link
+from resnet_fused.kernels.conv import Geometry, output_size
 from resnet_fused.kernels.conv_pool import POOL
-from resnet_fused.kernels.launch import FLOATS
-from resnet_fused.plan.problem import Request, Way
+from resnet_fused.kernels.launch import FLOATS, TileConfig
+from resnet_fused.plan.problem import Parts, Request, Way
 
 __all__ = ["Activation", "Layer", "PaddedIdentity", "Projection", "conv_bn_act", "conv_bn_act_pool", "residual_block"]
 
@@ -238,7 +239,7 @@ def resolve(
 def run(chain: Chain, *, recompute: bool = False) -> Tensor:
     """What :func:`residual_block` returns."""
     if _is_fixed(chain.all_units, chain.x, chain.source):
-        return _infer(chain)
+        return _infer(chain, chain.x, chain.units)
     x = chain.x
     parts = list(_parts(chain))
     for part in parts:
@@ -270,14 +271,104 @@ def _is_fixed(units: Sequence[Unit], *inputs: Tensor | None) -> bool:
     return not any(t.requires_grad for t in used if t is not None)
 
 
-def _infer(chain: Chain) -> Tensor:
-    x, residual, dtype = chain.x, chain.source, chain.dtype
-    if chain.projection is not None and residual is not None:
-        residual = _infer_unit(residual, chain.projection, chain.request, dtype)
-    *inner, last = chain.units
+class Ran(NamedTuple):
+    """The output ``z`` of a block, and what the next block's first unit makes of it, if that came ``ahead``.
+
+    ``apart``: the plan has each unit by itself, whenever the :func:`situation` is the same.
+    """
+
+    z: Tensor
+    ahead: Tensor | None = None
+    apart: bool = False
+
+
+def run_ahead(chain: Chain, ahead: Tensor | None, following: Layer | None) -> Ran:
+    """What :func:`run` returns, and what ``following`` makes of it where the plan has that in the same launch.
+
+    ``ahead``: what the first unit returns, where that came along before.
+    """
+    if not _is_fixed(chain.all_units, chain.x, chain.source):
+        return Ran(run(chain))
+    x, units, dtype = chain.x, chain.units, chain.dtype
+    if ahead is not None:
+        x, units = ahead, units[1:]
+    members = _members(chain, units, following)
+    parts = () if members is None else _chained(chain, members)
+    if members is None or all(length == 1 for length, _ in parts):
+        return Ran(_infer(chain, x, units), apart=ahead is None)
+    for unit in units[: -1 if members[0] is None else -2]:
+        x = _infer_unit(x, unit, chain.request, dtype)
+
+    def alone(unit: Unit, x: Tensor, residual: Tensor | None) -> Tensor:
+        return _infer_unit(x, unit, chain.request, dtype, residual)
+
+    residual = _infer_shortcut(chain)
+    assert residual is not None
+    return Ran(*chains.run(members, parts, x.to(dtype), residual, alone, _together))
+
+
+def _chained(chain: Chain, members: Members) -> Parts:
+    """How many of the ``members`` each launch computes."""
+    before = chain.units[: -1 if members[0] is None else -2]
+    shape = before[-1].out if before else tuple(chain.x.shape)
+    filters = tuple(None if unit is None else (tuple(unit.w.shape), unit.geometry) for unit in members)
+    return choose_chain(shape, filters, chain.dtype, "inference", chain.x.device, chain.request).parts
+
+
+def situation(x: Tensor) -> tuple[Any, ...]:
+    """All that plans for ``x`` depend on, beside the modules."""
+    return tuple(x.shape), x.dtype, x.device, _autocast_dtype(x), requested(), settings(x.device)
+
+
+Members = tuple[Unit | None, Unit, Unit | None]
+
+
+def _members(chain: Chain, units: Sequence[Unit], following: Layer | None) -> Members | None:
+    """What may be computed together, of the last of the ``units`` and of what is ``following``; None if nothing may."""
+    *inner, expand = units
+    source = chain.source
+    if source is None or not _is_pointwise(expand) or expand.out[0] == 0:
+        return None
+    if chain.projection is None and not (source.dtype == chain.dtype and source.shape == expand.out):
+        return None
+    spatial = inner[-1] if inner and inner[-1].layer.activation == RELU and inner[-1].geometry.groups == 1 else None
+    reduce = None if following is None else eligible.unit(chain.x, expand.out, _autocast_dtype(chain.x), following)
+    if not isinstance(reduce, Unit) or reduce.batch_stats or not _is_pointwise(reduce):
+        reduce = None
+    return None if spatial is None and reduce is None else (spatial, expand, reduce)
+
+
+def _is_pointwise(unit: Unit) -> bool:
+    """Whether it is a 1x1 convolution that a chain may end with, which has a ReLU behind it."""
+    return unit.layer.activation == RELU and unit.w.shape[2:] == (1, 1) and unit.geometry == Geometry()
+
+
+def _together(units: Sequence[Unit | None], x: Tensor, residual: Tensor, tile: TileConfig | None) -> list[Tensor]:
+    first = next(unit for unit in units if unit is not None)
+    return chains.launch([_link(unit, x.dtype) for unit in units], first.geometry, x, residual, tile)
+
+
+def _link(unit: Unit | None, dtype: torch.dtype) -> Link | None:
+    """As a chain reads it, its batch norm's constants as they are now."""
+    if unit is None:
+        return None
+    return Link(laid_out(unit.w, dtype), ops.affine(unit.mean, unit.var, unit.gamma, unit.beta, unit.bias, unit.eps))
+
+
+def _infer(chain: Chain, x: Tensor, units: Sequence[Unit]) -> Tensor:
+    """The ``units``, the last ones of the chain, on ``x``, each by itself."""
+    residual, dtype = _infer_shortcut(chain), chain.dtype
+    *inner, last = units
     for unit in inner:
         x = _infer_unit(x, unit, chain.request, dtype)
     return _infer_unit(x, last, chain.request, dtype, residual, chain.step, chain.before, chain.out_dtype)
+
+
+def _infer_shortcut(chain: Chain) -> Tensor | None:
+    """What is added, as the last unit reads it."""
+    if chain.projection is None or chain.source is None:
+        return chain.source
+    return _infer_unit(chain.source, chain.projection, chain.request, chain.dtype)
 
 
 def _infer_unit(

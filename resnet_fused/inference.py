@@ -7,7 +7,7 @@ import inspect
 import math
 import operator
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partialmethod
 from typing import Any
@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from resnet_fused import functional
 from resnet_fused.convert import unfuse
-from resnet_fused.engine import eligible, forward, ops, reference
+from resnet_fused.engine import chains, eligible, forward, ops, reference
 from resnet_fused.engine.ops import channels_last
 from resnet_fused.engine.request import requested
 from resnet_fused.functional import conv_bn_act, conv_bn_act_pool
@@ -31,7 +31,7 @@ from resnet_fused.kernels.conv_pool import POOL
 from resnet_fused.kernels.epilogue import Norm
 from resnet_fused.kernels.launch import FLOATS, TileConfig
 from resnet_fused.modules import traced_forward
-from resnet_fused.plan.problem import Tiles
+from resnet_fused.plan.problem import Parts
 from resnet_fused.recognise import same_random_numbers
 
 PACKED_SHAPES = 4
@@ -475,19 +475,9 @@ class TritonChain(nn.Module):
         return [unit for unit in self.named if unit is not None]
 
     def forward(self, x: Tensor, residual: Any) -> tuple[Any, Any]:
-        (_, expand, reduce), units, z = self.named, self.links, None
-        for length, tile in self._parts(x, residual):
-            part, units = units[:length], units[length:]
-            if length > 1:
-                outputs = self._launch(part, x, residual, tile)
-                z, x = outputs[0], outputs[-1]
-            elif part[0] is expand:
-                x = z = expand(x, residual)
-            else:
-                x = part[0](x)
-        return z, None if reduce is None else x
+        return chains.run(self.named, self._parts(x, residual), x, residual, _alone, _together)
 
-    def _parts(self, x: Any, residual: Any) -> tuple[tuple[int, TileConfig | None], ...]:
+    def _parts(self, x: Any, residual: Any) -> Parts:
         """How many units each launch computes, with its tile."""
         first, *_ = units = self.links
         x = _cast(x, first.weight) if first.casts else x
@@ -495,7 +485,7 @@ class TritonChain(nn.Module):
         if traced or eligible.hooked(*units) or not first._launches(x, None) or not self._fits(x, residual):
             return ((1, None),) * len(units)
         filters = tuple(None if unit is None else (tuple(unit.weight.shape), unit.geometry) for unit in self.named)
-        return forward.choose_chain(tuple(x.shape), filters, x.dtype, x.device, requested()).parts
+        return forward.choose_chain(tuple(x.shape), filters, x.dtype, "frozen", x.device, requested()).parts
 
     def _fits(self, x: Tensor, residual: Any) -> bool:
         """Whether all is of one dtype and each unit reads what the one before returns."""
@@ -509,13 +499,24 @@ class TritonChain(nn.Module):
                 return False
         return True
 
-    def _launch(self, part: list[TritonConv], x: Tensor, residual: Tensor, tile: TileConfig | None) -> list[Tensor]:
-        """The outputs of the ``part`` that are stored: z, and y if ``reduce`` is in it."""
-        x = channels_last(_cast(x, part[0].weight).resolve_neg())
-        links = [unit.link() if unit in part else (None, None) for unit in self.named]
-        weights, affines = zip(*links, strict=True)
-        code = forward.Convolution(part[0].geometry, True, Tiles(forward=tile)).encode()
-        return ops.chain(x, weights, affines, channels_last(residual.resolve_neg()), code)
+
+def _alone(unit: TritonConv, x: Tensor, residual: Tensor | None) -> Tensor:
+    result: Tensor = unit(x) if residual is None else unit(x, residual)
+    return result
+
+
+def _together(units: Sequence[TritonConv | None], x: Tensor, residual: Tensor, tile: TileConfig | None) -> list[Tensor]:
+    first = next(unit for unit in units if unit is not None)
+    links = [None if unit is None else unit.link() for unit in units]
+    return chains.launch(links, first.geometry, _cast(x, first.weight), residual, tile)
+
+
+def frozen_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The Triton units and chains that ``model`` calls, with their names: a chain's own are its affair."""
+    chained = {id(unit) for part in model.modules() if isinstance(part, TritonChain) for unit in part.links}
+    for name, part in model.named_modules():
+        if isinstance(part, TritonChain | TritonConv) and id(part) not in chained:
+            yield name, part
 
 
 def _check_normalised(y: Any, weight: Tensor) -> None:

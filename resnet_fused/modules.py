@@ -114,6 +114,18 @@ class FusedBlock(nn.Module):
             return self.eager_forward(x)
         return functional.run(found, recompute=self.described()[1] == "recompute")
 
+    def forward_ahead(self, x: Tensor, ahead: Tensor | None, following: nn.Module | None) -> functional.Ran:
+        """What ``forward`` returns without gradients, and what the first unit of ``following`` makes of it, or None.
+
+        ``ahead``: what the block's own first unit makes of ``x``, if that came along with ``x``. ``following``: another
+        block that :func:`runs_fused`.
+        """
+        found = self._resolve(x)
+        if isinstance(found, str):
+            eligible.report_once(found)
+            return functional.Ran(self.eager_forward(x))
+        return functional.run_ahead(found, ahead, None if following is None else _first_layer(x, following))
+
     def _resolve(self, x: Tensor) -> functional.Chain | str:
         """The block on ``x`` with all that it reads, or why it runs eager."""
         request = requested(self)
@@ -149,12 +161,29 @@ class FusedBlock(nn.Module):
         return x if layout.shortcut is None else functional.Projection(x, *projection[:2])
 
 
+def _first_layer(x: Tensor, block: nn.Module) -> eligible.Layer | None:
+    """The layer that reads what ``block`` does, which lies as ``x``; None if it runs eager, or is not to be found."""
+    assert isinstance(block, FusedBlock)
+    try:
+        layer = block._layer(block.described()[0].units[0])
+    except KeyError:
+        return None
+    known = not eligible.hooked(*layer[:2]) and eligible.why_unsupported(x, [layer]) is None
+    return layer if known else None
+
+
+def runs_fused(module: nn.Module | None) -> bool:
+    """Whether the forward of ``module`` is that of a fused block."""
+    # By the code: the parameter may have another name.
+    return isinstance(module, FusedBlock) and type(module).forward.__code__.co_code == _FORWARD
+
+
+_FORWARD = FusedBlock.forward.__code__.co_code
+
+
 def traced_forward(module: nn.Module, forward: Any) -> Any:
     """What a tracer sees of ``module``, whose ``forward`` this is: a fused block's own function, eager."""
-    # By the code: the parameter may have another name.
-    code = type(module).forward.__code__.co_code if isinstance(module, FusedBlock) else None
-    fused = code == FusedBlock.forward.__code__.co_code
-    return cast(FusedBlock, module).eager_forward if fused else forward
+    return cast(FusedBlock, module).eager_forward if runs_fused(module) else forward
 
 
 def _submodule(module: nn.Module, name: str) -> Any:

@@ -13,9 +13,9 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -24,13 +24,14 @@ from resnet_fused.commands import cost_inductor, cost_machine_code
 from resnet_fused.commands.cost_machine_code import MachineCode, Occupancy, occupancy
 from resnet_fused.commands.shared import UserError, add_network_arguments, chosen_input, pick_arch, tracked
 from resnet_fused.commands.tune import find_problems
-from resnet_fused.commands.tune_trial import Candidate, rehearse
+from resnet_fused.commands.tune_trial import Candidate, ChainCandidate, rehearse
 from resnet_fused.engine.trace import Launch
+from resnet_fused.kernels.chain_forward import Chain
 from resnet_fused.kernels.gpus import gpu_of
 from resnet_fused.kernels.launch import Call, TileConfig, interpreting
 from resnet_fused.plan import decide, roofline, tuned
 from resnet_fused.plan.constants import Constants
-from resnet_fused.plan.problem import Problem, Request, Way
+from resnet_fused.plan.problem import Problem, Request, cut, on_gpu, units_of
 from resnet_fused.table import render
 
 TEMPLATE = "Inductor's template"
@@ -55,14 +56,16 @@ class Kernel:
 
 @dataclass(frozen=True)
 class UnitCost:
-    """A unit as planned: what it launches, of that what is compiled here, and the same layer by Inductor's template.
+    """A unit or a chain as planned: what it launches, of that what is compiled here; and a unit by Inductor's template.
+
+    ``implementation``: of a chain, how many convolutions each launch computes.
 
     ``launches``, ``flops`` and ``bytes`` are counted, of the forward and in training of the backward too, libraries'
     calls included. ``compulsory_bytes``: see :func:`roofline.compulsory`. ``predicted``: by the model.
     """
 
     layer: str
-    implementation: Way
+    implementation: str
     launches: int
     flops: int
     bytes: int
@@ -118,10 +121,17 @@ def _cells(kernel: Kernel) -> tuple[object, ...]:
     code, seen, predicted = kernel.code, kernel.occupancy, kernel.predicted
     compiled: tuple[object, ...] = (None,) * 6
     if code is not None and seen is not None:
-        slots = None if code.issue_slots is None else round(code.issue_slots, 2)
+        slots = _slots(code, kernel.name)
         shared = round(code.shared / 1024, 1)
         compiled = (code.registers, code.spilled, shared, seen.programs, round(seen.percent), slots)
     return (kernel.name, kernel.tile, *compiled, None if predicted is None else _micro(predicted.seconds))
+
+
+def _slots(code: MachineCode, kernel: str) -> float | str | None:
+    """Of the main loop; of a chain, of its walk over the taps and of the loop behind it."""
+    if kernel == "chain_forward" and len(code.loop_slots) > 1:
+        return ", ".join("?" if slots is None else f"{slots:.2f}" for slots in code.loop_slots)
+    return None if code.issue_slots is None else round(code.issue_slots, 2)
 
 
 def _giga(count: float) -> float:
@@ -136,9 +146,15 @@ def _micro(seconds: float) -> float:
     return round(seconds * 1e6, 1)
 
 
-def examine(problem: Problem, request: Request) -> UnitCost:
-    """Compile what the plan of ``problem`` launches, and Inductor's template for the same layer; needs no GPU."""
-    table = tuned.load(problem.gpu)
+def examine(problem: Problem | Chain, request: Request) -> UnitCost | None:
+    """Compile what the plan of ``problem`` launches, and Inductor's template for the same layer; needs no GPU.
+
+    None for a chain of which each convolution is launched by itself.
+    """
+    table = tuned.load(units_of(problem)[0].gpu)
+    if isinstance(problem, Chain):
+        plan = decide.decide_chain(problem, request, table)
+        return examine_chain(problem, plan, decide.constants_of(table)) if plan.together else None
     chosen, constants = decide.decide(problem, request, table), decide.constants_of(table)
     calls, launches = rehearse(problem, Candidate(chosen.implementation, chosen.tiles))
     predicted = roofline.predict(problem, chosen.implementation, chosen.tiles, constants)
@@ -156,6 +172,30 @@ def examine(problem: Problem, request: Request) -> UnitCost:
             *(_compiled(call, problem, by_name.get(_name(call))) for call in distinct),
             _inductor(problem, calls, constants),
         ),
+    )
+
+
+def examine_chain(links: Chain, plan: decide.ChainPlan, constants: Constants) -> UnitCost:
+    """The same of convolutions of which some share a launch."""
+    calls, launches = rehearse(links, ChainCandidate(plan.parts))
+    predicted: list[roofline.PredictedLaunch] = []
+    for part, (_, tile) in zip(cut(links, (length for length, _ in plan.parts)), plan.parts, strict=True):
+        if isinstance(part, Chain):
+            predicted += roofline.chain(part, cast(TileConfig, tile), constants)
+        else:
+            unit = decide.decide(part, "auto", tuned.load(part.gpu))
+            predicted += roofline.predict(part, unit.implementation, unit.tiles, constants)
+    by_name = {launch.kernel: launch for launch in predicted}
+    first, distinct = units_of(links)[0], {call.specialization(): call for call in calls}.values()
+    return UnitCost(
+        layer=" > ".join(unit.layer for unit in units_of(links)),
+        implementation="+".join(str(length) for length, _ in plan.parts),
+        launches=len(launches),
+        flops=sum(launch.flops for launch in launches),
+        bytes=sum(_bytes(launch) for launch in launches),
+        compulsory_bytes=roofline.compulsory_of_chain(links),
+        predicted=tuple(predicted),
+        kernels=tuple(_compiled(call, first, by_name.get(_name(call))) for call in distinct),
     )
 
 
@@ -242,13 +282,14 @@ def report(options: argparse.Namespace, arch: int) -> CostReport:
     direction = "training" if options.train else "inference"
     gpu = decide.present_gpu(arch)
     with chosen_input():
-        problems = [replace(p, gpu=gpu) for p in find_problems(model, [shape], dtype, direction, arch)]
+        problems = [on_gpu(p, gpu) for p in find_problems(model, [shape], dtype, direction, arch)]
     spawn = multiprocessing.get_context("spawn")
     with _elsewhere():
         pool = ProcessPoolExecutor(min(os.cpu_count() or 1, 8), mp_context=spawn)
         examined = pool.map(partial(examine, request=options.implementation), problems)
     with pool:
-        units = tuple(tracked(examined, f"compiling for sm_{arch}", len(problems)))
-    what = f"{'a training step' if options.train else 'inference'} in {problems[0].number_format}"
+        found = tracked(examined, f"compiling for sm_{arch}", len(problems))
+        units = tuple(unit for unit in found if unit is not None)
+    what = f"{'a training step' if options.train else 'inference'} in {units_of(problems[0])[0].number_format}"
     title = f"{options.model}, {what}, batch {options.batch}, for sm_{arch} ({gpu_of(arch).name}); each unit once"
     return CostReport(title, arch, units)

@@ -56,16 +56,26 @@ class Program:
 
         Empty without tensor-core instructions.
         """
-        tensor = [i for i, ins in enumerate(self.code) if ins.opcode in TENSOR_OPCODES]
-        if not tensor:
-            return ()
-        held = [(a, b) for a, b in self.loops if any(a <= i <= b for i in tensor)]
-        outside = [i for i in tensor if not any(a <= i <= b for a, b in held)]
+        tensor = self._tensor()
+        outside = [i for i in tensor if not any(a <= i <= b for a, b in self.loops)]
         if len(outside) > len(tensor) // 2:
             return self.code[outside[0] : outside[-1] + 1]
+        return max(self.product_loops, key=_products, default=())
+
+    @property
+    def product_loops(self) -> tuple[tuple[Instruction, ...], ...]:
+        """The innermost loops with tensor-core work, in order."""
+        tensor = self._tensor()
+        held = [(a, b) for a, b in self.loops if any(a <= i <= b for i in tensor)]
         innermost = [o for o in held if not any(o != i and o[0] <= i[0] and i[1] <= o[1] for i in held)]
-        first, last = max(innermost, key=lambda loop: sum(loop[0] <= i <= loop[1] for i in tensor))
-        return self.code[first : last + 1]
+        return tuple(self.code[first : last + 1] for first, last in sorted(innermost))
+
+    def _tensor(self) -> list[int]:
+        return [i for i, ins in enumerate(self.code) if ins.opcode in TENSOR_OPCODES]
+
+
+def _products(loop: Sequence[Instruction]) -> int:
+    return sum(ins.opcode in TENSOR_OPCODES for ins in loop)
 
 
 @dataclass(frozen=True)
@@ -73,7 +83,7 @@ class MachineCode:
     """What one compiled kernel asks of a multiprocessor.
 
     ``registers`` per thread; ``spilled``: bytes of stack per thread; ``shared``: bytes per program. ``issue_slots`` per
-    tensor cycle of the main loop, or None with the ``reason``.
+    tensor cycle of the main loop, or None with the ``reason``; ``loop_slots``: of each loop with products, in order.
     """
 
     registers: int
@@ -84,6 +94,7 @@ class MachineCode:
     instructions: int
     issue_slots: float | None
     reason: str
+    loop_slots: tuple[float | None, ...] = ()
 
 
 def read(compiled: Any, arch: int) -> MachineCode:
@@ -100,6 +111,7 @@ def read(compiled: Any, arch: int) -> MachineCode:
         instructions=len(code.code),
         issue_slots=slots,
         reason=reason,
+        loop_slots=tuple(issue_slots(loop, metadata.num_warps, arch)[0] for loop in code.product_loops),
     )
 
 

@@ -19,24 +19,27 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import chain, groupby, islice, repeat
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
 
 from resnet_fused import models
 from resnet_fused.commands.shared import DTYPES, UserError, add_size_argument, chosen_input, images, python, tracked
-from resnet_fused.commands.tune_trial import Candidate, candidates
+from resnet_fused.commands.tune_trial import Candidate, ChainCandidate, candidates, chain_candidates
 from resnet_fused.convert import fuse
 from resnet_fused.engine.request import implementation
 from resnet_fused.inference import optimize_for_inference
+from resnet_fused.kernels.chain_forward import Chain
 from resnet_fused.kernels.launch import dry_run, interpreting
 from resnet_fused.models import MODELS
 from resnet_fused.plan import decide, tuned
 from resnet_fused.plan.constants import ASSUMED, Constants
-from resnet_fused.plan.problem import Problem, Tiles
-from resnet_fused.plan.tuned import DIRECTIONS, Entry, Table
+from resnet_fused.plan.problem import Problem, Tiles, on_gpu, shown, units_of
+from resnet_fused.plan.tuned import DIRECTIONS, ChainEntry, Entry, Table
 from resnet_fused.table import render
+
+C = TypeVar("C", Candidate, ChainCandidate)
 
 TIMEOUT = 120.0
 """Seconds after which a candidate that does not answer is given up."""
@@ -45,7 +48,7 @@ TIMEOUT = 120.0
 class Failure(Exception):
     """A candidate did not come through: its message says why. ``candidate``: which, if it is known."""
 
-    def __init__(self, reason: str, candidate: Candidate | None = None) -> None:
+    def __init__(self, reason: str, candidate: Candidate | ChainCandidate | None = None) -> None:
         super().__init__(reason)
         self.candidate = candidate
 
@@ -60,21 +63,21 @@ class Runner:
         self.command, self.timeout = command, timeout
         self.process: subprocess.Popen[str] | None = None
         self.answers: queue.Queue[str | None] = queue.Queue()
-        self.problem: Problem | None = None
+        self.problem: Problem | Chain | None = None
 
-    def open(self, problem: Problem) -> None:
+    def open(self, problem: Problem | Chain) -> None:
         """Make the tensors of ``problem``, which the next calls are about."""
         self.problem = problem
         if self.process is None:
             self._start()
-        self._ask({"problem": tuned.problem_out(problem)})
+        self._ask({"problem": tuned.asked_out(problem)})
 
-    def verify(self, candidate: Candidate) -> float:
+    def verify(self, candidate: C) -> float:
         """The largest error over the allowed one."""
         self._revive()
         return float(self._ask({"verify": candidate.encode()})["ratio"])
 
-    def time(self, ways: Sequence[Candidate]) -> list[list[float]]:
+    def time(self, ways: Sequence[C]) -> list[list[float]]:
         """Seconds of every run, by candidate; the Failure names the one that it was up to."""
         self._revive()
         at = 0
@@ -87,7 +90,7 @@ class Runner:
             raise Failure(str(failure), ways[at]) from failure
         return [[float(second) for second in samples] for samples in answer["samples"]]
 
-    def why_not_compiled(self, candidate: Candidate) -> str | None:
+    def why_not_compiled(self, candidate: C) -> str | None:
         """Why the candidate's kernels do not compile, or None."""
         self._revive()
         reason = self._ask({"compile": candidate.encode()})["reason"]
@@ -164,15 +167,15 @@ class Compilers:
         self.runners = [Runner(command) for _ in range(min(os.cpu_count() or 1, 8))]
         self.closed = False
 
-    def __call__(self, problem: Problem, ways: Sequence[Candidate]) -> dict[Candidate, str]:
+    def __call__(self, problem: Problem | Chain, ways: Sequence[C]) -> dict[C, str]:
         """The fused candidates that cannot be compiled, each with the reason."""
         fused = [way for way in ways if way.implementation == "fused"]
         # What they have in common is compiled once: the default tiles before the others, and those that differ in no
         # tile, but in splits, by one process.
         alike = [list(group) for _, group in groupby(fused, _compiled)]
-        failed: dict[Candidate, str] = {}
+        failed: dict[C, str] = {}
 
-        def work(runner: Runner, left: Iterator[list[Candidate]]) -> None:
+        def work(runner: Runner, left: Iterator[list[C]]) -> None:
             for way in chain.from_iterable(left):
                 try:
                     if runner.problem != problem:
@@ -202,8 +205,10 @@ class Compilers:
             runner.close()
 
 
-def _compiled(way: Candidate) -> tuple[Any, ...]:
+def _compiled(way: Candidate | ChainCandidate) -> tuple[Any, ...]:
     """What of a fused candidate the compiler sees."""
+    if isinstance(way, ChainCandidate):
+        return way.parts
     tiles = way.tiles
     forward = tiles.forward and replace(tiles.forward, splits=min(tiles.forward.splits, 2))
     return forward, tiles.dgrad, tiles.wgrad and replace(tiles.wgrad, splits=1)
@@ -231,17 +236,17 @@ class TuneReport:
     """
 
     table: Table
-    tuned: list[Entry] = field(default_factory=list)
-    known: list[Entry] = field(default_factory=list)
-    failed: list[tuple[Problem, str]] = field(default_factory=list)
+    tuned: list[Entry | ChainEntry] = field(default_factory=list)
+    known: list[Entry | ChainEntry] = field(default_factory=list)
+    failed: list[tuple[Problem | Chain, str]] = field(default_factory=list)
     constants: str = ""
 
     def __str__(self) -> str:
         columns = ["unit", "runs", "us", "+- us", "quarantined", "because"]
         rows: list[tuple[object, ...]] = [
             (
-                str(entry.problem),
-                str(Candidate(entry.implementation, entry.tiles)),
+                _name(entry),
+                str(_winner(entry)),
                 round(entry.seconds * 1e6, 1),
                 round(entry.spread * 1e6, 1),
                 len(entry.quarantined),
@@ -249,11 +254,21 @@ class TuneReport:
             )
             for entry in [*self.tuned, *self.known]
         ]
-        rows += [(str(problem), "", None, None, None, f"not tuned: {reason}") for problem, reason in self.failed]
-        bad = [f"  {e.problem}: {way}: {reason}" for e in self.tuned for way, reason in e.quarantined]
-        title = f"{len(self.tuned)} units tuned, {len(self.known)} known before, on {self.table.gpu}"
+        rows += [(shown(problem), "", None, None, None, f"not tuned: {reason}") for problem, reason in self.failed]
+        bad = [f"  {_name(e)}: {way}: {reason}" for e in self.tuned for way, reason in e.quarantined]
+        title = f"{len(self.tuned)} units and chains tuned, {len(self.known)} known before, on {self.table.gpu}"
         constants = [self.constants] if self.constants else []
         return "\n".join([render(title, columns, rows), *constants, *(["Quarantined:"] if bad else []), *bad])
+
+
+def _name(entry: Entry | ChainEntry) -> str:
+    return shown(entry.links if isinstance(entry, ChainEntry) else entry.problem)
+
+
+def _winner(entry: Entry | ChainEntry) -> Candidate | ChainCandidate:
+    return (
+        ChainCandidate(entry.parts) if isinstance(entry, ChainEntry) else Candidate(entry.implementation, entry.tiles)
+    )
 
 
 def tune(
@@ -290,7 +305,7 @@ def tune(
         raise RuntimeError(reason)
     arch, gpu = decide.arch_of(device), torch.cuda.get_device_name(device)
     dtype = dtype or next(model.parameters()).dtype
-    problems = [replace(p, gpu=gpu) for p in find_problems(model, shapes, dtype, direction, arch)]
+    problems = [on_gpu(p, gpu) for p in find_problems(model, shapes, dtype, direction, arch)]
     options = ["--cudnn-benchmark"] if torch.backends.cudnn.benchmark else []
     runner = Runner(python("resnet_fused.commands.tune_worker", str(device), *options))
     compilers = Compilers()
@@ -322,20 +337,22 @@ def keep_constants(arch: int, gpu: str, runner: Runner) -> str:
 
 def find_problems(
     model: nn.Module, shapes: Iterable[Sequence[int]], dtype: torch.dtype, direction: str, arch: int
-) -> list[Problem]:
-    """The distinct units that ``model`` plans on inputs of these shapes, in order. Nothing runs."""
+) -> list[Problem | Chain]:
+    """The distinct units that ``model`` plans on inputs of these shapes, in order, then its chains. Nothing runs."""
     training, network = direction == "training", copy.deepcopy(model).to("meta")
     with implementation("auto"), dry_run(arch), decide.record() as found, torch.set_grad_enabled(training):
         network = optimize_for_inference(network) if direction == "frozen" else fuse(network).train(training)
         for shape in shapes:
             network(torch.empty(*shape, dtype=dtype, device="meta"))
-    return list(dict.fromkeys(found))
+    chains = dict.fromkeys(planned for planned in found if isinstance(planned, Chain))
+    units = dict.fromkeys(unit for planned in found for unit in units_of(planned))
+    return [*units, *chains]
 
 
-Compiled = Callable[[Problem, Sequence[Candidate]], dict[Candidate, str]]
+Compiled = Callable[..., dict[Any, str]]
 
 
-def tune_problems(problems: Sequence[Problem], gpu: str, runner: Runner, *, compiled: Compiled) -> TuneReport:
+def tune_problems(problems: Sequence[Problem | Chain], gpu: str, runner: Runner, *, compiled: Compiled) -> TuneReport:
     """Tune what the user's table of ``gpu`` lacks, and save it problem by problem.
 
     ``compiled`` returns the candidates that cannot be compiled, each with the reason. Raises OSError where the table
@@ -349,7 +366,11 @@ def tune_problems(problems: Sequence[Problem], gpu: str, runner: Runner, *, comp
                 report.known.append(entry)
                 continue
             try:
-                entry = tune_problem(problem, runner, compiled, decide.constants_of(report.table))
+                constants = decide.constants_of(report.table)
+                if isinstance(problem, Chain):
+                    entry = tune_chain(problem, runner, compiled, constants)
+                else:
+                    entry = tune_problem(problem, runner, compiled, constants)
             except Failure as failure:
                 report.failed.append((problem, str(failure)))
                 continue
@@ -365,37 +386,70 @@ def tune_problem(problem: Problem, runner: Runner, compiled: Compiled, constants
 
     ``constants``: by which the plan's model names the default.
     """
-    trial = _Tournament(runner)
+    trial: _Tournament[Candidate] = _Tournament(runner)
     ways = candidates(problem)
     trial.quarantined = compiled(problem, ways)
     runner.open(problem)
     trial.play(ways)
-    best = Tiles(**{kernel: trial.best_tile(kernel) for kernel in vars(Tiles())})
+    best = Tiles(**{kernel: _best_tile(trial.timings, kernel) for kernel in vars(Tiles())})
     if Candidate("fused", best) not in trial.timings:
         # Each kernel's best tile was found on its own: together they are a candidate like any other.
         rivals = [way for way in trial.timings if way.tiles == Tiles()]
         trial.play([Candidate("fused", best), *rivals])
     plan = decide.decide(problem, table=Table(problem.gpu, constants=constants))
     default = Candidate(plan.implementation, plan.tiles if plan.implementation == "fused" else Tiles())
-    return trial.entry(problem, default, constants)
+
+    def waited(way: Candidate, seconds: float) -> float:
+        return decide.waited(problem, way.implementation, seconds, way.tiles, constants)
+
+    winner = trial.winner(default, waited)
+    return Entry(problem, winner.implementation, winner.tiles, *trial.measured(winner, lambda way: way.implementation))
 
 
-class _Tournament:
-    """The candidates of one problem that came through, with their times; and those that did not."""
+def tune_chain(links: Chain, runner: Runner, compiled: Compiled, constants: Constants = ASSUMED) -> ChainEntry:
+    """The same of a chain, whose units were tuned before."""
+    trial: _Tournament[ChainCandidate] = _Tournament(runner)
+    ways = chain_candidates(links)
+    trial.quarantined = compiled(links, ways)
+    runner.open(links)
+    trial.play(ways)
+    plan = decide.decide_chain(links, table=Table(links.first.gpu, constants=constants))  # type: ignore[attr-defined]
+
+    def waited(way: ChainCandidate, seconds: float) -> float:
+        return decide.parts_waited(links, way.parts, seconds, constants)
+
+    winner = trial.winner(ChainCandidate(plan.parts), waited)
+    return ChainEntry(links, winner.parts, *trial.measured(winner, lambda way: [length for length, _ in way.parts]))
+
+
+def _best_tile(timings: dict[Candidate, CandidateTime], kernel: str) -> Any:
+    """The tile with which the fused candidate that varies ``kernel`` alone beats the default tiles, or None."""
+    base = timings.get(Candidate("fused"))
+    own = {
+        way: timing
+        for way, timing in timings.items()
+        if getattr(way.tiles, kernel) is not None and way.tiles == Tiles(**{kernel: getattr(way.tiles, kernel)})
+    }
+    best = min(own, key=lambda way: own[way].median, default=None)
+    return getattr(best.tiles, kernel) if best and (base is None or _beats(own[best], base)) else None
+
+
+class _Tournament(Generic[C]):
+    """The candidates of one problem or chain that came through, with their times; and those that did not."""
 
     def __init__(self, runner: Runner) -> None:
         self.runner = runner
-        self.timings: dict[Candidate, CandidateTime] = {}
-        self.quarantined: dict[Candidate, str] = {}
+        self.timings: dict[C, CandidateTime] = {}
+        self.quarantined: dict[C, str] = {}
 
-    def play(self, ways: Sequence[Candidate]) -> None:
+    def play(self, ways: Sequence[C]) -> None:
         """Verify what is new among ``ways``, and time all that are right side by side."""
         right = [way for way in ways if way in self.timings or self._is_right(way)]
         while right:
             try:
                 samples = self.runner.time(right)
             except Failure as failure:
-                bad = failure.candidate or right[0]
+                bad: Any = failure.candidate or right[0]
                 self.quarantined[bad] = str(failure)
                 self.timings.pop(bad, None)
                 right = [way for way in right if way != bad]
@@ -403,7 +457,7 @@ class _Tournament:
             self.timings |= {way: _timing(times) for way, times in zip(right, samples, strict=True)}
             return
 
-    def _is_right(self, way: Candidate) -> bool:
+    def _is_right(self, way: C) -> bool:
         if way in self.quarantined:
             return False
         if way.implementation == "eager":
@@ -417,39 +471,28 @@ class _Tournament:
             self.quarantined[way] = f"wrong: its error is {ratio:.3g} times the allowed one"
         return ratio <= 1
 
-    def best_tile(self, kernel: str) -> Any:
-        """The tile with which the fused candidate that varies ``kernel`` alone beats the default tiles, or None."""
-        base = self.timings.get(Candidate("fused"))
-        own = {
-            way: timing
-            for way, timing in self.timings.items()
-            if getattr(way.tiles, kernel) is not None and way.tiles == Tiles(**{kernel: getattr(way.tiles, kernel)})
-        }
-        best = min(own, key=lambda way: own[way].median, default=None)
-        return getattr(best.tiles, kernel) if best and (base is None or _beats(own[best], base)) else None
+    def winner(self, default: C, waited: Callable[[C, float], float]) -> C:
+        """The fastest, if it beats the default by more than the spread.
 
-    def entry(self, problem: Problem, default: Candidate, constants: Constants) -> Entry:
-        """The winner: the fastest, if it beats the default by more than the spread; the host's time counts too."""
+        ``waited`` makes of the seconds of a candidate those for which a caller waits: the host's time counts too.
+        """
         if not self.timings:
             reasons = "; ".join(f"{way}: {reason}" for way, reason in self.quarantined.items())
             raise Failure(f"no candidate came through: {reasons}")
-        waits = {
-            way: CandidateTime(
-                decide.waited(problem, way.implementation, timing.median, way.tiles, constants), timing.spread
-            )
-            for way, timing in self.timings.items()
-        }
+        waits = {way: CandidateTime(waited(way, t.median), t.spread) for way, t in self.timings.items()}
         best = min(waits, key=lambda way: (waits[way].median, self.timings[way].median))
         stays = default in waits and not _beats(waits[best], waits[default])
-        winner = default if stays else best
+        return default if stays else best
+
+    def measured(self, winner: C, kind: Callable[[C], Any]) -> tuple[float, float, str, tuple[tuple[str, str], ...]]:
+        """Of the ``winner``: seconds, spread, the reason with the best of every other ``kind``; and who is out."""
         timing = self.timings[winner]
-        rivals = {way.implementation: self.timings[way] for way in self._by_time() if way != winner}
+        rivals = {str(kind(way)): self.timings[way] for way in self._by_time() if way != winner}
         against = ", ".join(f"{way} {rival.median * 1e6:.1f}" for way, rival in rivals.items())
         reason = f"measured {timing.median * 1e6:.1f} us" + (f", best others: {against}" if against else "")
-        quarantined = tuple((str(way), why) for way, why in self.quarantined.items())
-        return Entry(problem, winner.implementation, winner.tiles, timing.median, timing.spread, reason, quarantined)
+        return timing.median, timing.spread, reason, tuple((str(way), why) for way, why in self.quarantined.items())
 
-    def _by_time(self) -> list[Candidate]:
+    def _by_time(self) -> list[C]:
         """The slowest first."""
         return sorted(self.timings, key=lambda way: self.timings[way].median, reverse=True)
 

@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_fused.engine import backward, forward, reference
+from resnet_fused.engine import backward, chains, forward, ops, reference
 from resnet_fused.engine.backward import Needs, UnitBackward, Wanted
 from resnet_fused.engine.forward import Before, Convolution, Running
 from resnet_fused.engine.tolerance import deterministic, error_ratio, products, references
 from resnet_fused.engine.trace import Launch, trace
-from resnet_fused.kernels import conv_dgrad, conv_forward, conv_wgrad
+from resnet_fused.kernels import chain_forward, conv_dgrad, conv_forward, conv_wgrad
 from resnet_fused.kernels.activation import IDENTITY, RELU
 from resnet_fused.kernels.batch_norm import batch_norm_apply
+from resnet_fused.kernels.chain_forward import Chain, Link
 from resnet_fused.kernels.conv_pool import POOL, pooled_size
 from resnet_fused.kernels.epilogue import Norm, Residual
 from resnet_fused.kernels.launch import Call, TileConfig, dry_run, observe
 from resnet_fused.kernels.norm_backward import batch_norm_reduce
 from resnet_fused.kernels.norm_pool import Peaks, batch_norm_pool
-from resnet_fused.plan import roofline
-from resnet_fused.plan.problem import Problem, Tiles, Way
-from resnet_fused.plan.tuned import legal
+from resnet_fused.plan import decide, roofline, tuned
+from resnet_fused.plan.problem import PARTS, Parts, Problem, Tiles, Way, apart, cut
+from resnet_fused.plan.tuned import legal, parts_in, parts_out
 
 EPS = 1e-5
 SUMS = 8
@@ -53,6 +54,30 @@ class Candidate:
     def __str__(self) -> str:
         own = [f"{kernel} {_short(tile)}" for kernel, tile in vars(self.tiles).items() if tile is not None]
         return " ".join([self.implementation, *own])
+
+
+@dataclass(frozen=True)
+class ChainCandidate:
+    """One way to cut a chain into launches; a part of one link runs as its unit is planned."""
+
+    parts: Parts
+
+    @property
+    def implementation(self) -> Way:
+        """Of what is to be compiled and verified: a chain is ours."""
+        return "fused"
+
+    def encode(self) -> dict[str, Any]:
+        """As plain values."""
+        return {"parts": parts_out(self.parts)}
+
+    def __str__(self) -> str:
+        return " + ".join(str(length) + (f" in {_short(tile)}" if tile else "") for length, tile in self.parts)
+
+
+def decoded(fields: dict[str, Any]) -> Candidate | ChainCandidate:
+    """The candidate that was encoded so."""
+    return ChainCandidate(parts_in(fields["parts"])) if "parts" in fields else Candidate.decode(fields)
 
 
 def _short(t: TileConfig) -> str:
@@ -89,6 +114,16 @@ def candidates(problem: Problem) -> list[Candidate]:
     return [*found, Candidate("mixed"), Candidate("eager")]
 
 
+def chain_candidates(links: Chain) -> list[ChainCandidate]:
+    """Each link by itself first, then every launch of several, with every tile."""
+    found = [ChainCandidate(apart(links))]
+    for lengths in PARTS[len(links.links)]:
+        parts = list(cut(links, lengths))
+        for tile in [tile for part in parts if isinstance(part, Chain) for tile in chain_forward.tiles(part)]:
+            found.append(ChainCandidate(tuple((length, tile if length > 1 else None) for length in lengths)))
+    return found
+
+
 def _variants(tile: TileConfig, problem: Problem) -> Iterator[TileConfig]:
     """Neighbours of a tile: one of its numbers halved or doubled, two of them exchanged, all registers allowed."""
     changes: list[dict[str, Any]] = [
@@ -110,13 +145,14 @@ def _variants(tile: TileConfig, problem: Problem) -> Iterator[TileConfig]:
             yield other
 
 
-def rehearse(problem: Problem, candidate: Candidate) -> tuple[list[Call], list[Launch]]:
+def rehearse(problem: Problem | Chain, candidate: Candidate | ChainCandidate) -> tuple[list[Call], list[Launch]]:
     """What the candidate would launch: our calls, and all launches, libraries' too, with their cost. Nothing runs."""
     calls: list[Call] = []
     # Where our operators run, below autograd, a convolution on the meta device keeps channels_last.
     eager = candidate.implementation == "eager"
-    with dry_run(problem.arch, problem.gpu), torch.no_grad():
-        work = Trial(problem, torch.device("meta")).work(candidate)
+    first: Any = problem.first if isinstance(problem, Chain) else problem
+    with dry_run(first.arch, first.gpu), torch.no_grad():
+        work = trial_of(problem, torch.device("meta")).work(candidate)
         with nullcontext() if eager else torch._C._AutoDispatchBelowAutograd(), trace() as seen, observe(calls.append):
             work()
     return calls, seen.launches
@@ -188,20 +224,32 @@ class Trial:
     def work(self, candidate: Candidate) -> Callable[[], dict[str, Tensor]]:
         """What the candidate runs, to be called as often as wanted; returns its results by name."""
         p = self.problem
-        if candidate.implementation == "eager":
-            return self._eager_training if p.direction == "training" else self._eager_inference
-        conv = Convolution(p.geometry, candidate.implementation == "fused", candidate.tiles)
         if p.direction == "training":
-            return lambda: self._training(conv)
-        norm = Norm(self.mean, self.var, self.gamma, self.beta, EPS)
+            conv = Convolution(p.geometry, candidate.implementation == "fused", candidate.tiles)
+            return self._eager_training if candidate.implementation == "eager" else lambda: self._training(conv)
+        infer = self.inference(candidate)
+        return lambda: {"z": infer(self.x, self.residual)}
+
+    @property
+    def norm(self) -> Norm:
+        """Batch norm with constants."""
+        return Norm(self.mean, self.var, self.gamma, self.beta, EPS)
+
+    def inference(self, candidate: Candidate) -> Callable[[Tensor, Tensor | None], Tensor]:
+        """The unit as the candidate runs it, of an input and what is added."""
+        p, norm = self.problem, self.norm
+        if candidate.implementation == "eager":
+            return self._eager
+        conv = Convolution(p.geometry, candidate.implementation == "fused", candidate.tiles)
         if candidate.implementation == "cudnn":
             w, bias = forward.fold(self.w, None, norm)
-            return lambda: {"z": forward.cudnn_conv_relu(self.x, w, bias, self.residual, p.geometry)}
+            return lambda x, residual: forward.cudnn_conv_relu(x, w, bias, residual, p.geometry)
         if p.pooled:
-            return lambda: {"z": forward.inference_pooled(self.x, self.w, None, norm, conv)}
-        residual = None if self.residual is None else Residual(self.residual)
+            return lambda x, _: forward.inference_pooled(x, self.w, None, norm, conv)
         activation = RELU if p.relu else IDENTITY
-        return lambda: {"z": forward.inference(self.x, self.w, None, norm, residual, conv, activation, p.dtype)}
+        return lambda x, residual: forward.inference(
+            x, self.w, None, norm, None if residual is None else Residual(residual), conv, activation, p.dtype
+        )
 
     def _training(self, conv: Convolution) -> dict[str, Tensor]:
         running = Running(None, None, None, 0.1)
@@ -223,12 +271,12 @@ class Trial:
         assert dx is not None and unit.gradients.w is not None
         return {"y": y, "scale": stats[2], "shift": stats[3], "dx": dx, "dw": unit.gradients.w}
 
-    def _eager_inference(self) -> dict[str, Tensor]:
-        y = F.conv2d(self.x, self.w, None, *self.problem.geometry)
+    def _eager(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        y = F.conv2d(x, self.w, None, *self.problem.geometry)
         z = F.batch_norm(y, self.mean, self.var, self.gamma, self.beta, eps=EPS)
-        z = z if self.residual is None else z.add_(self.residual)
+        z = z if residual is None else z.add_(residual)
         z = F.relu_(z) if self.problem.relu else z
-        return {"z": F.max_pool2d(z, *POOL) if self.problem.pooled else z}
+        return F.max_pool2d(z, *POOL) if self.problem.pooled else z
 
     def _eager_training(self) -> dict[str, Tensor]:
         """With the passes that cutting a fused chain in front of the unit takes."""
@@ -261,17 +309,22 @@ class Trial:
     def _references(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         return references(self._expected, self.problem.dtype, self.problem.tf32)
 
+    def formula(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """The unit of inference in the dtype of ``x``."""
+        y = F.conv2d(x, self.w.to(x.dtype), None, *self.problem.geometry)
+        work = torch.promote_types(x.dtype, torch.float32)
+        mean, var, gamma, beta = (v.to(work)[:, None, None] for v in (self.mean, self.var, self.gamma, self.beta))
+        z = (y.to(work) - mean) * torch.rsqrt(var + EPS) * gamma + beta
+        z = z if residual is None else z + residual.to(work)
+        z = F.relu(z) if self.problem.relu else z
+        return (F.max_pool2d(z, *POOL) if self.problem.pooled else z).to(x.dtype)
+
     def _expected(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """The formulas in ``dtype``: in fp64 the exact results, else what eager PyTorch makes of them."""
         p, a = self.problem, self.input(dtype)
-        y = F.conv2d(a, self.w.to(dtype), None, *p.geometry)
         if p.direction != "training":
-            work = torch.promote_types(dtype, torch.float32)
-            mean, var, gamma, beta = (v.to(work)[:, None, None] for v in (self.mean, self.var, self.gamma, self.beta))
-            z = (y.to(work) - mean) * torch.rsqrt(var + EPS) * gamma + beta
-            z = z if self.residual is None else z + self.residual.to(work)
-            z = F.relu(z) if p.relu else z
-            return {"z": (F.max_pool2d(z, *POOL) if p.pooled else z).to(dtype)}
+            return {"z": self.formula(a, self.residual)}
+        y = F.conv2d(a, self.w.to(dtype), None, *p.geometry)
         work = torch.promote_types(dtype, torch.float32)
         stats, coefs = self.statistics(y.to(work)), reference.batch_norm_coefs(self.sums.to(work), self.stats.to(work))
         dy = reference.batch_norm_gradient(self.passed().to(work), self.y.to(work), coefs).to(dtype)
@@ -283,3 +336,70 @@ class Trial:
         if self.x_stats is not None:
             dx = torch.where(a > 0, dx, 0.0)
         return {"y": y, "scale": stats[2], "shift": stats[3], "dx": dx, "dw": dw}
+
+
+class ChainTrial:
+    """The same of a chain: a :class:`Trial` for each of its links, of which each reads what the one before returns."""
+
+    def __init__(self, links: Chain, device: torch.device) -> None:
+        self.problem = links
+        self.members = [None if link is None else Trial(cast(Problem, link), device) for link in links]
+        self.first = next(member for member in self.members if member is not None)
+        self.live = self.first.problem.direction != "frozen"
+
+    def work(self, candidate: ChainCandidate) -> Callable[[], dict[str, Tensor]]:
+        """See :meth:`Trial.work`. What a frozen model works out once is worked out here."""
+        expand = self.members[chains.EXPAND]
+        assert expand is not None and expand.residual is not None
+        alone = {member: member.inference(_planned(member.problem)) for member in self.members if member is not None}
+        links = {member: _link(member) for member in alone}
+        residual = expand.residual
+
+        def together(members: Sequence[Trial | None], x: Tensor, residual: Tensor, tile: TileConfig | None) -> Any:
+            first = next(member for member in members if member is not None)
+            read = [None if m is None else _link(m) if self.live else links[m] for m in members]
+            return chains.launch(read, first.problem.geometry, x, residual, tile)
+
+        def run() -> dict[str, Tensor]:
+            members: Any = self.members
+            z, y = chains.run(
+                members, candidate.parts, self.first.x, residual, lambda m, x, r: alone[m](x, r), together
+            )
+            return {"z": z} if y is None else {"z": z, "y": y}
+
+        return run
+
+    def ratio(self, candidate: ChainCandidate) -> float:
+        """See :meth:`Trial.ratio`."""
+        with products(self.first.problem.tf32):
+            ours = self.work(candidate)()
+        exact, eager = self._references
+        sums = SUMS * len(self.problem.links)
+        return max(error_ratio(got, eager[name], exact[name], sums) for name, got in ours.items())
+
+    @cached_property
+    def _references(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return references(self._expected, self.first.problem.dtype, self.first.problem.tf32)
+
+    def _expected(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        x, results = self.first.x.to(dtype), {}
+        for name, member in zip(("x", "z", "y"), self.members, strict=True):
+            if member is not None:
+                results[name] = x = member.formula(x, member.residual)
+        results.pop("x", None)
+        return results
+
+
+def _planned(problem: Problem) -> Candidate:
+    """As a unit of its own is planned."""
+    plan = decide.decide(problem, "auto", tuned.load(problem.gpu))
+    return Candidate(plan.implementation, plan.tiles if plan.implementation == "fused" else Tiles())
+
+
+def _link(trial: Trial) -> Link:
+    return Link(trial.w, ops.affine(trial.mean, trial.var, trial.gamma, trial.beta, None, EPS))
+
+
+def trial_of(problem: Problem | Chain, device: torch.device) -> Any:
+    """The trial of a problem, or of a chain of them."""
+    return ChainTrial(problem, device) if isinstance(problem, Chain) else Trial(problem, device)

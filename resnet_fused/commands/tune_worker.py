@@ -2,7 +2,7 @@
 
 It reads a line of JSON, answers with lines of JSON, and goes on until its input ends:
 
-    {"problem": {...}}                  {}                          tensors are made
+    {"problem": {...}}                  {}                          tensors are made; of a chain, by its links
     {"compile": candidate}              {"reason": null}            or why its kernels do not compile
     {"verify": candidate}               {"ratio": 0.3}              at most 1 is right
     {"time": [candidate, ...]}          {"at": 0} {"at": 1} ... {"samples": [[seconds, ...], ...]}
@@ -26,10 +26,11 @@ import torch
 
 from resnet_fused.commands.clock import ColdClock
 from resnet_fused.commands.tune_constants import measure
-from resnet_fused.commands.tune_trial import Candidate, Trial, rehearse
+from resnet_fused.commands.tune_trial import Candidate, ChainCandidate, decoded, rehearse, trial_of
+from resnet_fused.kernels.chain_forward import Chain
 from resnet_fused.kernels.gpus import gpu_of
 from resnet_fused.plan.problem import Problem
-from resnet_fused.plan.tuned import problem_in
+from resnet_fused.plan.tuned import asked_in
 
 WARM_UPS = 3
 ROUNDS = 25
@@ -95,14 +96,14 @@ class Clock(ColdClock):
         return not self.capturing
 
 
-def serve(lines: Iterable[str], out: TextIO, make_trial: Callable[[Problem], Trial], clock: Clock | None) -> None:
+def serve(lines: Iterable[str], out: TextIO, make_trial: Callable[[Problem | Chain], Any], clock: Clock | None) -> None:
     """Answer requests until ``lines`` end."""
 
     def answer(content: dict[str, Any]) -> None:
         out.write(json.dumps(content) + "\n")
         out.flush()
 
-    trial: Trial | None = None
+    trial: Any = None
     for line in lines:
         request = json.loads(line)
         try:
@@ -110,8 +111,9 @@ def serve(lines: Iterable[str], out: TextIO, make_trial: Callable[[Problem], Tri
                 trial = None  # its memory is needed, and that of its graphs
                 if clock is not None:
                     clock.release()
-                problem = problem_in(request["problem"])
-                torch.backends.cudnn.conv.fp32_precision = "tf32" if problem.tf32 else "ieee"  # type: ignore[attr-defined]
+                problem = asked_in(request["problem"])
+                tf32 = (problem.first if isinstance(problem, Chain) else problem).tf32
+                torch.backends.cudnn.conv.fp32_precision = "tf32" if tf32 else "ieee"  # type: ignore[attr-defined]
                 trial = make_trial(problem)
                 answer({})
             elif "constants" in request:
@@ -122,9 +124,9 @@ def serve(lines: Iterable[str], out: TextIO, make_trial: Callable[[Problem], Tri
             elif trial is None:
                 raise ValueError("there is no problem yet")
             elif "compile" in request:
-                answer({"reason": why_not_compiled(trial.problem, Candidate.decode(request["compile"]))})
+                answer({"reason": why_not_compiled(trial.problem, decoded(request["compile"]))})
             elif "verify" in request:
-                answer({"ratio": trial.ratio(Candidate.decode(request["verify"]))})
+                answer({"ratio": trial.ratio(decoded(request["verify"]))})
             elif clock is None:
                 raise ValueError("there is no clock")
             else:
@@ -134,12 +136,13 @@ def serve(lines: Iterable[str], out: TextIO, make_trial: Callable[[Problem], Tri
             answer({"error": f"{type(error).__name__}: {error}".splitlines()[0][:300], "fatal": fatal})
 
 
-def why_not_compiled(problem: Problem, candidate: Candidate) -> str | None:
+def why_not_compiled(problem: Problem | Chain, candidate: Candidate | ChainCandidate) -> str | None:
     """Why the candidate's kernels do not compile for the problem's GPU, or None. Needs no GPU."""
-    shared = gpu_of(problem.arch, problem.gpu).shared
+    first: Any = problem.first if isinstance(problem, Chain) else problem
+    shared = gpu_of(first.arch, first.gpu).shared
     try:
         for call in rehearse(problem, candidate)[0]:
-            needed = call.compile(problem.arch).metadata.shared
+            needed = call.compile(first.arch).metadata.shared
             if needed > shared:
                 return f"out of resources: {needed} bytes of shared memory, the GPU has {shared}"
     except Exception as error:
@@ -147,12 +150,12 @@ def why_not_compiled(problem: Problem, candidate: Candidate) -> str | None:
     return None
 
 
-def _time(trial: Trial, encoded: list[Any], clock: Clock, tell: Callable[[int], None]) -> list[list[float]]:
+def _time(trial: Any, encoded: list[Any], clock: Clock, tell: Callable[[int], None]) -> list[list[float]]:
     """Round by round, every candidate once, in an order that shifts, so that all meet the same drift of the clocks."""
     works = []
     for i, fields in enumerate(encoded):
         tell(i)
-        works.append(clock.prepare(trial.work(Candidate.decode(fields))))
+        works.append(clock.prepare(trial.work(decoded(fields))))
     samples: list[list[float]] = [[] for _ in works]
     for turn in range(ROUNDS):
         for step in range(len(works)):
@@ -172,10 +175,10 @@ def main() -> None:
     device = torch.device(sys.argv[1])
     torch.backends.cudnn.benchmark = "--cudnn-benchmark" in sys.argv
     if device.type == "meta":
-        serve(sys.stdin, out, lambda problem: Trial(problem, device), None)
+        serve(sys.stdin, out, lambda problem: trial_of(problem, device), None)
         return
     with torch.cuda.device(device), torch.no_grad():
-        serve(sys.stdin, out, lambda problem: Trial(problem, device), Clock(device))
+        serve(sys.stdin, out, lambda problem: trial_of(problem, device), Clock(device))
 
 
 if __name__ == "__main__":

@@ -501,5 +501,24 @@ def hooked(*modules: nn.Module) -> bool:
     return False
 
 
+class Onlooker:
+    """A hook that only looks: what it is told of may be computed along with what comes before and behind."""
+
+    def __init__(self, look: Callable[..., None]) -> None:
+        self.look = look
+
+    def __call__(self, *arguments: Any) -> None:
+        self.look(*arguments)
+
+
+def answered(module: nn.Module) -> bool:
+    """Whether calling ``module`` runs hooks, but for onlookers, or a forward set on the instance."""
+    if not hooked(module):
+        return False
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    others = module._backward_hooks or module._backward_pre_hooks or "forward" in module.__dict__
+    return bool(hooked() or others) or not all(isinstance(hook, Onlooker) for hook in hooks)
+
+
 def _named(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"

@@ -93,6 +93,12 @@ def decided(code: Sequence[int], x: Tensor, w: Tensor, direction: str, **options
     return Convolution.decode(chosen)
 
 
+def settings(device: torch.device) -> tuple[Any, ...]:
+    """What the choice depends on, beside its arguments, for tensors on ``device``."""
+    arch, gpu = decide.target(device)
+    return arch, gpu, decide.tf32(torch.float32), tuned.load(gpu)
+
+
 def choose(
     shape: tuple[int, ...],
     w_shape: tuple[int, ...],
@@ -138,19 +144,19 @@ def choose_chain(
     shape: tuple[int, ...],
     links: tuple[tuple[tuple[int, ...], Geometry] | None, ...],
     dtype: torch.dtype,
+    direction: str,
     device: torch.device,
     request: Request,
 ) -> decide.ChainPlan:
-    """How convolutions of a frozen model that follow each other run on an input of ``shape`` [N, CI, H, W].
+    """How convolutions that follow each other run on an input of ``shape`` [N, CI, H, W].
 
-    ``links``: of each of a :class:`Chain`, its filter's shape and geometry, or None.
+    ``links``: of each of a :class:`Chain`, its filter's shape and geometry, or None. ``direction``: "frozen" or
+    "inference"; see :class:`Problem`.
     """
     arch, gpu = decide.target(device)
-    problems, plan = _decided_chain(
-        shape, links, (dtype, decide.tf32(dtype), False, arch), gpu, request, tuned.load(gpu)
-    )
-    for problem in problems:
-        decide.note(problem)
+    options = dtype, decide.tf32(dtype), False, arch, direction
+    chain, plan = _decided_chain(shape, links, options, gpu, request, tuned.load(gpu))
+    decide.note(chain)
     return plan
 
 
@@ -162,7 +168,7 @@ def _decided_chain(
     gpu: str,
     request: Request,
     table: tuned.Table | None,
-) -> tuple[tuple[Problem, ...], decide.ChainPlan]:
+) -> tuple[Chain, decide.ChainPlan]:
     n, ci, h, w = shape
     problems: dict[str, Problem | None] = {}
     for name, link in zip(Chain._fields, links, strict=True):
@@ -170,11 +176,11 @@ def _decided_chain(
             problems[name] = None
             continue
         (co, _, r, s), geometry = link
-        unit: tuple[Any, ...] = *geometry, *options, "frozen", name == "expand", gpu
+        unit: tuple[Any, ...] = *geometry, *options, name == "expand", gpu
         problem = Problem(n, h, w, ci, co, r, s, *unit)
         problems[name], ci, h, w = problem, co, problem.p, problem.q
     chain = Chain(**problems)  # type: ignore[arg-type]
-    return cast(Any, chain.links), decide.decide_chain(chain, request, table)
+    return chain, decide.decide_chain(chain, request, table)
 
 
 class Before(NamedTuple):

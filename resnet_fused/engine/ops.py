@@ -11,7 +11,7 @@ from torch import Tensor
 from resnet_fused.engine import backward, forward, replay
 from resnet_fused.engine.trace import implementations
 from resnet_fused.kernels.activation import decode
-from resnet_fused.kernels.batch_norm import batch_norm_apply
+from resnet_fused.kernels.batch_norm import batch_norm_apply, batch_norm_stats
 from resnet_fused.kernels.chain_forward import Link
 from resnet_fused.kernels.conv import output_size
 from resnet_fused.kernels.conv_pool import pooled_size
@@ -29,6 +29,7 @@ _library.define(
     "conv_bn_act_pool(Tensor x, Tensor w, Tensor? bias, Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, "
     "float eps, int[] convolution) -> Tensor"
 )
+_library.define("affine(Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, Tensor? bias, float eps) -> Tensor")
 _library.define("chain(Tensor x, Tensor?[] weights, Tensor?[] affines, Tensor residual, int[] convolution) -> Tensor[]")
 _library.define(
     "unit_forward(Tensor x, Tensor? x_stats, Tensor w, str before, Tensor? bias, Tensor? gamma, Tensor? beta, "
@@ -100,6 +101,22 @@ def _conv_bn_act_pool_fake(x: Tensor, w: Tensor, *arguments: Any) -> Tensor:
     n, co, p, q = _output_shape(x, w, arguments[6])
     shape = n, co, pooled_size(p), pooled_size(q)
     return torch.empty(shape, dtype=w.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _affine(
+    mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """``affine`` of a :class:`Link`: scale and shift, fp32 [2, C], of batch norm with constants behind ``bias``."""
+    if bias is not None:
+        mean = mean.float() - bias.float()
+    with torch.cuda.device_of(mean):
+        return batch_norm_stats(None, gamma, beta, eps, running_mean=mean, running_var=var)[2:4]
+
+
+def _affine_fake(mean: Tensor, *arguments: Any) -> Tensor:
+    if dry_target() is not None:
+        return _affine(mean, *arguments)
+    return mean.new_empty((2, mean.shape[0]), dtype=torch.float32)
 
 
 def _chain(
@@ -343,6 +360,7 @@ def _is_watched(arguments: tuple[Any, ...]) -> bool:
 
 conv_bn_act = _register("conv_bn_act", _conv_bn_act, _conv_bn_act_fake)
 conv_bn_act_pool = _register("conv_bn_act_pool", _conv_bn_act_pool, _conv_bn_act_pool_fake)
+affine = _register("affine", _affine, _affine_fake)
 chain = _register("chain", _chain, _chain_fake)
 unit_forward = _register("unit_forward", _unit_forward, _unit_forward_fake, repeated=True)
 pool_forward = _register("pool_forward", _pool_forward, _pool_forward_fake)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
+from typing import cast
 
 import torch
 
@@ -16,7 +17,7 @@ from resnet_fused.kernels.gpus import gpu_of
 from resnet_fused.kernels.launch import INTERPRETER, KEPT_LAYOUTS, TileConfig, dry_target, interpreting
 from resnet_fused.plan import roofline
 from resnet_fused.plan.constants import ASSUMED, Constants
-from resnet_fused.plan.problem import Problem, Request, Tiles, Way
+from resnet_fused.plan.problem import PARTS, Parts, Problem, Request, Tiles, Way, apart, cut
 from resnet_fused.plan.tuned import Table
 
 MIN_CAPABILITY = (8, 0)
@@ -116,62 +117,84 @@ def decide(problem: Problem, request: Request = "auto", table: Table | None = No
 class ChainPlan:
     """How convolutions that follow each other run.
 
-    ``parts``: how many of them each launch computes, in order, with its tile (None: the kernel's own); one alone is a
-    unit, with the plan of its own. ``seconds``: predicted; None where nothing is. ``alternatives``: by parts, the
-    seconds predicted, fastest first.
+    ``seconds``, ``source`` and ``reason``: as of a :class:`Plan`. ``alternatives``: by the number of convolutions that
+    each launch computes, the seconds predicted, fastest first.
     """
 
-    parts: tuple[tuple[int, TileConfig | None], ...]
+    parts: Parts
     seconds: float | None
+    source: str
+    reason: str
     alternatives: tuple[tuple[tuple[int, ...], float], ...]
+
+    @property
+    def together(self) -> bool:
+        """Whether a launch computes more than one."""
+        return any(length > 1 for length, _ in self.parts)
 
 
 @lru_cache(maxsize=KEPT_LAYOUTS)
 def decide_chain(links: Chain, request: Request = "auto", table: Table | None = None) -> ChainPlan:
     """The plan for a chain whose links are problems: in one launch, in two, or each link by itself.
 
-    Every road is predicted by the model, with the constants of the ``table``, if they were measured; what it has of
-    single units does not count, since chains are not measured beside them. Pure.
+    What was measured of the chain, else what the model predicts for every road, with the constants of the ``table``, if
+    they were measured; what it has of single units does not count there: a prediction does not compare with it. Pure.
     """
+    forced = f"implementation({request!r}) is in force"
     if request not in ("auto", "triton"):
-        return ChainPlan(((1, None),) * len(links.links), None, ())
-    if links.first.arch == INTERPRETER:  # which has no speed to predict
-        return ChainPlan(((len(links.links), None),), None, ())
+        return ChainPlan(apart(links), None, "forced", forced, ())
+    if links.first.arch == INTERPRETER:
+        whole = ((len(links.links), None),)
+        return ChainPlan(whole, None, "model", "the interpreter has no speed to predict", ())
     constants = constants_of(table)
     roads = {}
     for lengths in PARTS[len(links.links)]:
-        found = [_part(part, request, constants) for part in _cut(links, lengths)]
+        found = [_part(part, request, constants) for part in cut(links, lengths)]
         if math.inf not in (seconds for seconds, _ in found):
             parts = tuple(zip(lengths, (tile for _, tile in found), strict=True))
             roads[parts] = sum(seconds for seconds, _ in found)
     order = sorted(roads.items(), key=lambda road: road[1])
     alternatives = tuple((tuple(length for length, _ in parts), seconds) for parts, seconds in order)
-    return ChainPlan(*order[0], alternatives)
-
-
-PARTS = {2: ((2,), (1, 1)), 3: ((3,), (1, 2), (2, 1), (1, 1, 1))}
-"""By the number of links, how many each launch may compute."""
-
-
-def _cut(links: Chain, lengths: tuple[int, ...]) -> Iterator[Chain | Problem]:
-    """The parts of so many links each; one alone is a problem."""
-    named = [(name, link) for name, link in links._asdict().items() if link is not None]
-    for length in lengths:
-        part, named = named[:length], named[length:]
-        yield part[0][1] if length == 1 else Chain(**{**dict.fromkeys(Chain._fields), **dict(part)})
+    entry = None if table is None or request != "auto" else table.lookup_chain(links)
+    if entry is not None:
+        return ChainPlan(entry.parts, entry.seconds, "tuned", entry.reason, alternatives)
+    reason = "predicted fastest" if request == "auto" else forced
+    return ChainPlan(*order[0], "model", reason, alternatives)
 
 
 def _part(part: Chain | Problem, request: Request, constants: Constants) -> tuple[float, TileConfig | None]:
     """Seconds and tile of the fastest launch of a part; infinity where there is none."""
     if isinstance(part, Problem):
-        seconds = dict(roofline.compare(part, best_tiles(part, constants), constants))
-        return (seconds["fused"] if request == "triton" else min(seconds.values())), None
-    tiles = chain_forward.tiles(part)
+        tiles = best_tiles(part, constants)
+        ways = roofline.compare(part, tiles, constants)
+        asked = [way for way in ways if request == "auto" or way[0] == ROADS[request]]
+        return min(waited(part, way, seconds, tiles, constants) for way, seconds in asked), None
     return min(
-        ((roofline.chain(part, tile, constants).seconds, tile) for tile in tiles),
+        ((_chain_seconds(part, tile, constants), tile) for tile in chain_forward.tiles(part)),
         key=lambda found: found[0],
         default=(math.inf, None),
     )
+
+
+HOST_CHAIN_SECONDS = 45e-6
+"""What a live chain takes the host, by the same command, and HOST_LINK_SECONDS for each of its links: of these one more
+launch reads the batch norm."""
+HOST_LINK_SECONDS = 35e-6
+
+
+def parts_waited(links: Chain, parts: Parts, seconds: float, constants: Constants = ASSUMED) -> float:
+    """``seconds`` of the GPU for links that are launched so, or those of the host, for which live ones may wait."""
+    if cast(Problem, links.first).direction == "frozen":
+        return seconds
+    unit = constants.host("fused", "inference")
+    host = (unit if length == 1 else HOST_CHAIN_SECONDS + length * HOST_LINK_SECONDS for length, _ in parts)
+    return max(seconds, sum(host))
+
+
+def _chain_seconds(links: Chain, tile: TileConfig, constants: Constants) -> float:
+    """Of a chain in one launch; a live one has others before it, that read its batch norms."""
+    seconds = sum(launch.seconds for launch in roofline.chain(links, tile, constants))
+    return parts_waited(links, ((len(links.links), tile),), seconds, constants)
 
 
 def constants_of(table: Table | None) -> Constants:
@@ -227,13 +250,13 @@ def _spread(problem: Problem, tiles: Tiles) -> str:
     return f"{programs} programs on {whole} multiprocessors, since {why}"
 
 
-_records: list[list[Problem]] = []
+_records: list[list[Problem | Chain]] = []
 
 
 @contextlib.contextmanager
-def record() -> Iterator[list[Problem]]:
-    """The problems that are planned inside the ``with`` block, in order, each as often as it comes up."""
-    found: list[Problem] = []
+def record() -> Iterator[list[Problem | Chain]]:
+    """The problems, and chains of them, that are planned inside the ``with`` block, each as often as it comes up."""
+    found: list[Problem | Chain] = []
     _records.append(found)
     try:
         yield found
@@ -241,7 +264,7 @@ def record() -> Iterator[list[Problem]]:
         _records[:] = [other for other in _records if other is not found]
 
 
-def note(problem: Problem) -> None:
+def note(problem: Problem | Chain) -> None:
     """That ``problem`` is planned, for :func:`record` to see."""
     for found in _records:
         found.append(problem)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 
+from resnet_fused.kernels.chain_forward import Chain
 from resnet_fused.kernels.conv import ConvProblem
 from resnet_fused.kernels.launch import FLOATS, KEPT_LAYOUTS, TileConfig
 
@@ -79,6 +81,52 @@ class Problem(ConvProblem):
     def __str__(self) -> str:
         behind = (", residual" if self.residual else "") + ("" if self.relu else ", no ReLU")
         return f"{self.layer}{behind}, {self.number_format} {self.direction}"
+
+
+Parts = tuple[tuple[int, TileConfig | None], ...]
+"""How many convolutions of a chain each launch computes, in order, with its tile (None: the kernel's own).
+
+One alone is a unit, with the plan of its own.
+"""
+
+PARTS = {2: ((2,), (1, 1)), 3: ((3,), (1, 2), (2, 1), (1, 1, 1))}
+"""By the number of links, how many each launch may compute."""
+
+
+def apart(links: Chain) -> Parts:
+    """Each by itself."""
+    return ((1, None),) * len(links.links)
+
+
+def cut(links: Chain, lengths: Iterable[int]) -> Iterator[Chain | Problem]:
+    """The parts of so many links each, which are problems; one alone is a problem."""
+    named: list[tuple[str, Any]] = [(name, link) for name, link in links._asdict().items() if link is not None]
+    for length in lengths:
+        part, named = named[:length], named[length:]
+        yield part[0][1] if length == 1 else Chain(**{**dict.fromkeys(Chain._fields), **dict(part)})
+
+
+def changed(links: Chain, **fields: Any) -> Chain:
+    """With these fields in each of its problems."""
+    return Chain(*(None if link is None else replace(link, **fields) for link in links))  # type: ignore[arg-type]
+
+
+def on_gpu(problem: Problem | Chain, gpu: str) -> Problem | Chain:
+    """The problem or chain on the GPU of that name."""
+    return changed(problem, gpu=gpu) if isinstance(problem, Chain) else replace(problem, gpu=gpu)
+
+
+def units_of(problem: Problem | Chain) -> tuple[Problem, ...]:
+    """The links of a chain; of a problem, itself."""
+    return cast(Any, problem.links) if isinstance(problem, Chain) else (problem,)
+
+
+def shown(problem: Problem | Chain) -> str:
+    """A problem, or the geometry of each link of a chain and what they have in common, for people."""
+    if not isinstance(problem, Chain):
+        return str(problem)
+    *layers, last = units_of(problem)
+    return " > ".join([*(layer.layer for layer in layers), str(last)])
 
 
 @dataclass(frozen=True)

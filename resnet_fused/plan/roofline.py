@@ -298,8 +298,22 @@ def compulsory(problem: Problem, *, leaf: bool = False) -> int:
     return forward + 2 * b.y + b.met + b.w + (0 if leaf else b.x + b.w)
 
 
-def chain(links: Chain, tile: TileConfig, constants: Constants = ASSUMED) -> PredictedLaunch:
-    """The one launch of a chain, whose links are problems; what stays in registers is neither loaded nor stored."""
+def compulsory_of_chain(links: Chain) -> int:
+    """The same of a chain: what nothing behind the first convolution reads again is stored once."""
+    models = [_Model(link, Tiles(), ASSUMED) for link in links.links]  # type: ignore[arg-type]
+    outputs = sum(model.sizes.y for model in models if model.problem is not links.spatial)
+    return models[0].sizes.met + sum(model.sizes.w + model.residual for model in models) + outputs
+
+
+def chain(links: Chain, tile: TileConfig, constants: Constants = ASSUMED) -> tuple[PredictedLaunch, ...]:
+    """The launch of a chain, whose links are problems, behind those that read a live one's batch norms."""
+    launch, live = _chain(links, tile, constants), links.first.direction != "frozen"  # type: ignore[attr-defined]
+    vectors = [_Model(link, Tiles(), constants) for link in links.links if live]  # type: ignore[arg-type]
+    return *(model.vectors("batch_norm_stats", 36 * model.problem.co) for model in vectors), launch
+
+
+def _chain(links: Chain, tile: TileConfig, constants: Constants) -> PredictedLaunch:
+    """What stays in registers is neither loaded nor stored."""
     models = [_Model(link, Tiles(), constants) for link in links.links]  # type: ignore[arg-type]
     first, last = models[0], models[-1]
     programs = _tiles(last.problem.m, tile.block_m)
@@ -314,9 +328,7 @@ def chain(links: Chain, tile: TileConfig, constants: Constants = ASSUMED) -> Pre
         tensor += at_peak / (model.efficiency * constants.triton_of_cudnn)
         issue += at_peak * (CHAIN_PACE.walk * walk if spatial else CHAIN_PACE.tail * tail)
         l2 += programs * (work.l2_bytes - held) / (model.gpu.l2 * 1e9)
-    outputs = sum(model.sizes.y for model in models if model.problem is not links.spatial)
-    residual = sum(model.residual for model in models)
-    size = first.sizes.met + sum(model.sizes.w for model in models) + outputs + residual
+    size = compulsory_of_chain(links)
     flops, memory = sum(model.flops for model in models), size / first.bandwidth
     parts = {"issue": issue, "l2": CHAIN_PACE.l2 * l2, "memory": CHAIN_PACE.memory * memory}
     return first.added_up("chain_forward", flops, size, parts, memory, tensor)

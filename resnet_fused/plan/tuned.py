@@ -12,12 +12,13 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from resnet_fused.kernels import conv_box, dgrad_box
+from resnet_fused.kernels import chain_forward, conv_box, dgrad_box
+from resnet_fused.kernels.chain_forward import Chain
 from resnet_fused.kernels.conv_dgrad import conv_dgrad
 from resnet_fused.kernels.conv_forward import conv_forward
 from resnet_fused.kernels.conv_wgrad import conv_wgrad
@@ -25,7 +26,7 @@ from resnet_fused.kernels.gpus import gpu_of
 from resnet_fused.kernels.launch import TileConfig, dry_run
 from resnet_fused.plan.cache import cache_dir, locked, read, versions, write_whole
 from resnet_fused.plan.constants import Constants
-from resnet_fused.plan.problem import DTYPES, WAYS, Problem, Tiles, Way, dtype_name
+from resnet_fused.plan.problem import DTYPES, PARTS, WAYS, Parts, Problem, Tiles, Way, changed, cut, dtype_name
 
 logger = logging.getLogger("resnet_fused")
 
@@ -52,6 +53,18 @@ class Entry:
     quarantined: tuple[tuple[str, str], ...] = ()
 
 
+@dataclass(frozen=True)
+class ChainEntry:
+    """The same of a chain: how its ``links``, which are problems, are fastest cut into launches."""
+
+    links: Chain
+    parts: Parts
+    seconds: float
+    spread: float
+    reason: str
+    quarantined: tuple[tuple[str, str], ...] = ()
+
+
 @dataclass(frozen=True, eq=False)
 class Table:
     """What was measured of one GPU under the present :func:`versions`. Compared by identity.
@@ -62,14 +75,19 @@ class Table:
     gpu: str
     entries: tuple[Entry, ...] = ()
     constants: Constants | None = None
+    chains: tuple[ChainEntry, ...] = ()
 
-    def with_entry(self, entry: Entry) -> Table:
-        """A table in which ``entry`` stands for its problem."""
+    def with_entry(self, entry: Entry | ChainEntry) -> Table:
+        """A table in which ``entry`` stands for its problem or chain."""
+        if isinstance(entry, ChainEntry):
+            return replace(self, chains=(*(known for known in self.chains if known.links != entry.links), entry))
         others = tuple(known for known in self.entries if known.problem != entry.problem)
         return replace(self, entries=(*others, entry))
 
-    def exact(self, problem: Problem) -> Entry | None:
-        """The entry of this very problem."""
+    def exact(self, problem: Problem | Chain) -> Entry | ChainEntry | None:
+        """The entry of this very problem or chain."""
+        if isinstance(problem, Chain):
+            return next((entry for entry in self.chains if entry.links == problem), None)
         return next((entry for entry in self.entries if entry.problem == problem), None)
 
     def lookup(self, problem: Problem) -> Entry | None:
@@ -81,8 +99,18 @@ class Table:
             kind = replace(problem, n=1, gpu="", direction=direction)
             alike = [entry for entry in self.entries if replace(entry.problem, n=1, gpu="") == kind]
             if alike:
-                return min(alike, key=lambda entry: abs(math.log(entry.problem.n / max(problem.n, 1))))
+                return min(alike, key=lambda entry: _distance(entry.problem.n, problem.n))
         return None
+
+    def lookup_chain(self, links: Chain) -> ChainEntry | None:
+        """The same of a chain."""
+        kind = changed(links, n=1, gpu="")
+        alike = [entry for entry in self.chains if changed(entry.links, n=1, gpu="") == kind]
+        return min(alike, key=lambda entry: _distance(entry.links.first.n, links.first.n), default=None)
+
+
+def _distance(known: int, images: int) -> float:
+    return abs(math.log(known / max(images, 1)))
 
 
 def path(gpu: str) -> Path:
@@ -118,19 +146,19 @@ def _warn_once(message: str) -> None:
     logger.warning("%s", message)
 
 
-def add(gpu: str, entry: Entry) -> Table:
+def add(gpu: str, entry: Entry | ChainEntry) -> Table:
     """Put ``entry`` into the user's table of ``gpu``; see :func:`change`."""
     return change(gpu, lambda table: table.with_entry(entry))
 
 
-def change(gpu: str, changed: Callable[[Table], Table]) -> Table:
-    """Replace the user's table of ``gpu`` by ``changed`` of what this and other processes have saved; returns it.
+def change(gpu: str, altered: Callable[[Table], Table]) -> Table:
+    """Replace the user's table of ``gpu`` by ``altered`` of what this and other processes have saved; returns it.
 
     Raises OSError if it cannot be written.
     """
     with locked(path(gpu)):
         load.cache_clear()
-        table = changed(load(gpu) or Table(gpu))
+        table = altered(load(gpu) or Table(gpu))
         save(table)
     return table
 
@@ -156,16 +184,22 @@ def render(table: Table) -> str:
             "problem": problem_out(entry.problem),
             "implementation": entry.implementation,
             "tiles": entry.tiles.encode(),
-            "seconds": entry.seconds,
-            "spread": entry.spread,
-            "reason": entry.reason,
-            "quarantined": [list(pair) for pair in entry.quarantined],
+            **_measured_out(entry),
         }
         for entry in table.entries
     ]
+    chains = [
+        {"links": chain_out(entry.links), "parts": parts_out(entry.parts), **_measured_out(entry)}
+        for entry in table.chains
+    ]
     constants = None if table.constants is None else table.constants.to_dict()
     head = {"schema": SCHEMA, "gpu": table.gpu, "versions": versions(), "constants": constants}
-    return json.dumps(head | {"entries": entries}, indent=1)
+    return json.dumps(head | {"entries": entries, "chains": chains}, indent=1)
+
+
+def _measured_out(entry: Entry | ChainEntry) -> dict[str, Any]:
+    quarantined = [list(pair) for pair in entry.quarantined]
+    return {"seconds": entry.seconds, "spread": entry.spread, "reason": entry.reason, "quarantined": quarantined}
 
 
 def kept() -> dict[Path, Table | str]:
@@ -201,11 +235,13 @@ def _table(content: Any, gpu: str | None) -> Table:
     for name, here in (("gpu", gpu), ("versions", versions())):
         if content.get(name) != here:
             raise ValueError(f"its {name} is {content.get(name)!r}, here it is {here!r}")
-    if not isinstance(content["entries"], list):
+    chains = content.get("chains", [])  # which older tables lack
+    if not isinstance(content["entries"], list) or not isinstance(chains, list):
         raise ValueError("its entries are no list")
     constants = content.get("constants")
     found = None if constants is None else Constants.from_dict(constants)
-    return Table(gpu, tuple(_entry(row, gpu) for row in content["entries"]), found)
+    entries = tuple(_entry(row, gpu) for row in content["entries"])
+    return Table(gpu, entries, found, tuple(_chain_entry(row, gpu) for row in chains))
 
 
 def _entry(row: dict[str, Any], gpu: str) -> Entry:
@@ -224,11 +260,65 @@ def _entry(row: dict[str, Any], gpu: str) -> Entry:
         if tile is not None and not legal(tile, problem, gradient=tile is tiles.dgrad):
             raise ValueError(f"the tile {tile} is not legal for {problem}")
     _rehearse(tiles, problem)
+    return Entry(problem, row["implementation"], tiles, *_measured_in(row))
+
+
+def _chain_entry(row: dict[str, Any], gpu: str) -> ChainEntry:
+    links, parts = chain_in(row["links"]), parts_in(row["parts"])
+    if any(link.gpu != gpu for link in links.links):  # type: ignore[attr-defined]
+        raise ValueError("a chain is of another GPU")
+    lengths = tuple(length for length, _ in parts)
+    if lengths not in PARTS[len(links.links)]:
+        raise ValueError(f"a chain of {len(links.links)} is cut in {lengths}")
+    for part, (_, tile) in zip(cut(links, lengths), parts, strict=True):
+        if tile not in ([None] if isinstance(part, Problem) else chain_forward.tiles(part)):
+            raise ValueError(f"the tile {tile} is not legal for {part}")
+    return ChainEntry(links, parts, *_measured_in(row))
+
+
+def _measured_in(row: dict[str, Any]) -> tuple[float, float, str, tuple[tuple[str, str], ...]]:
     seconds, spread = _number(row["seconds"]), _number(row["spread"])
     if not (0 < seconds < math.inf and 0 <= spread < math.inf):
         raise ValueError(f"an entry took {seconds} +- {spread} seconds")
     quarantined = tuple((_text(candidate), _text(reason)) for candidate, reason in row["quarantined"])
-    return Entry(problem, row["implementation"], tiles, seconds, spread, _text(row["reason"]), quarantined)
+    return seconds, spread, _text(row["reason"]), quarantined
+
+
+def chain_out(links: Chain) -> list[dict[str, Any] | None]:
+    """The chain as plain values."""
+    return [None if link is None else problem_out(cast(Problem, link)) for link in links]
+
+
+def chain_in(rows: list[dict[str, Any] | None]) -> Chain:
+    """The inverse of :func:`chain_out`, by way of JSON. Raises ValueError for what is none."""
+    spatial, expand, reduce = (None if row is None else problem_in(row) for row in rows)
+    if expand is None or (spatial is None and reduce is None):
+        raise ValueError(f"{rows} is no chain")
+    links = Chain(spatial, expand, reduce)
+    for link, following in zip(links.links, links.links[1:], strict=False):
+        if (link.n, link.co, link.p, link.q) != (following.n, following.ci, following.h, following.w):
+            raise ValueError(f"{following} does not read what {link} returns")
+    return links
+
+
+def asked_out(problem: Problem | Chain) -> Any:
+    """A problem or a chain as plain values."""
+    return chain_out(problem) if isinstance(problem, Chain) else problem_out(problem)
+
+
+def asked_in(content: Any) -> Problem | Chain:
+    """The inverse of :func:`asked_out`. Raises ValueError for what is neither."""
+    return chain_in(content) if isinstance(content, list) else problem_in(content)
+
+
+def parts_out(parts: Parts) -> list[list[Any]]:
+    """The parts as plain values."""
+    return [[length, Tiles(forward=tile).encode()] for length, tile in parts]
+
+
+def parts_in(rows: list[list[Any]]) -> Parts:
+    """The inverse of :func:`parts_out`."""
+    return tuple((length, Tiles.decode(tuple(_integers(code))).forward) for length, code in rows)
 
 
 def problem_out(problem: Problem) -> dict[str, Any]:
