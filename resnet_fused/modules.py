@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from resnet_fused import functional
 from resnet_fused.engine import eligible
+from resnet_fused.engine.forward import settings
 from resnet_fused.engine.ops import channels_last
 from resnet_fused.engine.reference import PaddedIdentity
+from resnet_fused.engine.replay import Repetition, can_repeat
 from resnet_fused.engine.request import requested
 from resnet_fused.kernels.activation import IDENTITY, RELU, Activation
 
@@ -108,11 +110,38 @@ class FusedBlock(nn.Module):
         return "hooks are registered on a submodule" if eligible.hooked(*descendants(self)) else None
 
     def forward(self, x: Tensor) -> Tensor:
+        repetition = self._repetition(x)
+        if repetition is not None and (z := repetition.played()) is not None:
+            return cast(Tensor, z)
         found = self._resolve(x)
         if isinstance(found, str):
             eligible.report_once(found)
             return self.eager_forward(x)
+        if repetition is not None:
+            return cast(Tensor, repetition.run(partial(self._infer, x)))
         return functional.run(found, recompute=self.described()[1] == "recompute")
+
+    def _infer(self, x: Tensor) -> Tensor:
+        """:meth:`forward` without gradients, of an ``x`` that is not to run eager."""
+        return functional.run(cast(functional.Chain, self._resolve(x)))
+
+    def _repetition(self, x: Tensor) -> Repetition | None:
+        """The call on ``x``, if it may be one that was seen before: in evaluation, without gradients and onlookers."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not isinstance(x, Tensor) or not can_repeat(x):
+            return None
+        request = requested(self)
+        if eligible.why_not_here(x, request) is not None or self.why_unfusable() is not None:
+            return None
+        layout, _ = self.described()
+        tensors: list[Tensor | None] = [x]
+        try:
+            constants = [eligible.constants(self._layer(unit), tensors) for unit in layout.all_units()]
+            others = [_attributes(self.get_submodule(name)) for name in _others(layout)]
+            if x.layout is not torch.strided or None in constants:
+                return None
+            return Repetition(self, (request, settings(x.device), layout, *constants, *others), tensors)
+        except (AttributeError, KeyError, TypeError):  # of submodules that are gone, or attributes that have no hash
+            return None
 
     def forward_ahead(self, x: Tensor, ahead: Tensor | None, following: nn.Module | None) -> functional.Ran:
         """What ``forward`` returns without gradients, and what the first unit of ``following`` makes of it, or None.
@@ -159,6 +188,18 @@ class FusedBlock(nn.Module):
         if layout.pool is not None:
             x = self.get_submodule(layout.pool)(x)
         return x if layout.shortcut is None else functional.Projection(x, *projection[:2])
+
+
+def _others(layout: BlockLayout) -> Iterator[str]:
+    """The submodules that a forward calls beside its units."""
+    if layout.pool is not None:
+        yield layout.pool
+    if isinstance(layout.shortcut, str):
+        yield layout.shortcut
+
+
+def _attributes(module: nn.Module) -> tuple[Any, ...]:
+    return type(module), *((name, value) for name, value in vars(module).items() if name[0] != "_")
 
 
 def _first_layer(x: Tensor, block: nn.Module) -> eligible.Layer | None:

@@ -359,3 +359,185 @@ print(torch.equal(first, second), first.stride() == second.stride() != convoluti
     [0, 0], [1, 1], False, [0, 0], 1).stride(), tape is not None)
 """
     assert lines(code) == ["True True True"]
+
+
+INFERENCE = """
+import copy
+
+import torchvision
+from resnet_fused import fuse, modules, trace
+
+can_repeat = replay.can_repeat
+
+def projected(ci, co, stride, *before):
+    return nn.Sequential(*before, nn.Conv2d(ci, co, 1, 1 if before else stride, bias=False), nn.BatchNorm2d(co))
+
+def pooled():
+    block = torchvision.models.resnet.Bottleneck(16, 8, 2, projected(16, 32, 2, nn.AvgPool2d(2, 2)))
+    return fuse(nn.Sequential(block))[0]
+
+def input_of(block, n=2):
+    return torch.randn(n, block.conv1.in_channels, 8, 8).to(memory_format=torch.channels_last)
+
+def ready(block):
+    return block.eval().to(memory_format=torch.channels_last)
+
+@torch.no_grad()
+def restored(block, x):
+    'What the block returns, whose tensors the kernels write to, which is undone.'
+    tensors = [x, *block.parameters(), *block.buffers()]
+    kept = [t.clone() for t in tensors]
+    z = block(x)
+    for t, value in zip(tensors, kept, strict=True):
+        t.copy_(value)
+    return z
+
+def directly(block, x):
+    'The same, without having been there before.'
+    modules.can_repeat = lambda x: False
+    try:
+        learn(lambda: restored(block, x))
+        return restored(block, x)
+    finally:
+        modules.can_repeat = can_repeat
+
+def played(block):
+    return sum(isinstance(tape, replay._Tape) for tape in replay._repeated.get(block, {}).values())
+"""
+
+
+def test_inference_is_repeated_to_the_bit():
+    code = """
+blocks = [
+    BasicBlock(16, 32, 2, projected(16, 32, 2)), BasicBlock(16, 16), Bottleneck(16, 8, 2, modules.PaddedShortcut(16, 32, 2)),
+    Bottleneck(16, 16, 2, projected(16, 64, 2)), pooled(),
+]
+for block in map(ready, blocks):
+    for road in ("triton", "mixed"):
+        for dtype in (None, torch.bfloat16):
+            replay._repeated.clear()
+            x = input_of(block)
+            with implementation(road), torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype is not None):
+                want = directly(block, x)
+                launched.clear()
+                results = [restored(block, x) for _ in range(4)]
+            names = list(map(name, launched))
+            once = len(names) // 4
+            print(
+                all(torch.equal(want, z) and z.stride() == want.stride() and z.dtype == want.dtype for z in results),
+                len({z.data_ptr() for z in results}) == 4,
+                names == names[:once] * 4 and once > 0,
+                played(block) == 1,
+            )
+"""
+    assert lines(INFERENCE + code) == ["True True True True"] * 20
+
+
+def test_inference_after_a_change_is_that_of_the_changed_block():
+    code = """
+def in_place(block):
+    block.conv2.weight.add_(1)
+
+def swapped(block):
+    block.conv2.weight.data = block.conv2.weight.data * 2
+
+def new_parameter(block):
+    block.bn1.weight = nn.Parameter(block.bn1.weight + 1)
+
+def loaded(block):
+    block.load_state_dict({k: v + 1 for k, v in block.state_dict().items()})
+
+def statistics(block):
+    block.bn2.running_var.mul_(4)
+
+def eps(block):
+    block.bn2.eps = 0.5
+
+def dilated(block):
+    block.conv2.padding = block.conv2.dilation = (2, 2)
+
+def biased(block):
+    block.conv1.bias = nn.Parameter(torch.ones(block.conv1.out_channels))
+
+def half(block):
+    block.half()
+
+def activated(block):
+    block.relu = nn.SiLU()
+
+def gapped(block):
+    block.bn1.running_mean = torch.randn(2 * block.bn1.num_features)[::2]
+
+def contiguous(block):
+    block.to(memory_format=torch.contiguous_format)
+
+def without(block):
+    block.bn1.weight = None
+
+def negative(block):
+    block.bn1.bias.data = torch._neg_view(block.bn1.bias.data)
+
+changes = [
+    in_place, swapped, new_parameter, loaded, statistics, eps, dilated, biased, half, activated, gapped, contiguous,
+    without, negative,
+]
+for change in changes:
+    block = ready(Bottleneck(16, 8, 1, projected(16, 32, 1)))
+    x = input_of(block)
+    with torch.no_grad(), implementation("triton"):
+        want = directly(block, x)
+        assert all(torch.equal(restored(block, x), want) for _ in range(3)) and played(block) == 1
+        change(block)
+        x = x.to(block.conv1.weight.dtype)
+        now = directly(block, x)
+        print(change.__name__, all(torch.equal(restored(block, x), now) for _ in range(4)), torch.equal(now, want))
+"""
+    changed = ["in_place", "swapped", "new_parameter", "loaded", "statistics", "eps", "dilated", "biased", "half"]
+    changed += ["activated", "gapped", "contiguous", "without", "negative"]
+    found = lines(INFERENCE + code)
+    assert [line.split()[:2] for line in found] == [[name, "True"] for name in changed]
+    assert [line.split()[0] for line in found if line.endswith(" True")] == ["contiguous"]
+
+
+def test_inference_that_is_not_to_be_repeated():
+    code = """
+block = ready(Bottleneck(16, 8, 1, projected(16, 32, 1)))
+x = input_of(block)
+seen = []
+with torch.no_grad(), implementation("triton"):
+    for _ in range(3):
+        block(x)
+    assert played(block) == 1
+    calls = []
+    with observe(calls.append):
+        block(x)
+    with trace() as traced:
+        block(x)
+    print(len(calls), sum(not launch.name.startswith("aten.") for launch in traced.launches))
+    hook = block.bn2.register_forward_hook(lambda *_: seen.append(1))
+    for _ in range(3):
+        block(x)
+    hook.remove()
+    print(len(seen))
+    block.bn2.train()
+    launched.clear()
+    for _ in range(3):
+        block(x)
+    print(len(launched) > 3 * 4, played(block))
+    block.eval()
+    with torch.enable_grad():
+        print(block(x).requires_grad)
+    print(played(block), [played(copy.deepcopy(block))])
+    with implementation("eager"):
+        block(x)
+        launched.clear()
+        block(x)
+    print(len(launched))
+    for n in range(3, 3 + 2 * replay.KEPT_CALLS):
+        block(input_of(block, n))
+    print(played(block), len(replay._repeated[block]) <= replay.KEPT_CALLS)
+    owner = block
+    del block, owner
+print(len(replay._repeated))
+"""
+    assert lines(INFERENCE + code) == ["4 4", "3", "True 1", "True", "1 [0]", "0", "0 True", "0"]

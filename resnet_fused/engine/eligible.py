@@ -248,6 +248,30 @@ def unit(x: Tensor, shape: tuple[int, ...], autocast: torch.dtype | None, layer:
     return Unit(layer, plain(w), bias, gamma, beta, mean, var, batches, momentum, eps, batch_stats, numbers, out)
 
 
+def constants(layer: Layer, tensors: list[Tensor | None]) -> tuple[Any, ...] | None:
+    """All that :func:`unit` reads of a ``layer`` in evaluation but its tensors, which are added to ``tensors``.
+
+    None where these are not simply parameters and buffers, strided and without operators of their own.
+    """
+    conv, norm = layer.conv.__dict__, layer.bn.__dict__
+    weights, affine, running = conv["_parameters"], norm["_parameters"], norm["_buffers"]
+    try:
+        read = (
+            *(weights["weight"], weights["bias"], affine["weight"], affine["bias"]),
+            *(running["running_mean"], running["running_var"]),
+        )
+    except KeyError:
+        return None
+    if norm["training"] or read[0] is None or read[4] is None:
+        return None
+    for t in read:
+        if t is not None and (type(t) not in PLAIN or t.layout is not torch.strided):
+            return None
+    tensors += read
+    numbers = conv["stride"], conv["padding"], conv["dilation"], conv["groups"], conv["padding_mode"]
+    return type(layer.conv), type(layer.bn), *numbers, norm["eps"], norm["momentum"], layer.activation
+
+
 def _held(module: nn.Module, among: dict[str, Any], *names: str) -> list[Any]:
     """The attributes of these names, in a fraction of the time where they are ``among`` parameters or buffers."""
     return [among[name] if name in among else getattr(module, name) for name in names]

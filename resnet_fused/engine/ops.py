@@ -320,7 +320,7 @@ def _register(
 ) -> Callable[..., Any]:
     """Make the operator; returns a function that calls it, or what it runs where nobody could tell the difference.
 
-    PyTorch's dispatcher takes as long as the rest of a launch from Python, for the sake of what :func:`_is_watched`.
+    PyTorch's dispatcher takes as long as the rest of a launch from Python, for the sake of those who watch.
     ``repeated``: the launches are so many that to repeat them takes less than to find them out again.
     """
     _library.impl(name, implementation, "CompositeExplicitAutograd")
@@ -329,33 +329,11 @@ def _register(
     implementations[operator] = implementation
 
     def call(*arguments: Any) -> Any:
-        if _is_watched(arguments):
+        if replay.is_watched(arguments):
             return operator(*arguments)
         return replay.run(implementation, arguments) if repeated else implementation(*arguments)
 
     return call
-
-
-PLAIN = (Tensor, torch.nn.Parameter)
-"""The types of tensors that have no operators of their own."""
-
-
-def _is_watched(arguments: tuple[Any, ...]) -> bool:
-    """Whether a compiler, a tracer, a mode, the meta device or a subclass of Tensor is to see the operator.
-
-    Input and filter are among the first three arguments.
-    """
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
-        or arguments[0].is_meta
-    ):
-        return True
-    for value in arguments[:3]:  # noqa: SIM110 (a generator takes as long as all of this)
-        if type(value) not in PLAIN and isinstance(value, Tensor):
-            return True
-    return False
 
 
 conv_bn_act = _register("conv_bn_act", _conv_bn_act, _conv_bn_act_fake)

@@ -1,19 +1,21 @@
-"""Operators on what they ran on before: the same allocations, launches and library calls again, and nothing else.
+"""Operators, and blocks without gradients, on what they ran on before: the same launches again, and nothing else.
 
-What an operator does follows from the layouts of its tensors and from its other arguments. The first time, it is
-written down while it runs, as a :class:`_Tape`; from then on, the tape is played.
+What an operator does follows from the layouts of its tensors and from its other arguments. Its allocations, launches
+and library calls are written down while it runs, as a :class:`_Tape`; from then on, the tape is played.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from resnet_fused.engine.eligible import PLAIN
 from resnet_fused.kernels.launch import KEPT_LAYOUTS, Recipe, current_stream, only_launches, recording
 from resnet_fused.plan.decide import tf32
 
@@ -35,12 +37,82 @@ def run(implementation: Callable[..., Any], arguments: Sequence[Any]) -> Any:
         return tape.play(tensors)
     if key in _tapes:
         return implementation(*arguments)
-    with _Recorder(tensors) as recorder, recording(recorder.launched):
-        result = implementation(*arguments)
     if len(_tapes) >= KEPT_LAYOUTS:
         _tapes.clear()
-    _tapes[key] = recorder.tape(result)
+    result, _tapes[key] = _recorded(tensors, lambda: implementation(*arguments))
     return result
+
+
+def _recorded(tensors: Sequence[Tensor], function: Callable[[], Any]) -> tuple[Any, _Tape | None]:
+    """What ``function`` returns, of the ``tensors``, and its tape; None if it can not be repeated."""
+    with _Recorder(tensors) as recorder, recording(recorder.launched):
+        result = function()
+    return result, recorder.tape(result)
+
+
+class Repetition:
+    """A call of ``owner`` that follows from the ``key`` and the layouts of ``tensors``, which are all that it reads.
+
+    The first of its kind is just run, the second written down, which takes several times as long, and all others are
+    played: where layouts are ever new, none is written down. Raises TypeError for a ``key`` that has no hash.
+    """
+
+    def __init__(self, owner: Any, key: tuple[Any, ...], tensors: Sequence[Any]) -> None:
+        self.inputs: list[Tensor] = []
+        self.key = _settings(tensors[0]), key, *_signature(tensors, self.inputs)
+        self.known = _repeated.get(owner)
+        if self.known is None:
+            self.known = _repeated[owner] = {}
+        self.tape = self.known.get(self.key, _NEW)
+
+    def played(self) -> Any:
+        """What it returns, if it can be played, else None."""
+        return self.tape.play(self.inputs) if isinstance(self.tape, _Tape) else None
+
+    def run(self, function: Callable[[], Any]) -> Any:
+        """What ``function`` returns, which is the call."""
+        if self.tape is _NEW:
+            if len(self.known) >= KEPT_CALLS:
+                self.known.clear()
+            self.known[self.key] = _MET
+        elif self.tape is _MET and len(set(map(id, self.inputs))) == len(self.inputs):
+            result, self.known[self.key] = _recorded(self.inputs, function)
+            return result
+        return function()
+
+
+KEPT_CALLS = 16
+"""Of one owner, for how many kinds of calls it is kept what was done."""
+
+_NEW, _MET = "new", "met once"
+_repeated: WeakKeyDictionary[Any, dict[tuple[Any, ...], Any]] = WeakKeyDictionary()
+
+
+def can_repeat(x: Tensor) -> bool:
+    """Whether calls on ``x`` may be written down and played: no one watches, and launches are no more than that."""
+    return not is_watched((x,)) and only_launches() and torch._C._len_torch_function_stack() == 0
+
+
+def is_watched(arguments: tuple[Any, ...]) -> bool:
+    """Whether a compiler, a tracer, a mode, the meta device or a subclass of Tensor is to see an operator.
+
+    Input and filter are among its first three arguments. Not counted is what writes down, alone.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or (torch._C._len_torch_dispatch_stack() > 0 and not _only_recorded())
+        or torch._C._get_tracing_state() is not None
+        or arguments[0].is_meta
+    ):
+        return True
+    for value in arguments[:3]:  # noqa: SIM110 (a generator takes as long as all of this)
+        if type(value) not in PLAIN and isinstance(value, Tensor):
+            return True
+    return False
+
+
+def _only_recorded() -> bool:
+    return torch._C._len_torch_dispatch_stack() == 1 and type(torch._C._get_dispatch_stack_at(0)) is _Recorder
 
 
 def _settings(x: Tensor) -> tuple[Any, ...]:
@@ -202,6 +274,8 @@ class _Recorder(TorchDispatchMode):
         nested = [item for value in args if isinstance(value, list | tuple) for item in value]
         results = _several(result)
         hidden = any(isinstance(value, Tensor) for value in (*nested, *kwargs.values()))
+        if func is torch.ops.aten.promote_types.default:
+            return
         if func.namespace != "aten" or hidden or not all(isinstance(t, Tensor | None) for t in results):
             self.clear = False
         elif func._schema.name.removeprefix("aten::") in _ALLOCATIONS:
