@@ -409,8 +409,9 @@ def played(block):
 def test_inference_is_repeated_to_the_bit():
     code = """
 blocks = [
-    BasicBlock(16, 32, 2, projected(16, 32, 2)), BasicBlock(16, 16), Bottleneck(16, 8, 2, modules.PaddedShortcut(16, 32, 2)),
-    Bottleneck(16, 16, 2, projected(16, 64, 2)), pooled(),
+    BasicBlock(16, 32, 2, projected(16, 32, 2)), BasicBlock(16, 16), pooled(),
+    Bottleneck(16, 8, 2, modules.PaddedShortcut(16, 32, 2)),
+    Bottleneck(16, 16, 2, projected(16, 64, 2)),
 ]
 for block in map(ready, blocks):
     for road in ("triton", "mixed"):
