@@ -80,6 +80,8 @@ def batch_norm_reduce_kernel(
                     tile = Tile(offs_m, c, offs_m < M, mask_c)
                     v += load_residual(Pixels(res_ptr, res_stride), crop, tile, P, Q, RES_PADDED)
                 g = in_front(g, v, ACT)
+                if ACT.name != "relu":
+                    g = g.to(g_ptr.dtype.element_ty).to(tl.float32)  # as it is stored: of that are the sums
         if y_ptr is not None:
             sum_gy += g * (y - load_channels(stats_ptr, c, mask_c)[None, :])
         if y2_ptr is not None:
@@ -212,7 +214,8 @@ def batch_norm_reduce(
     a second batch norm nothing. Of the identity, g is ``dz`` itself. ``out``: a pixel-linear tensor that g goes
     to; ``dz`` itself will do.
 
-    Returns g and fp32 [2 or 3, T, C]: tile by tile ``sum g``, ``sum g*(y - mean)`` (0 without ``y``), and the second's.
+    Returns g and fp32 [2 or 3, T, C]: tile by tile ``sum g``, ``sum g*(y - mean)`` (0 without ``y``), and the second's,
+    of g as it is rounded.
     """
     y2, stats2 = second or (None, None)
     masked = activation != IDENTITY

@@ -27,6 +27,8 @@ CHAIN, CHAIN_TESTS = "kernels/chain_forward.py", "tests/kernels/test_chain_forwa
 POOL, POOL_TESTS = "kernels/conv_pool.py", "tests/kernels/test_conv_pool.py"
 NORM_POOL, NORM_POOL_TESTS = "kernels/norm_pool.py", "tests/kernels/test_norm_pool.py"
 
+ACT, ACT_TESTS = "kernels/activation.py", "tests/kernels/test_activation.py"
+
 MUTATIONS = [
     Mutation(
         "resnet_fused/engine/backward.py",
@@ -52,17 +54,34 @@ MUTATIONS = [
         "total = own",
         "tests/test_distributed.py -k one_process",
     ),
-    Mutation("resnet_fused/engine/backward.py", "mask=True, out=dx", "mask=False, out=dx", f"{AUTOGRAD} -k fp32"),
     Mutation(
         "resnet_fused/engine/backward.py",
-        "overwrite=g is not dz and not keeps_g",
-        "overwrite=not keeps_g",
+        "activation=before.activation, out=dx)",
+        "activation=IDENTITY, out=dx)",
+        f"{AUTOGRAD} -k fp32",
+    ),
+    Mutation(
+        "resnet_fused/engine/backward.py",
+        "needs.gamma or not self.activation.light",
+        "needs.gamma",
+        f"{AUTOGRAD} -k frozen_norms",
+    ),
+    Mutation(
+        "resnet_fused/engine/backward.py",
+        'act != IDENTITY and join.kind != "none"',
+        'act != IDENTITY and join.kind == "padded"',
+        f"{AUTOGRAD} -k another_activation",
+    ),
+    Mutation(
+        "resnet_fused/engine/backward.py",
+        "overwrite = g is not dz and not (",
+        "overwrite = not (",
         f"{AUTOGRAD} -k left_as_it_was",
     ),
     Mutation(
         "resnet_fused/engine/backward.py",
-        "overwrite=g is not dz and not keeps_g",
-        "overwrite=g is not dz",
+        "overwrite = g is not dz and not (",
+        "overwrite = g is not dz and (",
         f"{AUTOGRAD} -k fp32",
     ),
     Mutation(
@@ -652,7 +671,7 @@ MUTATIONS = [
     ),
     Mutation(
         "resnet_fused/recognise.py",
-        "if len(projection) != 1 or projection[0].relu:",
+        "if len(projection) != 1 or projection[0].activation != IDENTITY:",
         "if len(projection) != 1:",
         "tests/test_convert.py -k left_alone",
     ),
@@ -883,8 +902,8 @@ MUTATIONS = [
     ),
     Mutation(
         "kernels/norm_backward.py",
-        '"INT64": wide(tile, dz, z, y, y2, out),',
-        '"INT64": wide(tile, dz, z, y, y2),',
+        '"INT64": wide(tile, dz, z, y, y2, res, out),',
+        '"INT64": wide(tile, dz, z, y, y2, res),',
         "tests/kernels/test_batch_norm.py -k 'int64'",
     ),
     Mutation(
@@ -1171,8 +1190,8 @@ MUTATIONS = [
     ),
     Mutation(
         "kernels/conv_dgrad.py",
-        "far=reach + tile.block_m >= 2**31",
-        "far=reach + tile.block_m >= 2**32",
+        "far = reach + tile.block_m >= 2**31",
+        "far = reach + tile.block_m >= 2**32",
         "tests/kernels/test_conv_dgrad.py -k 'walk'",
     ),
     Mutation(
@@ -1650,8 +1669,8 @@ MUTATIONS = [
     ),
     Mutation(
         "resnet_fused/engine/autograd.py",
-        "mask = z if spec.relu and not spec.pooled else None",
-        "mask = z if spec.relu else None",
+        "mask = z if last == RELU and not spec.pooled else None",
+        "mask = z if last == RELU else None",
         f"{AUTOGRAD} -k 'in_place or stem'",
     ),
     Mutation(
@@ -1794,5 +1813,30 @@ MUTATIONS = [
         "    if len(_tapes) >= KEPT_LAYOUTS:",
         "    if False:",
         "tests/test_replay.py -k 'forgotten'",
+    ),
+    Mutation(ACT, "g * (s * (1.0 + v * (1.0 - s)))", "g * (s * (1.0 + v * s))", f"{ACT_TESTS} -k join"),
+    Mutation(ACT, "0.5 * v * v) * 0.39", "0.5 * v) * 0.39", f"{ACT_TESTS} -k join"),
+    Mutation(ACT, "1.0 + 0.134145 * (v * v)", "1.0 + 0.044715 * (v * v)", f"{ACT_TESTS} -k join"),
+    Mutation(ACT, "tl.where(v > 0, g, g * ACT.numbers[0])", "tl.where(v > 0, g, g)", f"{ACT_TESTS} -k join"),
+    Mutation(ACT, "tl.where(v >= ACT.numbers[1], 0.0, g)", "g", f"{ACT_TESTS} -k join"),
+    Mutation(ACT, "g * (v * (1.0 / 3.0) + 0.5)", "g * (v * (1.0 / 6.0) + 0.5)", f"{ACT_TESTS} -k join"),
+    Mutation(ACT, "LEAST, propagate_nan=tl.PropagateNan.ALL", "LEAST", f"{ACT_TESTS} -k not_finite"),
+    Mutation(
+        "kernels/norm_backward.py",
+        "v += load_residual(",
+        "v -= load_residual(",
+        f"{ACT_TESTS} -k join",
+    ),
+    Mutation(
+        "kernels/norm_backward.py",
+        "v += normalise(y2, stats2_ptr, c, mask_c, C)",
+        "v += y2",
+        f"{ACT_TESTS} -k join",
+    ),
+    Mutation(
+        "resnet_fused/engine/eligible.py",
+        "None if inplace and negative_slope < 0 else",
+        "None if inplace else",
+        "tests/test_eligible.py -k module",
     ),
 ]

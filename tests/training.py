@@ -101,8 +101,8 @@ class _MovedNorms(TorchFunctionMode):
         return centres.gather(1, distance.argmin(1, keepdim=True))[:, 0]
 
 
-LIMITS = {F.relu: (0.0,), F.leaky_relu: (0.0,), F.relu6: (0.0, 6.0), F.hardswish: (-3.0, 3.0)}
-"""Where the derivative of an activation jumps."""
+LIMITS = {F.relu: (0.0,), F.leaky_relu: (0.0,), F.hardswish: (-3.0, 3.0)}
+"""Where the derivative of an activation jumps; that of F.hardtanh where its arguments say."""
 
 
 class WatchedReLU(TorchFunctionMode):
@@ -113,7 +113,8 @@ class WatchedReLU(TorchFunctionMode):
         self.inputs: list[Tensor] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.inputs += [args[0] - limit for limit in LIMITS.get(func, ())]
+        limits = args[1:3] if func is F.hardtanh else LIMITS.get(func, ())
+        self.inputs += [args[0] - limit for limit in limits]
         return func(*args, **(kwargs or {}))
 
 

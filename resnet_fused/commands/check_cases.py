@@ -19,7 +19,7 @@ from resnet_fused.engine import reference
 from resnet_fused.engine.forward import Convolution, inference_pooled
 from resnet_fused.engine.request import implementation
 from resnet_fused.kernels import chain_forward, conv_box, dgrad_box
-from resnet_fused.kernels.activation import IDENTITY, RELU
+from resnet_fused.kernels.activation import IDENTITY, RELU, Activation
 from resnet_fused.kernels.batch_norm import batch_norm_apply, batch_norm_stats, channel_moments, merge_moments
 from resnet_fused.kernels.chain_forward import Chain, Link
 from resnet_fused.kernels.conv import ConvProblem, Geometry, output_size
@@ -111,15 +111,16 @@ CONV_FORWARD = (
     *(("stem", ""), ("middle", ""), ("wide", ""), ("groups", ""), ("wide groups", ""), ("strided", "")),
     ("widening", ""),
     *(("expand", "residual"), ("deep", "residual"), ("last", "padded residual"), ("projection", "no ReLU")),
+    *(("expand", "residual, silu"), ("middle", "leaky_relu"), ("groups", "gelu"), ("strided", "hardtanh")),
 )
 CONV_BOX = (
     *(("middle", "moments"), ("wide", ""), ("strided", "moments"), ("widening", "moments")),
     *(("projection", ""), ("expand", "residual"), ("narrowing", "moments")),
-    *(("last", "padded residual"), ("last", "moments")),
+    *(("last", "padded residual"), ("last", "moments"), ("expand", "residual, silu")),
 )
 CONV_SPLIT = (
     *(("stem", ""), ("groups", ""), ("wide groups", ""), ("strided", "residual")),
-    *(("deep", "residual"), ("last", "padded residual")),
+    *(("deep", "residual"), ("last", "padded residual"), ("deep", "residual, silu")),
 )
 CONV_WIDE = (("wide", ""), ("expand", "residual"), ("last", "padded residual"), ("last", "moments"))
 CHAIN = (
@@ -129,26 +130,33 @@ CHAIN = (
 CONV_MOMENTS = (
     *(("stem", ""), ("reduce", ""), ("projection", ""), ("middle", "prologue"), ("expand", "prologue")),
     *(("groups", "prologue"), ("wide groups", "prologue"), ("strided", "prologue"), ("deep", "prologue")),
-    ("last", "prologue"),
+    *(("last", "prologue"), ("middle", "prologue, silu"), ("expand", "prologue, hardswish")),
 )
 CONV_DGRAD = (
     *(("middle", "mask"), ("groups", "mask"), ("wide groups", "mask"), ("strided", "mask"), ("last", "mask")),
     *(("middle", "shortcut"), ("middle", "prologue"), ("expand", "prologue, mask"), ("deep", "prologue, mask")),
-    ("deep", "frozen prologue"),
+    *(("deep", "frozen prologue"), ("middle", "mask, silu"), ("expand", "prologue, mask, gelu_tanh")),
     *(("reduce", "prologue, shortcut"), ("reduce", "prologue, strided shortcut"), ("projection", "prologue")),
 )
 DGRAD_BOX = (
     *(("middle", "mask"), ("wide", "mask"), ("strided", "mask"), ("widening", "shortcut"), ("last", "mask")),
-    *(("middle", "shortcut"), ("wide", "strided shortcut")),
+    *(("middle", "shortcut"), ("wide", "strided shortcut"), ("middle", "mask, silu")),
 )
 CONV_WGRAD = (
     *(("stem", "prologue"), ("reduce", "prologue"), ("projection", "prologue"), ("expand", "both prologues")),
     *(("deep", "both prologues"), ("middle", "both prologues, dy kept"), ("groups", "both prologues, dy kept")),
     *(("wide groups", "both prologues, dy kept"), ("strided", "both prologues, dy kept")),
-    *(("last", "both prologues, dy kept"), ("middle", "")),
+    *(("last", "both prologues, dy kept"), ("middle", ""), ("middle", "both prologues, dy kept, silu")),
+    ("expand", "both prologues, leaky_relu"),
 )
 NORM_LAYERS = ("expand", "deep")
 """Those whose outputs the kernels of batch norm are checked on."""
+
+ACTIVATIONS = {
+    **{name: Activation(name) for name in ("hardswish", "silu", "gelu", "gelu_tanh")},
+    **{"leaky_relu": Activation("leaky_relu", (0.2,)), "hardtanh": Activation("hardtanh", (-1.0, 2.0))},
+}
+"""By the name that ends a variant; without one it is a ReLU."""
 
 BLOCKS: dict[str, tuple[int, Callable[[int], nn.Module]]] = {
     "basic": (1, lambda c: BasicBlock(c, c)),
@@ -250,15 +258,20 @@ class Draw:
         return coefs
 
 
+def _act(variant: str) -> Activation:
+    """The activation of a variant."""
+    return IDENTITY if variant == "no ReLU" else ACTIVATIONS.get(variant.rpartition(", ")[2], RELU)
+
+
 def _wide(t: torch.dtype) -> torch.dtype:
     """The dtype in which PyTorch computes batch norm of tensors in ``t``, to round once."""
     return torch.promote_types(t, torch.float32)
 
 
-def _activated(y: Tensor, stats: Tensor | None, t: torch.dtype) -> Tensor:
+def _activated(y: Tensor, stats: Tensor | None, t: torch.dtype, activation: Activation = RELU) -> Tensor:
     if stats is None:
         return y.to(t)
-    return reference.scale_shift_act(y.to(_wide(t)), *stats[2:4].to(_wide(t))).to(t)
+    return reference.scale_shift_act(y.to(_wide(t)), *stats[2:4].to(_wide(t)), activation).to(t)
 
 
 def _gradient(g: Tensor, y: Tensor, coefs: Tensor | None, t: torch.dtype) -> Tensor:
@@ -300,7 +313,7 @@ def _check_conv_forward(layer: CheckLayer, variant: str, draw: Draw) -> Comparis
     x, w = draw.activations(layer.input), draw.filter(layer)
     mean, var = draw.normal(layer.co), draw.uniform(0.5, 1.5, layer.co)
     norm = Norm(mean, var, draw.normal(layer.co), draw.normal(layer.co), 1e-5)
-    activation = IDENTITY if variant == "no ReLU" else RELU
+    activation = _act(variant)
     residual = _residual(layer, variant, draw)
 
     def ours() -> Results:
@@ -391,10 +404,11 @@ def _check_conv_tiles(
     product: dict[str, Any] = {"geometry": layer.geometry, "tf32": draw.tf32}
     chosen: list[TileConfig | None] = [*tiles(_problem(layer, draw))] or [None]
     configs = {str(tile): {"config": tile, **product} for tile in chosen}
+    activation = _act(variant)
 
     def ours() -> Results:
         if variant != "moments":
-            return {t: conv_forward(x, w, residual=residual, activation=RELU, **p) for t, p in configs.items()}
+            return {t: conv_forward(x, w, residual=residual, activation=activation, **p) for t, p in configs.items()}
         results = {}
         for name, config in configs.items():
             results[name], moments = conv_forward_moments(x, w, **config)
@@ -408,7 +422,7 @@ def _check_conv_tiles(
             return dict.fromkeys(configs, z) | means
         if residual is not None:
             z = z + _materialized(residual, layer.co, t)
-        return dict.fromkeys(configs, torch.relu(z))
+        return dict.fromkeys(configs, reference.activate(z, activation))
 
     return Comparison(ours, expected)
 
@@ -456,12 +470,13 @@ def _check_conv_moments(layer: CheckLayer, variant: str, draw: Draw) -> Comparis
     w = draw.filter(layer)
 
     def ours() -> Results:
-        prologue = None if stats is None else Prologue(stats[2], stats[3])
+        prologue = None if stats is None else Prologue(stats[2], stats[3], _act(variant))
         y, moments = conv_forward_moments(x, w, geometry=layer.geometry, prologue=prologue, tf32=draw.tf32)
         return {"y": y, **dict(zip(("mean", "squared deviations"), merge_moments(moments), strict=True))}
 
     def expected(t: torch.dtype, ours: Results) -> Results:
-        return {"y": F.conv2d(_activated(x, stats, t), w.to(t), None, *layer.geometry), **_moments(ours["y"], t)}
+        a = _activated(x, stats, t, _act(variant))
+        return {"y": F.conv2d(a, w.to(t), None, *layer.geometry), **_moments(ours["y"], t)}
 
     return Comparison(ours, expected)
 
@@ -485,7 +500,7 @@ def _check_conv_dgrad(
 
     def ours() -> Results:
         results = {}
-        more: dict[str, Any] = {"shortcut": shortcut, "mask": mask, "tf32": draw.tf32}
+        more: dict[str, Any] = {"shortcut": shortcut, "mask": mask, "activation": _act(variant), "tf32": draw.tf32}
         raw = None if coefs is None or frozen else y
         for name, config in named.items():
             dx, sums = conv_dgrad(g, w, layer.size, geometry=layer.geometry, y=raw, coefs=coefs, config=config, **more)
@@ -501,7 +516,8 @@ def _check_conv_dgrad(
         if mask is None:
             return {f"dx{name}": dx for name in named}
         y_in, stats = mask
-        dx = torch.where(reference.batch_norm_apply(y_in.double(), stats.double(), activation=IDENTITY) > 0, dx, 0.0)
+        v = reference.batch_norm_apply(y_in.double(), stats.double(), activation=IDENTITY)
+        dx = reference.in_front(dx, v.to(_wide(t)), _act(variant)).to(t)
         sums = {
             f"{key}{name}": v for name in named for key, v in _masked_sums(ours[f"dx{name}"], y_in, stats, t).items()
         }
@@ -520,12 +536,13 @@ def _check_conv_wgrad(layer: CheckLayer, variant: str, draw: Draw) -> Comparison
     def ours() -> Results:
         kept = torch.empty_like(g) if keeps else None
         more: dict[str, Any] = {"y": None if coefs is None else y, "coefs": coefs, "x_stats": stats, "dy_out": kept}
+        more["activation"] = _act(variant)
         dw = conv_wgrad(g, x, layer.filter[2:], geometry=layer.geometry, tf32=draw.tf32, **more)
         return {"dw": dw} if kept is None else {"dw": dw, "dy": kept}
 
     def expected(t: torch.dtype, _: Results) -> Results:
         dy = _gradient(g, y, coefs, t)
-        dw = reference.conv_wgrad(dy, _activated(x, stats, t), layer.filter, layer.geometry)
+        dw = reference.conv_wgrad(dy, _activated(x, stats, t, _act(variant)), layer.filter, layer.geometry)
         return {"dw": dw, "dy": dy} if keeps else {"dw": dw}
 
     return Comparison(ours, expected)
@@ -574,7 +591,8 @@ def _check_apply(layer: CheckLayer, variant: str, draw: Draw) -> Comparison:
 
     def ours() -> Results:
         own = Norm(mean, var, gamma, beta, 1e-5) if fixed else stats
-        return {"z": batch_norm_apply(y, own, residual=residual, residual_stats=residual_stats)}
+        z = batch_norm_apply(y, own, residual=residual, residual_stats=residual_stats, activation=_act(variant))
+        return {"z": z}
 
     def expected(t: torch.dtype, _: Results) -> Results:
         wide = _wide(t)
@@ -583,7 +601,7 @@ def _check_apply(layer: CheckLayer, variant: str, draw: Draw) -> Comparison:
         own = stats.to(wide)
         if fixed:
             own = reference.batch_norm_stats(mean.to(wide), var.to(wide), gamma.to(wide), beta.to(wide), 1e-5, 0.0)
-        return {"z": reference.batch_norm_apply(y.to(wide), own, shortcut, added).to(t)}
+        return {"z": reference.batch_norm_apply(y.to(wide), own, shortcut, added, _act(variant)).to(t)}
 
     return Comparison(ours, expected, sums=0)
 
@@ -628,16 +646,24 @@ def _check_reduce(layer: CheckLayer, variant: str, draw: Draw) -> Comparison:
     """The gradient in front of a ReLU, and its sums."""
     dz = draw.images(layer.output)
     (y, stats), (y2, stats2) = (draw.normalised(layer.output) for _ in range(2))
-    z = torch.relu(draw.images(layer.output)) if variant != "mask recomputed" else None
-    second = (y2, stats2) if variant == "two norms" else None
+    activation, residual = _act(variant), _residual(layer, variant, draw)
+    recomputed = variant == "mask recomputed" or activation != RELU
+    z = None if recomputed else torch.relu(draw.images(layer.output))
+    second = (y2, stats2) if "two norms" in variant else None
 
     def ours() -> Results:
-        g, sums = batch_norm_reduce(dz, y, stats, activation=RELU, z=z, second=second)
+        g, sums = batch_norm_reduce(dz, y, stats, activation=activation, z=z, second=second, residual=residual)
         return {"g": g, **_named("sum_g sum_gy" + " sum_gy2" * (second is not None), merge_sums(sums))}
 
     def expected(t: torch.dtype, ours: Results) -> Results:
-        behind = reference.batch_norm_apply(y.double(), stats.double(), activation=IDENTITY) if z is None else z
-        results = {"g": torch.where(behind > 0, dz.to(t), 0.0), **_masked_sums(ours["g"], y, stats, t)}
+        wide = _wide(t)
+        v = z
+        if v is None:
+            added = None if residual is None else _materialized(residual, layer.co, torch.float64)
+            added, other = (added, None) if second is None else (y2.double(), stats2.double())
+            v = reference.batch_norm_apply(y.double(), stats.double(), added, other, IDENTITY)
+        g = reference.in_front(dz.to(wide), v.to(wide), activation).to(t)
+        results = {"g": g, **_masked_sums(ours["g"], y, stats, t)}
         if second is not None:
             results["sum_gy2"] = _masked_sums(ours["g"], y2, stats2, t)["sum_gy"]
         return results
@@ -742,7 +768,8 @@ def cases(device_type: str) -> list[CheckCase]:
     """Everything that is checked on ``"cuda"`` or ``"cpu"``, in the order of the report."""
     layers = {name: layer[device_type] for name, layer in LAYERS.items()}
     norms = [(name, "") for name in NORM_LAYERS]
-    applied = ("", "residual", "normalised residual", "padded residual", "fixed statistics")
+    applied = ("", "residual", "normalised residual", "padded residual", "fixed statistics", "residual, silu")
+    reduced = ("", "mask recomputed", "two norms", "residual, silu", "two norms, silu", "padded residual, gelu")
     families: list[tuple[str, Callable[..., Comparison], Iterable[tuple[str, str]], bool]] = [
         ("conv_forward", _check_conv_forward, CONV_FORWARD, True),
         ("conv_forward, boxes", partial(_check_conv_tiles, _box_tiles), CONV_BOX, True),
@@ -758,7 +785,7 @@ def cases(device_type: str) -> list[CheckCase]:
         ("batch_norm_apply", _check_apply, [("expand", variant) for variant in applied], False),
         ("batch_norm_pool", _check_norm_pool, [("stem", "")], False),
         ("batch_norm_pool", _check_norm_pool_backward, [("stem", "backward"), ("stem", "frozen backward")], False),
-        ("batch_norm_reduce", _check_reduce, [("expand", v) for v in ("", "mask recomputed", "two norms")], False),
+        ("batch_norm_reduce", _check_reduce, [("expand", variant) for variant in reduced], False),
         ("batch_norm_coefs", _check_coefs, norms, False),
         ("batch_norm_backward", _check_backward, [("expand", ""), ("deep", "two norms")], False),
     ]

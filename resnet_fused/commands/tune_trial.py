@@ -258,8 +258,16 @@ class Trial:
         )
         needs = Needs(w=True, bias=False, gamma=True, beta=True)
         unit = UnitBackward(
-            *(conv, self.w, self.w.stride(), None, self.y, self.stats),
-            **{"frozen": False, "group": "", "needs": needs, "activation": RELU},
+            conv,
+            self.w,
+            self.w.stride(),
+            None,
+            self.y,
+            self.stats,
+            frozen=False,
+            group="",
+            needs=needs,
+            activation=RELU,
         )
         wanted = Wanted(x=not self.problem.pooled, shortcut=False, weight_dtype=self.w.dtype, norm_dtype=torch.float32)
         if self.problem.pooled:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -123,7 +123,7 @@ def _gelu(v: Any, *, approximate: str = "none") -> Activation:
 
 _FUNCTIONS: dict[Any, Callable[..., Activation | None]] = {
     **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"), _relu),
-    **dict.fromkeys((F.leaky_relu, F.leaky_relu_), _leaky_relu),
+    **{F.leaky_relu: _leaky_relu, F.leaky_relu_: partial(_leaky_relu, inplace=True)},
     **dict.fromkeys((F.hardtanh, F.hardtanh_), _hardtanh),
     **{F.relu6: _relu6, F.hardswish: _hardswish, F.silu: _silu, F.gelu: _gelu},
 }
