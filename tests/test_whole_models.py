@@ -47,9 +47,7 @@ def test_resnet50_takes_at_most_one_launch_per_convolution_and_no_other_pass():
     names = [launch.name for row in residual for launch in row.launches]
     assert set(names) == {"conv_forward", "batch_norm_stats", "chain_forward"}
     convolutions = sum(isinstance(m, nn.Conv2d) for row in residual for m in blocks[row.name].modules())
-    assert names.count("conv_forward") + names.count("batch_norm_stats") == convolutions, (
-        "the latter for a chain's link"
-    )
+    assert names.count("conv_forward") + names.count("batch_norm_stats") == convolutions, "one for a chain's link"
     for row in residual:
         assert [launch.name for launch in row.launches].count("chain_forward") == 1
 
