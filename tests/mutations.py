@@ -1833,7 +1833,7 @@ MUTATIONS = [
     ),
     Mutation(
         "resnet_fused/plan/decide.py",
-        "return max(seconds, sum(host))",
+        "return max(seconds, unit * host)",
         "return seconds",
         f"{TUNED_CHAINS} -k keeps_the_host",
     ),
