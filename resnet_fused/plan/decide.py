@@ -177,8 +177,8 @@ def _part(part: Chain | Problem, request: Request, constants: Constants) -> tupl
 
 
 HOST_CHAIN = 1.1
-"""What a live chain takes the host, in fused units, by the same command, and HOST_LINK for each of its links, whose batch
-norm another launch reads: 131 us and 4 launches for three, beside 35 us and one."""
+"""What a live chain takes the host, in fused units, by the same command; HOST_LINK: for each of its links, whose batch
+norm another launch reads. For three, 131 us and 4 launches, beside 35 us and one of a unit."""
 HOST_LINK = 0.9
 
 
