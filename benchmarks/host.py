@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from resnet_fused import Bottleneck, implementation
+from resnet_fused import Bottleneck, fuse, implementation
 from resnet_fused.commands.machine import describe
 from resnet_fused.kernels.conv_forward import conv_forward
 from resnet_fused.kernels.launch import TileConfig, interpreting
@@ -40,19 +40,36 @@ def main() -> int:
     title = f"Microseconds of the host per unit of {BLOCKS} bottlenecks, fp32, median of {ROUNDS}"
     print(render(title, ["implementation", "inference", "forward and backward"], rows))
     print(f"a convolution whose sum is split takes {_second_launch(device):.1f} microseconds longer")
+    if device.type == "cpu":  # the plan of a GPU has no chain for so few channels
+        one, all_blocks, unit = _fused(1, device), _fused(BLOCKS, device), _microseconds("triton", False, device)
+        three, two = (all_blocks - one) / (BLOCKS - 1), one - unit
+        print(f"a live chain of three convolutions takes {three:.1f} microseconds, one of two {two:.1f}")
     print("\n".join(f"{name}: {value}" for name, value in describe(device).items()))
     return 0
 
 
 def _microseconds(road: Request, training: bool, device: torch.device) -> float:
-    torch.manual_seed(0)
-    with device:
-        blocks = nn.Sequential(*(Bottleneck(16, 4) for _ in range(BLOCKS))).train(training)
-        x = torch.randn(2, 16, 2, 2)
-    blocks.to(memory_format=torch.channels_last)
-    x = x.to(memory_format=torch.channels_last).requires_grad_(training)
+    blocks, x = _blocks(BLOCKS, device)
+    blocks.train(training)
+    x.requires_grad_(training)
     with implementation(road), torch.set_grad_enabled(training):
         return 1e6 / (3 * BLOCKS) * _seconds(lambda: _step(blocks, x), device)
+
+
+def _fused(count: int, device: torch.device) -> float:
+    """Microseconds of so many blocks in a sequence: one convolution, chains of three, and at the end one of two."""
+    blocks, x = _blocks(count, device)
+    fuse(blocks.eval())
+    with implementation("triton"), torch.no_grad():
+        return 1e6 * _seconds(lambda: _step(blocks, x), device)
+
+
+def _blocks(count: int, device: torch.device) -> tuple[nn.Sequential, Tensor]:
+    torch.manual_seed(0)
+    with device:
+        blocks = nn.Sequential(*(Bottleneck(16, 4) for _ in range(count)))
+        x = torch.randn(2, 16, 2, 2)
+    return blocks.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
 
 
 def _second_launch(device: torch.device) -> float:

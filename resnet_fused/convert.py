@@ -470,7 +470,8 @@ def _become(module: nn.Module, kind: type[Converted], state: _Conversion) -> Non
 
 def _holds_chains(module: nn.Module) -> bool:
     """Whether ``module`` is a plain sequence of which a block may share a launch with what comes behind it."""
-    return type(module).forward is nn.Sequential.forward and any(map(_ends_pointwise, module._modules.values()))
+    plain = type(module).forward is nn.Sequential.forward and not any(hasattr(module, name) for name in _CLAIMED)
+    return plain and any(map(_ends_pointwise, module._modules.values()))
 
 
 def _ends_pointwise(block: nn.Module | None) -> bool:

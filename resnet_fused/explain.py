@@ -254,7 +254,7 @@ class Explanation:
                 else ("", None, None)
             )
             rows.append((row["name"], row["block"], row["implementation"], *seen, row["reason"]))
-        fused = sum(row.implementation == "fused" for row in self.rows)
+        fused = sum(row.implementation != "eager" for row in self.rows)
         blocks = render(f"{fused} of {len(rows)} blocks fused", columns, rows)
         tables = [blocks]
         if problems := list(dict.fromkeys(self.problems)):
@@ -438,6 +438,9 @@ def _observe(
 
     looks = (Onlooker(enter), Onlooker(leave)) if together else (enter, leave)
     handles = [h for b in rows for h in (b.register_forward_pre_hook(looks[0]), b.register_forward_hook(looks[1]))]
+    if not together:
+        chained = [unit for module in rows if isinstance(module, TritonChain) for unit in module.links]
+        handles += [unit.register_forward_hook(lambda *_: None) for unit in chained]
     try:
         model.train(training)
         with trace() as seen, record() as planned:

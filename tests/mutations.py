@@ -21,6 +21,7 @@ class Mutation(NamedTuple):
 
 
 AUTOGRAD = "tests/test_autograd.py"
+LIVE_CHAINS, TUNED_CHAINS = "tests/test_live_chains.py", "tests/test_tuned_chains.py"
 
 CHAIN, CHAIN_TESTS = "kernels/chain_forward.py", "tests/kernels/test_chain_forward.py"
 
@@ -181,8 +182,8 @@ MUTATIONS = [
     ),
     Mutation(
         "resnet_fused/plan/tuned.py",
-        "        load.cache_clear()\n        table = changed(load",
-        "        table = changed(load",
+        "        load.cache_clear()\n        table = altered(load",
+        "        table = altered(load",
         "tests/test_tuned.py::test_what_another_process_saved_since_the_table_was_loaded_stays",
     ),
     Mutation(
@@ -289,7 +290,7 @@ MUTATIONS = [
     ),
     Mutation(
         "resnet_fused/commands/tune.py",
-        "bad = failure.candidate or right[0]",
+        "bad: Any = failure.candidate or right[0]",
         "bad = right[0]",
         "tests/test_tune.py::test_a_bad_candidate_is_quarantined_and_the_others_go_on",
     ),
@@ -1838,5 +1839,61 @@ MUTATIONS = [
         "None if inplace and negative_slope < 0 else",
         "None if inplace else",
         "tests/test_eligible.py -k module",
+    ),
+    Mutation(
+        "resnet_fused/engine/chains.py",
+        "z = x if part[0] == EXPAND else z",
+        "z = x",
+        "tests/test_chains.py -k other_roads",
+    ),
+    Mutation(
+        "resnet_fused/engine/ops.py",
+        "mean = mean.float() - bias.float()",
+        "mean = mean.float()",
+        f"{LIVE_CHAINS} -k biases",
+    ),
+    Mutation("resnet_fused/functional.py", "source.dtype == chain.dtype and ", "", f"{LIVE_CHAINS} -k autocast"),
+    Mutation("resnet_fused/functional.py", "or reduce.batch_stats or", "or", f"{LIVE_CHAINS} -k take_it_apart"),
+    Mutation(
+        "resnet_fused/convert.py",
+        "runs_fused(child) and not eligible.answered(child)",
+        "runs_fused(child)",
+        f"{LIVE_CHAINS} -k hooks_see",
+    ),
+    Mutation(
+        "resnet_fused/convert.py",
+        "if torch.is_grad_enabled() or tracing",
+        "if tracing",
+        f"{LIVE_CHAINS} -k take_it_apart",
+    ),
+    Mutation(
+        "resnet_fused/convert.py", "apart = apart and ran.apart", "apart = True", f"{LIVE_CHAINS} -k leaves_nothing"
+    ),
+    Mutation(
+        "resnet_fused/modules.py",
+        "isinstance(module, FusedBlock) and type(module).forward.__code__.co_code == _FORWARD",
+        "isinstance(module, FusedBlock)",
+        f"{LIVE_CHAINS} -k own_is_called",
+    ),
+    Mutation(
+        "resnet_fused/plan/decide.py",
+        "return max(seconds, unit * host)",
+        "return seconds",
+        f"{TUNED_CHAINS} -k keeps_the_host",
+    ),
+    Mutation(
+        "resnet_fused/plan/tuned.py",
+        'content.get("chains", [])',
+        'content["chains"]',
+        f"{TUNED_CHAINS} -k without_chains",
+    ),
+    Mutation(
+        "resnet_fused/commands/tune_trial.py",
+        "None if m is None else _link(m) if self.live else links[m]",
+        "None if m is None else links[m]",
+        f"{TUNED_CHAINS} -k timed_with",
+    ),
+    Mutation(
+        "resnet_fused/explain.py", "together=road == PLANNED", "together=True", "tests/test_explain.py -k live_chains"
     ),
 ]

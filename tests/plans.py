@@ -7,8 +7,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torchvision
 
 from benchmarks.shapes import MODELS, layers
+from resnet_fused import explain, fuse
 from resnet_fused.kernels.chain_forward import Chain
 from resnet_fused.plan.decide import decide, decide_chain
 from resnet_fused.plan.problem import Problem
@@ -47,6 +49,9 @@ def text(arch: int) -> str:
             times = "  ".join(f"{_parts(parts)} {seconds * 1e6:.1f}" for parts, seconds in sorted(plan.alternatives))
             names = ", ".join(link.layer for link in chain.links)
             lines.append(f"{names:<100} {_parts(length for length, _ in plan.parts):<6} {times}")
+    if arch == WHOLE:
+        for batch in CHAINED:
+            lines += ["", *network(batch, arch)]
     return "\n".join(lines) + "\n"
 
 
@@ -55,6 +60,26 @@ def _parts(lengths: Iterable[int]) -> str:
 
 
 CHAINED = (1, 32, 256)
+WHOLE = 90
+"""The architecture for which a whole network is planned."""
+
+
+def network(batch: int, arch: int) -> Iterator[str]:
+    """A fused ResNet-50, live: of each block the launches, its units and their ways, and which of them share one."""
+    with torch.device("meta"):
+        model = fuse(torchvision.models.resnet50().to(torch.bfloat16, memory_format=torch.channels_last).eval())
+        x = torch.empty(batch, 3, 224, 224, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    found = explain(model, x, arch=arch)
+    total = found.totals()[0].to_dict()
+    yield (
+        f"a fused ResNet-50, {batch} images: {total['launches']} launches, {total['bytes_per_image'] / 1e6:.2f} MB and "
+        f"{total['seconds'] * 1e6 / batch:.2f} us an image predicted"
+    )
+    yield ""
+    for row in found.rows:
+        ways = ", ".join(decide(problem).implementation for problem in row.problems)
+        chains = "".join(f"; in one launch: {_parts(n for n, _ in decide_chain(x).parts)}" for x in row.chains)
+        yield f"{row.name:<10} {len(row.launches)} launches for {ways}{chains}"
 
 
 def chains(batch: int, arch: int) -> Iterator[Chain]:

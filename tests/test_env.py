@@ -93,7 +93,10 @@ def test_a_gpu_and_its_self_test(capsys, monkeypatch):
 def test_tables_are_told_with_what_is_in_them(capsys):
     file = tuned.save(Table(GPU, (ENTRY,)))
     other = tuned.save(Table("NVIDIA A100"))
-    assert told(capsys)["tables"] == {file.name: f"{GPU}, units: 1", other.name: "NVIDIA A100, units: 0"}
+    assert told(capsys)["tables"] == {
+        file.name: f"{GPU}, units: 1, chains: 0",
+        other.name: "NVIDIA A100, units: 0, chains: 0",
+    }
 
 
 def directory(file) -> None:

@@ -11,11 +11,12 @@ import torch
 import torchvision
 from torch import nn
 
-from resnet_fused import explain, fuse, implementation
+from resnet_fused import explain, fuse, implementation, optimize_for_inference
 from resnet_fused.__main__ import main
 from resnet_fused.engine.trace import trace
 from resnet_fused.explain import Total
 from resnet_fused.kernels.gpus import gpu_of
+from resnet_fused.kernels.launch import dry_run
 from resnet_fused.plan import roofline, tuned
 from resnet_fused.plan.constants import ASSUMED
 from resnet_fused.plan.decide import Plan, best_tiles, decide
@@ -281,3 +282,65 @@ def test_a_mistake_is_one_line_and_exit_code_2(arch, text, capsys):
     captured = capsys.readouterr()
     assert text in captured.err
     assert captured.err.count("\n") == 1
+
+
+def resnet50(batch: int) -> tuple[nn.Module, torch.Tensor]:
+    with torch.device("meta"):
+        network = torchvision.models.resnet50().to(torch.bfloat16, memory_format=torch.channels_last).eval()
+        images = torch.empty(batch, 3, 224, 224, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    return network, images
+
+
+def test_live_chains_are_shown_with_the_block_that_launches_them():
+    network, images = resnet50(256)
+    explanation = explain(fuse(network), images, arch=90)
+    first, second, third, *others = explanation.rows[1:]
+    assert [len(row.chains) for row in (first, second, third)] == [1, 1, 1]
+    assert not any(row.chains for row in others)
+    names = [[launch.name for launch in row.launches] for row in (first, second, third)]
+    assert names[1] == ["batch_norm_stats"] * 3 + ["chain_forward"], "its first convolution is in the one before"
+    assert [row.count("chain_forward") for row in names] == [1, 1, 1]
+    assert sum(len(row.problems) for row in explanation.rows) == 53
+    (chain,) = second.to_dict()["chains"]
+    assert (chain["launches"], chain["source"], len(chain["units"])) == ("3", "model", 3)
+    assert chain["predicted_seconds"]["3"] == min(chain["predicted_seconds"].values())
+    assert "Chains, each once" in str(explanation)
+    planned, fused, *_, roof = explanation.totals()
+    assert roof.bytes < planned.bytes < fused.bytes
+    assert roof.seconds < planned.seconds < fused.seconds
+    assert fused.launches == 53 + 1 + 2
+
+
+def test_chains_that_are_predicted_slower_are_not_shown():
+    network, images = resnet50(1)
+    explanation = explain(fuse(network), images, arch=90)
+    assert not any(row.chains for row in explanation.rows)
+    assert "Chains" not in str(explanation)
+
+
+def test_a_frozen_model_shows_its_units_and_chains():
+    network, images = resnet50(256)
+    with torch.device("meta"), dry_run(90):
+        frozen = optimize_for_inference(network)
+    explanation = explain(frozen, images, arch=90)
+    rows = explanation.to_dict()
+    assert Counter(row["block"] for row in rows) == {"TritonConv": 6, "TritonChain": 16}
+    assert sum(len(row["units"]) for row in rows) == 53
+    assert {row["implementation"] for row in rows} == {"fused", "cudnn"}
+    together = [row for row in rows if row["chains"]]
+    assert [row["chains"][0]["launches"] for row in together] == ["3", "3", "2+1"]
+    assert [row["launches"] for row in together] == [1, 1, 2]
+    planned, fused, *_ = explanation.totals()
+    assert (planned.launches, fused.launches) == (51, 56)
+    assert planned.seconds < fused.seconds
+
+
+def test_looking_takes_no_chain_apart_and_changes_no_value():
+    torch.manual_seed(0)
+    blocks = [torchvision.models.resnet.Bottleneck(16, 4) for _ in range(2)]
+    network, images = fuse(nn.Sequential(*blocks)).eval(), torch.randn(2, 16, 6, 5)
+    with implementation("triton"):
+        rows = explain(network, images).rows
+    names = [[launch.name for launch in row.launches] for row in rows]
+    assert [row.count("chain_forward") for row in names] == [1, 1]
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())

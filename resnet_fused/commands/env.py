@@ -77,7 +77,9 @@ def _tables() -> dict[str, str]:
 
 
 def _about(table: Table | str) -> str:
-    return f"ignored: {table}" if isinstance(table, str) else f"{table.gpu}, units: {len(table.entries)}"
+    if isinstance(table, str):
+        return f"ignored: {table}"
+    return f"{table.gpu}, units: {len(table.entries)}, chains: {len(table.chains)}"
 
 
 def _as_text(found: dict[str, dict[str, str]]) -> str:

@@ -162,11 +162,40 @@ def _channels_last(t: Tensor) -> Tensor:
     return t.contiguous(memory_format=torch.channels_last)
 
 
-class Trial:
+class _Verified:
+    """What candidates are compared with: right results in the number format of ``unit``, behind so many sums."""
+
+    unit: Problem
+    sums_in_a_row = SUMS
+
+    def work(self, candidate: Any) -> Callable[[], dict[str, Tensor]]:
+        """What the candidate runs, to be called as often as wanted; returns its results by name."""
+        raise NotImplementedError
+
+    def _expected(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The formulas in ``dtype``: in fp64 the exact results, else what eager PyTorch makes of them."""
+        raise NotImplementedError
+
+    def ratio(self, candidate: Any) -> float:
+        """The largest error of the candidate's results over the allowed one: right is what is at most 1."""
+        with products(self.unit.tf32):
+            ours = self.work(candidate)()
+        exact, eager = self._references
+        return max(
+            error_ratio(got.to(eager[name].dtype), eager[name], exact[name], self.sums_in_a_row)
+            for name, got in ours.items()
+        )
+
+    @cached_property
+    def _references(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return references(self._expected, self.unit.dtype, self.unit.tf32)
+
+
+class Trial(_Verified):
     """Random tensors for ``problem`` on ``device``, which may be meta. No input of a ReLU among them lies near zero."""
 
     def __init__(self, problem: Problem, device: torch.device) -> None:
-        self.problem, p = problem, problem
+        self.problem = self.unit = p = problem
         generator = None if device.type == "meta" else torch.Generator(device).manual_seed(0)
 
         def normal(*shape: int) -> Tensor:
@@ -222,7 +251,6 @@ class Trial:
         return reference.batch_norm_stats(mean, var, self.gamma.to(y), self.beta.to(y), EPS, 1 / self.problem.m)
 
     def work(self, candidate: Candidate) -> Callable[[], dict[str, Tensor]]:
-        """What the candidate runs, to be called as often as wanted; returns its results by name."""
         p = self.problem
         if p.direction == "training":
             conv = Convolution(p.geometry, candidate.implementation == "fused", candidate.tiles)
@@ -306,17 +334,6 @@ class Trial:
             dx, _ = batch_norm_reduce(dx, self.x, self.x_stats, activation=RELU, out=dx)
         return {"dx": dx}
 
-    def ratio(self, candidate: Candidate) -> float:
-        """The largest error of the candidate's results over the allowed one: right is what is at most 1."""
-        with products(self.problem.tf32):
-            ours = self.work(candidate)()
-        exact, eager = self._references
-        return max(error_ratio(got.to(eager[name].dtype), eager[name], exact[name], SUMS) for name, got in ours.items())
-
-    @cached_property
-    def _references(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        return references(self._expected, self.problem.dtype, self.problem.tf32)
-
     def formula(self, x: Tensor, residual: Tensor | None) -> Tensor:
         """The unit of inference in the dtype of ``x``."""
         y = F.conv2d(x, self.w.to(x.dtype), None, *self.problem.geometry)
@@ -328,7 +345,6 @@ class Trial:
         return (F.max_pool2d(z, *POOL) if self.problem.pooled else z).to(x.dtype)
 
     def _expected(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The formulas in ``dtype``: in fp64 the exact results, else what eager PyTorch makes of them."""
         p, a = self.problem, self.input(dtype)
         if p.direction != "training":
             return {"z": self.formula(a, self.residual)}
@@ -346,17 +362,18 @@ class Trial:
         return {"y": y, "scale": stats[2], "shift": stats[3], "dx": dx, "dw": dw}
 
 
-class ChainTrial:
+class ChainTrial(_Verified):
     """The same of a chain: a :class:`Trial` for each of its links, of which each reads what the one before returns."""
 
     def __init__(self, links: Chain, device: torch.device) -> None:
         self.problem = links
         self.members = [None if link is None else Trial(cast(Problem, link), device) for link in links]
         self.first = next(member for member in self.members if member is not None)
-        self.live = self.first.problem.direction != "frozen"
+        self.unit, self.sums_in_a_row = self.first.problem, SUMS * len(links.links)
+        self.live = self.unit.direction != "frozen"
 
     def work(self, candidate: ChainCandidate) -> Callable[[], dict[str, Tensor]]:
-        """See :meth:`Trial.work`. What a frozen model works out once is worked out here."""
+        """What a frozen model works out once is worked out before."""
         expand = self.members[chains.EXPAND]
         assert expand is not None and expand.residual is not None
         alone = {member: member.inference(_planned(member.problem)) for member in self.members if member is not None}
@@ -376,18 +393,6 @@ class ChainTrial:
             return {"z": z} if y is None else {"z": z, "y": y}
 
         return run
-
-    def ratio(self, candidate: ChainCandidate) -> float:
-        """See :meth:`Trial.ratio`."""
-        with products(self.first.problem.tf32):
-            ours = self.work(candidate)()
-        exact, eager = self._references
-        sums = SUMS * len(self.problem.links)
-        return max(error_ratio(got, eager[name], exact[name], sums) for name, got in ours.items())
-
-    @cached_property
-    def _references(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        return references(self._expected, self.first.problem.dtype, self.first.problem.tf32)
 
     def _expected(self, dtype: torch.dtype) -> dict[str, Tensor]:
         x, results = self.first.x.to(dtype), {}
