@@ -348,7 +348,10 @@ def _norm_first(depth: int, activation: Activation, downsampled: bool) -> BlockL
     return BlockLayout(units, shortcut, norm_first=True)
 
 
-def _projection(channels: int, width: int, stride: int) -> nn.Module:
+def _projection(channels: int, width: int, stride: int) -> nn.Module | None:
+    """A convolution where the shape changes, else None."""
+    if stride == 1 and channels == width:
+        return None
     return nn.Sequential(OrderedDict(conv=nn.Conv2d(channels, width, 1, stride, bias=False)))
 
 
@@ -363,8 +366,7 @@ class PreActBlock(_PreActivation):
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
         super().__init__()
-        changes = stride != 1 or in_channels != out_channels
-        self.downsample = _projection(in_channels, out_channels, stride) if changes else None
+        self.downsample = _projection(in_channels, out_channels, stride)
         self.norm1 = nn.BatchNorm2d(in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
         self.norm2 = nn.BatchNorm2d(out_channels)
@@ -376,17 +378,15 @@ class PreActBottleneck(_PreActivation):
     """1x1, 3x3 and 1x1 convolution, behind batch norm and ReLU each, the stride on the 3x3; timm's names and keys.
 
     ``x`` [N, in_channels, H, W] -> [N, out_channels, ceil(H/stride), ceil(W/stride)], with out_channels/4 in between.
-    ``projection``: the shortcut is a 1x1 convolution of the first activations even where the shape stays. He et al.
-    2016 (arXiv:1603.05027), figure 4 (e); a stage of timm's begins with a projection.
+    The shortcut is as in :class:`PreActBlock`.
     """
 
     depth = 3
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int = 1, projection: bool = False) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
         super().__init__()
         width = out_channels // 4
-        changes = projection or stride != 1 or in_channels != out_channels
-        self.downsample = _projection(in_channels, out_channels, stride) if changes else None
+        self.downsample = _projection(in_channels, out_channels, stride)
         self.norm1 = nn.BatchNorm2d(in_channels)
         self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
         self.norm2 = nn.BatchNorm2d(width)
