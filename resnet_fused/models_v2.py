@@ -31,9 +31,7 @@ class ResNetV2(nn.Module):
         super().__init__()
         if len(layers) != len(channels) or not layers:
             raise ValueError(f"layers and channels must have as many elements; got {layers} and {channels}")
-        self.stem = nn.Sequential(
-            OrderedDict(conv=nn.Conv2d(3, 64, 7, 2, 3, bias=False), pool=nn.MaxPool2d(3, 2, 1))
-        )
+        self.stem = nn.Sequential(OrderedDict(conv=nn.Conv2d(3, 64, 7, 2, 3, bias=False), pool=nn.MaxPool2d(3, 2, 1)))
         width, stages = 64, []
         for i, (count, out) in enumerate(zip(layers, channels, strict=True)):
             blocks = [block(width, out, 1 if i == 0 else 2), *(block(out, out) for _ in range(1, count))]
@@ -58,12 +56,14 @@ def _initialise(model: ResNetV2, zero_init_last: bool) -> None:
             nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        elif zero_init_last and isinstance(module, PreActBlock | PreActBottleneck):
-            nn.init.zeros_(cast(nn.Conv2d, module.get_submodule(f"conv{module.depth}")).weight)
+    if zero_init_last:
+        for module in model.modules():
+            if isinstance(module, PreActBlock | PreActBottleneck):
+                nn.init.zeros_(cast(nn.Conv2d, module.get_submodule(f"conv{module.depth}")).weight)
 
 
 def resnet18_v2(**options: Any) -> ResNetV2:
-    """Pre-activation ResNet-18, timm's ``resnetv2_18``. ``options``: num_classes and zero_init_last of :class:`ResNetV2`."""
+    """Pre-activation ResNet-18, timm's ``resnetv2_18``. ``options``: the last two of :class:`ResNetV2`."""
     return ResNetV2(PreActBlock, [2, 2, 2, 2], _BASIC, **options)
 
 

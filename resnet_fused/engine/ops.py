@@ -342,7 +342,14 @@ def _preact_backward(
         gamma, beta = needs[2 + 3 * at : 4 + 3 * at]
         units.append(
             backward.UnitBackward(
-                *(conv, w, tuple(weight_strides[4 * i : 4 * i + 4]), None, ys[at], stats[at].resolve_neg().contiguous()),
+                *(
+                    conv,
+                    w,
+                    tuple(weight_strides[4 * i : 4 * i + 4]),
+                    None,
+                    ys[at],
+                    stats[at].resolve_neg().contiguous(),
+                ),
                 *(frozen[at], groups[at], backward.Needs(needs[1 + 3 * i], False, gamma, beta)),
                 decode(activations[at]),
             )

@@ -428,7 +428,12 @@ def test_errors_name_the_argument():
             batch_norm_reduce(y, y, stats, z=y, **arguments)
     with pytest.raises(ValueError, match=r"residual must have shape \(2, 20, 5, 3\)"):
         batch_norm_reduce(y, y, stats, activation=RELU, residual=Residual(other))
-    for arguments in (dict(y=other), dict(y=y, out=other), dict(y=y, addend=other), dict(y=y, second=(other, random_coefs(20)))):
+    for arguments in (
+        dict(y=other),
+        dict(y=y, out=other),
+        dict(y=y, addend=other),
+        dict(y=y, second=(other, random_coefs(20))),
+    ):
         with pytest.raises(ValueError, match="must have the shape of g"):
             batch_norm_backward(y, coefs=random_coefs(20), **arguments)
     with pytest.raises(ValueError, match="out must be pixel-linear"):
