@@ -168,6 +168,7 @@ def batch_norm_backward_kernel(
     coefs_ptr,
     y2_ptr,
     coefs2_ptr,
+    add_ptr,
     dy_ptr,
     dy2_ptr,
     M,
@@ -175,12 +176,16 @@ def batch_norm_backward_kernel(
     g_stride,
     y_stride,
     y2_stride,
+    add_stride,
     dy_stride,
     INT64: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """``dy = A*g + B*y + C`` for BLOCK_M pixels x BLOCK_N channels; twice from one g if there is a second norm."""
+    """``dy = A*g + B*y + C + add`` for BLOCK_M pixels x BLOCK_N channels; twice from one g if there is a second norm.
+
+    The addend is optional, and goes to the first.
+    """
     OFFSET: tl.constexpr = tl.int64 if INT64 else tl.int32
     offs_m = tl.program_id(0).to(OFFSET) * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -191,6 +196,8 @@ def batch_norm_backward_kernel(
     if dy2_ptr is not None:
         dy2 = gradient(g, y2_ptr, y2_stride, coefs2_ptr, offs_m, c, mask, mask_c, C)
         store_pixels(dy2_ptr, offs_m, C, c, dy2, mask)
+    if add_ptr is not None:
+        dy += load_pixels(add_ptr, offs_m, add_stride, c, mask)
     store_pixels(dy_ptr, offs_m, dy_stride, c, dy, mask)
 
 
@@ -356,18 +363,20 @@ def batch_norm_backward(
     *,
     out: Tensor | None = None,
     second: tuple[Tensor | None, Tensor] | None = None,
+    addend: Tensor | None = None,
     config: TileConfig | None = None,
 ) -> Any:
-    """``dy = A*g + B*y + C`` [N, C, P, Q]; ``y`` None where B and C are zero. ``out`` may be ``g`` itself.
+    """``dy = A*g + B*y + C + addend`` [N, C, P, Q]; ``y`` None where B and C are zero. ``out`` may be ``g`` itself.
 
     Without ``out``, dy has the dtype of ``y``, or of ``g`` if there is none. ``second``: y and coefs of another batch
     norm that the same g goes into; then the result is a pair, and the second is a new tensor of the same dtype.
+    ``addend``: the gradient that what batch norm read has from elsewhere.
     """
     y2, coefs2 = second or (None, None)
-    recipe = _backward_recipe(*map(layout, (g, y, y2, out)), second is not None, target_arch(), config)
+    recipe = _backward_recipe(*map(layout, (g, y, y2, addend, out)), second is not None, target_arch(), config)
     dy = torch.empty_like(g if y is None else y, memory_format=torch.channels_last) if out is None else out
     dy2 = None if second is None else torch.empty_like(dy, memory_format=torch.channels_last)
-    recipe.run(g_ptr=g, y_ptr=y, coefs_ptr=coefs, y2_ptr=y2, coefs2_ptr=coefs2, dy_ptr=dy, dy2_ptr=dy2)
+    recipe.run(g_ptr=g, y_ptr=y, coefs_ptr=coefs, y2_ptr=y2, coefs2_ptr=coefs2, add_ptr=addend, dy_ptr=dy, dy2_ptr=dy2)
     return dy if dy2 is None else (dy, dy2)
 
 
@@ -376,12 +385,13 @@ def _backward_recipe(
     g: Layout,
     y: Layout | None,
     y2: Layout | None,
+    addend: Layout | None,
     out: Layout | None,
     twice: bool,
     arch: int,
     config: TileConfig | None,
 ) -> Recipe:
-    _require_alike(g=g, y=y, y2=y2, out=out)
+    _require_alike(g=g, y=y, y2=y2, addend=addend, out=out)
     pixels, channels = sizes(g)
     tile = config or default_config(pixels, channels, arch)
     scalars = {
@@ -390,11 +400,12 @@ def _backward_recipe(
         "g_stride": stride_of(g),
         "y_stride": stride_of(y),
         "y2_stride": stride_of(y2),
+        "add_stride": stride_of(addend),
         "dy_stride": channels if out is None else stride_of(out),
-        "INT64": wide(tile, g, y, y2, out),
+        "INT64": wide(tile, g, y, y2, addend, out),
     }
     more = (1 if y is None else 3) + (0 if not twice else 1 if y2 is None else 3)
-    read, written = ["g_ptr", "y_ptr", "y2_ptr"], ["dy_ptr", "dy2_ptr"]
+    read, written = ["g_ptr", "y_ptr", "y2_ptr", "add_ptr"], ["dy_ptr", "dy2_ptr"]
     tiles = cdiv(pixels, tile.block_m)
     vectors = {
         "coefs_ptr": Vector("coefs", (3, channels), FP32),

@@ -22,12 +22,15 @@ from resnet_fused.models import (
     wide_resnet50_2,
     wide_resnet101_2,
 )
-from resnet_fused.modules import BasicBlock, Bottleneck, ResidualBlock
+from resnet_fused.models_v2 import resnet18_v2, resnet34_v2, resnet50_v2, resnet101_v2, resnet152_v2
+from resnet_fused.modules import BasicBlock, Bottleneck, PreActBlock, PreActBottleneck, ResidualBlock
 from resnet_fused.version import __version__
 
 __all__ = [
     "BasicBlock",
     "Bottleneck",
+    "PreActBlock",
+    "PreActBottleneck",
     "ResidualBlock",
     "__version__",
     "explain",
@@ -36,15 +39,20 @@ __all__ = [
     "implementation",
     "optimize_for_inference",
     "resnet18",
+    "resnet18_v2",
     "resnet20",
     "resnet32",
     "resnet34",
+    "resnet34_v2",
     "resnet44",
     "resnet50",
+    "resnet50_v2",
     "resnet56",
     "resnet101",
+    "resnet101_v2",
     "resnet110",
     "resnet152",
+    "resnet152_v2",
     "resnext50_32x4d",
     "resnext101_32x8d",
     "trace",

@@ -28,7 +28,18 @@ MEMORY = ("default", "recompute")
 _STATE = ("_conversion", "memory")
 _CLAIMED = (
     *(*_STATE, "original", "described", "why_eager", "why_unfusable", "is_stale", "eager_forward"),
-    *("forward_ahead", "_infer", "_repetition", "_run", "_resolve", "_layer", "_shortcut", "_unit", "_why_stale"),
+    *(
+        "forward_ahead",
+        "_infer",
+        "_launched",
+        "_repetition",
+        "_run",
+        "_resolve",
+        "_layer",
+        "_shortcut",
+        "_unit",
+        "_why_stale",
+    ),
 )
 
 

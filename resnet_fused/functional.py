@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resnet_fused.engine import chains, eligible, ops, reference
-from resnet_fused.engine.autograd import ChainSpec, ResidualFunction, UnitSpec, laid_out
+from resnet_fused.engine.autograd import ChainSpec, PreActFunction, PreActSpec, ResidualFunction, UnitSpec, laid_out
 from resnet_fused.engine.eligible import Layer, Unit, plain, process_group_name, why_foreign, why_unfit
 from resnet_fused.engine.forward import Choice, choose, choose_chain, settings, undecided
 from resnet_fused.engine.ops import channels_last
@@ -500,6 +500,88 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 _AUTOCAST = ("cuda", "cpu")
+
+
+class PreAct(NamedTuple):
+    """A pre-activation block that fits its input ``x``, which is channels_last.
+
+    Of each of ``units``, batch norm and activation stand in front of the convolution. ``projection``: behind those of
+    the first, the convolution that is the shortcut; None where that is ``x``. ``fixed``: see :func:`_is_fixed`.
+    """
+
+    x: Tensor
+    units: list[_Planned]
+    projection: _Planned | None
+    fixed: bool
+
+    def run(self) -> Tensor:
+        """``units(x) + shortcut``, raw, channels_last."""
+        return _infer_preact(self) if self.fixed else _train_preact(self)
+
+
+def resolve_preact(x: Tensor, layers: Sequence[Layer], projection: Layer | None, *, request: Request) -> PreAct | str:
+    """A pre-activation block on ``x``, which ``why_eager`` cleared, or why it runs eager.
+
+    Of ``layers``, each batch norm and activation stands in front of its convolution; those of the ``projection`` are
+    the first ones.
+    """
+    autocast = _autocast_dtype(x)
+    if autocast is not None and autocast != x.dtype:
+        return f"the input is {x.dtype} where autocast convolves in {autocast}"
+    x = plain(channels_last(x))
+    units: list[Unit] = []
+    for layer in [*layers] if projection is None else [*layers, projection]:
+        shape = tuple(x.shape) if not units or layer is projection else units[-1].out
+        unit = eligible.unit(x, shape, autocast, layer, norm_first=True)
+        if isinstance(unit, str):
+            return unit
+        units.append(unit)
+    branch = units[: len(layers)]
+    shortcut = tuple(x.shape) if projection is None else units[-1].out
+    if branch[-1].out != shortcut:
+        return f"the shortcut has shape {shortcut}, not the branch's {branch[-1].out}"
+    if (reason := _why_unlike(units)) is not None:
+        return reason
+    fixed = _is_fixed(units, x)
+    direction = "inference" if fixed else "training"
+    shapes = [tuple(x.shape), *(unit.out for unit in branch[:-1]), tuple(x.shape)]
+    planned = []
+    for shape, unit in zip(shapes, units, strict=False):
+        options = {"residual": unit is branch[-1]} if fixed else {"prologue": True}
+        planned.append(_Planned(unit, *_plan(shape, unit, x.dtype, request, direction, **options)))
+    if all(map(_is_eager, planned)):
+        return eligible.PLANNED
+    return PreAct(x, planned[: len(layers)], None if projection is None else planned[-1], fixed)
+
+
+def _train_preact(block: PreAct) -> Tensor:
+    projection = block.projection
+    spec = PreActSpec(tuple(map(_spec, block.units)), None if projection is None else projection.code)
+    tensors = [t for unit, *_ in block.units for t in unit[1:8]]
+    return PreActFunction.apply(spec, block.x, None if projection is None else projection.unit.w, *tensors)
+
+
+def _infer_preact(block: PreAct) -> Tensor:
+    """Batch norm and activation of x go into the convolutions that read it where these are 1x1, else in front of them.
+
+    (A filter wider than a pixel would compute them at each tap.) Those of all other units follow a convolution.
+    """
+    a, dtype = block.x, block.x.dtype
+    first = block.units[0].unit
+    act, none = first.layer.activation.code, (None, None, None, None, 0.0, IDENTITY.code)
+    vectors = first.gamma, first.beta, first.mean, first.var, None, None
+    stats: Tensor | None = ops.norm_forward(a, *vectors, first.eps, False, "")
+    if first.w.shape[2:] != (1, 1):
+        a, stats = ops.join_forward(a, stats, None, None, 1, 0, act, dtype), None
+    shortcut = block.x
+    if block.projection is not None:
+        w = laid_out(block.projection.unit.w, dtype)
+        shortcut = ops.preact_conv(a, stats, w, act, *none, None, block.projection.code)
+    for planned, (norm, *_) in zip(block.units, block.units[1:], strict=False):
+        own = norm.mean, norm.var, norm.gamma, norm.beta, norm.eps, norm.layer.activation.code
+        a, stats = ops.preact_conv(a, stats, laid_out(planned.unit.w, dtype), act, *own, None, planned.code), None
+    last = block.units[-1]
+    return ops.preact_conv(a, stats, laid_out(last.unit.w, dtype), act, *none, shortcut, last.code)
 
 
 def _check(x: Tensor, conv: nn.Conv2d, bn: nn.Module, residual: Tensor | PaddedIdentity | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple, cast
@@ -20,7 +21,10 @@ from resnet_fused.kernels.activation import IDENTITY, RELU, Activation
 
 
 class UnitNames(NamedTuple):
-    """A convolution and its batch norm, by the dotted names of the submodules, and the activation that follows."""
+    """A convolution and its batch norm, by the dotted names of the submodules, and the activation that follows.
+
+    In a pre-activation block, batch norm and activation stand in front of the convolution.
+    """
 
     conv: str
     norm: str
@@ -33,6 +37,8 @@ class BlockLayout(NamedTuple):
     The activation of the last unit stands behind the addition. ``shortcut``: a projection; the name of a
     :class:`PaddedShortcut`; or None for the identity. ``pool``: the name of a module in front of the projection.
     ``in_place``: the addition writes to the branch, and so keeps its dtype where autocast gives the shortcut another.
+    ``norm_first``: it is a pre-activation block, behind whose addition nothing stands. Its projection is a convolution,
+    of what its first unit's batch norm and activation make of x.
     """
 
     units: tuple[UnitNames, ...]
@@ -40,6 +46,7 @@ class BlockLayout(NamedTuple):
     pool: str | None = None
     residual: bool = True
     in_place: bool = False
+    norm_first: bool = False
 
     def all_units(self) -> tuple[UnitNames, ...]:
         """The units of the branch, and the projection if there is one."""
@@ -86,7 +93,8 @@ class FusedBlock(nn.Module):
     """A block that runs its :class:`BlockLayout` fused where it can, else ``eager_forward``.
 
     ``memory``: what training keeps for the backward. ``"default"``: the raw output of every convolution.
-    ``"recompute"``: the backward computes the last one, and the projection, again.
+    ``"recompute"``: the backward computes the last one, and the projection, again; a pre-activation block keeps neither
+    anyway.
     """
 
     layout: BlockLayout
@@ -119,11 +127,16 @@ class FusedBlock(nn.Module):
             return self.eager_forward(x)
         if repetition is not None:
             return cast(Tensor, repetition.run(partial(self._infer, x)))
+        return self._launched(found)
+
+    def _launched(self, found: functional.Chain | functional.PreAct) -> Tensor:
+        if isinstance(found, functional.PreAct):
+            return found.run()
         return functional.run(found, recompute=self.described()[1] == "recompute")
 
     def _infer(self, x: Tensor) -> Tensor:
         """:meth:`forward` without gradients, of an ``x`` that is not to run eager."""
-        return functional.run(cast(functional.Chain, self._resolve(x)))
+        return self._launched(cast(functional.Chain | functional.PreAct, self._resolve(x)))
 
     def _repetition(self, x: Tensor) -> Repetition | None:
         """The call on ``x``, if it may be one that was seen before: in evaluation, without gradients and onlookers."""
@@ -153,9 +166,11 @@ class FusedBlock(nn.Module):
         if isinstance(found, str):
             eligible.report_once(found)
             return functional.Ran(self.eager_forward(x))
+        if isinstance(found, functional.PreAct):
+            return functional.Ran(found.run())
         return functional.run_ahead(found, ahead, None if following is None else _first_layer(x, following))
 
-    def _resolve(self, x: Tensor) -> functional.Chain | str:
+    def _resolve(self, x: Tensor) -> functional.Chain | functional.PreAct | str:
         """The block on ``x`` with all that it reads, or why it runs eager."""
         request = requested(self)
         if (reason := eligible.why_not_here(x, request) or self.why_unfusable()) is not None:
@@ -165,8 +180,11 @@ class FusedBlock(nn.Module):
             layers = [self._layer(unit) for unit in layout.all_units()]
         except KeyError as name:
             return f"it has no submodule {name} any more"
-        if (reason := eligible.why_unsupported(x, layers)) is not None:
+        if (reason := eligible.why_unsupported(x, layers, norm_first=layout.norm_first)) is not None:
             return reason
+        if layout.norm_first:
+            branch, projection = layers[: len(layout.units)], None if layout.shortcut is None else layers[-1]
+            return functional.resolve_preact(x, branch, projection, request=request)
         x = channels_last(x)  # once, for the branch and the shortcut
         shortcut = self._shortcut(layout, x, layers[-1])
         return functional.resolve(x, layers[: len(layout.units)], shortcut, in_place=layout.in_place, request=request)
@@ -205,9 +223,12 @@ def _attributes(module: nn.Module) -> tuple[Any, ...]:
 def _first_layer(x: Tensor, block: nn.Module) -> eligible.Layer | None:
     """The layer that reads what ``block`` does, which lies as ``x``; None if it runs eager, or is not to be found."""
     assert isinstance(block, FusedBlock)
+    layout, _ = block.described()
     try:
-        layer = block._layer(block.described()[0].units[0])
+        layer = block._layer(layout.units[0])
     except KeyError:
+        return None
+    if layout.norm_first:
         return None
     known = not eligible.hooked(*layer[:2]) and eligible.why_unsupported(x, [layer]) is None
     return layer if known else None
@@ -366,6 +387,91 @@ class Bottleneck(_NumberedBlock):
         out = self.relu(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
         return self.relu(out + identity)
+
+
+class _PreActivation(FusedBlock):
+    """A block with submodules ``norm1, conv1, norm2, conv2 ...``, ``act`` and ``downsample``."""
+
+    depth: int
+    act: nn.Module
+    downsample: nn.Module | None
+
+    @property
+    def layout(self) -> BlockLayout:  # type: ignore[override]
+        made = _norm_first.__wrapped__ if torch.compiler.is_compiling() else _norm_first
+        activation = eligible.activation_of(self.act) or RELU  # why_unfusable tells of others
+        return made(self.depth, activation, self._modules.get("downsample") is not None)
+
+    def why_unfusable(self) -> str | None:
+        downsample = self.downsample
+        if downsample is not None and (type(downsample) is not nn.Sequential or [*downsample._modules] != ["conv"]):
+            return f"the shortcut is {type(downsample).__qualname__}, not nn.Sequential of a convolution named conv"
+        if eligible.activation_of(self.act) is None:
+            return f"the activation is {type(self.act).__qualname__}"
+        return super().why_unfusable()
+
+    def eager_forward(self, x: Tensor) -> Tensor:
+        out = self.act(self.get_submodule("norm1")(x))
+        shortcut = x if self.downsample is None else self.downsample(out)
+        out = self.get_submodule("conv1")(out)
+        for i in range(2, self.depth + 1):
+            out = self.get_submodule(f"conv{i}")(self.act(self.get_submodule(f"norm{i}")(out)))
+        return cast(Tensor, out + shortcut)
+
+
+@lru_cache(maxsize=64)
+def _norm_first(depth: int, activation: Activation, downsampled: bool) -> BlockLayout:
+    units = tuple([UnitNames(f"conv{i}", f"norm{i}", activation) for i in range(1, depth + 1)])
+    shortcut = UnitNames("downsample.conv", "norm1", activation) if downsampled else None
+    return BlockLayout(units, shortcut, norm_first=True)
+
+
+def _projection(channels: int, width: int, stride: int) -> nn.Module | None:
+    """A convolution where the shape changes, else None."""
+    if stride == 1 and channels == width:
+        return None
+    return nn.Sequential(OrderedDict(conv=nn.Conv2d(channels, width, 1, stride, bias=False)))
+
+
+class PreActBlock(_PreActivation):
+    """Two 3x3 convolutions, behind batch norm and ReLU each; timm's attribute names and state-dict keys.
+
+    ``x`` [N, in_channels, H, W] -> [N, out_channels, ceil(H/stride), ceil(W/stride)]. The shortcut is x, or a 1x1
+    convolution of the first activations where the shape changes. He et al. 2016 (arXiv:1603.05027), figure 4 (e).
+    """
+
+    depth = 2
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
+        super().__init__()
+        self.downsample = _projection(in_channels, out_channels, stride)
+        self.norm1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.act = nn.ReLU(inplace=True)
+
+
+class PreActBottleneck(_PreActivation):
+    """1x1, 3x3 and 1x1 convolution, behind batch norm and ReLU each, the stride on the 3x3; timm's names and keys.
+
+    ``x`` [N, in_channels, H, W] -> [N, out_channels, ceil(H/stride), ceil(W/stride)], with out_channels/4 in between.
+    The shortcut is as in :class:`PreActBlock`.
+    """
+
+    depth = 3
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
+        super().__init__()
+        width = out_channels // 4
+        self.downsample = _projection(in_channels, out_channels, stride)
+        self.norm1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, bias=False)
+        self.norm3 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
+        self.act = nn.ReLU(inplace=True)
 
 
 class ResidualBlock(_NumberedBlock):

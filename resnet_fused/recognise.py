@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import _disable_current_modes
 
+from resnet_fused import recognise_preact
 from resnet_fused.engine import eligible
 from resnet_fused.kernels.activation import IDENTITY, RELU
 from resnet_fused.modules import BlockLayout, FusedBlock, StemLayout, UnitNames, traced_forward
@@ -350,6 +351,8 @@ def _copied(t: Tensor | None) -> Tensor | None:
 
 
 def _match(module: nn.Module, graph: fx.Graph) -> BlockLayout:
+    if (found := recognise_preact.match(module, graph)) is not None:
+        return found
     *inner, output = [node for node in graph.nodes if node.op != "placeholder"]
     if any(len(node.users) != 1 for node in inner) or not isinstance(output.args[0], fx.Node):
         raise _NoBlock("its forward uses a value twice, drops one, or returns more than one tensor")
@@ -436,7 +439,8 @@ def _check_units(module: nn.Module, layout: BlockLayout) -> None:
     channels = []
     for unit in layout.all_units():
         conv, norm = module.get_submodule(unit.conv), module.get_submodule(unit.norm)
-        if (reason := eligible.why_unfusable(conv, norm)) is not None:
+        inside = layout.norm_first and eligible.activation_in(norm) == unit.activation
+        if (reason := eligible.why_unfusable(conv, norm, with_activation=inside)) is not None:
             raise _NoBlock(f"{unit.conv}: {reason}")
         channels.append((conv.in_channels, conv.out_channels))
     width = channels[len(layout.units) - 1][1]

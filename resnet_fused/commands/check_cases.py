@@ -690,18 +690,20 @@ def _check_coefs(layer: CheckLayer, _: str, draw: Draw) -> Comparison:
 
 
 def _check_backward(layer: CheckLayer, variant: str, draw: Draw) -> Comparison:
-    """The gradients of one or two convolutions' outputs from one g."""
+    """The gradients of one or two convolutions' outputs from one g; or of one, with an addend."""
     g, y, y2 = (draw.images(layer.output) for _ in range(3))
     coefs, coefs2 = draw.coefs(layer.co), draw.coefs(layer.co)
 
     def ours() -> Results:
-        if not variant:
-            return {"dy": batch_norm_backward(g, y, coefs)}
+        if variant != "two norms":
+            return {"dy": batch_norm_backward(g, y, coefs, addend=y2 if variant else None)}
         return _named("dy dy2", batch_norm_backward(g, y, coefs, second=(y2, coefs2)))
 
     def expected(t: torch.dtype, _: Results) -> Results:
-        results = {"dy": _gradient(g, y, coefs, t)}
-        return results | {"dy2": _gradient(g, y2, coefs2, t)} if variant else results
+        dy = _gradient(g, y, coefs, t)
+        if variant == "two norms":
+            return {"dy": dy, "dy2": _gradient(g, y2, coefs2, t)}
+        return {"dy": dy + y2.to(dy.dtype) if variant else dy}
 
     return Comparison(ours, expected, sums=0)
 
@@ -787,7 +789,7 @@ def cases(device_type: str) -> list[CheckCase]:
         ("batch_norm_pool", _check_norm_pool_backward, [("stem", "backward"), ("stem", "frozen backward")], False),
         ("batch_norm_reduce", _check_reduce, [("expand", variant) for variant in reduced], False),
         ("batch_norm_coefs", _check_coefs, norms, False),
-        ("batch_norm_backward", _check_backward, [("expand", ""), ("deep", "two norms")], False),
+        ("batch_norm_backward", _check_backward, [("expand", ""), ("expand", "addend"), ("deep", "two norms")], False),
     ]
     found = []
     for kernel, check, variants, multiplies in families:

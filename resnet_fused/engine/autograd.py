@@ -91,12 +91,7 @@ class ResidualFunction(torch.autograd.Function):
         keep = [True] * (branch - 1) + [spec.keep_last_y, spec.keep_projection_y]
         kept = [y if k else None for y, k in zip(ys, keep, strict=False)]
         biases = [unit[1] for unit in units]
-        # What eager PyTorch would read again in its backward may not change in place until then, read or not.
-        watched: list[Tensor | None] = [
-            w for w, a in zip(filters, weights, strict=True) if w is not a and w.dtype == a.dtype
-        ]
-        watched += [unit[2] for unit in units]
-        watched += [t for unit, norm in zip(units, spec.units, strict=True) if not norm.batch_stats for t in unit[4:6]]
+        watched = _watched(filters, weights, units, spec.units)
         last = spec.units[branch - 1].activation
         mask = z if last == RELU and not spec.pooled else None
         ctx.save_for_backward(x, shortcut, mask, *peaks, *weights, *biases, *kept, *stats, *watched)
@@ -107,11 +102,7 @@ class ResidualFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dz: Tensor) -> Any:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "fused residual blocks have first derivatives only, and create_graph=True asks for second ones: "
-                "run the forward under resnet_fused.implementation('eager')"
-            )
+        _require_first_derivative()
         spec, n = ctx.spec, len(ctx.spec.units)
         x, shortcut, z, peak, place, *saved = ctx.saved_tensors
         weights, biases, ys, stats = (saved[i * n : i * n + n] for i in range(4))  # the rest is watched alone
@@ -145,6 +136,120 @@ class ResidualFunction(torch.autograd.Function):
         gradients = [next(found) if need else None for need in needs]
         per_unit = [[*gradients[i : i + 4], None, None, None] for i in range(2, len(gradients), 4)]
         return None, *gradients[:2], *(gradient for unit in per_unit for gradient in unit)
+
+
+class PreActSpec(NamedTuple):
+    """What is constant about a pre-activation block.
+
+    ``units``: of each, batch norm and activation stand in front of its convolution. ``projection``: its convolution
+    (see :class:`UnitSpec`), or None for the identity.
+    """
+
+    units: tuple[UnitSpec, ...]
+    projection: tuple[int, ...] | None
+
+
+class PreActFunction(torch.autograd.Function):
+    """``units(x) + shortcut``, each unit batch norm, activation and convolution; the raw sum is the result.
+
+    ``apply(spec, x, projection, *tensors)``: ``x`` is channels_last; ``projection``: the filter through which the first
+    unit's activations are the shortcut, or None where that is x; ``tensors`` are TENSORS_PER_UNIT for each unit of
+    ``spec``, without biases. Saved for the backward are x, the raw outputs of all convolutions but the last, and
+    vectors: nothing that is to be recomputed for less memory. First derivatives only.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, spec: PreActSpec, x: Tensor, projection: Tensor | None, *tensors: Tensor | None) -> Tensor:
+        units = [tensors[i : i + TENSORS_PER_UNIT] for i in range(0, len(tensors), TENSORS_PER_UNIT)]
+        filters = [cast(Tensor, unit[0]) for unit in units] + ([] if projection is None else [projection])
+        weights = [laid_out(w, x.dtype) for w in filters]
+        (first, *others), ys = zip(spec.units, units, strict=True), [x]
+        stats = [ops.norm_forward(x, *first[1][2:], *_numbers(first[0]), first[0].group)]
+        for i, (unit, held) in enumerate(others):
+            y, s = ops.unit_forward(
+                *(ys[i], stats[i], weights[i], spec.units[i].activation.code, None, *held[2:], *_numbers(unit)),
+                *(spec.units[i].convolution, unit.group),
+            )
+            ys.append(y)
+            stats.append(s)
+        residual = x
+        if spec.projection is not None:
+            residual = _summand(x, stats[0], weights[-1], spec.units[0], None, spec.projection)
+        last, w = spec.units[-1], weights[len(units) - 1]
+        z = _summand(ys[-1], stats[-1], w, last, residual, last.convolution)
+        ctx.save_for_backward(*weights, *ys, *stats, *_watched(filters, weights, units, spec.units))
+        norms = [t.dtype for unit in units for t in unit[2:4] if t is not None]
+        ctx.spec, ctx.dtypes = spec, (filters[0].dtype, norms[0] if norms else x.dtype)
+        ctx.weight_strides = [step for w in filters for step in _gradient_stride(w)]
+        return z
+
+    @staticmethod
+    def backward(ctx: Any, dz: Tensor) -> Any:
+        _require_first_derivative()
+        units, projection = ctx.spec
+        n, saved = len(units), ctx.saved_tensors
+        filters = n if projection is None else n + 1
+        each = [3 + i * TENSORS_PER_UNIT for i in range(n)]  # where the tensors of the units begin
+        wanted = [1, *(i + j for i in each for j in (0, 2, 3)), *([] if projection is None else [2])]
+        found = iter(
+            ops.preact_backward(
+                dz,
+                list(saved[:filters]),
+                list(saved[filters : filters + n]),
+                list(saved[filters + n : filters + 2 * n]),
+                [number for unit in units for number in unit.convolution] + [*(projection or ())],
+                ctx.weight_strides,
+                [not unit.batch_stats for unit in units],
+                [unit.group for unit in units],
+                [unit.activation.code for unit in units],
+                [ctx.needs_input_grad[i] for i in wanted],
+                *ctx.dtypes,
+            )
+        )
+        gradients: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        for i in wanted:
+            if ctx.needs_input_grad[i]:
+                gradients[i] = next(found)
+        return tuple(gradients)
+
+
+def _numbers(unit: UnitSpec) -> tuple[float | None, float, bool]:
+    return unit.momentum, unit.eps, unit.batch_stats
+
+
+def _summand(
+    x: Tensor,
+    stats: Tensor,
+    w: Tensor,
+    front: UnitSpec,
+    residual: Tensor | None,
+    convolution: tuple[int, ...],
+) -> Tensor:
+    """The convolution of what ``stats`` and the activation of ``front`` make of ``x``, plus the ``residual``."""
+    nothing = None, None, None, None, 0.0, IDENTITY.code
+    return cast(Tensor, ops.preact_conv(x, stats, w, front.activation.code, *nothing, residual, convolution))
+
+
+def _watched(
+    filters: list[Tensor],
+    weights: list[Tensor],
+    units: list[tuple[Tensor | None, ...]],
+    specs: tuple[UnitSpec, ...],
+) -> list[Tensor | None]:
+    """What eager PyTorch would read again in its backward may not change in place until then, read or not."""
+    watched: list[Tensor | None] = [
+        w for w, a in zip(filters, weights, strict=True) if w is not a and w.dtype == a.dtype
+    ]
+    watched += [unit[2] for unit in units]
+    return watched + [t for unit, norm in zip(units, specs, strict=True) if not norm.batch_stats for t in unit[4:6]]
+
+
+def _require_first_derivative() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "fused residual blocks have first derivatives only, and create_graph=True asks for second ones: "
+            "run the forward under resnet_fused.implementation('eager')"
+        )
 
 
 def _joined(

@@ -66,6 +66,8 @@ class UnitBackward:
     ``w`` is channels_last; ``w_stride``: the strides that its gradient is to have. ``y`` is None if it was not kept.
     ``frozen``: its statistics are constants. ``group``: see :func:`unit_forward`. ``activation``: what stands behind
     it; of the last unit of a branch, behind the addition.
+
+    In a pre-activation block batch norm and activation stand in front of the convolution, and ``y`` is what they read.
     """
 
     conv: Convolution
@@ -229,6 +231,49 @@ def _pool_backward(unit: UnitBackward, dz: Tensor, peaks: Peaks, wanted: Wanted)
     return Incoming(batch_norm_pool_backward(dz, peaks.place, unit.y, unit.stats, coefs, frozen=unit.frozen))
 
 
+def preact_backward(
+    dz: Tensor,
+    units: Sequence[UnitBackward],
+    projection: UnitBackward | None,
+    wanted: Wanted,
+) -> Tensor | None:
+    """The gradient of the input of a pre-activation block, if it is wanted; those of the parameters go to each unit.
+
+    The ``projection`` has batch norm and activation of the first unit, and notes the gradient of its filter alone.
+    """
+    first, addend = units[0], None
+    if projection is not None:
+        behind = wanted.x or first.needs.gamma or first.needs.beta
+        compact = projection.subsamples
+        before = Before(first.stats, first.activation)
+        da, _ = _conv_backward(
+            projection, Incoming(dz), _kept(first), before, behind, wanted, compact=compact, in_front=False
+        )
+        addend = None if da is None else Residual(da, projection.conv.geometry.stride[0] if compact else 1)
+    dy = Incoming(dz)
+    for i in reversed(range(len(units))):
+        unit, y = units[i], _kept(units[i])
+        below = wanted.x or any(any(below.needs) for below in units[:i]) or unit.needs.gamma or unit.needs.beta
+        before = Before(unit.stats, unit.activation)
+        g, sums = _conv_backward(unit, dy, y, before, below, wanted, addend=addend if i == 0 else None)
+        if g is None or sums is None:
+            return None
+        coefs = _norm_backward(unit, sums[0], sums[1], wanted)
+        if i == 0:
+            shortcut = dz if projection is None else None
+            return batch_norm_backward(g, unit.y_of_dy, coefs, out=g, addend=shortcut) if wanted.x else None
+        if units[i - 1].in_prologue:
+            dy = Incoming(g, unit.y_of_dy, coefs)
+        else:
+            dy = Incoming(batch_norm_backward(g, unit.y_of_dy, coefs, out=g))
+    raise AssertionError("a block has units")
+
+
+def _kept(unit: UnitBackward) -> Tensor:
+    assert unit.y is not None
+    return unit.y
+
+
 def _input(units: Sequence[UnitBackward], i: int, x: Tensor) -> tuple[Tensor, Before | None]:
     """What unit ``i`` reads, and what stands in front of its convolution, if that is raw."""
     if i == 0:
@@ -283,13 +328,15 @@ def _conv_backward(
     *,
     addend: Residual | None = None,
     compact: bool = False,
+    in_front: bool = True,
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradient of a unit's input, and its sums for the batch norm of the unit before if ``source`` is raw.
 
     Notes the gradient of the filter. ``compact``: leave out the pixels of the input that the convolution never reads.
+    ``in_front``: of ``before``; else the gradient is that behind it, without sums.
     """
     if not unit.conv.fused:
-        return _library_backward(unit, dy.g, source, before, needs_input, wanted, addend)
+        return _library_backward(unit, dy.g, source, before, needs_input, wanted, addend, in_front)
     geometry, rounded = unit.conv.geometry, tf32(source.dtype)
     stats, act = before or (None, IDENTITY)
     if unit.needs.w:
@@ -319,7 +366,7 @@ def _conv_backward(
     h, w = dy.g.shape[2:] if compact else source.shape[2:]
     if compact:
         geometry = geometry._replace(stride=(1, 1))
-    mask = None if stats is None else (source, stats)
+    mask = (source, stats) if in_front and stats is not None else None
     return conv_dgrad(
         dy.g,
         unit.w,
@@ -343,6 +390,7 @@ def _library_backward(
     needs_input: bool,
     wanted: Wanted,
     addend: Residual | None,
+    in_front: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """:func:`_conv_backward` by PyTorch's convolution: it reads a materialised input and writes a plain gradient."""
     if not needs_input and not unit.needs.w:
@@ -369,10 +417,10 @@ def _library_backward(
     if not needs_input:
         return None, None
     dx = dx.contiguous(memory_format=torch.channels_last)
-    if before is not None:
-        return batch_norm_reduce(dx, source, before.stats, activation=before.activation, out=dx)
     if addend is not None:
         _add(dx, addend)
+    if before is not None and in_front:
+        return batch_norm_reduce(dx, source, before.stats, activation=before.activation, out=dx)
     return dx, None
 
 

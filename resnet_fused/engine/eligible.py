@@ -41,7 +41,10 @@ TRACED = "torch.fx traces it"
 COMPILED = "a compiler sees its own forward"
 
 
-_EXPECTED = (FORCED, NO_GPU, TRACED, COMPILED)
+PLANNED = "each of its units is planned to run eager"
+
+
+_EXPECTED = (FORCED, NO_GPU, TRACED, COMPILED, PLANNED)
 
 
 def why_not_here(x: Tensor, request: Request | None = None) -> str | None:
@@ -205,12 +208,19 @@ PLAIN = (Tensor, torch.nn.Parameter)
 """The types of tensors that have no operators of their own."""
 
 
-def unit(x: Tensor, shape: tuple[int, ...], autocast: torch.dtype | None, layer: Layer) -> Unit | str:
-    """``layer`` on an input of ``shape`` [N, CI, H, W] that lies where ``x`` does, or why it runs eager."""
+def unit(
+    x: Tensor, shape: tuple[int, ...], autocast: torch.dtype | None, layer: Layer, *, norm_first: bool = False
+) -> Unit | str:
+    """``layer`` on an input of ``shape`` [N, CI, H, W] that lies where ``x`` does, or why it runs eager.
+
+    ``norm_first``: batch norm and activation stand in front of the convolution, which has no bias then.
+    """
     conv, bn, _ = layer
     w, bias = _held(conv, conv._parameters, "weight", "bias")
     if not isinstance(w, Tensor):
         return "the convolution has no filter"
+    if norm_first and bias is not None:
+        return "a convolution behind its batch norm has a bias"
     gamma, beta = _held(bn, bn._parameters, "weight", "bias")
     mean, var, batches = _held(bn, bn._buffers, "running_mean", "running_var", "num_batches_tracked")
     if (reason := why_foreign(w, x)) is not None:
@@ -221,8 +231,9 @@ def unit(x: Tensor, shape: tuple[int, ...], autocast: torch.dtype | None, layer:
     if isinstance(place, str):
         return place
     numbers, out = place
+    normalised = shape if norm_first else out
     dtype = x.dtype if autocast is None else autocast
-    vectors = _vectors(x.device, out[1], w.dtype, dtype, bias, gamma, beta, mean, var)
+    vectors = _vectors(x.device, normalised[1], w.dtype, dtype, bias, gamma, beta, mean, var)
     if isinstance(vectors, str):
         return vectors
     if (mean is None) != (var is None):
@@ -235,7 +246,7 @@ def unit(x: Tensor, shape: tuple[int, ...], autocast: torch.dtype | None, layer:
     if batch_stats:
         if mean is not vectors[3] or var is not vectors[4]:
             return "the running statistics are views with gaps"
-        if (reason := _why_statistics(out, bn, batches, x.device)) is not None:
+        if (reason := _why_statistics(normalised, bn, batches, x.device)) is not None:
             return reason
     if mean is not None and var is not None and (mean.requires_grad or var.requires_grad):
         return "the running statistics require a gradient"
@@ -359,7 +370,7 @@ def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, (int, float, Tensor)) else None
 
 
-def _why_statistics(out: Out, bn: nn.Module, batches: Tensor | None, device: torch.device) -> str | None:
+def _why_statistics(out: tuple[int, ...], bn: nn.Module, batches: Tensor | None, device: torch.device) -> str | None:
     """Why batch norm cannot take its statistics from a batch of shape ``out``, or None."""
     n, _, p, q = out
     if n == 0:
@@ -447,23 +458,37 @@ def why_eager(x: Tensor, units: Iterable[Sequence[Any]], request: Request | None
     return why_unsupported(x, units)
 
 
-def why_unsupported(x: Tensor, units: Iterable[Sequence[Any]]) -> str | None:
-    """:func:`why_eager`, apart from what is asked for, where the tensor ``x`` lies, and hooks."""
+def why_unsupported(x: Tensor, units: Iterable[Sequence[Any]], *, norm_first: bool = False) -> str | None:
+    """:func:`why_eager`, apart from what is asked for, where the tensor ``x`` lies, and hooks.
+
+    ``norm_first``: each activation may be part of its batch norm.
+    """
     if x.dtype not in FLOATS:
         return f"the input is {x.dtype}: the kernels take float32, float16 and bfloat16"
     if x.dim() != 4 or x.layout != torch.strided:
         return f"the input is {x.dim()}-dimensional, {x.layout}: the kernels take 4-dimensional, strided tensors"
     if type(x) not in PLAIN and (reason := _why_subclass(x)) is not None:
         return reason
-    for conv, bn, *_ in units:
-        if (reason := _why_kind(conv, bn)) is not None:
+    for conv, bn, *activation in units:
+        inside = norm_first and activation_in(bn) in activation
+        if (reason := _why_kind(conv, bn, with_activation=inside)) is not None:
             return reason
     return None
 
 
-def why_unfusable(conv: nn.Module, bn: nn.Module) -> str | None:
-    """Why the modules of a unit rule the kernels out whatever their input (types, padding ...), or None."""
-    if (reason := _why_kind(conv, bn)) is not None:
+def activation_in(bn: nn.Module) -> Activation | None:
+    """The activation that is a part of ``bn``, which is one of timm's; None if it has none, or the kernels have not."""
+    if _named(bn) != "timm.layers.norm_act.BatchNormAct2d" or type(bn.drop) is not nn.Identity:
+        return None
+    return activation_of(cast(nn.Module, bn.act))
+
+
+def why_unfusable(conv: nn.Module, bn: nn.Module, *, with_activation: bool = False) -> str | None:
+    """Why the modules of a unit rule the kernels out whatever their input (types, padding ...), or None.
+
+    ``with_activation``: that of batch norm is taken care of.
+    """
+    if (reason := _why_kind(conv, bn, with_activation)) is not None:
         return reason
     weight = getattr(conv, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 4:
@@ -475,10 +500,10 @@ def why_unfusable(conv: nn.Module, bn: nn.Module) -> str | None:
     return _why_large(*weight.shape[2:])
 
 
-def _why_kind(conv: nn.Module, bn: nn.Module) -> str | None:
+def _why_kind(conv: nn.Module, bn: nn.Module, with_activation: bool = False) -> str | None:
     if type(conv) is not nn.Conv2d:
         return f"the convolution is {_named(conv)}, not torch.nn.Conv2d itself"
-    if type(bn) is not nn.BatchNorm2d and type(bn) is not nn.SyncBatchNorm:
+    if type(bn) is not nn.BatchNorm2d and type(bn) is not nn.SyncBatchNorm and not with_activation:
         return f"the normalisation is {_named(bn)}, not torch.nn.BatchNorm2d or SyncBatchNorm itself"
     if conv.padding_mode != "zeros":
         return f"the convolution has padding_mode={conv.padding_mode!r}"

@@ -208,13 +208,18 @@ def inference(
     conv: Convolution,
     activation: Activation,
     out_dtype: torch.dtype,
+    before: Before | None = None,
 ) -> Tensor:
-    """``act(norm(conv(x)) + residual)``: one launch if fused, else PyTorch's convolution and one launch behind it."""
+    """``act(norm(conv(x)) + residual)``: one launch if fused, else PyTorch's convolution and one launch behind it.
+
+    ``before``: what stands between ``x`` and the convolution.
+    """
     if conv.fused:
         return conv_forward(
             x,
             w,
             geometry=conv.geometry,
+            prologue=_prologue(before),
             bias=bias,
             norm=norm,
             residual=residual,
@@ -223,7 +228,7 @@ def inference(
             out_dtype=out_dtype,
             config=conv.tiles.forward,
         )
-    y = convolve(x, None, w, bias, conv)
+    y = convolve(x, before, w, bias, conv)
     return batch_norm_apply(y, norm, residual=residual, activation=activation, out_dtype=out_dtype)
 
 
@@ -318,10 +323,8 @@ def unit_forward(
     ``before``: the input is the raw output of the unit before, behind which this stands. ``group``: the process group
     that shares the statistics of the batch, or "".
     """
-    if not batch_stats:
-        y = convolve(x, before, w, bias, conv)
-        return y, batch_norm_stats(None, gamma, beta, eps, running_mean=running.mean, running_var=running.var)
-    if conv.fused:
+    moments: Moments | None = None
+    if batch_stats and conv.fused:
         y, moments = conv_forward_moments(
             x,
             w,
@@ -333,9 +336,29 @@ def unit_forward(
         )
     else:
         y = convolve(x, before, w, bias, conv)
-        moments = channel_moments(y)
-    stats = batch_norm_stats(
-        _gather(moments, group) if group else moments,
+        moments = channel_moments(y) if batch_stats else None
+    return y, _stats(moments, gamma, beta, running, eps, group)
+
+
+def norm_forward(
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    running: Running,
+    eps: float,
+    batch_stats: bool,
+    group: str,
+) -> Tensor:
+    """What batch norm does to ``x`` (stats [5, C]), in front of a convolution. ``group``: see :func:`unit_forward`."""
+    return _stats(channel_moments(x) if batch_stats else None, gamma, beta, running, eps, group)
+
+
+def _stats(
+    moments: Moments | None, gamma: Tensor | None, beta: Tensor | None, running: Running, eps: float, group: str
+) -> Tensor:
+    """Of the batch with these ``moments``; without them, of the running statistics, which stay."""
+    return batch_norm_stats(
+        _gather(moments, group) if group and moments is not None else moments,
         gamma,
         beta,
         eps,
@@ -344,15 +367,21 @@ def unit_forward(
         batches=running.batches,
         momentum=running.momentum,
     )
-    return y, stats
 
 
 def _prologue(before: Before | None) -> Prologue | None:
     return None if before is None else Prologue(before.stats[2], before.stats[3], before.activation)
 
 
-def convolve(x: Tensor, before: Before | None, w: Tensor, bias: Tensor | None, conv: Convolution) -> Tensor:
-    """The convolution of ``x``, or of what ``before`` makes of it."""
+def convolve(
+    x: Tensor,
+    before: Before | None,
+    w: Tensor,
+    bias: Tensor | None,
+    conv: Convolution,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """The convolution of ``x``, or of what ``before`` makes of it; plus a ``residual`` of its shape."""
     if conv.fused:
         return conv_forward(
             x,
@@ -360,6 +389,7 @@ def convolve(x: Tensor, before: Before | None, w: Tensor, bias: Tensor | None, c
             geometry=conv.geometry,
             prologue=_prologue(before),
             bias=bias,
+            residual=None if residual is None else Residual(residual),
             tf32=decide.tf32(x.dtype),
             config=conv.tiles.forward,
         )
@@ -368,7 +398,8 @@ def convolve(x: Tensor, before: Before | None, w: Tensor, bias: Tensor | None, c
     bias = None if bias is None else bias.to(x.dtype)
     stride, padding, dilation, groups = conv.geometry
     y = torch.convolution(x, w, bias, stride, padding, dilation, False, (0, 0), groups)
-    return y.contiguous(memory_format=torch.channels_last)
+    y = y.contiguous(memory_format=torch.channels_last)
+    return y if residual is None else y.add_(residual)
 
 
 def _gather(moments: Moments, group: str) -> Moments:

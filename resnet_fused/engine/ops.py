@@ -40,6 +40,19 @@ _library.define(
     "join_forward(Tensor y, Tensor stats, Tensor? residual, Tensor? residual_stats, int step, int before, "
     "str activation, ScalarType out_dtype) -> Tensor"
 )
+_library.define(
+    "norm_forward(Tensor x, Tensor? gamma, Tensor? beta, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+    "Tensor(c!)? batches, float? momentum, float eps, bool batch_stats, str group) -> Tensor"
+)
+_library.define(
+    "preact_conv(Tensor x, Tensor? x_stats, Tensor w, str before, Tensor? mean, Tensor? var, Tensor? gamma, "
+    "Tensor? beta, float eps, str activation, Tensor? residual, int[] convolution) -> Tensor"
+)
+_library.define(
+    "preact_backward(Tensor dz, Tensor[] weights, Tensor[] ys, Tensor[] stats, int[] convolutions, "
+    "int[] weight_strides, bool[] frozen, str[] groups, str[] activations, bool[] needs, ScalarType weight_dtype, "
+    "ScalarType norm_dtype) -> Tensor[]"
+)
 _library.define("pool_forward(Tensor y, Tensor stats) -> (Tensor, Tensor, Tensor)")
 _library.define(
     "residual_backward(Tensor dz, Tensor? z, Tensor x, Tensor? shortcut, Tensor? peak, Tensor? place, "
@@ -177,6 +190,60 @@ def _unit_forward_fake(x: Tensor, x_stats: Tensor | None, w: Tensor, *arguments:
     return y, x.new_empty(5, w.shape[0], dtype=torch.float32)
 
 
+def _norm_forward(
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    batches: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    batch_stats: bool,
+    group: str,
+) -> Tensor:
+    running = forward.Running(running_mean, running_var, batches, momentum)
+    with torch.cuda.device_of(x):
+        return forward.norm_forward(x, gamma, beta, running, eps, batch_stats, group)
+
+
+def _norm_forward_fake(x: Tensor, *arguments: Any) -> Tensor:
+    if dry_target() is not None:
+        return _norm_forward(x, *arguments)
+    return x.new_empty(5, x.shape[1], dtype=torch.float32)
+
+
+def _preact_conv(
+    x: Tensor,
+    x_stats: Tensor | None,
+    w: Tensor,
+    before: str,
+    mean: Tensor | None,
+    var: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    activation: str,
+    residual: Tensor | None,
+    convolution: list[int],
+) -> Tensor:
+    raw = None if x_stats is None else forward.Before(x_stats, decode(before))
+    direction = "inference" if raw is None or mean is not None else "training"
+    conv = forward.decided(convolution, x, w, direction, prologue=direction == "training")
+    with torch.cuda.device_of(x):
+        if mean is None or var is None:
+            return forward.convolve(x, raw, w, None, conv, residual)
+        norm = Norm(mean, var, gamma, beta, eps)
+        return forward.inference(x, w, None, norm, None, conv, decode(activation), x.dtype, raw)
+
+
+def _preact_conv_fake(x: Tensor, x_stats: Tensor | None, w: Tensor, *arguments: Any) -> Tensor:
+    if dry_target() is not None:
+        return _preact_conv(x, x_stats, w, *arguments)
+    shape = _output_shape(x, w, arguments[8])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
 def _join_forward(
     y: Tensor,
     stats: Tensor,
@@ -269,6 +336,52 @@ def _residual_backward(
     return [gradient for gradient, need in zip(found, needs, strict=True) if need and gradient is not None]
 
 
+def _preact_backward(
+    dz: Tensor,
+    weights: list[Tensor],
+    ys: list[Tensor],
+    stats: list[Tensor],
+    convolutions: list[int],
+    weight_strides: list[int],
+    frozen: list[bool],
+    groups: list[str],
+    activations: list[str],
+    needs: list[bool],
+    weight_dtype: torch.dtype,
+    norm_dtype: torch.dtype,
+) -> list[Tensor]:
+    dz, weights, ys = _restored(dz), [_restored(w) for w in weights], [_restored(y) for y in ys]
+    units = []
+    for i, w in enumerate(weights):
+        at = i % len(ys)  # behind the branch's, the projection reads what the first does
+        code = convolutions[forward.CODE_LENGTH * i : forward.CODE_LENGTH * (i + 1)]
+        conv = forward.decided(code, ys[at], w, "training", prologue=True)
+        gamma, beta = needs[2 + 3 * at : 4 + 3 * at]
+        units.append(
+            backward.UnitBackward(
+                *(
+                    conv,
+                    w,
+                    tuple(weight_strides[4 * i : 4 * i + 4]),
+                    None,
+                    ys[at],
+                    stats[at].resolve_neg().contiguous(),
+                ),
+                *(frozen[at], groups[at], backward.Needs(needs[1 + 3 * i], False, gamma, beta)),
+                decode(activations[at]),
+            )
+        )
+    branch, projection = units[: len(ys)], units[-1] if len(units) > len(ys) else None
+    with torch.cuda.device_of(dz):
+        dx = backward.preact_backward(
+            dz, branch, projection, backward.Wanted(needs[0], False, weight_dtype, norm_dtype)
+        )
+    found = [dx]
+    for unit in units:
+        found += [unit.gradients.w, unit.gradients.gamma, unit.gradients.beta]
+    return [gradient for gradient, need in zip(found, needs, strict=False) if need and gradient is not None]
+
+
 T = TypeVar("T", Tensor, Tensor | None)
 
 
@@ -293,20 +406,15 @@ def _residual_backward_fake(dz: Tensor, z: Tensor | None, x: Tensor, shortcut: T
     return [t for t, need in zip(found, needs, strict=True) if need and t is not None]
 
 
-def _residual_backward_batched(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[list[Tensor], list[int]]:
-    """The rule of ``torch.vmap``, for several gradients of one output at once: one by one."""
-    each = [
-        [_selected(value, dims, i) for value, dims in zip(arguments, in_dims, strict=True)]
-        for i in range(info.batch_size)
-    ]
-    stacked = _one_by_one(each)
-    return stacked, [0] * len(stacked)
-
-
-def _one_by_one(each: list[list[Any]]) -> list[Tensor]:
-    """The results of every call, stacked."""
-    results = [residual_backward(*arguments) for arguments in each]
-    return [torch.stack(gradients) for gradients in zip(*results, strict=True)]
+def _preact_backward_fake(dz: Tensor, weights: list[Tensor], ys: list[Tensor], *arguments: Any) -> Any:
+    if dry_target() is not None:
+        return _preact_backward(dz, weights, ys, *arguments)
+    strides, needs, weight_dtype, norm_dtype = arguments[2], *arguments[6:9]
+    found = [torch.empty_like(ys[0], memory_format=torch.channels_last)]
+    for i, w in enumerate(weights):
+        found.append(torch.empty_strided(w.shape, strides[4 * i : 4 * i + 4], dtype=weight_dtype, device=w.device))
+        found += [w.new_empty(ys[i % len(ys)].shape[1], dtype=norm_dtype) for _ in range(2)]
+    return [t for t, need in zip(found, needs, strict=False) if need]
 
 
 def _selected(value: Any, dims: Any, i: int) -> Any:
@@ -343,23 +451,51 @@ chain = _register("chain", _chain, _chain_fake)
 unit_forward = _register("unit_forward", _unit_forward, _unit_forward_fake, repeated=True)
 pool_forward = _register("pool_forward", _pool_forward, _pool_forward_fake)
 join_forward = _register("join_forward", _join_forward, _join_forward_fake)
-_call_residual_backward = _register("residual_backward", _residual_backward, _residual_backward_fake, repeated=True)
-torch.library.register_vmap("resnet_fused::residual_backward", _residual_backward_batched, lib=_library)
+norm_forward = _register("norm_forward", _norm_forward, _norm_forward_fake)
+preact_conv = _register("preact_conv", _preact_conv, _preact_conv_fake)
 
 
-def residual_backward(dz: Tensor, *arguments: Any) -> list[Tensor]:
-    """The operator; for a ``dz`` that is several gradients at once, which ``is_grads_batched`` makes, one by one.
+def _batchable(name: str, call: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
+    """``call``, which calls the operator; for a gradient that is several at once, which ``is_grads_batched`` makes,
+    one by one.
 
-    PyTorch batches those by an older vmap, for which an operator cannot have a rule.
+    PyTorch batches those by an older vmap, for which an operator cannot have a rule; for ``torch.vmap`` it has.
     """
-    functorch = torch._C._functorch
-    if torch.compiler.is_compiling() or not (functorch.is_legacy_batchedtensor(dz) or functorch.is_batchedtensor(dz)):
-        return cast(list[Tensor], _call_residual_backward(dz, *arguments))
-    if functorch.is_batchedtensor(dz):
-        return cast(list[Tensor], torch.ops.resnet_fused.residual_backward(dz, *arguments))
-    level = max(torch._C._vmapmode_increment_nesting() - 1, 1)  # autograd's own threads are at no level
-    torch._C._vmapmode_decrement_nesting()
-    each = torch._remove_batch_dim(dz, level, 0, 0).unbind()
-    if functorch.is_legacy_batchedtensor(each[0]):
-        raise NotImplementedError("fused residual blocks take batched gradients at one level, not nested ones")
-    return [torch._add_batch_dim(gradients, 0, level) for gradients in _one_by_one([[g, *arguments] for g in each])]
+
+    def one_by_one(each: list[list[Any]]) -> list[Tensor]:
+        results = [backward(*arguments) for arguments in each]
+        return [torch.stack(gradients) for gradients in zip(*results, strict=True)]
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[list[Tensor], list[int]]:
+        each = [
+            [_selected(value, dims, i) for value, dims in zip(arguments, in_dims, strict=True)]
+            for i in range(info.batch_size)
+        ]
+        stacked = one_by_one(each)
+        return stacked, [0] * len(stacked)
+
+    torch.library.register_vmap(f"resnet_fused::{name}", rule, lib=_library)
+
+    def backward(dz: Tensor, *arguments: Any) -> list[Tensor]:
+        functorch = torch._C._functorch
+        batched, legacy = functorch.is_batchedtensor, functorch.is_legacy_batchedtensor
+        if torch.compiler.is_compiling() or not (legacy(dz) or batched(dz)):
+            return call(dz, *arguments)
+        if batched(dz):
+            return cast(list[Tensor], getattr(torch.ops.resnet_fused, name)(dz, *arguments))
+        level = max(torch._C._vmapmode_increment_nesting() - 1, 1)  # autograd's own threads are at no level
+        torch._C._vmapmode_decrement_nesting()
+        each = torch._remove_batch_dim(dz, level, 0, 0).unbind()
+        if legacy(each[0]):
+            raise NotImplementedError("fused residual blocks take batched gradients at one level, not nested ones")
+        return [torch._add_batch_dim(gradients, 0, level) for gradients in one_by_one([[g, *arguments] for g in each])]
+
+    return backward
+
+
+residual_backward = _batchable(
+    "residual_backward", _register("residual_backward", _residual_backward, _residual_backward_fake, repeated=True)
+)
+preact_backward = _batchable(
+    "preact_backward", _register("preact_backward", _preact_backward, _preact_backward_fake, repeated=True)
+)

@@ -143,6 +143,10 @@ def _launched(arch: int) -> Iterator[Kernel]:
             yield from _calls(arch, name, TRAINED[2:3], training=True)
     for activation in ACTIVATIONS:
         yield from _activated(arch, activation)
+    with torch.device("meta"):
+        blocks = [resnet_fused.PreActBottleneck(256, 256), resnet_fused.PreActBottleneck(256, 512, 2)]
+        yield from _of_blocks(arch, blocks, 256)
+        yield from _of_blocks(arch, [resnet_fused.PreActBlock(64, 64), resnet_fused.PreActBlock(64, 128, 2)], 64)
     draw = random.Random(arch)
     for _ in range(DRAWN):
         yield from _drawn(arch, draw)
@@ -273,16 +277,22 @@ def chain_call(chain: Chain, tile: TileConfig) -> Call:
 
 
 def _activated(arch: int, activation: nn.Module) -> Iterator[Kernel]:
-    """Of two bottlenecks, one with a projection, in inference and in a training step, on every road."""
-    calls: list[Call] = []
-    options: dict[str, Any] = {"dtype": torch.bfloat16, "device": "meta"}
+    """Of two bottlenecks, one with a projection."""
     with torch.device("meta"):
         projection = nn.Sequential(nn.Conv2d(256, 512, 1, 2, bias=False), nn.BatchNorm2d(512))
         blocks = resnet_fused.Bottleneck(256, 64), resnet_fused.Bottleneck(256, 128, 2, projection)
-    for block, road, training in product(blocks, ("triton", "mixed"), (False, True)):
+    for block in blocks:
         block.relu = activation
+    return _of_blocks(arch, blocks, 256)
+
+
+def _of_blocks(arch: int, blocks: Iterable[nn.Module], channels: int) -> Iterator[Kernel]:
+    """Of blocks on an input of so many channels, in inference and in a training step, on every road."""
+    calls: list[Call] = []
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "device": "meta"}
+    for block, road, training in product(blocks, ("triton", "mixed"), (False, True)):
         block.train(training).to(torch.bfloat16, memory_format=torch.channels_last)
-        x = torch.empty(32, 256, 56, 56, **options, requires_grad=training)
+        x = torch.empty(32, channels, 56, 56, **options, requires_grad=training)
         with resnet_fused.implementation(road), dry_run(arch), observe(calls.append), torch.set_grad_enabled(training):
             z = block(x)
             if training:

@@ -389,6 +389,9 @@ def test_backward(channels, config, dtype):
     rule(both[1], y2, coefs2)
     only_g = torch.stack([coefs[0], torch.zeros_like(coefs[0]), torch.zeros_like(coefs[0])])
     rule(batch_norm_backward(g, None, coefs, config=config), y, only_g)
+    added = reference.batch_norm_gradient(g.float(), y.float(), coefs) + y2.float()
+    exact = reference.batch_norm_gradient(g.double(), y.double(), coefs.double()) + y2.double()
+    assert_within_rule(batch_norm_backward(g, y, coefs, addend=y2, config=config), added.to(dtype), exact)
     in_place = g.clone(memory_format=torch.channels_last)
     assert batch_norm_backward(in_place, y, coefs, out=in_place, config=config) is in_place
     assert torch.equal(in_place, dy)
@@ -425,7 +428,12 @@ def test_errors_name_the_argument():
             batch_norm_reduce(y, y, stats, z=y, **arguments)
     with pytest.raises(ValueError, match=r"residual must have shape \(2, 20, 5, 3\)"):
         batch_norm_reduce(y, y, stats, activation=RELU, residual=Residual(other))
-    for arguments in (dict(y=other), dict(y=y, out=other), dict(y=y, second=(other, random_coefs(20)))):
+    for arguments in (
+        dict(y=other),
+        dict(y=y, out=other),
+        dict(y=y, addend=other),
+        dict(y=y, second=(other, random_coefs(20))),
+    ):
         with pytest.raises(ValueError, match="must have the shape of g"):
             batch_norm_backward(y, coefs=random_coefs(20), **arguments)
     with pytest.raises(ValueError, match="out must be pixel-linear"):

@@ -1,0 +1,441 @@
+"""Pre-activation blocks: training, inference, recognition and costs; and the networks that are made of them."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+
+import pytest
+import timm
+import torch
+from timm.layers import BatchNormAct2d, create_conv2d
+from timm.models.resnetv2 import DownsampleConv, PreActBasic
+from timm.models.resnetv2 import PreActBottleneck as TheirBottleneck
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import resnet_fused
+from resnet_fused import PreActBlock, PreActBottleneck, explain, fuse, implementation, models_v2, trace, unfuse
+from resnet_fused.engine import ops
+from resnet_fused.engine.forward import Convolution
+from resnet_fused.kernels.conv import Geometry
+from resnet_fused.kernels.launch import dry_run
+from resnet_fused.models_v2 import ResNetV2
+from resnet_fused.modules import FusedBlock
+from resnet_fused.plan.problem import Tiles
+from tests.rule import assert_within_rule
+from tests.training import DEVICE, check, draw, randomise, step
+
+pytestmark = pytest.mark.usefixtures("on_device")
+
+ROADS = ["triton", "mixed"]
+
+
+def theirs(kind: type[nn.Module], *channels: int, **options) -> nn.Module:
+    """A block of timm's, as its models with batch norm have it."""
+    parts = {"conv_layer": create_conv2d, "norm_layer": BatchNormAct2d, "act_layer": nn.ReLU}
+    ratio = 1.0 if kind is PreActBasic else 0.25
+    return fuse(kind(*channels, bottle_ratio=ratio, **parts, **options), strict=True)
+
+
+def with_activation(block: nn.Module, activation: nn.Module) -> nn.Module:
+    block.act = activation
+    return block
+
+
+BLOCKS = {
+    "basic": (lambda: PreActBlock(12, 12), (2, 12, 5, 3)),
+    "basic, projection": (lambda: PreActBlock(12, 20, 2), (2, 12, 5, 6)),
+    "bottleneck": (lambda: PreActBottleneck(16, 16), (2, 16, 3, 5)),
+    "bottleneck, projection": (lambda: PreActBottleneck(12, 24, 2), (2, 12, 6, 5)),
+    "bottleneck, projection with stride 1": (lambda: PreActBottleneck(12, 24), (2, 12, 3, 4)),
+    "timm's basic": (lambda: theirs(PreActBasic, 12), (2, 12, 5, 3)),
+    "timm's bottleneck": (
+        lambda: theirs(TheirBottleneck, 12, 32, stride=2, proj_layer=DownsampleConv),
+        (2, 12, 5, 4),
+    ),
+}
+
+
+@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_training_step(name, road):
+    build, shape = BLOCKS[name]
+    check(*draw(build, shape, torch.float32), road)
+
+
+@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("name", ["basic, projection", "bottleneck"])
+def test_a_training_step_in_fp16(name, road):
+    build, shape = BLOCKS[name]
+    check(*draw(build, shape, torch.float16), road)
+
+
+@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("name", ["basic", "bottleneck, projection"])
+def test_gradients_with_fixed_statistics(name, road):
+    build, shape = BLOCKS[name]
+    block, x, dz = draw(lambda: build().eval(), shape, torch.float32)
+    check(block, x, dz, road)
+
+
+@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("activation", [nn.SiLU(), nn.LeakyReLU(0.1)])
+def test_other_activations(activation, road):
+    block, x, dz = draw(lambda: with_activation(PreActBottleneck(12, 24, 2), activation), (2, 12, 4, 5), torch.float32)
+    check(block, x, dz, road)
+
+
+@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_inference(name, dtype, road):
+    build, shape = BLOCKS[name]
+    block = build().eval().to(dtype)
+    randomise(block)
+    x = torch.randn(shape).to(dtype)
+    with torch.no_grad(), implementation("eager"):
+        eager, exact = block(x), copy.deepcopy(block).double()(x.double())
+    with torch.no_grad(), implementation(road):
+        ours = block(x)
+    assert_within_rule(ours, eager, exact)
+    assert ours.dtype == dtype and ours.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("road", ROADS)
+def test_what_alone_needs_a_gradient_gets_it(road):
+    block, x = PreActBottleneck(12, 24, 2).requires_grad_(False), torch.randn(2, 12, 5, 4)
+    randomise(block)
+    for leaf in (x, *block.parameters()):
+        leaf.requires_grad_()
+        found = []
+        for each in (road, "eager"):
+            with implementation(each):
+                found.append(torch.autograd.grad(block(x).square().sum(), leaf))
+        torch.testing.assert_close(*found, rtol=1e-3, atol=2e-3)
+        leaf.requires_grad_(False)
+
+
+@pytest.mark.parametrize("road", ROADS)
+def test_two_blocks_in_a_row_leave_what_eager_leaves(road):
+    """The first one's gradient of its input goes to the other as that of a raw sum."""
+    build = lambda: nn.Sequential(PreActBottleneck(12, 16), PreActBottleneck(16, 16))  # noqa: E731
+    check(*draw(build, (2, 12, 4, 5), torch.float32), road, sums=32)
+
+
+def test_under_autocast():
+    block, x = PreActBottleneck(12, 24, 2), torch.randn(2, 12, 6, 5)
+    found = []
+    for road in ("triton", "eager"):
+        twin = copy.deepcopy(block)
+        with implementation(road), torch.autocast(DEVICE, torch.float16):
+            z = twin(x.half())
+        z.float().square().sum().backward()
+        found.append([z.float(), *(p.grad for p in twin.parameters()), twin.norm1.running_var])
+        assert z.dtype == torch.float16
+    for ours, eager in zip(*found, strict=True):
+        assert ours.dtype == eager.dtype
+        torch.testing.assert_close(ours, eager, rtol=3e-2, atol=3e-2 * eager.abs().max().item())
+
+
+def test_what_is_not_supported_runs_eager_and_says_why():
+    block, x = PreActBottleneck(12, 24, 2), torch.randn(2, 12, 6, 5)
+
+    def reason(change) -> str:
+        twin = copy.deepcopy(block)
+        change(twin)
+        with implementation("triton"), trace() as t:
+            z = twin(x)
+            found = twin.why_eager(x)
+        assert z.shape == (2, 24, 3, 3) and all(launch.name.startswith("aten.") for launch in t.launches)
+        return found
+
+    assert reason(lambda b: setattr(b, "conv2", nn.Conv2d(6, 6, 3, 2, 1))) == (
+        "a convolution behind its batch norm has a bias"
+    )
+    assert "PReLU" in reason(lambda b: setattr(b, "act", nn.PReLU()))
+    assert "GroupNorm" in reason(lambda b: setattr(b, "norm2", nn.GroupNorm(2, 6)))
+    assert "the shortcut is Sequential, not" in reason(lambda b: b.downsample.append(nn.Dropout()))
+    assert "hooks" in reason(lambda b: b.norm1.register_forward_hook(lambda *_: None))
+    with torch.autocast(DEVICE, torch.float16):
+        assert reason(lambda b: None) == "the input is torch.float32 where autocast convolves in torch.float16"
+
+
+def test_second_derivatives_are_refused():
+    block, x = PreActBlock(12, 12), torch.randn(2, 12, 4, 4, requires_grad=True)
+    with implementation("triton"), pytest.raises(RuntimeError, match="first derivatives only"):
+        torch.autograd.grad(block(x).square().sum(), x, create_graph=True)
+
+
+def test_several_gradients_at_once():
+    block, x = PreActBottleneck(12, 24), torch.randn(2, 12, 4, 4, requires_grad=True)
+    with implementation("triton"):
+        z = block(x)
+        dz = torch.randn(2, *z.shape)
+        alone = [torch.autograd.grad(z, x, g, retain_graph=True)[0] for g in dz]
+        (batched,) = torch.autograd.grad(z, x, dz, is_grads_batched=True, retain_graph=True)
+    assert torch.equal(batched, torch.stack(alone))
+
+
+def test_under_checkpointing():
+    block, x, dz = draw(lambda: PreActBottleneck(12, 24), (2, 12, 4, 4), torch.float32)
+    ours = step(block, x, dz, "triton")
+    again = step(block, x, dz, "triton", lambda b: lambda x: checkpoint(b, x, use_reentrant=False))
+    for name, value in ours.items():
+        if name.endswith("grad") or name == "z":
+            assert torch.equal(value, again[name]), name
+
+
+def test_what_is_written_to_before_the_backward_is_refused():
+    block, x = PreActBlock(12, 12), torch.randn(2, 12, 4, 4)
+    for t in (block.conv1.weight, block.norm1.weight):
+        with implementation("triton"):
+            z = block(x)
+            with torch.no_grad():
+                t.mul_(2)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                z.sum().backward()
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("build", [lambda: PreActBlock(12, 16, 2), lambda: PreActBottleneck(12, 16, 2)])
+def test_under_torch_compile(build, training):
+    torch._dynamo.reset()
+    block = build().train(training)
+    twin = copy.deepcopy(block)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=True)
+    with implementation("triton"), torch.set_grad_enabled(training):
+        for n, h, w in ((2, 6, 5), (3, 7, 4)):
+            leaves = [torch.randn(n, 12, h, w).requires_grad_(training)]
+            leaves.append(leaves[0].detach().clone().requires_grad_(training))
+            z, want = compiled(leaves[0]), twin(leaves[1])
+            assert torch.equal(z, want)
+            if training:
+                z.square().sum().backward()
+                want.square().sum().backward()
+                assert torch.equal(leaves[0].grad, leaves[1].grad)
+    assert all(map(torch.equal, block.buffers(), twin.buffers()))
+
+
+def test_operators_keep_their_promises():
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
+    operators = torch.ops.resnet_fused
+    channels_last = {"memory_format": torch.channels_last}
+    x, p = (torch.randn(2, c, 5, 4).contiguous(**channels_last) for c in (16, 12))
+    w = torch.randn(12, 16, 1, 1).contiguous(**channels_last)
+    mean, var, gamma, beta = torch.randn(16), torch.rand(16), torch.rand(16), torch.rand(16)
+    batches = torch.zeros((), dtype=torch.int64)
+    arguments = (x, gamma, beta, mean, var, batches, 0.1, 1e-5, True, "")
+    torch.library.opcheck(operators.norm_forward.default, arguments, test_utils=tests)
+    stats = ops.norm_forward(*arguments)
+    convolution = Convolution(Geometry(), True, Tiles()).encode()
+    none = (None, None, None, None, 0.0, "identity")
+    norm = (torch.randn(12), torch.rand(12), None, None, 1e-5, "relu")
+    torch.library.opcheck(operators.preact_conv.default, (x, stats, w, "relu", *none, p, convolution), test_utils=tests)
+    torch.library.opcheck(
+        operators.preact_conv.default, (x, None, w, "relu", *norm, None, convolution), test_utils=tests
+    )
+    for needs in ([True] * 5, [False, True, False, True, False], [True, False, True, False, False]):
+        arguments = (
+            *(torch.randn_like(p), [w, w], [x], [stats], [*convolution, *convolution], [*w.stride()] * 2, [False]),
+            *([""], ["relu"], needs, torch.float32, torch.float16),
+        )
+        torch.library.opcheck(operators.preact_backward.default, arguments, test_utils=tests)
+
+
+def test_launches_of_inference():
+    """Of a bottleneck one for each convolution, and a small one for the vectors of the first prologue."""
+    channels_last = {"memory_format": torch.channels_last}
+    x = torch.randn(2, 16, 4, 5).contiguous(**channels_last)
+    for block, names in (
+        (PreActBottleneck(16, 16), ["batch_norm_stats", *["conv_forward"] * 3]),
+        (PreActBottleneck(16, 32, 2), ["batch_norm_stats", *["conv_forward"] * 4]),
+        (PreActBlock(16, 16), ["batch_norm_stats", "batch_norm_apply", *["conv_forward"] * 2]),
+    ):
+        block.eval().to(**channels_last)
+        with torch.no_grad(), implementation("triton"), trace() as t:
+            block(x)
+        assert [launch.name for launch in t.launches] == names
+
+
+def test_passes_of_training():
+    """Over the output of an inner convolution two forward and at most eight backward, where every unit is fused."""
+    width, batch = 64, 256
+    with torch.device("meta"):
+        block = PreActBottleneck(4 * width, 4 * width).to(torch.bfloat16, memory_format=torch.channels_last)
+        x = torch.empty(batch, 4 * width, 56, 56, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    with implementation("triton"), dry_run(90), trace() as t:
+        z = block(x.requires_grad_())
+        seen = len(t.launches)
+        z.backward(torch.empty_like(z))
+    size, outer = batch * 56 * 56 * width * 2, 4  # x, z and their gradients have four times the channels
+
+    def passes(launches) -> float:
+        return sum(launch.bytes_read + launch.bytes_written for launch in launches) / size
+
+    forward, backward = t.launches[:seen], t.launches[seen:]
+    # Moments, conv1 and the residual read x, conv3 writes z: 4 outer passes, and 2 for each inner unit.
+    assert passes(forward) == pytest.approx(4 * outer + 2 * 2, rel=0.06)
+    # Both gradients of conv3 read dz (2), those of conv1 read x and write its gradient (3), to which the last pass adds
+    # dz (4): 9 outer passes, and at most 8 for each inner unit.
+    assert 9 * outer + 2 * 6 <= passes(backward) <= 1.06 * (9 * outer + 2 * 8)
+    assert Counter(launch.name for launch in forward) == {
+        "channel_moments": 1, "batch_norm_stats": 3, "conv_forward": 3,
+    }  # fmt: skip
+    own = Counter(launch.name for launch in backward if not launch.name.startswith(("aten.", "sum_splits")))
+    assert own["conv_dgrad"] + own["dgrad_box"] == own["conv_wgrad"] == own["batch_norm_coefs"] == 3
+    assert own["batch_norm_backward"] == 1
+
+
+NAMES = ["18", "34", "50", "101", "152"]
+
+
+@pytest.mark.parametrize("depth", NAMES)
+def test_keys_and_shapes_are_timms(depth):
+    with torch.device("meta"):
+        ours, other = getattr(resnet_fused, f"resnet{depth}_v2")(), timm.create_model(f"resnetv2_{depth}")
+    shapes = [{k: v.shape for k, v in m.state_dict().items()} for m in (ours, other)]
+    assert list(shapes[0].items()) == list(shapes[1].items())
+
+
+def small(module, **options):
+    """Of ours or of timm's: blocks of two stages, with 32 and 64 channels."""
+    if module is ResNetV2:
+        return ResNetV2(PreActBottleneck, [2, 1], [32, 64], num_classes=5, **options)
+    parts = {"conv_layer": create_conv2d, "norm_layer": BatchNormAct2d}
+    return timm.models.resnetv2.ResNetV2([2, 1], (32, 64), num_classes=5, **parts, **options)
+
+
+def test_same_seed_gives_timms_initialisation_and_outputs():
+    found = []
+    for module in (ResNetV2, timm.models.resnetv2.ResNetV2):
+        torch.manual_seed(0)
+        found.append(small(module, zero_init_last=True))
+    ours, other = found
+    for (name, a), b in zip(ours.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    randomise(ours)
+    nn.init.normal_(ours.stages[0].blocks[0].conv3.weight)
+    other.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 3, 24, 20)
+    for training in (True, False):
+        with implementation("eager"):
+            torch.testing.assert_close(ours.train(training)(x), other.train(training)(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("road", ROADS)
+def test_a_small_network(road):
+    """Of timm, converted: inference, and one training step."""
+    model, x = small(None), torch.randn(2, 3, 24, 20)
+    randomise(model)
+    with torch.no_grad(), implementation("eager"):
+        eager, exact = model.eval()(x), copy.deepcopy(model).double()(x.double())
+    fuse(model)
+    with torch.no_grad(), implementation(road):
+        assert_within_rule(model(x), eager, exact)
+    losses = []
+    for each in ("eager", road):
+        twin = copy.deepcopy(model).train()
+        with implementation(each):
+            loss = twin(x).square().sum()
+            loss.backward()
+        losses.append([loss.detach(), twin.norm.running_mean, *(p.grad for p in twin.parameters())])
+    for eager, ours in zip(*losses, strict=True):
+        torch.testing.assert_close(ours, eager, rtol=1e-3, atol=1e-3 * eager.abs().max().item())
+
+
+def test_layers_and_channels_are_checked():
+    with pytest.raises(ValueError, match=r"layers and channels must have as many elements; got \[1\] and \[8, 16\]"):
+        ResNetV2(PreActBlock, [1], [8, 16])
+
+
+@pytest.mark.parametrize(("name", "blocks"), [("resnetv2_18", 8), ("resnetv2_50", 16)])
+def test_timms_models_are_recognised(name, blocks):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    before = [(n, type(m)) for n, m in model.named_modules()]
+    fuse(model)
+    found = [m for m in model.modules() if isinstance(m, FusedBlock)]
+    assert len(found) == blocks
+    assert [row.implementation for row in explain(model).rows] == ["fused"] * blocks
+    assert [(n, type(m)) for n, m in unfuse(model).named_modules()] == before
+
+
+class Written(nn.Module):
+    """A block as people write it, with functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn_a, self.bn_b = nn.BatchNorm2d(12), nn.BatchNorm2d(8)
+        self.a, self.b = nn.Conv2d(12, 8, 3, 2, 1, bias=False), nn.Conv2d(8, 24, 3, 1, 1, bias=False)
+        self.short = nn.Conv2d(12, 24, 1, 2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.relu(self.bn_a(x))
+        short = self.short(out)
+        out = self.b(nn.functional.relu(self.bn_b(self.a(out)), inplace=True))
+        out += short
+        return out
+
+
+class Twice(Written):
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.relu(self.bn_a(x))
+        hidden = self.a(out)
+        return self.b(torch.relu(self.bn_b(hidden))) + self.short(out) + hidden.sum()
+
+
+class NormTwice(Written):
+    """Which takes the running statistics twice."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.relu(self.bn_b(self.a(torch.relu(self.bn_a(x)))))
+        return self.b(hidden) + self.short(torch.relu(self.bn_a(x)))
+
+
+class OfItself(nn.Module):
+    """Which writes the sum to its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn, self.conv = nn.BatchNorm2d(12), nn.Conv2d(12, 12, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x += self.conv(torch.relu(self.bn(x)))
+        return x
+
+
+class OfTheInput(Written):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.relu(self.bn_b(self.a(torch.relu(self.bn_a(x)))))) + self.short(x)
+
+
+def test_a_block_that_is_written_out_is_recognised():
+    block = fuse(Written(), strict=True)
+    check(*draw(lambda: fuse(Written(), strict=True), (2, 12, 5, 4), torch.float32), "triton")
+    assert block.described()[0].norm_first
+
+
+@pytest.mark.parametrize("kind", [Twice, NormTwice, OfItself, OfTheInput])
+def test_what_computes_something_else_is_not_recognised(kind):
+    with pytest.raises(ValueError, match="cannot be fused"):
+        fuse(kind(), strict=True)
+
+
+def test_an_average_pool_in_front_of_the_projection_is_not_recognised():
+    with torch.device("meta"), pytest.raises(ValueError, match=r"stages\.1\.blocks\.0"):
+        fuse(timm.create_model("resnetv2_50d"), strict=True)
+
+
+def test_a_norm_of_timms_with_another_activation_or_a_drop_layer():
+    block = theirs(TheirBottleneck, 16)
+    for change in (lambda b: setattr(b.norm2, "act", nn.PReLU()), lambda b: setattr(b.norm2, "drop", nn.Dropout())):
+        twin = copy.deepcopy(block)
+        change(twin)
+        with implementation("triton"):
+            assert twin.why_eager(torch.randn(2, 16, 4, 4)) is not None
+
+
+def test_every_model_is_public():
+    made = [name for name in vars(models_v2) if name.startswith("resnet")]
+    assert made == [f"resnet{depth}_v2" for depth in NAMES] and set(made) <= set(resnet_fused.__all__)
