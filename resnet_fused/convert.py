@@ -490,7 +490,7 @@ def _ends_pointwise(block: nn.Module | None) -> bool:
         return False
     layout = cast(FusedBlock, block).described()[0]
     conv = cast(nn.Conv2d, block.get_submodule(layout.units[-1].conv))
-    return layout.residual and conv.weight.shape[2:] == (1, 1)
+    return layout.residual and not layout.norm_first and conv.weight.shape[2:] == (1, 1)
 
 
 def _revert(module: nn.Module) -> None:
