@@ -70,20 +70,20 @@ class Widths(NamedTuple):
 
 @triton.jit
 def product_by_group(
-    x, w, scale_ptr, shift_ptr, row, mask_m, co, size, geometry, group_ci, group_co, S, share, PRE: tl.constexpr
+    x, w, scale_ptr, shift_ptr, row, mask_m, co, size, geometry, group_ci, group_co, taps, PRE: tl.constexpr
 ):
     """The product of a tile, each column ``co`` from the input channels of its own group alone: slow, but apart.
 
-    ``S``: the filter's columns. ``share``: the first of its taps, and the one behind the last.
+    ``taps``: the filter's columns, the first of its taps, and the one behind the last.
     """
     h0 = row // size.Q % size.P * geometry.stride[0] - geometry.padding[0]
     w0 = row % size.Q * geometry.stride[1] - geometry.padding[1]
     image = row // (size.P * size.Q) * size.H
     acc = tl.zeros((row.shape[0], co.shape[0]), tl.float32)
-    for k in range(bound(share[0] * group_ci), bound(share[1] * group_ci)):
+    for k in range(bound(taps[1] * group_ci), bound(taps[2] * group_ci)):
         tap = k // group_ci
-        h = h0 + tap // S * geometry.dilation[0]
-        column = w0 + tap % S * geometry.dilation[1]
+        h = h0 + tap // taps[0] * geometry.dilation[0]
+        column = w0 + tap % taps[0] * geometry.dilation[1]
         inside = (mask_m & (h >= 0) & (h < size.H) & (column >= 0) & (column < size.W))[:, None]
         ci = co // group_co * group_ci + k % group_ci
         at = (((image + h) * size.W + column) * x.stride)[:, None] + ci[None, :]
@@ -304,9 +304,9 @@ def conv_forward_kernel(
             geometry = Geometry((stride_h, stride_w), (pad_h, pad_w), (dil_h, dil_w), 1)
             x, w = Pixels(x_ptr, x_stride), Pixels(w_ptr, w_stride)
             channel = group * CO + col
-            share = (first, first + trips)
+            walked = (S, first, first + trips)
             acc = product_by_group(
-                x, w, scale_ptr, shift_ptr, row, mask_m, channel, size, geometry, group_ci, group_co, S, share, PRE
+                x, w, scale_ptr, shift_ptr, row, mask_m, channel, size, geometry, group_ci, group_co, walked, PRE
             )
 
     norm = Norm(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps)

@@ -648,9 +648,11 @@ def test_operators_pass_opcheck():
         torch.library.opcheck(operators.chain.default, arguments, test_utils=tests)
 
 
-@pytest.mark.parametrize("name", ["bottleneck, projection", "padded identity", "stem"])
+@pytest.mark.parametrize("name", ["bottleneck, projection", "padded identity", "stem", "LeakyReLU"])
 def test_a_compiled_step_is_the_same_step(name):
-    block, x, dz = draw(*(BLOCKS | {"stem": (Stem, (2, 3, 14, 11))})[name], torch.float32)
+    leaky = activated(BLOCKS["basic"][0], nn.LeakyReLU(0.2))
+    more = {"stem": (Stem, (2, 3, 14, 11)), "LeakyReLU": (leaky, (2, 12, 5, 3))}
+    block, x, dz = draw(*(BLOCKS | more)[name], torch.float32)
     plain = step(block, x, dz, "triton")
     twin, leaf = copy.deepcopy(block), x.clone().requires_grad_()
     with implementation("triton"):

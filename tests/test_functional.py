@@ -277,3 +277,24 @@ def test_implementation_is_checked_and_restored():
     with implementation("eager"):
         assert requested() == "eager"
     assert requested() == before
+
+
+@pytest.mark.parametrize("activation", [functional.Activation("silu"), functional.Activation("hardtanh", (-1.0, 2.0))])
+def test_another_activation_is_one_launch(activation):
+    (conv, bn), x = unit(), torch.randn(2, 16, 5, 5)
+    bn.eval()
+    with torch.no_grad(), implementation("triton"), trace() as t:
+        ours = conv_bn_act(x, conv, bn, activation=activation)
+    names = [launch.name for launch in t.launches]
+    assert [name for name in names if name != "aten.clone"] == ["conv_forward"], "but for what is laid out anew"
+    with torch.no_grad():
+        eager = reference.conv_bn_act(x, conv, bn, activation=activation)
+    torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-4)
+
+
+def test_an_activation_that_there_is_not_is_refused():
+    (conv, bn), x = unit(), torch.randn(2, 16, 5, 5)
+    with pytest.raises(ValueError, match=r"activation.name must be one of .*; got 'mish'"):
+        conv_bn_act(x, conv, bn, activation=functional.Activation("mish"))
+    with pytest.raises(ValueError, match=r"activation.numbers of leaky_relu must be 1 floats"):
+        conv_bn_act(x, conv, bn, activation=functional.Activation("leaky_relu"))
