@@ -21,14 +21,14 @@ def match(module: nn.Module, graph: fx.Graph) -> BlockLayout | None:
     Each unit is batch norm, an activation, which timm has inside of its batch norm, and a convolution. The shortcut is
     x, or a convolution of the first unit's activations. Nothing else is computed.
     """
-    (x, *more), output = [node for node in graph.nodes if node.op == "placeholder"], next(reversed(graph.nodes))
+    x, *inner, output = graph.nodes
     total = output.args[0]
-    if more or not isinstance(total, fx.Node) or total.target not in _ADDITIONS or total.kwargs:
+    if not isinstance(total, fx.Node) or total.target not in _ADDITIONS or total.kwargs:
         return None
     operands = [node for node in total.args if isinstance(node, fx.Node)]
     if not len(operands) == len(total.args) == 2:
         return None
-    called = [node.target for node in graph.nodes if isinstance(_part(module, node), nn.Conv2d | nn.BatchNorm2d)]
+    called = [node.target for node in inner if isinstance(_part(module, node), nn.Conv2d | nn.BatchNorm2d)]
     if len(set(called)) < len(called):
         return None
     seen = {x, output, total}
