@@ -49,13 +49,12 @@ class ResNetV2(nn.Module):
 
 
 def _initialise(model: ResNetV2, zero_init_last: bool) -> None:
-    head = model.head.get_submodule("fc")
+    head = cast(nn.Conv2d, model.head.get_submodule("fc"))
     for module in model.modules():
-        if module is head:
-            nn.init.normal_(module.weight, std=0.01)
-            nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d) and module is not head:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    nn.init.normal_(head.weight, std=0.01)
+    nn.init.zeros_(cast(Tensor, head.bias))
     if zero_init_last:
         for module in model.modules():
             if isinstance(module, PreActBlock | PreActBottleneck):

@@ -21,22 +21,23 @@ def match(module: nn.Module, graph: fx.Graph) -> BlockLayout | None:
     Each unit is batch norm, an activation, which timm has inside of its batch norm, and a convolution. The shortcut is
     x, or a convolution of the first unit's activations. Nothing else is computed.
     """
-    (x, *more), output = [node for node in graph.nodes if node.op == "placeholder"], next(reversed(graph.nodes))
+    x, *inner, output = graph.nodes
     total = output.args[0]
-    if more or not isinstance(total, fx.Node) or total.target not in _ADDITIONS or total.kwargs:
+    if not isinstance(total, fx.Node) or total.target not in _ADDITIONS or total.kwargs:
         return None
-    if len(total.args) != 2 or not all(isinstance(node, fx.Node) for node in total.args):
+    operands = [node for node in total.args if isinstance(node, fx.Node)]
+    if not len(operands) == len(total.args) == 2:
         return None
-    called = [node.target for node in graph.nodes if isinstance(_part(module, node), nn.Conv2d | nn.BatchNorm2d)]
+    called = [node.target for node in inner if isinstance(_part(module, node), nn.Conv2d | nn.BatchNorm2d)]
     if len(set(called)) < len(called):
         return None
     seen = {x, output, total}
-    ways = [_units(module, node, x, seen) for node in total.args]
+    ways = [_units(module, node, x, seen) for node in operands]
     branch, shortcut = sorted(ways, key=lambda way: -len(way or ()))
     if not branch or shortcut is None or len(seen) != len(graph.nodes):
         return None
     if not shortcut:
-        in_place = total.target in (operator.iadd, "add_") and _behind(module, total.args[0], set()) is x
+        in_place = total.target in (operator.iadd, "add_") and _behind(module, operands[0], set()) is x
         return None if in_place else BlockLayout(branch, norm_first=True)
     first, (projection, *others) = branch[0], shortcut
     if others or projection[1:] != first[1:] or len(branch) < 2:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.models import resnet
 
-from resnet_fused import BasicBlock, Bottleneck, ResidualBlock, fuse, implementation
+from resnet_fused import BasicBlock, Bottleneck, PreActBottleneck, ResidualBlock, fuse, implementation
 from tests.training import Stem, draw
 
 Arrays = dict[str, np.ndarray]
@@ -55,6 +55,7 @@ MODELS = {
     "one pixel": (lambda: BasicBlock(6, 6), (6, 1, 1)),
     "small model": (small_model, (3, 6, 5)),
     "stem": (Stem, (3, 14, 11)),
+    "pre-activation": (lambda: PreActBottleneck(6, 16, 2), (6, 5, 4)),
 }
 
 

@@ -43,12 +43,24 @@ def with_activation(block: nn.Module, activation: nn.Module) -> nn.Module:
     return block
 
 
+class OneUnit(nn.Module):
+    """The shortest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn, self.conv = nn.BatchNorm2d(12), nn.Conv2d(12, 12, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(nn.functional.leaky_relu(self.bn(x), 0.5)) + x
+
+
 BLOCKS = {
     "basic": (lambda: PreActBlock(12, 12), (2, 12, 5, 3)),
     "basic, projection": (lambda: PreActBlock(12, 20, 2), (2, 12, 5, 6)),
     "bottleneck": (lambda: PreActBottleneck(16, 16), (2, 16, 3, 5)),
     "bottleneck, projection": (lambda: PreActBottleneck(12, 24, 2), (2, 12, 6, 5)),
     "bottleneck, projection with stride 1": (lambda: PreActBottleneck(12, 24), (2, 12, 3, 4)),
+    "one unit": (lambda: fuse(OneUnit(), strict=True), (2, 12, 5, 3)),
     "timm's basic": (lambda: theirs(PreActBasic, 12), (2, 12, 5, 3)),
     "timm's bottleneck": (
         lambda: theirs(TheirBottleneck, 12, 32, stride=2, proj_layer=DownsampleConv),

@@ -463,7 +463,7 @@ def _batchable(name: str, call: Callable[..., list[Tensor]]) -> Callable[..., li
     """
 
     def one_by_one(each: list[list[Any]]) -> list[Tensor]:
-        results = [backward(*arguments) for arguments in each]
+        results = [gradients_of(*arguments) for arguments in each]
         return [torch.stack(gradients) for gradients in zip(*results, strict=True)]
 
     def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[list[Tensor], list[int]]:
@@ -476,7 +476,7 @@ def _batchable(name: str, call: Callable[..., list[Tensor]]) -> Callable[..., li
 
     torch.library.register_vmap(f"resnet_fused::{name}", rule, lib=_library)
 
-    def backward(dz: Tensor, *arguments: Any) -> list[Tensor]:
+    def gradients_of(dz: Tensor, *arguments: Any) -> list[Tensor]:
         functorch = torch._C._functorch
         batched, legacy = functorch.is_batchedtensor, functorch.is_legacy_batchedtensor
         if torch.compiler.is_compiling() or not (legacy(dz) or batched(dz)):
@@ -490,7 +490,7 @@ def _batchable(name: str, call: Callable[..., list[Tensor]]) -> Callable[..., li
             raise NotImplementedError("fused residual blocks take batched gradients at one level, not nested ones")
         return [torch._add_batch_dim(gradients, 0, level) for gradients in one_by_one([[g, *arguments] for g in each])]
 
-    return backward
+    return gradients_of
 
 
 residual_backward = _batchable(
