@@ -222,12 +222,10 @@ def pooled_size(size: int) -> int:
 def default_config(problem: ConvProblem) -> TileConfig:
     """The tile of the product: four parities of SIDE x SIDE pooled pixels."""
     widest, warps = (32, 4) if problem.arch == 100 and problem.dtype == torch.float32 else (64, 8)
-    stages = 3
     if problem.arch == 90:
-        # All four parities of a pixel in one thread, which need not exchange them, and two programs at a time.
-        warps, stages = 4, 2
+        warps = 4  # all four parities of a pixel in one thread, which need not exchange them; two programs at a time
     block_n = min(widest, max(16, triton.next_power_of_2(problem.co)))
-    return TileConfig(4 * SIDE * SIDE, block_n, PIXEL * RUN, warps, stages)
+    return TileConfig(4 * SIDE * SIDE, block_n, PIXEL * RUN, num_warps=warps)
 
 
 class Work(NamedTuple):
