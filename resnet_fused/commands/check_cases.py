@@ -37,7 +37,7 @@ from resnet_fused.kernels.norm_backward import (
     merge_sums,
 )
 from resnet_fused.kernels.norm_pool import batch_norm_pool, batch_norm_pool_backward
-from resnet_fused.modules import BasicBlock, Bottleneck, PaddedShortcut, PreActBottleneck
+from resnet_fused.modules import BasicBlock, Bottleneck, PaddedShortcut, PreActBlock, PreActBottleneck
 from resnet_fused.plan.problem import Request, Tiles
 
 FORMATS = {"float32": torch.float32, "tf32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -156,7 +156,7 @@ BLOCKS: dict[str, tuple[int, Callable[[int], nn.Module]]] = {
     "basic, padded shortcut": (1, lambda c: BasicBlock(c, 2 * c, 2, PaddedShortcut(c, 2 * c, 2))),
     "bottleneck": (4, lambda c: Bottleneck(4 * c, c)),
     "bottleneck, projection": (4, lambda c: Bottleneck(4 * c, 2 * c, 2, _projection(4 * c, 8 * c, 2))),
-    "pre-activation": (4, lambda c: PreActBottleneck(4 * c, 4 * c)),
+    "pre-activation": (1, lambda c: PreActBlock(c, c)),
     "pre-activation, projection": (4, lambda c: PreActBottleneck(4 * c, 8 * c, 2)),
 }
 """Blocks of width c, and the channels of their inputs in units of c."""
