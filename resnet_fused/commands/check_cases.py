@@ -37,7 +37,7 @@ from resnet_fused.kernels.norm_backward import (
     merge_sums,
 )
 from resnet_fused.kernels.norm_pool import batch_norm_pool, batch_norm_pool_backward
-from resnet_fused.modules import BasicBlock, Bottleneck, PaddedShortcut, PreActBottleneck
+from resnet_fused.modules import BasicBlock, Bottleneck, PaddedShortcut, PreActBlock, PreActBottleneck
 from resnet_fused.plan.problem import Request, Tiles
 
 FORMATS = {"float32": torch.float32, "tf32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -164,7 +164,7 @@ BLOCKS: dict[str, tuple[int, Callable[[int], nn.Module]]] = {
     "basic, padded shortcut": (1, lambda c: BasicBlock(c, 2 * c, 2, PaddedShortcut(c, 2 * c, 2))),
     "bottleneck": (4, lambda c: Bottleneck(4 * c, c)),
     "bottleneck, projection": (4, lambda c: Bottleneck(4 * c, 2 * c, 2, _projection(4 * c, 8 * c, 2))),
-    "pre-activation": (4, lambda c: PreActBottleneck(4 * c, 4 * c)),
+    "pre-activation": (1, lambda c: PreActBlock(c, c)),
     "pre-activation, projection": (4, lambda c: PreActBottleneck(4 * c, 8 * c, 2)),
 }
 """Blocks of width c, and the channels of their inputs in units of c."""
@@ -740,7 +740,8 @@ def _part(block: nn.Module, draw: Draw) -> None:
     For an input of magnitude 4 and random signs. Each channel of the first convolution follows the signs of one channel
     of the input: normalised, it is near 1 or -1. Each channel of a later one follows two that are zero or near one,
     with weights of 1 and 3: it has four levels, none near their mean. All other weights add little. The addition keeps
-    the sign of the larger summand: of the identity, or of a projection, scaled to be that.
+    the sign of the larger summand: of the identity, or of a projection, scaled to be that. In a basic pre-activation
+    block the first convolution is as a later one: of two levels, the norm behind would cancel the gradients in front.
     """
     with torch.no_grad():
         for name, module in block.named_modules():
@@ -749,7 +750,7 @@ def _part(block: nn.Module, draw: Draw) -> None:
                 module.weight.copy_(draw.normal(*module.weight.shape) * (0.03 / math.sqrt(module.weight[0].numel())))
                 to = torch.arange(co)
                 module.weight[to, to % ci, center, center] += 1
-                if name in ("conv2", "conv3"):
+                if name in ("conv2", "conv3") or isinstance(block, PreActBlock):
                     module.weight[to, (to + 1) % ci, center, center] += 3
             elif isinstance(module, nn.BatchNorm2d):
                 c, scale = module.num_features, 8 if name.startswith("downsample") else 1
