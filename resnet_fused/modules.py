@@ -162,13 +162,14 @@ class FusedBlock(nn.Module):
 
 
 def _first_layer(x: Tensor, block: nn.Module) -> eligible.Layer | None:
-    """The layer that reads what ``block`` does, which lies as ``x``; None if it runs eager, or is not to be found."""
+    """The layer that reads what ``block`` does, which lies as ``x``; None if it is not to be computed by itself."""
     assert isinstance(block, FusedBlock)
+    first, *others = block.described()[0].units
     try:
-        layer = block._layer(block.described()[0].units[0])
+        layer = block._layer(first)
     except KeyError:
         return None
-    known = not eligible.hooked(*layer[:2]) and eligible.why_unsupported(x, [layer]) is None
+    known = others and not eligible.hooked(*layer[:2]) and eligible.why_unsupported(x, [layer]) is None
     return layer if known else None
 
 
