@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from resnet_fused import functional
 from resnet_fused.engine import eligible
 from resnet_fused.kernels.activation import IDENTITY, RELU
+from resnet_fused.kernels.launch import KEPT_LAYOUTS
 from resnet_fused.modules import BlockLayout, FusedBlock, StemLayout, descendants, runs_fused
 from resnet_fused.plan import checked
 from resnet_fused.recognise import recognise, recognise_stem
@@ -227,7 +228,7 @@ class ConvertedBlocks(Converted):
             return self.eager_forward(input)
         z, apart = self._run(input)
         if apart:
-            _apart.setdefault(self, set()).add(situation)
+            _apart[self] = {situation, *(known if known is not None and len(known) < KEPT_LAYOUTS else ())}
         return z
 
     def _run(self, x: Tensor) -> tuple[Tensor, bool]:

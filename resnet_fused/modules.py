@@ -221,16 +221,17 @@ def _attributes(module: nn.Module) -> tuple[Any, ...]:
 
 
 def _first_layer(x: Tensor, block: nn.Module) -> eligible.Layer | None:
-    """The layer that reads what ``block`` does, which lies as ``x``; None if it runs eager, or is not to be found."""
+    """The layer that reads what ``block`` does, which lies as ``x``; None if it is not to be computed by itself."""
     assert isinstance(block, FusedBlock)
     layout, _ = block.described()
-    try:
-        layer = block._layer(layout.units[0])
-    except KeyError:
-        return None
+    first, *others = layout.units
     if layout.norm_first:
         return None
-    known = not eligible.hooked(*layer[:2]) and eligible.why_unsupported(x, [layer]) is None
+    try:
+        layer = block._layer(first)
+    except KeyError:
+        return None
+    known = others and not eligible.hooked(*layer[:2]) and eligible.why_unsupported(x, [layer]) is None
     return layer if known else None
 
 

@@ -1853,18 +1853,12 @@ MUTATIONS = [
         f"{LIVE_CHAINS} -k biases",
     ),
     Mutation("resnet_fused/functional.py", "source.dtype == chain.dtype and ", "", f"{LIVE_CHAINS} -k autocast"),
-    Mutation("resnet_fused/functional.py", "or reduce.batch_stats or", "or", f"{LIVE_CHAINS} -k take_it_apart"),
+    Mutation("resnet_fused/functional.py", "or reduce.batch_stats or", "or", f"{LIVE_CHAINS} -k of_the_batch"),
     Mutation(
         "resnet_fused/convert.py",
         "runs_fused(child) and not eligible.answered(child)",
         "runs_fused(child)",
         f"{LIVE_CHAINS} -k hooks_see",
-    ),
-    Mutation(
-        "resnet_fused/convert.py",
-        "if torch.is_grad_enabled() or tracing",
-        "if tracing",
-        f"{LIVE_CHAINS} -k take_it_apart",
     ),
     Mutation(
         "resnet_fused/convert.py", "apart = apart and ran.apart", "apart = True", f"{LIVE_CHAINS} -k leaves_nothing"

@@ -164,6 +164,25 @@ def test_a_block_with_a_forward_of_its_own_is_called():
     assert chains(check(fuse(copy.deepcopy(model)), model, torch.randn(2, 16, 6, 5))) == 2
 
 
+@pytest.mark.parametrize("norm", ["0.bn2", "0.bn3", "1.bn1", "1.bn3"])
+def test_a_batch_norm_of_the_batch_is_in_no_chain(norm):
+    model, x = make()
+    block, name = model.get_submodule(norm[0]), norm[2:]
+    setattr(block, name, nn.BatchNorm2d(getattr(block, name).num_features, track_running_stats=False))
+    fused = fuse(copy.deepcopy(model.eval()))
+    exact = copy.deepcopy(model).double()(x.double())
+    with torch.no_grad(), implementation("triton"), trace() as log:
+        assert_within_rule(fused(x), model(x), exact, sums=8)
+    assert chains([launch.name for launch in log.launches]) == 1, "the other block's"
+
+
+def test_a_block_of_one_unit_adds_before_its_relu():
+    torch.manual_seed(0)
+    one = [modules.ResidualBlock(16, [(16, 1)]) for _ in range(2)]
+    model = _randomised(nn.Sequential(modules.Bottleneck(16, 4), *one, modules.Bottleneck(16, 4))).eval()
+    assert chains(check(fuse(copy.deepcopy(model)), model, torch.randn(2, 16, 6, 5))) == 3
+
+
 REGISTER = {
     "before": lambda module, seen: module.register_forward_pre_hook(lambda m, args: seen.append(args[0].clone())),
     "behind": lambda module, seen: module.register_forward_hook(lambda m, args, y: seen.append(y.clone())),
