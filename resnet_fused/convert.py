@@ -12,7 +12,7 @@ from types import FunctionType
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from resnet_fused import functional
 from resnet_fused.engine import eligible
@@ -182,6 +182,8 @@ class ConvertedSequential(Converted):
         return eligible.why_eager(x, runs) if runs else "it has no convolution with batch norm any more"
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, fx.Proxy):
+            return self.eager_forward(input)
         x, children = input, list(self._modules.values())  # a module may stand there twice
         at = 0
         while at < len(children):

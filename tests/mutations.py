@@ -29,6 +29,24 @@ NORM_POOL, NORM_POOL_TESTS = "kernels/norm_pool.py", "tests/kernels/test_norm_po
 
 MUTATIONS = [
     Mutation(
+        "resnet_fused/engine/eligible.py",
+        "if torch.compiler.is_exporting():",
+        "if False:",
+        "tests/test_export.py -k 'batch_open and named and evaluation'",
+    ),
+    Mutation(
+        "resnet_fused/engine/eligible.py",
+        "if torch._C._get_tracing_state() is not None:",
+        "if False:",
+        "tests/test_export.py -k jit_trace",
+    ),
+    Mutation(
+        "resnet_fused/convert.py",
+        "if isinstance(input, fx.Proxy):",
+        "if False:",
+        "tests/test_export.py -k torch_fx",
+    ),
+    Mutation(
         "resnet_fused/engine/backward.py",
         "return not self.frozen or self.needs.gamma",
         "return not self.frozen",

@@ -316,14 +316,13 @@ PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _is_watched(arguments: tuple[Any, ...]) -> bool:
-    """Whether a compiler, a tracer, a mode, the meta device or a subclass of Tensor is to see the operator.
+    """Whether a compiler, a mode, the meta device or a subclass of Tensor is to see the operator.
 
     Input and filter are among the first three arguments.
     """
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
         or arguments[0].is_meta
     ):
         return True
