@@ -10,7 +10,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, partialmethod
-from typing import Any
+from types import FunctionType
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -74,7 +75,7 @@ def optimize_for_inference(
     if dtype is not None and dtype not in FLOATS:
         raise ValueError(f"dtype must be one of {', '.join(map(str, FLOATS))}; got {dtype}")
     with torch.inference_mode(False), torch.no_grad():  # what is made here can be loaded into later
-        frozen = FrozenModel(unfuse(_copy(model)).eval().requires_grad_(False), dtype)
+        frozen = _showing(inspect.signature(model.forward))(unfuse(_copy(model)).eval().requires_grad_(False), dtype)
     if example is not None:
         frozen.prepare(example)
     return frozen
@@ -91,8 +92,12 @@ class FrozenModel(nn.Module):
     """What :func:`optimize_for_inference` returns. Can be called, copied, pickled and moved, not trained.
 
     Runs under ``torch.inference_mode()``. New weights come by ``load_state_dict``. A CUDA graph is neither copied nor
-    saved, and runs no hooks that come after it: call :meth:`prepare` again.
+    saved, and runs no hooks that come after it: call :meth:`prepare` again. It has the signature and the attributes of
+    the model. Compilers, exporters and tracers see PyTorch's own operators.
     """
+
+    first_input: str | None
+    """The name of the first parameter of ``forward``, if it has any."""
 
     def __init__(self, network: nn.Module, dtype: torch.dtype | None) -> None:
         super().__init__()
@@ -107,13 +112,29 @@ class FrozenModel(nn.Module):
                 _settle(module, dtype, casts=module not in inner)
         self._graph: _CudaGraph | None = None
         self.eval()
+        vars(self).update(_data(network) | vars(self))
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "network" or hasattr(fx.GraphModule, name):
+                raise
+            return getattr(self.network, name)
 
     @property
     def dtype(self) -> torch.dtype:
         """That of the weights of its first convolution; without one, of its first floating-point weight."""
-        weights = [m.weight for m in self.network.modules() if isinstance(m, (*_UNITS, _ConvNd))]
-        weights += [t for t in self.network.parameters() if t.is_floating_point()]
-        return weights[0].dtype if weights else torch.get_default_dtype()
+        return next((t.dtype for t in self._weights()), torch.get_default_dtype())
+
+    @property
+    def device(self) -> torch.device:
+        """That of the same weights."""
+        return next((t.device for t in self._weights()), torch.get_default_device())
+
+    def _weights(self) -> Iterator[Tensor]:
+        yield from (m.weight for m in self.network.modules() if isinstance(m, (*_UNITS, _ConvNd)))
+        yield from (t for t in self.network.parameters() if t.is_floating_point())
 
     def train(self, mode: bool = True) -> FrozenModel:
         """Raises RuntimeError unless ``mode`` is False: there is no batch norm left to train."""
@@ -126,11 +147,14 @@ class FrozenModel(nn.Module):
         if isinstance(args, fx.Proxy):
             raise TypeError("a frozen model cannot be traced symbolically: trace its network, FrozenModel.network")
         if torch.compiler.is_compiling():
+            if torch.compiler.is_exporting():  # a graph of one piece: that of another mode would be a part in it
+                return self.network(*args, **kwargs)
             with torch.no_grad():  # the compilers of torch 2.11 fail in inference mode
                 return self.network(*args, **kwargs)
         with torch.inference_mode():
-            if self._graph is not None and not kwargs and self._graph.takes(args):
-                return self._graph(args[0])
+            if self._graph is not None and kwargs.keys() <= {self.first_input}:
+                if self._graph.takes(inputs := (*args, *kwargs.values())):
+                    return self._graph(inputs[0])
             return self.network(*args, **kwargs)
 
     @torch.inference_mode()
@@ -163,8 +187,33 @@ class FrozenModel(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_graph": None}
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        rest = cast(tuple[Any, ...], super().__reduce_ex__(protocol))[2:]
+        return _blank, (inspect.signature(self.forward),), *rest
+
     def __prepare_scriptable__(self) -> FrozenModel:
         raise TypeError("a frozen model cannot be scripted: use torch.jit.trace, torch.export or torch.compile")
+
+
+def _data(module: nn.Module) -> dict[str, Any]:
+    """Attributes of ``module`` that say something of it: those with names of their own, less tensors and functions."""
+    found = ((name, value) for name, value in vars(module).items() if name[0] != "_")
+    return {name: value for name, value in found if not callable(value) and not isinstance(value, Tensor)}
+
+
+def _showing(signature: inspect.Signature) -> type[FrozenModel]:
+    """:class:`FrozenModel` with a ``forward`` of this ``signature``, less annotations, for those who ask for it."""
+    code = FrozenModel.forward
+    forward: Any = FunctionType(code.__code__, code.__globals__, "forward")
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    parameters = [parameter.replace(annotation=parameter.empty) for parameter in signature.parameters.values()]
+    forward.__signature__ = inspect.Signature([own, *parameters])
+    first = next(iter(signature.parameters), None)
+    return type("FrozenModel", (FrozenModel,), {"forward": forward, "first_input": first, "__module__": __name__})
+
+
+def _blank(signature: inspect.Signature) -> FrozenModel:
+    return object.__new__(_showing(signature))
 
 
 def _fed_from_inside(network: nn.Module) -> Iterator[nn.Module]:
@@ -266,9 +315,11 @@ class FoldedConv(nn.Module):
         return mkldnn._convolution_pointwise.binary(x, residual, packed, self.bias, *geometry, *after)
 
     def _aten(self, x: Tensor, residual: Any) -> Tensor:
-        y = F.conv2d(_cast(x, self.weight) if self.casts else x, self.weight, self.bias, *self.geometry)
+        x = _cast(x, self.weight) if self.casts else x
+        _check_input(x, self.weight, self.geometry)
+        y = F.conv2d(x, self.weight, self.bias, *self.geometry)
         if self.normalised:
-            _check_normalised(y, self.weight)
+            _check_normalised(y, x, self.weight, self.geometry)
         return _finish(y, residual, self.accumulates, self.relu)
 
     def _packing(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]] | None:
@@ -387,7 +438,7 @@ class TritonConv(nn.Module):
 
     def _launches(self, x: Tensor, residual: Any) -> bool:
         """Whether a launch takes ``x`` and ``residual``; what it does not take, PyTorch is to judge."""
-        if isinstance(x, fx.Proxy):
+        if isinstance(x, fx.Proxy) or torch.compiler.is_compiling():
             return False
         casts = FLOATS if self.pooled and self.casts else ()
         if not _is_like(x, self.weight, casts) or x.dtype not in FLOATS or eligible.why_not_here(x) is not None:
@@ -442,9 +493,10 @@ class TritonConv(nn.Module):
         return forward.fold(self.weight, self.conv_bias, norm)
 
     def _aten(self, x: Tensor, residual: Any) -> Tensor:
+        _check_input(x, self.weight, self.geometry)
         bias = None if self.conv_bias is None else self.conv_bias.to(self.weight.dtype)
         y = F.conv2d(x, self.weight, bias, *self.geometry)
-        _check_normalised(y, self.weight)
+        _check_normalised(y, x, self.weight, self.geometry)
         y = F.batch_norm(y, self.mean, self.var, self.gamma, self.beta, eps=self.eps)
         y = _finish(y, residual, self.accumulates, self.relu)
         return F.max_pool2d(y, *POOL) if self.pooled else y
@@ -486,8 +538,7 @@ class TritonChain(nn.Module):
         """How many units each launch computes, with its tile."""
         first, *_ = units = self.links
         x = _cast(x, first.weight) if first.casts else x
-        traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-        if traced or eligible.hooked(*units) or not first._launches(x, None) or not self._fits(x, residual):
+        if eligible.hooked(*units) or not first._launches(x, None) or not self._fits(x, residual):
             return ((1, None),) * len(units)
         filters = tuple(None if unit is None else (tuple(unit.weight.shape), unit.geometry) for unit in self.named)
         return forward.choose_chain(tuple(x.shape), filters, x.dtype, x.device, requested()).parts
@@ -513,12 +564,30 @@ class TritonChain(nn.Module):
         return ops.chain(x, weights, affines, channels_last(residual.resolve_neg()), code)
 
 
-def _check_normalised(y: Any, weight: Tensor) -> None:
-    """Refuse the output of a convolution that batch norm would refuse."""
+def _check_input(x: Any, weight: Tensor, geometry: Geometry) -> None:
+    """Refuse an input that PyTorch would refuse, by an error of the same type that says what is needed."""
+    if isinstance(x, fx.Proxy) or torch._C._get_tracing_state() is not None:
+        return
+    if not isinstance(x, Tensor):
+        raise TypeError(f"the input must be a torch.Tensor; got {type(x).__qualname__}")
+    channels = weight.shape[1] * geometry.groups
+    if x.dim() not in (3, 4) or x.shape[-3] != channels or not x.is_floating_point():
+        raise RuntimeError(_unfit(x, weight, geometry))
+
+
+def _check_normalised(y: Any, x: Any, weight: Tensor, geometry: Geometry) -> None:
+    """Refuse the output ``y`` of a convolution that batch norm would refuse."""
     if isinstance(y, Tensor) and y.dim() != 4:
-        raise ValueError(f"expected 4D input (got {y.dim()}D input)")
+        raise ValueError(_unfit(x, weight, geometry))
     if isinstance(y, Tensor) and y.device != weight.device:
-        raise RuntimeError(f"expected the input on {weight.device}, where the weights are; it is on {y.device}")
+        raise RuntimeError(_unfit(x, weight, geometry))
+
+
+def _unfit(x: Tensor, weight: Tensor, geometry: Geometry) -> str:
+    return (
+        f"the input of a convolution must be [N, {weight.shape[1] * geometry.groups}, H, W], in floating point, on "
+        f"{weight.device}; got {tuple(x.shape)}, {x.dtype}, on {x.device}"
+    )
 
 
 def _finish(y: Tensor, residual: Any, accumulates: bool, relu: bool) -> Tensor:

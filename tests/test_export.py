@@ -1,4 +1,4 @@
-"""Exporters and tracers of fused models: what they write down runs where this package is not, for every batch size."""
+"""Exporters and tracers of fused and of frozen models: what they write down runs elsewhere, for every batch size."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from torch.ao.quantization import get_default_qconfig_mapping
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 from torchvision.models import resnet
 
-from resnet_fused import BasicBlock, ResidualBlock, fuse, implementation, unfuse
+from resnet_fused import BasicBlock, ResidualBlock, fuse, implementation, optimize_for_inference, unfuse
 from resnet_fused.models import CifarResNet, ResNet
+from resnet_fused.plan.problem import Request
 from tests.training import randomise
 
 pytestmark = [
@@ -45,12 +46,30 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+FROZEN: dict[str, tuple[str, Request]] = {
+    "frozen, as served by PyTorch": ("torchvision's, with its stem", "eager"),
+    "frozen, as served by kernels": ("torchvision's, with its stem", "triton"),
+    "frozen blocks, as served by kernels": ("blocks", "triton"),
+}
+
+
 @pytest.fixture(params=NETWORKS)
 def model(request: pytest.FixtureRequest) -> nn.Module:
+    """In eval mode, its blocks fused."""
+    return _made(request.param)
+
+
+@pytest.fixture(params=[*NETWORKS, *FROZEN])
+def served(request: pytest.FixtureRequest) -> nn.Module:
+    """The same, or frozen."""
     return _made(request.param)
 
 
 def _made(name: str) -> nn.Module:
+    if name in FROZEN:
+        network, road = FROZEN[name]
+        with implementation(road):
+            return optimize_for_inference(_made(network))
     model = NETWORKS[name]()
     randomise(model)
     return fuse(model).eval() if "ours" not in name else model.eval()
@@ -76,22 +95,52 @@ def _operators(graph: torch.fx.Graph) -> set[str]:
 BATCHES = {"named": torch.export.Dim("batch", min=2, max=64), "AUTO": torch.export.Dim.AUTO}
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
-@pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
-@pytest.mark.parametrize("batch", BATCHES)
-def test_torch_export_keeps_the_batch_open(model, batch, strict, training):
-    model.train(training)
+def _exported(model: nn.Module, batch: str, strict: bool) -> torch.export.ExportedProgram:
     with implementation("triton"):
         exported = torch.export.export(model, (_images(2),), dynamic_shapes=({0: BATCHES[batch]},), strict=strict)
     assert _operators(exported.graph) == {"aten"}
     (limits,) = exported.range_constraints.values()
     assert limits.lower <= 2 and limits.upper >= 64
-    if not training:
-        _assert_same(exported.module(), model, 2, 5)
+    return exported
 
 
-def test_aot_inductor_takes_what_was_exported(tmp_path: Path):
-    model = _made("blocks")
+@pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
+@pytest.mark.parametrize("batch", BATCHES)
+def test_torch_export_keeps_the_batch_open(served, batch, strict):
+    _assert_same(_exported(served, batch, strict).module(), served, 2, 5)
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
+def test_torch_export_of_training(model, strict):
+    model.train()
+    exported = _exported(model, "named", strict).module()
+    x, twin = _images(5), copy.deepcopy(model)
+    with implementation("eager"):
+        torch.testing.assert_close(exported(x), twin(x), rtol=1e-4, atol=1e-4)
+    for name, buffer in twin.named_buffers():
+        torch.testing.assert_close(exported.get_buffer(name), buffer)
+
+
+def test_torch_export_of_one_batch_size(served):
+    with implementation("triton"):
+        exported = torch.export.export(served, (_images(2),))
+    _assert_same(exported.module(), served, 2)
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_torch_compile_of_a_frozen_model_is_one_graph_for_every_size(name):
+    torch._dynamo.reset()
+    frozen = _made(name)
+    compiled = torch.compile(frozen, fullgraph=True, backend="aot_eager", dynamic=True)
+    with implementation("triton"), torch._dynamo.config.patch(error_on_recompile=True):
+        for n in (2, 5):
+            x = _images(n)
+            torch.testing.assert_close(compiled(x), frozen(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["blocks", "frozen blocks, as served by kernels"])
+def test_aot_inductor_takes_what_was_exported(name, tmp_path):
+    model = _made(name)
     with implementation("triton"), torch.no_grad():
         exported = torch.export.export(model, (_images(2),), dynamic_shapes=({0: BATCHES["named"]},))
         file = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "model.pt2"))
@@ -111,17 +160,17 @@ def onnx_of(model: nn.Module, x: torch.Tensor, dynamo: bool, file: Path) -> Mode
 
 
 @pytest.mark.parametrize("dynamo", [False, True], ids=["TorchScript", "dynamo"])
-def test_onnx(model, dynamo, tmp_path):
+def test_onnx(served, dynamo, tmp_path):
     with implementation("triton"):
-        exported = onnx_of(model, _images(2), dynamo, tmp_path / "model.onnx")
-    _assert_same(exported, model, 2, 5)
+        exported = onnx_of(served, _images(2), dynamo, tmp_path / "model.onnx")
+    _assert_same(exported, served, 2, 5)
 
 
-def test_torch_jit_trace(model):
+def test_torch_jit_trace(served):
     with implementation("triton"), torch.no_grad():
-        traced = torch.jit.trace(model, _images(2))
+        traced = torch.jit.trace(served, _images(2))
     assert "resnet_fused::" not in str(traced.inlined_graph)
-    _assert_same(traced, model, 2, 5)
+    _assert_same(traced, served, 2, 5)
 
 
 def test_torch_fx(model):
