@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from inspect import isroutine, signature
 from types import FunctionType
 from typing import Any, NamedTuple, cast
@@ -216,8 +217,24 @@ def _converted(kind: type[Converted], original: type[nn.Module]) -> type[Convert
         _, parameter = signature(original.forward).parameters
         if parameter != "x" and kind is not ConvertedSequential:
             attributes["forward"] = _taking(kind.forward, parameter)
-        _classes[key] = type(f"Fused{original.__name__}", key, attributes)
+        if original.__new__ is not object.__new__:  # FSDP's looks among the bases for what a slice is made of
+            attributes["__new__"] = lambda _, *args, **named: original.__new__(original, *args, **named)
+        _classes[key] = type(_fused_name(original), key, attributes)
     return _classes[key]
+
+
+@cache
+def _reverted(kind: type[Converted]) -> type:
+    """The class that ``kind`` was made of; of one that others derived from ours, as FSDP does, what it would be."""
+    original = kind.original
+    if "original" in vars(kind):
+        return original
+    bases = tuple(_reverted(base) if issubclass(base, Converted) else base for base in kind.__bases__)
+    return type(kind.__name__.replace(_fused_name(original), original.__name__), bases, dict(vars(kind)))
+
+
+def _fused_name(original: type) -> str:
+    return f"Fused{original.__name__}"
 
 
 def _taking(forward: Any, parameter: str) -> FunctionType:
@@ -419,5 +436,5 @@ def _swap(found: Found, memory: str) -> None:
 
 def _revert(module: nn.Module) -> None:
     if isinstance(module, Converted):
-        module.__class__ = module.original  # type: ignore[assignment]
+        module.__class__ = _reverted(type(module))
         vars(module).pop("_conversion", None)
