@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from resnet_fused import functional
 from resnet_fused.engine import eligible
-from resnet_fused.modules import BlockLayout, FusedBlock, StemLayout, descendants
+from resnet_fused.modules import BlockLayout, FusedBlock, StemLayout, descendants, in_range
 from resnet_fused.plan import checked
 from resnet_fused.recognise import recognise, recognise_stem
 
@@ -27,20 +27,22 @@ MEMORY = ("default", "recompute")
 _STATE = ("_conversion", "memory")
 _CLAIMED = (
     *(*_STATE, "original", "described", "why_eager", "why_unfusable", "is_stale", "eager_forward"),
-    *("_resolve", "_layer", "_shortcut", "_unit", "_why_stale"),
+    *("title", "_resolve", "_layer", "_shortcut", "_unit", "_why_stale"),
 )
 
 
 class _Conversion(NamedTuple):
     """What is known of a converted module. ``memory``: see :class:`FusedBlock`; ``layout``: None for a sequence.
 
-    ``kinds``: names and types of its submodules when it was recognised; ``plain``: its plain attributes.
+    ``kinds``: names and types of its submodules when it was recognised; ``plain``: its plain attributes; ``name``: its
+    own, in the model that was fused.
     """
 
     memory: str = "default"
     layout: BlockLayout | StemLayout | None = None
     kinds: tuple[Any, ...] = ()
     plain: tuple[tuple[str, Any], ...] = ()
+    name: str = ""
 
 
 class Converted(FusedBlock):
@@ -54,6 +56,10 @@ class Converted(FusedBlock):
 
     def described(self) -> tuple[Any, str]:
         return self._conversion.layout, self._conversion.memory
+
+    def title(self) -> str:
+        kind, name = self.original.__name__, self._conversion.name
+        return f"{name} ({kind})" if name else kind
 
     def eager_forward(self, x: Tensor) -> Tensor:
         return self.original.forward(self, x)
@@ -84,6 +90,9 @@ class ConvertedStem(Converted):
 
     Its own forward runs, on a view of it whose first children pass on what was computed.
     """
+
+    def title(self) -> str:
+        return f"{super().title()}, up to its pool"
 
     def why_eager(self, x: Tensor) -> str | None:
         found = self._unit(x)
@@ -135,14 +144,14 @@ class _Part:
     returned. A part that is called again is its module.
     """
 
-    def __init__(self, module: nn.Module | None, before: _Part | None) -> None:
-        self.module, self.before = module, before
+    def __init__(self, network: ConvertedStem, module: nn.Module | None, before: _Part | None) -> None:
+        self.network, self.module, self.before = network, module, before
         self.unit: functional.PooledUnit | None = None
         self.result: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.unit is not None:
-            self.result, self.unit = functional.run_pooled(x, self.unit), None
+            self.result, self.unit = in_range(self.network, functional.run_pooled, x, self.unit), None
             return self.result
         if self.before is None or x is not self.before.result:
             return cast(nn.Module, self.module)(x)
@@ -163,13 +172,13 @@ class _LastPart(_Part):
         return result
 
 
-def _parts(network: nn.Module, stem: StemLayout, unit: functional.PooledUnit) -> dict[str, Any]:
+def _parts(network: ConvertedStem, stem: StemLayout, unit: functional.PooledUnit) -> dict[str, Any]:
     """What stands for the parts of the ``stem`` in a view, by their names."""
     found: dict[str, Any] = {}
     before: _Part | None = None
     for name in stem.parts:
         kind = _LastPart if name == stem.parts[-1] else _Part
-        found[name] = before = kind(network._modules[name], before)
+        found[name] = before = kind(network, network._modules[name], before)
     found[stem.parts[0]].unit = unit
     return found
 
@@ -191,7 +200,7 @@ class ConvertedSequential(Converted):
             run = _run_length(children[at : at + 3])
             chain = functional.chain_of(x, [_layer(children[at : at + run])]) if run else None
             if isinstance(chain, functional.Chain):
-                x = functional.run(chain, recompute=self._conversion.memory == "recompute")
+                x = in_range(self, functional.run, chain, recompute=self._conversion.memory == "recompute")
                 at += run
                 continue
             if chain is not None:
@@ -415,17 +424,17 @@ def _restored_on_error(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def _swap(found: Found, memory: str) -> None:
-    module, verdict = found.module, found.verdict
-    state = _Conversion(memory)
+    name, module, verdict = found.name, found.module, found.verdict
+    state = _Conversion(memory, name=name)
     kind: type[Converted] = ConvertedSequential
     if isinstance(verdict, BlockLayout) and (isinstance(module, ConvertedBlock) or not isinstance(module, FusedBlock)):
         kind = ConvertedBlock
         for part in descendants(module):  # the block runs them itself
             _revert(part)
-        state = _Conversion(memory, verdict, _kinds(module), _plain(module))
+        state = _Conversion(memory, verdict, _kinds(module), _plain(module), name)
     elif isinstance(verdict, StemLayout):
         kind = ConvertedStem
-        state = _Conversion(memory, verdict, plain=_plain(module))
+        state = _Conversion(memory, verdict, plain=_plain(module), name=name)
     if isinstance(module, FusedBlock) and not isinstance(module, Converted):
         module.memory = memory
         return

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import profiler
 
 from resnet_fused import functional
 from resnet_fused.engine import eligible
@@ -98,6 +99,10 @@ class FusedBlock(nn.Module):
         """Its layout, and what training keeps."""
         return self.layout, self.memory
 
+    def title(self) -> str:
+        """What a profiler shows it as."""
+        return type(self).__name__
+
     def why_eager(self, x: Tensor) -> str | None:
         """Why the block would run eager on ``x`` as things stand, or None if it is fused."""
         found = self._resolve(x)
@@ -112,7 +117,7 @@ class FusedBlock(nn.Module):
         if isinstance(found, str):
             eligible.report_once(found)
             return self.eager_forward(x)
-        return functional.run(found, recompute=self.described()[1] == "recompute")
+        return in_range(self, functional.run, found, recompute=self.described()[1] == "recompute")
 
     def _resolve(self, x: Tensor) -> functional.Chain | str:
         """The block on ``x`` with all that it reads, or why it runs eager."""
@@ -147,6 +152,14 @@ class FusedBlock(nn.Module):
         if layout.pool is not None:
             x = self.get_submodule(layout.pool)(x)
         return x if layout.shortcut is None else functional.Projection(x, *projection[:2])
+
+
+def in_range(block: FusedBlock, function: Callable[..., Tensor], *arguments: Any, **options: Any) -> Tensor:
+    """What ``function`` returns; while a profiler runs, in a range with the title of ``block``."""
+    if torch.compiler.is_compiling() or not profiler._is_profiler_enabled:
+        return function(*arguments, **options)
+    with profiler.record_function(block.title()):
+        return function(*arguments, **options)
 
 
 def traced_forward(module: nn.Module, forward: Any) -> Any:
