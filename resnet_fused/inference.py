@@ -18,12 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import register_flop_formula
 
 from resnet_fused import functional
 from resnet_fused.convert import unfuse
 from resnet_fused.engine import eligible, forward, ops, reference
 from resnet_fused.engine.ops import channels_last
 from resnet_fused.engine.request import requested
+from resnet_fused.engine.trace import is_watched
 from resnet_fused.functional import conv_bn_act, conv_bn_act_pool
 from resnet_fused.kernels.chain_forward import Link
 from resnet_fused.kernels.conv import Geometry, output_size
@@ -195,6 +197,13 @@ class FrozenModel(nn.Module):
         raise TypeError("a frozen model cannot be scripted: use torch.jit.trace, torch.export or torch.compile")
 
 
+def called(model: FrozenModel) -> dict[str, Called]:
+    """All that the graphs of ``model`` call, by the names that it has in the network."""
+    parts = {name: part for name, part in model.network.named_modules() if isinstance(part, Called)}
+    inside = [unit for part in parts.values() if isinstance(part, TritonChain) for unit in part.links]
+    return {name: part for name, part in parts.items() if part not in inside}
+
+
 def _data(module: nn.Module) -> dict[str, Any]:
     """Attributes of ``module`` that say something of it: those with names of their own, less tensors and functions."""
     found = ((name, value) for name, value in vars(module).items() if name[0] != "_")
@@ -314,6 +323,11 @@ class FoldedConv(nn.Module):
             return mkldnn._convolution_pointwise_.binary(residual, x, packed, self.bias, *geometry, *after)
         return mkldnn._convolution_pointwise.binary(x, residual, packed, self.bias, *geometry, *after)
 
+    def why_eager(self, x: Tensor, *_: Any) -> str | None:
+        """Why PyTorch's operators run on ``x`` as things stand, or None."""
+        taken = self._packing(_cast(x, self.weight) if self.casts else x) is not None
+        return None if taken else f"oneDNN does not take {x.dtype} on {x.device}"
+
     def _aten(self, x: Tensor, residual: Any) -> Tensor:
         x = _cast(x, self.weight) if self.casts else x
         _check_input(x, self.weight, self.geometry)
@@ -426,6 +440,13 @@ class TritonConv(nn.Module):
         out_dtype = x.dtype if keeps else torch.promote_types(x.dtype, residual.dtype)
         return ops.conv_bn_act(x, self.weight, self.conv_bias, *norm, residual, 1, 0, code, self.relu, out_dtype)
 
+    def why_eager(self, x: Tensor, *residual: Any) -> str | None:
+        """Why PyTorch's operators run on ``x`` as things stand, or None."""
+        if (reason := eligible.why_not_here(x)) is not None:
+            return reason
+        fits = self._launches(_cast(x, self.weight) if self.casts else x, *(residual or (None,)))
+        return None if fits else f"no launch takes {tuple(x.shape)}, {x.dtype}, with what is added"
+
     def _pool(self, x: Tensor) -> Tensor:
         target = self.weight.dtype, "frozen", x.device, requested()
         implementation, code = functional.choose(
@@ -534,6 +555,10 @@ class TritonChain(nn.Module):
                 x = part[0](x)
         return z, None if reduce is None else x
 
+    def why_eager(self, x: Tensor, *_: Any) -> str | None:
+        """Why PyTorch's operators run on ``x`` as things stand, or None."""
+        return self.links[0].why_eager(x)
+
     def _parts(self, x: Any, residual: Any) -> tuple[tuple[int, TileConfig | None], ...]:
         """How many units each launch computes, with its tile."""
         first, *_ = units = self.links
@@ -597,6 +622,8 @@ def _finish(y: Tensor, residual: Any, accumulates: bool, relu: bool) -> Tensor:
 
 
 _UNITS = (FoldedConv, TritonConv)
+Called = FoldedConv | TritonConv | TritonChain
+"""What the graph of a frozen model calls in place of convolutions and what follows them."""
 _PLAIN = (Tensor, nn.Parameter)
 
 
@@ -606,7 +633,7 @@ def _is_traced(x: Any) -> bool:
         torch.compiler.is_compiling()
         or type(x) not in _PLAIN
         or torch._C._get_tracing_state() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
+        or is_watched()
         or torch._C._functorch.peek_interpreter_stack() is not None
     )
 
@@ -670,7 +697,8 @@ class _CudaGraph:
     def takes(self, args: tuple[Any, ...]) -> bool:
         if len(args) != 1 or _is_traced(x := args[0]) or not _is_like(x, self.x) or x.shape != self.x.shape:
             return False
-        return not (eligible.hooked() or torch.cuda.is_current_stream_capturing())
+        watched = torch._C._len_torch_dispatch_stack() > 0 or eligible.hooked()
+        return not (watched or torch.cuda.is_current_stream_capturing())
 
     def __call__(self, x: Tensor) -> Any:
         with self.lock, torch.cuda.device(self.x.device):
@@ -693,6 +721,17 @@ def _onednn_takes(dtype: torch.dtype) -> bool:
     if dtype == torch.float16:
         return mkldnn._is_mkldnn_fp16_supported()
     return dtype == torch.float32
+
+
+def _onednn_flops(x: Tensor, *rest: Any, out_val: Tensor) -> int:
+    """Floating-point operations of a convolution by oneDNN, whose filter comes first or behind what is added."""
+    packed = next(t for t in reversed(rest[:2]) if isinstance(t, Tensor) and t.dim() == 4)
+    return 2 * out_val.numel() * math.prod(packed.shape[1:])
+
+
+if _onednn_takes(torch.float32):
+    _onednn = torch.ops.mkldnn._convolution_pointwise, torch.ops.mkldnn._convolution_pointwise_
+    register_flop_formula(_onednn, get_raw=True)(_onednn_flops)
 
 
 def _folded(conv: nn.Conv2d, bn: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor | None]:
