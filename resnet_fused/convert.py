@@ -233,7 +233,7 @@ def _converted(kind: type[Converted], original: type[nn.Module]) -> type[Convert
 
 
 @cache
-def _reverted(kind: type[Converted]) -> type:
+def _reverted(kind: Any) -> type:
     """The class that ``kind`` was made of; of one that others derived from ours, as FSDP does, what it would be."""
     original = kind.original
     if "original" in vars(kind):
@@ -445,5 +445,5 @@ def _swap(found: Found, memory: str) -> None:
 
 def _revert(module: nn.Module) -> None:
     if isinstance(module, Converted):
-        module.__class__ = _reverted(type(module))
+        module.__class__ = _reverted(cast(Any, type(module)))
         vars(module).pop("_conversion", None)
