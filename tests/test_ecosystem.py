@@ -82,11 +82,3 @@ def test_detectors_segmenters_and_extractors_keep_their_blocks():
     assert _blocks(left["extractor"]) == 8
     with torch.no_grad():
         assert {name: t.shape[1] for name, t in left["features"].items()} == {"fine": 128, "coarse": 512}
-
-
-def test_a_backbone_with_frozen_batch_norm_says_why_it_is_not_fused():
-    import torchvision
-
-    backbone = torchvision.models.detection.backbone_utils.resnet_fpn_backbone(backbone_name="resnet18", weights=None)
-    reasons = {row.reason for row in explain(backbone).rows if row.name.startswith("body.layer")}
-    assert any("FrozenBatchNorm2d" in reason for reason in reasons)
