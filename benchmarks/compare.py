@@ -127,7 +127,7 @@ def _measured(
         **derived(runners[name], timing.median / 1e3),
     }
     ours = [peer.name for peer in OURS if peer.name in timings]
-    if ours and name not in ours:
+    if ours:
         best = min(ours, key=lambda candidate: timings[candidate].median)
         ratio = Timing(tuple(a / b for a, b in zip(timing.samples, timings[best].samples, strict=True)))
         first, third = ratio.quartiles

@@ -27,6 +27,7 @@ Columns = Mapping[str, str | Callable[[Record], object]]
 """What a table shows, by its head: a column of the rows, or a function of a row."""
 
 OWN = OURS[0].name
+UNDECIDED = "within the spread"
 # The palette of Okabe and Ito, which the colour-blind can tell apart.
 COLOURS = {"convolution": "#0072B2", "batch norm": "#E69F00", "ReLU and addition": "#009E73", "other": "#999999"}
 EAGER_COLOUR, OWN_COLOUR, SPREAD_COLOUR = "#D55E00", "#0072B2", "#333333"
@@ -49,22 +50,24 @@ def page(results: Mapping[str, Any]) -> str:
     rows, machine = results["rows"], results["machine"]
     networks = [row for row in rows if row["level"] == "network"]
     layers = [row for row in rows if row["level"] == "layer"]
-    where = machine["GPU"] if machine["GPU"] != "none" else machine["processor"]
+    on_gpu = machine["GPU"] != "none"
+    where = machine["GPU"] if on_gpu else machine["processor"]
     parts = [
         "<h1>resnet_fused: benchmark</h1>",
         f'<p class="lead">{_text(where)}; {_text(results["method"]["date"])}</p>',
     ]
-    if machine["GPU"] == "none":
+    if not on_gpu:
         parts.append(
             '<p class="note">This machine has no CUDA GPU. Times are those of its processor; every time of a GPU is '
-            f"{NOT_MEASURED}. Launches and bytes are counted from shapes, and what a GPU's roof allows is a MODEL.</p>"
+            f"{NOT_MEASURED}. Launches and bytes are counted from shapes, as planned for a GPU.</p>"
         )
     parts += ["<h2>Speed-up</h2>", *speedups(networks), "<h2>Times of the models</h2>", _times(networks)]
-    gpu = gpu_of(results["planned_for"]["arch"], results["planned_for"]["name"])
-    parts += ["<h2>Roofline of the layers</h2>", *rooflines(layers, gpu, measured=machine["GPU"] != "none")]
-    parts += ["<h2>Bytes</h2>", *traffic(networks), _counts(networks), "<h2>Memory</h2>", *memory(networks)]
+    if on_gpu:
+        gpu = gpu_of(results["planned_for"]["arch"], results["planned_for"]["name"])
+        parts += ["<h2>Roofline of the layers</h2>", *rooflines(layers, gpu)]
+    parts += ["<h2>Bytes</h2>", *traffic(networks), _counts(networks, on_gpu), "<h2>Memory</h2>", *memory(networks)]
     parts += ["<h2>Times of the layers</h2>", _times(layers)]
-    parts += ["<h2>Counts of the layers</h2>", _counts(layers)]
+    parts += ["<h2>Counts of the layers</h2>", _counts(layers, on_gpu)]
     parts += ["<h2>Machine</h2>", _facts(machine), "<h2>Method</h2>", _facts(results["method"])]
     body = "\n".join(parts)
     return (
@@ -90,7 +93,7 @@ def speedups(rows: Records) -> Iterable[str]:
         yield _figure(
             figure,
             f"{phase.capitalize()}: time of each peer over that of this library's fastest, in the same round; median "
-            "with quartiles. Right of the line, this library is faster.",
+            f"with quartiles. Right of the line, this library is faster; {UNDECIDED}: the quartiles lie on both sides.",
         )
 
 
@@ -98,31 +101,40 @@ def _speedup(ax: Axes, title: str, rows: Records) -> None:
     ratio = [row["over_ours"] for row in rows]
     below = [row["over_ours"] - row["over_ours_q1"] for row in rows]
     above = [row["over_ours_q3"] - row["over_ours"] for row in rows]
-    colours = [EAGER_COLOUR if row["peer"] == BASELINE.name else "#56B4E9" for row in rows]
+    known = dict.fromkeys((peer.name for peer in OURS), OWN_COLOUR) | {BASELINE.name: EAGER_COLOUR}
+    colours = [known.get(row["peer"], "#56B4E9") for row in rows]
     ax.barh([row["peer"] for row in rows], ratio, color=colours, height=0.62)
     ax.errorbar(ratio, range(len(rows)), xerr=[below, above], fmt="none", ecolor=SPREAD_COLOUR, capsize=3, lw=1)
     for i, row in enumerate(rows):
-        ax.text(row["over_ours_q3"] + 0.03, i, f"{row['over_ours']:.2f}", va="center", fontsize=8)
+        verdict = _verdict(row)
+        text = verdict if isinstance(verdict, str) else f"{verdict:.2f}"
+        ax.text(row["over_ours_q3"] + 0.03, i, text, va="center", fontsize=8)
     ax.axvline(1, color="black", lw=1)
     ax.set_xlim(0, 1.15 * max(1, *(row["over_ours_q3"] for row in rows)))
     ax.set_title(title.rpartition(", ")[0], fontsize=10)  # without the phase, which the caption names
     ax.set_xlabel("time / time of resnet_fused")
 
 
-def rooflines(rows: Records, gpu: GPU, measured: bool) -> Iterable[str]:
-    """Per phase and dtype, every layer at the largest batch under the roof of the GPU: measured, or as a model."""
+def _verdict(row: Record) -> float | str | None:
+    """How much longer a peer takes than this library's fastest, in words where the rounds do not agree."""
+    ratio, low, high = row["over_ours"], row["over_ours_q1"], row["over_ours_q3"]
+    return UNDECIDED if ratio is not None and low < high and low <= 1 <= high else ratio
+
+
+def rooflines(rows: Records, gpu: GPU) -> Iterable[str]:
+    """Per phase and dtype, every layer at the largest batch under the roof of the GPU."""
     for phase in (FORWARD, BACKWARD):
         at = [row for row in rows if row["phase"] == phase and row["counted_mb"] is not None]
         for dtype in dict.fromkeys(row["dtype"] for row in at):
             group = [row for row in at if row["dtype"] == dtype]
             largest = max(row["batch"] for row in group)
-            yield _roofline([row for row in group if row["batch"] == largest], gpu, measured)
+            yield _roofline([row for row in group if row["batch"] == largest], gpu)
 
 
-def _roofline(rows: Records, gpu: GPU, measured: bool) -> str:
+def _roofline(rows: Records, gpu: GPU) -> str:
     number_format, layers = rows[0]["planned_format"], list(dict.fromkeys(row["case"] for row in rows))
     title = f"{rows[0]['phase']}, batch {rows[0]['batch']}, {number_format}"
-    rows = [row for row in rows if not measured or row["median_ms"] is not None]
+    rows = [row for row in rows if row["median_ms"] is not None]
     if not rows:
         return f"<p>{_text(title.capitalize())}: {NOT_MEASURED}.</p>"
     figure = Figure(figsize=(9.5, 5.2), layout="constrained")
@@ -130,9 +142,8 @@ def _roofline(rows: Records, gpu: GPU, measured: bool) -> str:
     for name, colour, marker in ((BASELINE.name, EAGER_COLOUR, "s"), (OWN, OWN_COLOUR, "o")):
         points = [row for row in rows if row["peer"] == name]
         x = [row["counted_gflop"] * 1e3 / row["counted_mb"] for row in points]
-        y = [row["tflops"] for row in points] if measured else [_attainable(gpu, number_format, i) for i in x]
-        label = f"{name}, {'measured' if measured else 'MODEL: as fast as the roof allows'}"
-        ax.plot(x, y, marker, color=colour, mfc=colour if measured else "white", ms=6, label=label, zorder=3)
+        y = [row["tflops"] for row in points]
+        ax.plot(x, y, marker, color=colour, ms=6, label=f"{name}, measured", zorder=3)
         if name == OWN:
             numbers = [layers.index(row["case"]) + 1 for row in points]
             _number_points(ax, sorted(zip(x, y, numbers, strict=True)))
@@ -145,11 +156,9 @@ def _roofline(rows: Records, gpu: GPU, measured: bool) -> str:
         axis.set_minor_formatter(NullFormatter())
     ax.legend(loc="lower right")
     ax.grid(which="both", color="#eee")
-    claim = f"A MODEL, not a measurement: where each layer would lie on the roof of the {gpu.name}."
     key = "; ".join(f"{i} {name}" for i, name in enumerate(layers, 1))
     peaks = f"{gpu.tensor[number_format]:g} TFLOP/s and {gpu.memory:g} GB/s ({gpu.source})"
-    caption = f"Each layer with its batch norm and ReLU. Roof: {peaks}. Layers: {key}."
-    return _figure(figure, caption if measured else f"{claim} {caption}")
+    return _figure(figure, f"Each layer with its batch norm and ReLU. Roof: {peaks}. Layers: {key}.")
 
 
 def _attainable(gpu: GPU, number_format: str, intensity: float) -> float:
@@ -237,8 +246,8 @@ def _times(rows: Records) -> str:
     columns: Columns = {
         "peer": "peer",
         "median ms": "median_ms",
-        "quartiles": lambda row: f"{_number(row['q1_ms'])} to {_number(row['q3_ms'])}",
-        "time over ours": lambda row: "" if row["peer"] in [peer.name for peer in OURS] else row["over_ours"],
+        "quartiles": _quartiles,
+        "time over ours": _verdict,
         "TFLOP/s": "tflops",
         "GB/s": "gbs",
         "% of roof": "percent_of_roof",
@@ -246,14 +255,19 @@ def _times(rows: Records) -> str:
     return _table(rows, columns)
 
 
-def _counts(rows: Records) -> str:
-    columns: Columns = {
+def _quartiles(row: Record) -> str | None:
+    return None if row["median_ms"] is None else f"{_number(row['q1_ms'])} to {_number(row['q3_ms'])}"
+
+
+def _counts(rows: Records, gpu: bool) -> str:
+    columns: dict[str, str | Callable[[Record], object]] = {
         "peer": "peer",
         "launches (counted)": "counted_launches",
         "GFLOP (counted)": "counted_gflop",
         "MB (counted)": "counted_mb",
-        "ms at the roof (MODEL)": "model_roof_ms",
     }
+    if gpu:
+        columns |= {"ms at the roof (MODEL)": "model_roof_ms"}
     return _table([row for row in rows if row["counted_mb"] is not None], columns)
 
 
@@ -262,7 +276,12 @@ def _setting(row: Record) -> str:
 
 
 def _table(rows: Records, columns: Columns) -> str:
-    """A line for each row, under a heading for each setting."""
+    """A line for each row, under a heading for each setting; a column of which nothing was measured is left out."""
+    columns = {
+        name: column
+        for name, column in columns.items()
+        if column in ("peer", "median_ms") or any(_value(row, column) is not None for row in rows)
+    }
     head = "".join(f"<th>{_text(name)}</th>" for name in columns)
     lines = []
     for setting, group in groupby(rows, key=_setting):
@@ -277,7 +296,11 @@ def _cells(row: Record, columns: Columns) -> str:
     if "median_ms" in columns.values() and row["median_ms"] is None:
         reason = f"{NOT_MEASURED}: {row['reason']}"
         return f'{_cell(row["peer"])}<td class="none" colspan="{len(columns) - 1}">{_text(reason)}</td>'
-    return "".join(_cell(row[column] if isinstance(column, str) else column(row)) for column in columns.values())
+    return "".join(_cell(_value(row, column)) for column in columns.values())
+
+
+def _value(row: Record, column: str | Callable[[Record], object]) -> object:
+    return row[column] if isinstance(column, str) else column(row)
 
 
 def _cell(value: object) -> str:

@@ -7,19 +7,20 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from inspect import isroutine, signature
 from types import FunctionType
 from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from resnet_fused import functional
 from resnet_fused.engine import eligible
 from resnet_fused.kernels.activation import IDENTITY, RELU
 from resnet_fused.kernels.launch import KEPT_LAYOUTS
-from resnet_fused.modules import BlockLayout, FusedBlock, StemLayout, descendants, runs_fused
+from resnet_fused.modules import BlockLayout, FusedBlock, StemLayout, descendants, in_range, runs_fused
 from resnet_fused.plan import checked
 from resnet_fused.recognise import recognise, recognise_stem
 
@@ -29,31 +30,23 @@ MEMORY = ("default", "recompute")
 _STATE = ("_conversion", "memory")
 _CLAIMED = (
     *(*_STATE, "original", "described", "why_eager", "why_unfusable", "is_stale", "eager_forward"),
-    *(
-        "forward_ahead",
-        "_infer",
-        "_launched",
-        "_repetition",
-        "_run",
-        "_resolve",
-        "_layer",
-        "_shortcut",
-        "_unit",
-        "_why_stale",
-    ),
+    *("title", "forward_ahead", "_infer", "_launched", "_repetition", "_run", "_resolve", "_layer", "_shortcut"),
+    *("_unit", "_why_stale"),
 )
 
 
 class _Conversion(NamedTuple):
     """What is known of a converted module. ``memory``: see :class:`FusedBlock`; ``layout``: None for a sequence.
 
-    ``kinds``: names and types of its submodules when it was recognised; ``plain``: its plain attributes.
+    ``kinds``: names and types of its submodules when it was recognised; ``plain``: its plain attributes; ``name``: its
+    own, in the model that was fused.
     """
 
     memory: str = "default"
     layout: BlockLayout | StemLayout | None = None
     kinds: tuple[Any, ...] = ()
     plain: tuple[tuple[str, Any], ...] = ()
+    name: str = ""
 
 
 class Converted(FusedBlock):
@@ -67,6 +60,10 @@ class Converted(FusedBlock):
 
     def described(self) -> tuple[Any, str]:
         return self._conversion.layout, self._conversion.memory
+
+    def title(self) -> str:
+        kind, name = self.original.__name__, self._conversion.name
+        return f"{name} ({kind})" if name else kind
 
     def eager_forward(self, x: Tensor) -> Tensor:
         return self.original.forward(self, x)
@@ -97,6 +94,9 @@ class ConvertedStem(Converted):
 
     Its own forward runs, on a view of it whose first children pass on what was computed.
     """
+
+    def title(self) -> str:
+        return f"{super().title()}, up to its pool"
 
     def why_eager(self, x: Tensor) -> str | None:
         found = self._unit(x)
@@ -148,14 +148,14 @@ class _Part:
     returned. A part that is called again is its module.
     """
 
-    def __init__(self, module: nn.Module | None, before: _Part | None) -> None:
-        self.module, self.before = module, before
+    def __init__(self, network: ConvertedStem, module: nn.Module | None, before: _Part | None) -> None:
+        self.network, self.module, self.before = network, module, before
         self.unit: functional.PooledUnit | None = None
         self.result: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.unit is not None:
-            self.result, self.unit = functional.run_pooled(x, self.unit), None
+            self.result, self.unit = in_range(self.network, functional.run_pooled, x, self.unit), None
             return self.result
         if self.before is None or x is not self.before.result:
             return cast(nn.Module, self.module)(x)
@@ -176,13 +176,13 @@ class _LastPart(_Part):
         return result
 
 
-def _parts(network: nn.Module, stem: StemLayout, unit: functional.PooledUnit) -> dict[str, Any]:
+def _parts(network: ConvertedStem, stem: StemLayout, unit: functional.PooledUnit) -> dict[str, Any]:
     """What stands for the parts of the ``stem`` in a view, by their names."""
     found: dict[str, Any] = {}
     before: _Part | None = None
     for name in stem.parts:
         kind = _LastPart if name == stem.parts[-1] else _Part
-        found[name] = before = kind(network._modules[name], before)
+        found[name] = before = kind(network, network._modules[name], before)
     found[stem.parts[0]].unit = unit
     return found
 
@@ -196,13 +196,15 @@ class ConvertedSequential(Converted):
         return eligible.why_eager(x, runs) if runs else "it has no convolution with batch norm any more"
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, fx.Proxy):
+            return self.eager_forward(input)
         x, children = input, list(self._modules.values())  # a module may stand there twice
         at = 0
         while at < len(children):
             run = _run_length(children[at : at + 3])
             chain = functional.chain_of(x, [_layer(children[at : at + run])]) if run else None
             if isinstance(chain, functional.Chain):
-                x = functional.run(chain, recompute=self._conversion.memory == "recompute")
+                x = in_range(self, functional.run, chain, recompute=self._conversion.memory == "recompute")
                 at += run
                 continue
             if chain is not None:
@@ -273,8 +275,24 @@ def _converted(kind: type[Converted], original: type[nn.Module]) -> type[Convert
         _, parameter = signature(original.forward).parameters
         if parameter != "x" and kind not in (ConvertedSequential, ConvertedBlocks):
             attributes["forward"] = _taking(kind.forward, parameter)
-        _classes[key] = type(f"Fused{original.__name__}", key, attributes)
+        if original.__new__ is not object.__new__:  # FSDP's looks among the bases for what a slice is made of
+            attributes["__new__"] = lambda _, *args, **named: original.__new__(original, *args, **named)
+        _classes[key] = type(_fused_name(original), key, attributes)
     return _classes[key]
+
+
+@cache
+def _reverted(kind: Any) -> type:
+    """The class that ``kind`` was made of; of one that others derived from ours, as FSDP does, what it would be."""
+    original = kind.original
+    if "original" in vars(kind):
+        return original
+    bases = tuple(_reverted(base) if issubclass(base, Converted) else base for base in kind.__bases__)
+    return type(kind.__name__.replace(_fused_name(original), original.__name__), bases, dict(vars(kind)))
+
+
+def _fused_name(original: type) -> str:
+    return f"Fused{original.__name__}"
 
 
 def _taking(forward: Any, parameter: str) -> FunctionType:
@@ -457,17 +475,17 @@ def _restored_on_error(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def _swap(found: Found, memory: str) -> None:
-    module, verdict = found.module, found.verdict
-    state = _Conversion(memory)
+    name, module, verdict = found.name, found.module, found.verdict
+    state = _Conversion(memory, name=name)
     kind: type[Converted] = ConvertedSequential
     if isinstance(verdict, BlockLayout) and (isinstance(module, ConvertedBlock) or not isinstance(module, FusedBlock)):
         kind = ConvertedBlock
         for part in descendants(module):  # the block runs them itself
             _revert(part)
-        state = _Conversion(memory, verdict, _kinds(module), _plain(module))
+        state = _Conversion(memory, verdict, _kinds(module), _plain(module), name)
     elif isinstance(verdict, StemLayout):
         kind = ConvertedStem
-        state = _Conversion(memory, verdict, plain=_plain(module))
+        state = _Conversion(memory, verdict, plain=_plain(module), name=name)
     if isinstance(module, FusedBlock) and not isinstance(module, Converted):
         module.memory = memory
         return
@@ -496,5 +514,5 @@ def _ends_pointwise(block: nn.Module | None) -> bool:
 
 def _revert(module: nn.Module) -> None:
     if isinstance(module, Converted):
-        module.__class__ = module.original  # type: ignore[assignment]
+        module.__class__ = _reverted(cast(Any, type(module)))
         vars(module).pop("_conversion", None)

@@ -16,7 +16,7 @@ from resnet_fused.convert import ConvertedStem, Found, find
 from resnet_fused.engine.eligible import Onlooker
 from resnet_fused.engine.request import implementation, requested
 from resnet_fused.engine.trace import Launch, trace
-from resnet_fused.inference import FrozenModel, TritonChain, TritonConv, frozen_parts
+from resnet_fused.inference import Called, FoldedConv, FrozenModel, TritonChain, TritonConv, called
 from resnet_fused.kernels.chain_forward import Chain
 from resnet_fused.kernels.launch import TileConfig, dry_run, interpreting
 from resnet_fused.modules import FusedBlock, StemLayout
@@ -325,8 +325,12 @@ def explain(
     which needs an ``arch``: a training step, from the input to the gradients of all parameters, given the gradient of
     what the model returns: without the loss and the optimizer. Without ``x``, the structure alone is judged.
 
-    Raises ValueError for ``training`` without ``arch``.
+    Of a model that is frozen for inference, each call of its graphs is a block. It runs without its CUDA graph.
+
+    Raises ValueError for ``training`` without ``arch``, and for an ``arch`` with a model that is frozen for a CPU.
     """
+    if arch is not None and any(isinstance(part, FoldedConv) for part in model.modules()):
+        raise ValueError(f"arch must be None for a model that is frozen for a CPU; got {arch}")
     if training and arch is None:
         raise ValueError("training=True needs an arch: a training step is planned, not run")
     if x is None:
@@ -334,6 +338,8 @@ def explain(
     if arch is not None:
         return _planned(model, x, arch, training)
     with torch.no_grad():
+        if isinstance(model, FrozenModel):
+            model(x)  # what it packs, it packs once
         rows, _ = _observe(model, x, _blocks(model), training=False)
     on_gpu = x.device.type == "cuda" and not interpreting()
     steps = _planned(model, x, arch_of(x.device), training=False).steps if on_gpu else {}
@@ -361,15 +367,17 @@ def _planned(model: nn.Module, x: Tensor, arch: int, training: bool) -> Explanat
 
 
 def _blocks(model: nn.Module) -> list[Found]:
-    """What is found in ``model``, less blocks that are part of a stem; of a frozen one, its units and chains."""
-    found = [*find(model), *(Found(name, module, True) for name, module in frozen_parts(model))]
+    """What is found in ``model``, less blocks that are part of a stem; of a frozen one, what its graphs call."""
+    if isinstance(model, FrozenModel):
+        return [Found(f"network.{name}", part, True) for name, part in called(model).items()]
+    found = list(find(model))
     stems = [f for f in found if isinstance(f.verdict, StemLayout)]
     parts = [f.module.get_submodule(name) for f in stems for name in f.verdict.parts]  # type: ignore[union-attr]
     return [f for f in found if f.module not in parts]
 
 
 def _row(found: Found) -> BlockRow:
-    if isinstance(found.module, FusedBlock | TritonConv | TritonChain):
+    if isinstance(found.module, FusedBlock | Called):
         return BlockRow(*_named(found), "fused")
     reason = found.verdict if isinstance(found.verdict, str) else "not converted: call fuse(model)"
     return BlockRow(*_named(found), "eager", reason)
@@ -423,7 +431,7 @@ def _observe(
                 args[0].register_hook(lambda _, stem=stem: start(stem, "backward"))
         start(module, "forward")
         problems[module] = len(planned)
-        if isinstance(module, FusedBlock) and (reason := module.why_eager(args[0])) is not None:
+        if isinstance(module, FusedBlock | Called) and (reason := module.why_eager(*args)) is not None:
             rows[module].implementation, rows[module].reason = "eager", reason
 
     def leave(module: nn.Module, args: tuple[Any, ...], result: Any) -> None:

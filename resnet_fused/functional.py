@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from resnet_fused.engine import chains, eligible, ops, reference
 from resnet_fused.engine.autograd import ChainSpec, PreActFunction, PreActSpec, ResidualFunction, UnitSpec, laid_out
@@ -175,8 +175,6 @@ def _why_unlike(units: Sequence[Unit]) -> str | None:
             norm_kind = v.dtype
         if unit.w.dtype != kind or (v is not None and v.dtype != norm_kind):
             return "the units have parameters of several dtypes"
-    if torch._C._get_tracing_state() is not None and any(unit.batch_stats for unit in units):
-        return "torch.jit traces it in training"
     return None
 
 
@@ -585,6 +583,8 @@ def _infer_preact(block: PreAct) -> Tensor:
 
 
 def _check(x: Tensor, conv: nn.Conv2d, bn: nn.Module, residual: Tensor | PaddedIdentity | None) -> None:
+    if isinstance(x, fx.Proxy):
+        return
     for name, value, kind in (("x", x, Tensor), ("conv", conv, nn.Conv2d), ("bn", bn, nn.Module)):
         if not isinstance(value, kind):
             raise TypeError(f"{name} must be a {kind.__module__}.{kind.__qualname__}; got {type(value).__qualname__}")

@@ -10,19 +10,22 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partialmethod
-from typing import Any
+from types import FunctionType
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import register_flop_formula
 
 from resnet_fused import functional
 from resnet_fused.convert import unfuse
 from resnet_fused.engine import chains, eligible, forward, ops, reference
 from resnet_fused.engine.ops import channels_last
 from resnet_fused.engine.request import requested
+from resnet_fused.engine.trace import is_watched
 from resnet_fused.functional import conv_bn_act, conv_bn_act_pool
 from resnet_fused.kernels.activation import IDENTITY, RELU
 from resnet_fused.kernels.chain_forward import Link
@@ -75,7 +78,7 @@ def optimize_for_inference(
     if dtype is not None and dtype not in FLOATS:
         raise ValueError(f"dtype must be one of {', '.join(map(str, FLOATS))}; got {dtype}")
     with torch.inference_mode(False), torch.no_grad():  # what is made here can be loaded into later
-        frozen = FrozenModel(unfuse(_copy(model)).eval().requires_grad_(False), dtype)
+        frozen = _showing(inspect.signature(model.forward))(unfuse(_copy(model)).eval().requires_grad_(False), dtype)
     if example is not None:
         frozen.prepare(example)
     return frozen
@@ -92,8 +95,12 @@ class FrozenModel(nn.Module):
     """What :func:`optimize_for_inference` returns. Can be called, copied, pickled and moved, not trained.
 
     Runs under ``torch.inference_mode()``. New weights come by ``load_state_dict``. A CUDA graph is neither copied nor
-    saved, and runs no hooks that come after it: call :meth:`prepare` again.
+    saved, and runs no hooks that come after it: call :meth:`prepare` again. It has the signature and the attributes of
+    the model. Compilers, exporters and tracers see PyTorch's own operators.
     """
+
+    first_input: str | None
+    """The name of the first parameter of ``forward``, if it has any."""
 
     def __init__(self, network: nn.Module, dtype: torch.dtype | None) -> None:
         super().__init__()
@@ -108,13 +115,29 @@ class FrozenModel(nn.Module):
                 _settle(module, dtype, casts=module not in inner)
         self._graph: _CudaGraph | None = None
         self.eval()
+        vars(self).update(_data(network) | vars(self))
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "network" or hasattr(fx.GraphModule, name):
+                raise
+            return getattr(self.network, name)
 
     @property
     def dtype(self) -> torch.dtype:
         """That of the weights of its first convolution; without one, of its first floating-point weight."""
-        weights = [m.weight for m in self.network.modules() if isinstance(m, (*_UNITS, _ConvNd))]
-        weights += [t for t in self.network.parameters() if t.is_floating_point()]
-        return weights[0].dtype if weights else torch.get_default_dtype()
+        return next((t.dtype for t in self._weights()), torch.get_default_dtype())
+
+    @property
+    def device(self) -> torch.device:
+        """That of the same weights."""
+        return next((t.device for t in self._weights()), torch.get_default_device())
+
+    def _weights(self) -> Iterator[Tensor]:
+        yield from (m.weight for m in self.network.modules() if isinstance(m, (*_UNITS, _ConvNd)))
+        yield from (t for t in self.network.parameters() if t.is_floating_point())
 
     def train(self, mode: bool = True) -> FrozenModel:
         """Raises RuntimeError unless ``mode`` is False: there is no batch norm left to train."""
@@ -127,11 +150,14 @@ class FrozenModel(nn.Module):
         if isinstance(args, fx.Proxy):
             raise TypeError("a frozen model cannot be traced symbolically: trace its network, FrozenModel.network")
         if torch.compiler.is_compiling():
+            if torch.compiler.is_exporting():  # a graph of one piece: that of another mode would be a part in it
+                return self.network(*args, **kwargs)
             with torch.no_grad():  # the compilers of torch 2.11 fail in inference mode
                 return self.network(*args, **kwargs)
         with torch.inference_mode():
-            if self._graph is not None and not kwargs and self._graph.takes(args):
-                return self._graph(args[0])
+            if self._graph is not None and kwargs.keys() <= {self.first_input}:
+                if self._graph.takes(inputs := (*args, *kwargs.values())):
+                    return self._graph(inputs[0])
             return self.network(*args, **kwargs)
 
     @torch.inference_mode()
@@ -164,8 +190,40 @@ class FrozenModel(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_graph": None}
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        rest = cast(tuple[Any, ...], super().__reduce_ex__(protocol))[2:]
+        return _blank, (inspect.signature(self.forward),), *rest
+
     def __prepare_scriptable__(self) -> FrozenModel:
         raise TypeError("a frozen model cannot be scripted: use torch.jit.trace, torch.export or torch.compile")
+
+
+def called(model: FrozenModel) -> dict[str, Called]:
+    """All that the graphs of ``model`` call, by the names that it has in the network."""
+    parts = {name: part for name, part in model.network.named_modules() if isinstance(part, Called)}
+    inside = [unit for part in parts.values() if isinstance(part, TritonChain) for unit in part.links]
+    return {name: part for name, part in parts.items() if part not in inside}
+
+
+def _data(module: nn.Module) -> dict[str, Any]:
+    """Attributes of ``module`` that say something of it: those with names of their own, less tensors and functions."""
+    found = ((name, value) for name, value in vars(module).items() if name[0] != "_")
+    return {name: value for name, value in found if not callable(value) and not isinstance(value, Tensor)}
+
+
+def _showing(signature: inspect.Signature) -> type[FrozenModel]:
+    """:class:`FrozenModel` with a ``forward`` of this ``signature``, less annotations, for those who ask for it."""
+    code = FrozenModel.forward
+    forward: Any = FunctionType(code.__code__, code.__globals__, "forward")
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    parameters = [parameter.replace(annotation=parameter.empty) for parameter in signature.parameters.values()]
+    forward.__signature__ = inspect.Signature([own, *parameters])
+    first = next(iter(signature.parameters), None)
+    return type("FrozenModel", (FrozenModel,), {"forward": forward, "first_input": first, "__module__": __name__})
+
+
+def _blank(signature: inspect.Signature) -> FrozenModel:
+    return object.__new__(_showing(signature))
 
 
 def _fed_from_inside(network: nn.Module) -> Iterator[nn.Module]:
@@ -266,10 +324,17 @@ class FoldedConv(nn.Module):
             return mkldnn._convolution_pointwise_.binary(residual, x, packed, self.bias, *geometry, *after)
         return mkldnn._convolution_pointwise.binary(x, residual, packed, self.bias, *geometry, *after)
 
+    def why_eager(self, x: Tensor, *_: Any) -> str | None:
+        """Why PyTorch's operators run on ``x`` as things stand, or None."""
+        taken = self._packing(_cast(x, self.weight) if self.casts else x) is not None
+        return None if taken else f"oneDNN does not take {x.dtype} on {x.device}"
+
     def _aten(self, x: Tensor, residual: Any) -> Tensor:
-        y = F.conv2d(_cast(x, self.weight) if self.casts else x, self.weight, self.bias, *self.geometry)
+        x = _cast(x, self.weight) if self.casts else x
+        _check_input(x, self.weight, self.geometry)
+        y = F.conv2d(x, self.weight, self.bias, *self.geometry)
         if self.normalised:
-            _check_normalised(y, self.weight)
+            _check_normalised(y, x, self.weight, self.geometry)
         return _finish(y, residual, self.accumulates, self.relu)
 
     def _packing(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]] | None:
@@ -380,6 +445,13 @@ class TritonConv(nn.Module):
         act = RELU if self.relu else IDENTITY
         return ops.conv_bn_act(x, self.weight, self.conv_bias, *norm, residual, 1, 0, code, act.code, out_dtype)
 
+    def why_eager(self, x: Tensor, *residual: Any) -> str | None:
+        """Why PyTorch's operators run on ``x`` as things stand, or None."""
+        if (reason := eligible.why_not_here(x)) is not None:
+            return reason
+        fits = self._launches(_cast(x, self.weight) if self.casts else x, *(residual or (None,)))
+        return None if fits else f"no launch takes {tuple(x.shape)}, {x.dtype}, with what is added"
+
     def _pool(self, x: Tensor) -> Tensor:
         target = self.weight.dtype, "frozen", x.device, requested()
         implementation, code = functional.choose(
@@ -392,7 +464,7 @@ class TritonConv(nn.Module):
 
     def _launches(self, x: Tensor, residual: Any) -> bool:
         """Whether a launch takes ``x`` and ``residual``; what it does not take, PyTorch is to judge."""
-        if isinstance(x, fx.Proxy):
+        if isinstance(x, fx.Proxy) or torch.compiler.is_compiling():
             return False
         casts = FLOATS if self.pooled and self.casts else ()
         if not _is_like(x, self.weight, casts) or x.dtype not in FLOATS or eligible.why_not_here(x) is not None:
@@ -447,9 +519,10 @@ class TritonConv(nn.Module):
         return forward.fold(self.weight, self.conv_bias, norm)
 
     def _aten(self, x: Tensor, residual: Any) -> Tensor:
+        _check_input(x, self.weight, self.geometry)
         bias = None if self.conv_bias is None else self.conv_bias.to(self.weight.dtype)
         y = F.conv2d(x, self.weight, bias, *self.geometry)
-        _check_normalised(y, self.weight)
+        _check_normalised(y, x, self.weight, self.geometry)
         y = F.batch_norm(y, self.mean, self.var, self.gamma, self.beta, eps=self.eps)
         y = _finish(y, residual, self.accumulates, self.relu)
         return F.max_pool2d(y, *POOL) if self.pooled else y
@@ -477,12 +550,15 @@ class TritonChain(nn.Module):
     def forward(self, x: Tensor, residual: Any) -> tuple[Any, Any]:
         return chains.run(self.named, self._parts(x, residual), x, residual, _alone, _together)
 
+    def why_eager(self, x: Tensor, *_: Any) -> str | None:
+        """Why PyTorch's operators run on ``x`` as things stand, or None."""
+        return self.links[0].why_eager(x)
+
     def _parts(self, x: Any, residual: Any) -> Parts:
         """How many units each launch computes, with its tile."""
         first, *_ = units = self.links
         x = _cast(x, first.weight) if first.casts else x
-        traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-        if traced or eligible.hooked(*units) or not first._launches(x, None) or not self._fits(x, residual):
+        if eligible.hooked(*units) or not first._launches(x, None) or not self._fits(x, residual):
             return ((1, None),) * len(units)
         filters = tuple(None if unit is None else (tuple(unit.weight.shape), unit.geometry) for unit in self.named)
         return forward.choose_chain(tuple(x.shape), filters, x.dtype, "frozen", x.device, requested()).parts
@@ -511,20 +587,30 @@ def _together(units: Sequence[TritonConv | None], x: Tensor, residual: Tensor, t
     return chains.launch(links, first.geometry, _cast(x, first.weight), residual, tile)
 
 
-def frozen_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The Triton units and chains that ``model`` calls, with their names: a chain's own are its affair."""
-    chained = {id(unit) for part in model.modules() if isinstance(part, TritonChain) for unit in part.links}
-    for name, part in model.named_modules():
-        if isinstance(part, TritonChain | TritonConv) and id(part) not in chained:
-            yield name, part
+def _check_input(x: Any, weight: Tensor, geometry: Geometry) -> None:
+    """Refuse an input that PyTorch would refuse, by an error of the same type that says what is needed."""
+    if isinstance(x, fx.Proxy) or torch._C._get_tracing_state() is not None:
+        return
+    if not isinstance(x, Tensor):
+        raise TypeError(f"the input must be a torch.Tensor; got {type(x).__qualname__}")
+    channels = weight.shape[1] * geometry.groups
+    if x.dim() not in (3, 4) or x.shape[-3] != channels or not x.is_floating_point():
+        raise RuntimeError(_unfit(x, weight, geometry))
 
 
-def _check_normalised(y: Any, weight: Tensor) -> None:
-    """Refuse the output of a convolution that batch norm would refuse."""
+def _check_normalised(y: Any, x: Any, weight: Tensor, geometry: Geometry) -> None:
+    """Refuse the output ``y`` of a convolution that batch norm would refuse."""
     if isinstance(y, Tensor) and y.dim() != 4:
-        raise ValueError(f"expected 4D input (got {y.dim()}D input)")
+        raise ValueError(_unfit(x, weight, geometry))
     if isinstance(y, Tensor) and y.device != weight.device:
-        raise RuntimeError(f"expected the input on {weight.device}, where the weights are; it is on {y.device}")
+        raise RuntimeError(_unfit(x, weight, geometry))
+
+
+def _unfit(x: Tensor, weight: Tensor, geometry: Geometry) -> str:
+    return (
+        f"the input of a convolution must be [N, {weight.shape[1] * geometry.groups}, H, W], in floating point, on "
+        f"{weight.device}; got {tuple(x.shape)}, {x.dtype}, on {x.device}"
+    )
 
 
 def _finish(y: Tensor, residual: Any, accumulates: bool, relu: bool) -> Tensor:
@@ -534,6 +620,8 @@ def _finish(y: Tensor, residual: Any, accumulates: bool, relu: bool) -> Tensor:
 
 
 _UNITS = (FoldedConv, TritonConv)
+Called = FoldedConv | TritonConv | TritonChain
+"""What the graph of a frozen model calls in place of convolutions and what follows them."""
 _PLAIN = (Tensor, nn.Parameter)
 
 
@@ -543,7 +631,7 @@ def _is_traced(x: Any) -> bool:
         torch.compiler.is_compiling()
         or type(x) not in _PLAIN
         or torch._C._get_tracing_state() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
+        or is_watched()
         or torch._C._functorch.peek_interpreter_stack() is not None
     )
 
@@ -607,7 +695,8 @@ class _CudaGraph:
     def takes(self, args: tuple[Any, ...]) -> bool:
         if len(args) != 1 or _is_traced(x := args[0]) or not _is_like(x, self.x) or x.shape != self.x.shape:
             return False
-        return not (eligible.hooked() or torch.cuda.is_current_stream_capturing())
+        watched = torch._C._len_torch_dispatch_stack() > 0 or eligible.hooked()
+        return not (watched or torch.cuda.is_current_stream_capturing())
 
     def __call__(self, x: Tensor) -> Any:
         with self.lock, torch.cuda.device(self.x.device):
@@ -630,6 +719,17 @@ def _onednn_takes(dtype: torch.dtype) -> bool:
     if dtype == torch.float16:
         return mkldnn._is_mkldnn_fp16_supported()
     return dtype == torch.float32
+
+
+def _onednn_flops(x: Tensor, *rest: Any, out_val: Tensor) -> int:
+    """Floating-point operations of a convolution by oneDNN, whose filter comes first or behind what is added."""
+    packed = next(t for t in reversed(rest[:2]) if isinstance(t, Tensor) and t.dim() == 4)
+    return 2 * out_val.numel() * math.prod(packed.shape[1:])
+
+
+if _onednn_takes(torch.float32):
+    _onednn = torch.ops.mkldnn._convolution_pointwise, torch.ops.mkldnn._convolution_pointwise_
+    register_flop_formula(_onednn, get_raw=True)(_onednn_flops)
 
 
 def _folded(conv: nn.Conv2d, bn: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor | None]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import profiler
 
 from resnet_fused import functional
 from resnet_fused.engine import eligible
@@ -18,6 +19,8 @@ from resnet_fused.engine.reference import PaddedIdentity
 from resnet_fused.engine.replay import Repetition, can_repeat
 from resnet_fused.engine.request import requested
 from resnet_fused.kernels.activation import IDENTITY, RELU, Activation
+
+T = TypeVar("T")
 
 
 class UnitNames(NamedTuple):
@@ -108,6 +111,10 @@ class FusedBlock(nn.Module):
         """Its layout, and what training keeps."""
         return self.layout, self.memory
 
+    def title(self) -> str:
+        """What a profiler shows it as."""
+        return type(self).__name__
+
     def why_eager(self, x: Tensor) -> str | None:
         """Why the block would run eager on ``x`` as things stand, or None if it is fused."""
         found = self._resolve(x)
@@ -119,15 +126,15 @@ class FusedBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         repetition = self._repetition(x)
-        if repetition is not None and (z := repetition.played()) is not None:
-            return cast(Tensor, z)
+        if repetition is not None and repetition.is_known:
+            return in_range(self, repetition.play)
         found = self._resolve(x)
         if isinstance(found, str):
             eligible.report_once(found)
             return self.eager_forward(x)
         if repetition is not None:
-            return cast(Tensor, repetition.run(partial(self._infer, x)))
-        return self._launched(found)
+            return in_range(self, repetition.run, partial(self._infer, x))
+        return in_range(self, self._launched, found)
 
     def _launched(self, found: functional.Chain | functional.PreAct) -> Tensor:
         if isinstance(found, functional.PreAct):
@@ -167,8 +174,10 @@ class FusedBlock(nn.Module):
             eligible.report_once(found)
             return functional.Ran(self.eager_forward(x))
         if isinstance(found, functional.PreAct):
-            return functional.Ran(found.run())
-        return functional.run_ahead(found, ahead, None if following is None else _first_layer(x, following))
+            return functional.Ran(in_range(self, found.run))
+        return in_range(
+            self, functional.run_ahead, found, ahead, None if following is None else _first_layer(x, following)
+        )
 
     def _resolve(self, x: Tensor) -> functional.Chain | functional.PreAct | str:
         """The block on ``x`` with all that it reads, or why it runs eager."""
@@ -242,6 +251,14 @@ def runs_fused(module: nn.Module | None) -> bool:
 
 
 _FORWARD = FusedBlock.forward.__code__.co_code
+
+
+def in_range(block: FusedBlock, function: Callable[..., T], *arguments: Any, **options: Any) -> T:
+    """What ``function`` returns; while a profiler runs, in a range with the title of ``block``."""
+    if torch.compiler.is_compiling() or not profiler._is_profiler_enabled:
+        return function(*arguments, **options)
+    with profiler.record_function(block.title()):
+        return function(*arguments, **options)
 
 
 def traced_forward(module: nn.Module, forward: Any) -> Any:

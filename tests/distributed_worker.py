@@ -9,11 +9,16 @@ from collections.abc import Callable
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.models import resnet
 
-from resnet_fused import BasicBlock, Bottleneck, PreActBottleneck, ResidualBlock, fuse, implementation
+from resnet_fused import BasicBlock, Bottleneck, PreActBottleneck, ResidualBlock, fuse, implementation, unfuse
+from resnet_fused.convert import Converted
 from tests.training import Stem, draw
 
 Arrays = dict[str, np.ndarray]
@@ -91,8 +96,13 @@ def _step(model: nn.Module, x: Tensor, dz: Tensor, road: str) -> Arrays:
         z.backward(dz)
     module = model.module if isinstance(model, DistributedDataParallel) else model
     left = {"z": z.detach(), "x.grad": x.grad}
-    left |= {f"{name}.grad": p.grad for name, p in module.named_parameters()}
+    left |= {f"{name}.grad": _whole(p.grad) for name, p in module.named_parameters()}
     return {name: t.cpu().numpy() for name, t in (left | dict(module.named_buffers())).items()}
+
+
+def _whole(t: Tensor) -> Tensor:
+    """All of a tensor that is sharded over the ranks."""
+    return t.full_tensor() if isinstance(t, DTensor) else t
 
 
 def sync_step(name: str, split: tuple[int, ...], road: str, group: str = "default") -> Arrays:
@@ -133,6 +143,49 @@ def model_step(conversion: str, split: tuple[int, ...], road: str, parallel: boo
     if parallel:
         model = DistributedDataParallel(model)
     return _step(model, _own(x, split), _own(dz, split), road)
+
+
+def _shard(model: nn.Module) -> nn.Module:
+    for block in model[3:]:
+        fully_shard(block)
+    return fully_shard(model)
+
+
+SHARDINGS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "fuse, then shard": lambda model: _shard(fuse(model)),
+    "shard, then fuse": lambda model: fuse(_shard(model)),
+    "fuse, shard, fuse": lambda model: fuse(_shard(fuse(model))),
+}
+
+
+def shard_step(sharding: str, split: tuple[int, ...], road: str, reverts: bool) -> Arrays:
+    """A step of this rank's share of the batch by FSDP2; after ``unfuse`` if ``reverts``."""
+    model, x, dz = sample("small model", sum(split))
+    model = SHARDINGS[sharding](model)
+    kinds = {False: 3, True: 0}  # a sequence with a run, and its two blocks
+    if reverts:
+        unfuse(model)
+        assert [type(part).__name__ for part in model[3:]] == ["FSDPBasicBlock", "FSDPBottleneck"]
+    assert sum(isinstance(part, Converted) for part in model.modules()) == kinds[reverts]
+    assert all(isinstance(part, FSDPModule) for part in (model, *model[3:]))
+    return _step(model, _own(x, split), _own(dz, split), road)
+
+
+def checkpoint(sharding: str, folder: str) -> Arrays:
+    """What a sharded, fused model saved, as a sharded one reads it that is not fused, and a fused one of one piece."""
+    saved, x, dz = sample("small model", 3)
+    saved = SHARDINGS[sharding](saved)
+    _step(saved, x, dz, "triton")
+    dcp.save(get_model_state_dict(saved), checkpoint_id=folder)
+    left: Arrays = {}
+    for name, other in (("sharded", _shard(small_model())), ("whole", fuse(small_model()))):
+        state = get_model_state_dict(other)
+        dcp.load(state, checkpoint_id=folder)
+        set_model_state_dict(other, state)
+        for key, value in other.state_dict().items():
+            assert torch.equal(_whole(value), _whole(saved.state_dict()[key])), key
+            left[f"{name}.{key}"] = _whole(value).cpu().numpy()
+    return left
 
 
 def evaluate(name: str, split: tuple[int, ...], road: str) -> Arrays:

@@ -32,6 +32,66 @@ ACT, ACT_TESTS = "kernels/activation.py", "tests/kernels/test_activation.py"
 
 MUTATIONS = [
     Mutation(
+        "resnet_fused/inference.py",
+        "if isinstance(x, fx.Proxy) or torch.compiler.is_compiling():",
+        "if isinstance(x, fx.Proxy):",
+        "tests/test_export.py -k 'frozen and kernels and (batch_open or compile)'",
+    ),
+    Mutation(
+        "resnet_fused/inference.py",
+        "kwargs.keys() <= {self.first_input}",
+        "not kwargs",
+        "tests/test_inference.py -k graph_is_replayed",
+    ),
+    Mutation(
+        "resnet_fused/inference.py",
+        'if name == "network" or hasattr(fx.GraphModule, name):',
+        'if name == "network":',
+        "tests/test_inference.py -k lends",
+    ),
+    Mutation(
+        "resnet_fused/engine/trace.py",
+        "return not all(isinstance(mode, _LibraryCalls) for mode in _get_current_dispatch_mode_stack())",
+        "return True",
+        "tests/test_trace.py -k onednn",
+    ),
+    Mutation(
+        "resnet_fused/convert.py",
+        "module.__class__ = _reverted(cast(Any, type(module)))",
+        "module.__class__ = module.original",
+        "tests/test_distributed.py -k 'unfused and triton'",
+    ),
+    Mutation(
+        "resnet_fused/convert.py",
+        "if original.__new__ is not object.__new__:",
+        "if False:",
+        "tests/test_distributed.py -k 'sharded and mixed'",
+    ),
+    Mutation(
+        "resnet_fused/modules.py",
+        "if torch.compiler.is_compiling() or not profiler._is_profiler_enabled:",
+        "if not profiler._is_profiler_enabled:",
+        "tests/test_compile.py -k profiler",
+    ),
+    Mutation(
+        "resnet_fused/engine/eligible.py",
+        "if torch.compiler.is_exporting():",
+        "if False:",
+        "tests/test_export.py -k 'batch_open and named'",
+    ),
+    Mutation(
+        "resnet_fused/engine/eligible.py",
+        "if torch._C._get_tracing_state() is not None:",
+        "if False:",
+        "tests/test_export.py -k jit_trace",
+    ),
+    Mutation(
+        "resnet_fused/convert.py",
+        "if isinstance(input, fx.Proxy):",
+        "if False:",
+        "tests/test_export.py -k torch_fx",
+    ),
+    Mutation(
         "resnet_fused/engine/backward.py",
         "return not self.frozen or self.needs.gamma",
         "return not self.frozen",
@@ -512,8 +572,8 @@ MUTATIONS = [
     ),
     Mutation(
         "resnet_fused/inference.py",
-        "return not (eligible.hooked() or torch.cuda.is_current_stream_capturing())",
-        "return not torch.cuda.is_current_stream_capturing()",
+        "watched = torch._C._len_torch_dispatch_stack() > 0 or eligible.hooked()",
+        "watched = torch._C._len_torch_dispatch_stack() > 0",
         "tests/test_inference.py -k a_graph_is_replayed",
     ),
     Mutation(

@@ -99,6 +99,17 @@ def test_the_road_is_that_of_the_call_not_of_the_compilation():
                 assert compiled(x).dtype == model(x).dtype, road
 
 
+def test_a_profiler_that_starts_later_does_not_recompile():
+    model = blocks().eval()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    x = torch.randn(2, 16, 4, 4)
+    with implementation("triton"), torch.no_grad():
+        compiled(x)
+        with torch.profiler.profile(acc_events=True):
+            compiled(x)
+    assert graphs() == 1
+
+
 def test_a_filter_that_is_laid_out_does_not_recompile():
     model = blocks().eval()
     compiled = torch.compile(model, fullgraph=True, backend="eager")

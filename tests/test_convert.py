@@ -787,3 +787,29 @@ def test_an_attribute_that_became_a_tensor_is_another():
     model.scale = 1.0
     fuse(model).scale = torch.ones(3)
     assert "conv_pool" not in launched(model, x)[1]
+
+
+def _ranges(module: nn.Module, x: torch.Tensor, road: str) -> list[str]:
+    """What a profiler shows of a call beside the operators."""
+    with implementation(road), torch.profiler.profile(acc_events=True) as profile:
+        module(x)
+    return [event.name for event in profile.events() if event.is_user_annotation]
+
+
+def test_a_profiler_shows_what_is_fused_by_its_name():
+    run = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Sequential(BasicBlock(8, 8)))
+    names = ["ResNet, up to its pool", *(f"layer{i}.0 (BasicBlock)" for i in range(1, 5))]
+    cases = [
+        (fuse(run), torch.randn(2, 8, 6, 6), ["Sequential", "3.0 (BasicBlock)"]),
+        (fuse(small()), torch.randn(2, 3, 33, 33), names),
+        (resnet_fused.BasicBlock(8, 8), torch.randn(2, 8, 6, 6), ["BasicBlock"]),
+    ]
+    for module, x, expected in cases:
+        assert _ranges(module, x, "triton") == expected
+        assert _ranges(module, x, "eager") == []
+
+
+def test_without_a_profiler_there_are_no_ranges(monkeypatch):
+    monkeypatch.setattr(torch.autograd.profiler, "record_function", None)
+    with implementation("triton"):
+        fuse(small())(torch.randn(1, 3, 33, 33))

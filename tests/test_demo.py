@@ -1,12 +1,16 @@
 """The command line: what the demo shows, the files it takes, and its errors."""
 
+import hashlib
+import http.client
 import io
 import os
 import re
 import struct
 import subprocess
 import sys
+import urllib.error
 import zlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -65,6 +69,74 @@ def test_reads_weights_and_images(capsys, tmp_path, photograph, suffix):
     assert photograph in out
     assert "class " in out
     assert "MEANINGLESS" not in out
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """Trained weights as torchvision publishes them, and where they are to be in a cache that is empty."""
+    saved = io.BytesIO()
+    torch.save(get_model("resnet18", weights=None).state_dict(), saved)
+    name = f"resnet18-{hashlib.sha256(saved.getvalue()).hexdigest()[:8]}.pth"
+    weights = SimpleNamespace(DEFAULT=SimpleNamespace(url=f"https://somewhere/{name}"))
+    monkeypatch.setattr("torchvision.models.get_model_weights", lambda _: weights)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    return saved.getvalue(), tmp_path / "hub" / "checkpoints" / name
+
+
+def answering(content, monkeypatch):
+    """Whoever is asked for a file answers with ``content``, or fails so; returns the list of what was asked for."""
+    asked = []
+
+    def urlopen(url, timeout):
+        asked.append(url)
+        if isinstance(content, Exception):
+            raise content
+        return io.BytesIO(content)
+
+    monkeypatch.setattr(demo.urllib.request, "urlopen", urlopen)
+    return asked
+
+
+def test_trained_weights_are_downloaded_once(capsys, photograph, published, monkeypatch):
+    content, file = published
+    asked = answering(content, monkeypatch)
+    for how in ("downloaded to", "from"):
+        code, out, _ = run(capsys, "--weights", "default", "--image", photograph)
+        assert code == 0
+        assert re.search(rf"The weights are trained: torchvision's .*, {how} {re.escape(str(file))}", out)
+        assert "MEANINGLESS" not in out
+    assert len(asked) == 1
+    assert file.read_bytes() == content
+    assert list(file.parent.iterdir()) == [file]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (urllib.error.URLError("no route"), "no route"),
+        (http.client.IncompleteRead(b"half"), "IncompleteRead"),
+        (b"something else", "the hash of what came is not the one in its name"),
+        (b"late", "it takes more than -1 seconds"),
+    ],
+)
+def test_why_trained_weights_cannot_be_had(content, reason, published, monkeypatch):
+    _, file = published
+    answering(content, monkeypatch)
+    if content == b"late":
+        monkeypatch.setattr(demo, "DOWNLOAD_SECONDS", -1)
+    found, said = demo.find_trained("resnet18")
+    assert found is None
+    assert f"torchvision's trained weights are not in {file.parent} and cannot be had: " in said
+    assert reason in said
+    assert not list(file.parent.iterdir())
+
+
+def test_random_weights_where_trained_ones_cannot_be_had(capsys, photograph, published, monkeypatch):
+    answering(urllib.error.URLError("no route"), monkeypatch)
+    code, out, _ = run(capsys, "--weights", "default", "--image", photograph)
+    assert code == 0
+    assert "no route" in out
+    assert "LABELS ARE MEANINGLESS" in out
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Two processes on one machine: SyncBatchNorm, and DistributedDataParallel."""
+"""Two processes on one machine: SyncBatchNorm, DistributedDataParallel, and FSDP2."""
 
 from __future__ import annotations
 
@@ -126,6 +126,24 @@ def test_data_parallel_gradients_are_the_mean_over_ranks(run, road):
         elif key.endswith(".grad"):
             mean = (alone[0][key] + alone[1][key]) / 2
             assert all((rank[key] == mean).all() for rank in parallel), key
+
+
+@pytest.mark.parametrize("road", ["triton", "mixed", "eager"])
+@pytest.mark.parametrize("reverts", [False, True], ids=["fused", "unfused again"])
+@pytest.mark.parametrize("sharding", worker.SHARDINGS)
+def test_sharded_gradients_are_those_of_data_parallel_ranks(run, sharding, reverts, road):
+    split = (3, 2)
+    sharded = run(worker.shard_step, sharding, split, road, reverts)
+    parallel = run(worker.model_step, "fuse", split, "eager" if reverts else road, True)
+    for found, expected in zip(sharded, parallel, strict=True):
+        assert_same(found, {key: torch.from_numpy(value) for key, value in expected.items()})
+
+
+@pytest.mark.parametrize("sharding", worker.SHARDINGS)
+def test_a_distributed_checkpoint_is_read_fused_or_not_sharded_or_not(run, sharding, tmp_path):
+    first, second = run(worker.checkpoint, sharding, str(tmp_path))
+    assert first.keys() == second.keys()
+    assert all((first[key] == second[key]).all() for key in first if "running" not in key)
 
 
 @pytest.mark.parametrize("road", ROADS)

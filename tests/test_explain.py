@@ -344,3 +344,52 @@ def test_looking_takes_no_chain_apart_and_changes_no_value():
     names = [[launch.name for launch in row.launches] for row in rows]
     assert [row.count("chain_forward") for row in names] == [1, 1]
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
+
+
+class Small(torch.nn.Module):
+    """A bottleneck and a convolution without batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = torchvision.models.resnet.Bottleneck(16, 4)
+        self.last = torch.nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.block(x))
+
+
+FROZEN = {
+    "triton": ["block_conv1_unit TritonConv", "block_conv3_chain TritonChain"],
+    "eager": [*(f"block_conv{i}_unit FoldedConv" for i in (1, 2, 3)), "last_unit FoldedConv"],
+}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what a CPU serves by oneDNN")
+@pytest.mark.parametrize("road", FROZEN)
+def test_a_frozen_model_is_what_its_graph_calls(road):
+    x = torch.randn(2, 16, 5, 5).contiguous(memory_format=torch.channels_last)
+    with implementation(road):
+        frozen = optimize_for_inference(Small().eval())
+        rows = explain(frozen, x).rows
+        assert sorted(f"{row.name} {row.block}" for row in rows) == [f"network.{name}" for name in FROZEN[road]]
+        assert {row.implementation for row in rows} == {"fused"}
+        assert [len(row.launches) for row in rows] == [1] * len(rows)
+        assert [row.implementation for row in explain(frozen).rows] == ["fused"] * len(rows)
+        with trace() as log:
+            frozen(x)
+        assert {launch for row in rows for launch in row.launches} <= set(log.launches)
+        if road == "eager":
+            with pytest.raises(ValueError, match="arch must be None for a model that is frozen for a CPU"):
+                explain(frozen, x, arch=90)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what a CPU serves by oneDNN")
+def test_a_frozen_model_that_runs_pytorchs_operators_says_why():
+    x = torch.randn(2, 16, 5, 5)
+    frozen = optimize_for_inference(Small().eval().double())
+    for row in explain(frozen, x.double()).rows:
+        assert (row.implementation, row.reason) == ("eager", "oneDNN does not take torch.float64 on cpu")
+    with implementation("triton"):
+        frozen = optimize_for_inference(Small().eval())
+    for row in explain(frozen, x).rows:
+        assert (row.implementation, row.reason) == ("eager", "the input is not on a CUDA GPU")

@@ -1,10 +1,12 @@
 """optimize_for_inference on a CPU: right in every dtype and model family, and safe to copy, save and share."""
 
 import copy
+import inspect
 import io
 import os
 import pickle
 import random
+import re
 import subprocess
 import sys
 from contextlib import contextmanager, nullcontext
@@ -16,14 +18,17 @@ import torch
 import torch.nn.functional as F
 import torchvision
 import transformers
+from PIL import Image
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import prune
+from torch.utils.flop_counter import FlopCounterMode
 
 import resnet_fused
-from resnet_fused import functional, implementation, inference, optimize_for_inference
+from resnet_fused import BasicBlock, functional, implementation, inference, optimize_for_inference
 from resnet_fused.engine import eligible, forward
 from resnet_fused.inference import FoldedConv, TritonConv
+from resnet_fused.models import ResNet
 from tests.rule import assert_within_rule
 from tests.test_tune import conv_relu
 
@@ -1031,6 +1036,91 @@ def test_tracers_see_pytorchs_operators(tracer, prepared, x):
         torch.testing.assert_close(traced(x), model(x))
 
 
+@pytest.mark.parametrize("road", ROADS)
+def test_all_floating_point_operations_are_counted(road):
+    model, x = _randomised(ResNet(BasicBlock, [1, 1, 1, 1])), torch.randn(1, 3, 16, 16)
+    with implementation(road):
+        frozen = optimize_for_inference(model)
+        counts = []
+        for network in (model, frozen):
+            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                network(x)
+            counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
+class _Optioned(nn.Module):
+    """A part with attributes, and a forward with options."""
+
+    def __init__(self, config: dict[str, int]) -> None:
+        super().__init__()
+        self.config, self.width = config, 8
+        self.conv, self.bn = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+
+    def forward(self, pixels: Tensor, scale: float = 1.0, *, bias: Tensor | None = None) -> Tensor:
+        x = F.relu(self.bn(self.conv(pixels))) * scale
+        return x if bias is None else x + bias
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copied", "pickled"])
+def test_signature_and_attributes_are_those_of_the_model(copied):
+    model, x = _randomised(_Optioned({"classes": 8})), torch.randn(1, 3, 8, 8)
+    frozen = copied(optimize_for_inference(model, dtype=torch.bfloat16))
+    shown = [(p.name, p.kind, p.default) for p in inspect.signature(frozen.forward).parameters.values()]
+    assert shown == [(p.name, p.kind, p.default) for p in inspect.signature(model.forward).parameters.values()]
+    assert isinstance(frozen, inference.FrozenModel)
+    assert (frozen.config, frozen.width) == (model.config, 8)
+    assert (frozen.dtype, frozen.device) == (torch.bfloat16, torch.device("cpu"))
+    with torch.no_grad():
+        torch.testing.assert_close(frozen(pixels=x, scale=2.0), model(x, 2.0), rtol=5e-2, atol=5e-2, check_dtype=False)
+        with pytest.raises(TypeError, match="scale"):
+            frozen(x, 2.0, scale=2.0)
+    with pytest.raises(AttributeError, match="nothing"):
+        frozen.nothing  # noqa: B018
+
+
+def test_a_graph_of_a_network_lends_no_attributes_of_its_own(model):
+    frozen = optimize_for_inference(model)
+    assert isinstance(frozen.network, torch.fx.GraphModule)
+    assert frozen.fc is frozen.network.fc
+    assert not hasattr(frozen, "graph"), "what looks for graphs would take it for one"
+
+
+def test_hugging_faces_pipeline_takes_a_frozen_model():
+    model = _hugging_face("basic").eval()
+    processor = transformers.ViTImageProcessor(size={"height": 32, "width": 32})
+    image = Image.effect_noise((40, 32), 64).convert("RGB")
+    answers = [
+        transformers.pipeline("image-classification", model=m, image_processor=processor)(image)
+        for m in (model, optimize_for_inference(model))
+    ]
+    for expected, found in zip(*answers, strict=True):
+        assert expected["label"] == found["label"]
+        assert found["score"] == pytest.approx(expected["score"], rel=1e-4)
+
+
+NEEDED = "must be [N, 8, H, W], in floating point, on cpu; got "
+MISFITS = {
+    "channels": (lambda x: x[:, :4], RuntimeError, NEEDED + "(2, 4, 9, 9), torch.float32, on cpu"),
+    "one image": (lambda x: x[0], ValueError, NEEDED + "(8, 9, 9)"),
+    "a plane": (lambda x: x[0, 0], RuntimeError, NEEDED + "(9, 9)"),
+    "bytes": (lambda x: x.to(torch.uint8), RuntimeError, NEEDED + "(2, 8, 9, 9), torch.uint8"),
+    "complex": (lambda x: x.to(torch.complex64), RuntimeError, NEEDED + "(2, 8, 9, 9), torch.complex64"),
+    "elsewhere": (lambda x: x.to("meta"), RuntimeError, NEEDED + "(2, 8, 9, 9), torch.float32, on meta"),
+    "no tensor": (lambda x: x.numpy(), TypeError, "the input must be a torch.Tensor; got ndarray"),
+}
+
+
+@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("name", MISFITS)
+def test_an_input_that_does_not_fit_is_told_what_is_needed(name, road):
+    change, error, message = MISFITS[name]
+    with implementation(road):
+        frozen = optimize_for_inference(_randomised(nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))))
+        with pytest.raises(error, match=re.escape(message)):
+            frozen(change(torch.randn(2, 8, 9, 9)))
+
+
 def test_what_cannot_be_traced_is_said(model):
     frozen = optimize_for_inference(model)
     with pytest.raises(TypeError, match=r"cannot be traced symbolically: trace its network"):
@@ -1136,6 +1226,7 @@ def test_a_graph_is_replayed_for_inputs_like_the_example_alone(captured, model, 
             _outcome(lambda unlike=unlike: frozen(unlike))
         _outcome(lambda: frozen(input_1=x))
         _outcome(lambda: frozen(x, x))
+        _outcome(lambda: frozen(x, x=x))
         cuda.capturing = True
         frozen(x)
         cuda.capturing = False
@@ -1144,8 +1235,8 @@ def test_a_graph_is_replayed_for_inputs_like_the_example_alone(captured, model, 
         frozen(x)
         handle.remove()
     assert replay.call_count == 2
-    frozen(x)
-    assert replay.call_count == 3
+    frozen(x), frozen(x=x)
+    assert replay.call_count == 4
 
 
 class _Subclass(Tensor):

@@ -56,14 +56,6 @@ def test_a_dispatch_mode_sees_the_operators(block, x):
     assert torch.equal(alone, watched)
 
 
-def test_the_jit_tracer_sees_the_operators(block, x):
-    with implementation("triton"), torch.no_grad():
-        traced = torch.jit.trace(block, x)
-        twice = torch.cat([x, 2 * x]).contiguous(memory_format=torch.channels_last)
-        assert str(traced.inlined_graph).count("resnet_fused::conv_bn_act") == 2
-        torch.testing.assert_close(traced(twice), block(twice))
-
-
 def test_fake_tensors_stay_fake(block, x):
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = mode.from_tensor(x)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 
-from resnet_fused import implementation, table
+from resnet_fused import implementation, optimize_for_inference, table
 from resnet_fused.engine.trace import trace
 from resnet_fused.functional import conv_bn_act
 
@@ -63,3 +64,18 @@ def test_tables_without_rich(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "rich.console", None)
     text = table.render("title", ["name", "count"], [("a", 1), ("bb", 20)])
     assert text.splitlines() == ["title", "name  count", "----  -----", "a         1", "bb       20"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what a CPU serves by oneDNN")
+def test_calls_of_onednn_are_those_that_a_frozen_model_makes():
+    block = torchvision.models.resnet.BasicBlock(8, 8).eval()
+    frozen, x = optimize_for_inference(block), torch.randn(2, 8, 6, 6).contiguous(memory_format=torch.channels_last)
+    frozen(x)
+    with trace() as t:
+        seen = frozen(x)
+    assert [launch.name for launch in t.launches] == ["mkldnn._convolution_pointwise"] * 2
+    size, filters = 4 * x.numel(), 4 * (8 * 8 * 9 + 8)
+    assert [launch.flops for launch in t.launches] == [2 * 2 * 36 * 8 * 8 * 9] * 2
+    assert [launch.bytes_read for launch in t.launches] == [size + filters, 2 * size + filters]
+    assert [launch.bytes_written for launch in t.launches] == [size] * 2
+    assert torch.equal(seen, frozen(x))

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import statistics
+import tempfile
 import time
+import urllib.request
 import warnings
 from collections.abc import Callable
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,6 +42,11 @@ ROUNDS = {"cpu": 10, "cuda": 50}
 SECONDS = 20
 """Timing ends after ``ROUNDS``, or at the end of the round in which this time is up."""
 
+TRAINED = Path("default")
+"""What ``--weights`` says for torchvision's trained weights."""
+PATIENCE, DOWNLOAD_SECONDS = 5, 30
+"""Seconds without an answer, and in all, after which a download is given up."""
+
 Function = Callable[[Tensor], Tensor]
 T = TypeVar("T")
 
@@ -47,7 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", default="resnet50", choices=CLASSIFIERS, metavar="NAME", help=f"one of {', '.join(CLASSIFIERS)}")
     add("--image", nargs="+", type=Path, default=[], metavar="FILE", help="photographs (default: scikit-image's)")
-    add("--weights", type=Path, metavar="FILE", help="state dict, .pth or .safetensors (default: random weights)")
+    weights = "state dict, .pth or .safetensors; or 'default': torchvision's trained ones (otherwise: random weights)"
+    add("--weights", type=Path, metavar="FILE", help=weights)
     add("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 ... (default: a CUDA GPU if there is one)")
     add("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
     add("--size", type=pixels, default=224, metavar="PIXELS", help="side of the network's input (default: 224)")
@@ -72,12 +82,15 @@ def run(
     print(f"{name} in {dtype_name(dtype)} on {_describe(device)}; {versions}")
     print(f"{len(x)} photographs at {size}x{size}: {', '.join(photographs)}\n")
 
+    if weights == TRAINED:
+        weights, said = find_trained(name)
+        print(f"{said}\n", flush=True)
     model = load_model(name, weights).to(device).to(memory_format=torch.channels_last)
     if weights is None:
         calibrate(model, x)
         print(
-            "No weights were given: they are random, with batch-norm statistics calibrated on the photographs.\n"
-            f"The arithmetic is the real one, the LABELS ARE MEANINGLESS. For real ones: --weights {name}.pth\n"
+            "The weights are random, with batch-norm statistics calibrated on the photographs: the arithmetic is the\n"
+            f"real one, the LABELS ARE MEANINGLESS. For real ones: --weights default, or --weights {name}.pth\n"
         )
     model.eval().requires_grad_(False)
 
@@ -158,6 +171,40 @@ def load_model(name: str, weights: Path | None) -> nn.Module:
             detail = str(error).splitlines()[-1].strip()
             raise UserError(f"{weights} does not hold the weights of {name}: {detail[:200]}") from None
     return model
+
+
+def find_trained(name: str) -> tuple[Path | None, str]:
+    """The file of torchvision's trained weights, from its cache or downloaded to it, or None; and which, or why not."""
+    try:
+        from torchvision.models import get_model_weights
+    except ImportError:
+        return None, "torchvision, whose trained weights were asked for, is missing: pip install 'resnet-fused[demo]'"
+    weights: Any = get_model_weights(name).DEFAULT  # type: ignore[attr-defined]
+    file = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rpartition("/")[2]
+    if file.exists():
+        return file, f"The weights are trained: torchvision's {weights}, from {file}."
+    try:
+        _download(weights.url, file)
+    except (OSError, HTTPException, ValueError) as error:
+        return None, f"torchvision's trained weights are not in {file.parent} and cannot be had: {_first_line(error)}."
+    return file, f"The weights are trained: torchvision's {weights}, downloaded to {file}."
+
+
+def _download(url: str, file: Path) -> None:
+    """Raises OSError or HTTPException, and ValueError if the hash of what came does not begin as its name ends."""
+    digest, deadline = hashlib.sha256(), time.monotonic() + DOWNLOAD_SECONDS
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        kept = Path(folder) / file.name
+        with urllib.request.urlopen(url, timeout=PATIENCE) as source, kept.open("wb") as target:
+            while chunk := source.read(1 << 20):
+                digest.update(chunk)
+                target.write(chunk)
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"it takes more than {DOWNLOAD_SECONDS} seconds")
+        if not digest.hexdigest().startswith(file.stem.rpartition("-")[2]):
+            raise ValueError("the hash of what came is not the one in its name")
+        kept.replace(file)
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:

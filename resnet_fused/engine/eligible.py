@@ -38,13 +38,16 @@ NO_GPU = "the input is not on a CUDA GPU"
 TRACED = "torch.fx traces it"
 
 
+EXPORTED = "what is exported or traced is to run without this package"
+
+
 COMPILED = "a compiler sees its own forward"
 
 
 PLANNED = "each of its units is planned to run eager"
 
 
-_EXPECTED = (FORCED, NO_GPU, TRACED, COMPILED, PLANNED)
+_EXPECTED = (FORCED, NO_GPU, TRACED, EXPORTED, COMPILED, PLANNED)
 
 
 def why_not_here(x: Tensor, request: Request | None = None) -> str | None:
@@ -57,7 +60,12 @@ def why_not_here(x: Tensor, request: Request | None = None) -> str | None:
     request = requested() if request is None else request
     if request == "eager":
         return FORCED
-    if not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        if torch.compiler.is_exporting():
+            return EXPORTED
+    else:
+        if torch._C._get_tracing_state() is not None:
+            return EXPORTED
         if torch._C._functorch.peek_interpreter_stack() is not None:
             return "a transform of torch.func is active"
         if forward_ad._current_level >= 0:

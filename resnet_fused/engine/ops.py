@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from resnet_fused.engine import backward, forward, replay
 from resnet_fused.engine.trace import implementations
@@ -152,7 +154,7 @@ def _chain_fake(x: Tensor, weights: list[Tensor | None], *arguments: Any) -> lis
     return [x.new_empty(n, co, p, q).contiguous(memory_format=torch.channels_last) for co in channels]
 
 
-def _output_shape(x: Tensor, w: Tensor, convolution: list[int]) -> tuple[int, int, int, int]:
+def _output_shape(x: Tensor, w: Tensor, convolution: Sequence[int]) -> tuple[int, int, int, int]:
     stride, padding, dilation, _ = forward.Convolution.decode(convolution).geometry
     p, q = (output_size(*size) for size in zip(x.shape[2:], w.shape[2:], stride, padding, dilation, strict=True))
     return x.shape[0], w.shape[0], p, q
@@ -423,8 +425,20 @@ def _selected(value: Any, dims: Any, i: int) -> Any:
     return value if dims is None else value.select(dims, i)
 
 
+def _flops(x: Tensor, w: Tensor, convolution: Sequence[int]) -> int:
+    """Floating-point operations of a convolution, as FlopCounterMode counts them.
+
+    Its hooks have the modules of blocks run by themselves; a frozen model has none.
+    """
+    return 2 * math.prod(_output_shape(x, w, convolution)) * math.prod(w.shape[1:])
+
+
 def _register(
-    name: str, implementation: Callable[..., Any], fake: Callable[..., Any], repeated: bool = False
+    name: str,
+    implementation: Callable[..., Any],
+    fake: Callable[..., Any],
+    flops: Callable[..., int] | None = None,
+    repeated: bool = False,
 ) -> Callable[..., Any]:
     """Make the operator; returns a function that calls it, or what it runs where nobody could tell the difference.
 
@@ -433,8 +447,11 @@ def _register(
     """
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"resnet_fused::{name}", fake, lib=_library)
-    operator = getattr(torch.ops.resnet_fused, name).default
+    packet = getattr(torch.ops.resnet_fused, name)
+    operator = packet.default
     implementations[operator] = implementation
+    if flops is not None:
+        register_flop_formula(packet, get_raw=True)(lambda *arguments, out_val: flops(*arguments))
 
     def call(*arguments: Any) -> Any:
         if replay.is_watched(arguments):
@@ -444,8 +461,10 @@ def _register(
     return call
 
 
-conv_bn_act = _register("conv_bn_act", _conv_bn_act, _conv_bn_act_fake)
-conv_bn_act_pool = _register("conv_bn_act_pool", _conv_bn_act_pool, _conv_bn_act_pool_fake)
+conv_bn_act = _register("conv_bn_act", _conv_bn_act, _conv_bn_act_fake, lambda x, w, *rest: _flops(x, w, rest[9]))
+conv_bn_act_pool = _register(
+    "conv_bn_act_pool", _conv_bn_act_pool, _conv_bn_act_pool_fake, lambda x, w, *rest: _flops(x, w, rest[6])
+)
 affine = _register("affine", _affine, _affine_fake)
 chain = _register("chain", _chain, _chain_fake)
 unit_forward = _register("unit_forward", _unit_forward, _unit_forward_fake, repeated=True)

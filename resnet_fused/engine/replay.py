@@ -65,9 +65,14 @@ class Repetition:
             self.known = _repeated[owner] = {}
         self.tape = self.known.get(self.key, _NEW)
 
-    def played(self) -> Any:
-        """What it returns, if it can be played, else None."""
-        return self.tape.play(self.inputs) if isinstance(self.tape, _Tape) else None
+    @property
+    def is_known(self) -> bool:
+        """Whether it can be played."""
+        return isinstance(self.tape, _Tape)
+
+    def play(self) -> Any:
+        """What it returns."""
+        return self.tape.play(self.inputs)
 
     def run(self, function: Callable[[], Any]) -> Any:
         """What ``function`` returns, which is the call."""

@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
@@ -27,9 +28,12 @@ _NO_WORK = {
 }
 
 
+_LIBRARIES = ("aten", "mkldnn")
+
+
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch of this library, or one call of PyTorch's (``aten.*``).
+    """One kernel launch of this library, or one call of PyTorch's (``aten.*``) or of oneDNN (``mkldnn.*``).
 
     ``flops`` counts a multiply-accumulate as two; for library calls, only convolutions and matrix products are counted.
     ``bytes_read`` and ``bytes_written`` count every operand once. ``grid`` and ``config`` are None for library calls.
@@ -82,6 +86,13 @@ def trace() -> Iterator[Trace]:
         yield record
 
 
+def is_watched() -> bool:
+    """Whether a dispatch mode other than that of :func:`trace` is to see what runs."""
+    if torch._C._len_torch_dispatch_stack() == 0:
+        return False
+    return not all(isinstance(mode, _LibraryCalls) for mode in _get_current_dispatch_mode_stack())
+
+
 implementations: dict[Any, Callable[..., Any]] = {}
 """What operators of this package run, by operator: :func:`trace` records the library calls inside."""
 
@@ -104,7 +115,7 @@ class _LibraryCalls(TorchDispatchMode):
             if parts is not NotImplemented:
                 return parts
         result = func(*args, **kwargs)
-        if func.namespace == "aten" and _does_work(func):
+        if func.namespace in _LIBRARIES and _does_work(func):
             self.launches.append(_library_launch(func, args, kwargs, result))
         return result
 
@@ -121,7 +132,7 @@ def _library_launch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], re
     read = {id(t): t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
     written = {id(t): t for t in tree_leaves(result) if isinstance(t, Tensor)}
     return Launch(
-        f"aten.{func._schema.name.removeprefix('aten::')}",
+        func._schema.name.replace("::", "."),
         None,
         None,
         count(*args, **kwargs, out_val=result) if count else 0,
@@ -132,6 +143,8 @@ def _library_launch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], re
 
 def _bytes(tensor: Tensor) -> int:
     """Bytes of the distinct elements: a broadcast dimension (stride 0) is read once."""
+    if tensor.layout != torch.strided:  # packed by oneDNN
+        return tensor.numel() * tensor.element_size()
     count = 1
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         count *= size if stride else 1
