@@ -299,6 +299,24 @@ def test_passes_of_training():
     assert own["batch_norm_backward"] == 1
 
 
+@pytest.mark.parametrize(("training", "batch", "limit", "launches"), [(False, 32, 52.2, 68), (True, 256, 221, 327)])
+def test_bytes_and_launches_of_resnet50(training, batch, limit, launches):
+    with torch.device("meta"):
+        model = resnet_fused.resnet50_v2().to(torch.bfloat16, memory_format=torch.channels_last).train(training)
+        x = torch.empty(batch, 64, 56, 56, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    found = {}
+    for road in ("eager", "triton"):
+        model.zero_grad()
+        with implementation(road), dry_run(90), trace() as t, torch.set_grad_enabled(training):
+            z = model.stages(x.requires_grad_(training))
+            if training:
+                z.backward(torch.empty_like(z))
+        x = x.detach()
+        found[road] = len(t.launches), sum(x.bytes_read + x.bytes_written for x in t.launches) / batch / 1e6
+    assert found["triton"][0] == launches < found["eager"][0]
+    assert limit - 1 < found["triton"][1] <= limit < found["eager"][1] / 1.5
+
+
 NAMES = ["18", "34", "50", "101", "152"]
 
 
@@ -446,6 +464,8 @@ def test_a_norm_of_timms_with_another_activation_or_a_drop_layer():
         change(twin)
         with implementation("triton"):
             assert twin.why_eager(torch.randn(2, 16, 4, 4)) is not None
+        with pytest.raises(ValueError, match="BatchNormAct2d"):
+            fuse(unfuse(twin), strict=True)
 
 
 def test_every_model_is_public():
