@@ -299,7 +299,7 @@ def test_passes_of_training():
     assert own["batch_norm_backward"] == 1
 
 
-@pytest.mark.parametrize(("training", "batch", "limit", "launches"), [(False, 32, 52.2, 68), (True, 256, 221, 327)])
+@pytest.mark.parametrize(("training", "batch", "limit", "launches"), [(False, 32, 52.2, 68), (True, 256, 219, 327)])
 def test_bytes_and_launches_of_resnet50(training, batch, limit, launches):
     with torch.device("meta"):
         model = resnet_fused.resnet50_v2().to(torch.bfloat16, memory_format=torch.channels_last).train(training)
@@ -464,7 +464,7 @@ def test_a_norm_of_timms_with_another_activation_or_a_drop_layer():
         change(twin)
         with implementation("triton"):
             assert twin.why_eager(torch.randn(2, 16, 4, 4)) is not None
-        with pytest.raises(ValueError, match="BatchNormAct2d"):
+        with pytest.raises(ValueError, match="cannot be fused"):
             fuse(unfuse(twin), strict=True)
 
 
