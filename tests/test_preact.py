@@ -415,6 +415,16 @@ class Twice(Written):
         return self.b(torch.relu(self.bn_b(hidden))) + self.short(out) + hidden.sum()
 
 
+class Aside(Written):
+    """Which writes to what it computes, and does not look at it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.relu(self.bn_a(x))
+        hidden = self.a(out)
+        hidden.relu_()
+        return self.b(torch.relu(self.bn_b(hidden))) + self.short(out)
+
+
 class NormTwice(Written):
     """Which takes the running statistics twice."""
 
@@ -446,7 +456,7 @@ def test_a_block_that_is_written_out_is_recognised():
     assert block.described()[0].norm_first
 
 
-@pytest.mark.parametrize("kind", [Twice, NormTwice, OfItself, OfTheInput])
+@pytest.mark.parametrize("kind", [Twice, Aside, NormTwice, OfItself, OfTheInput])
 def test_what_computes_something_else_is_not_recognised(kind):
     with pytest.raises(ValueError, match="cannot be fused"):
         fuse(kind(), strict=True)
