@@ -354,7 +354,7 @@ def fuse(
     """Let the residual blocks of ``model`` run fused, in training and in inference, in place; returns ``model``.
 
     A block is recognised by what its own forward does (see :func:`resnet_fused.recognise.recognise`): those of
-    torchvision's ResNets, of timm's plain, ``d``, ResNeXt and wide ResNets, of Hugging Face's
+    torchvision's ResNets, of timm's plain, ``d``, ResNeXt, wide and pre-activation ResNets, of Hugging Face's
     ``ResNetForImageClassification``, and any other that computes the same; also runs of convolution, batch norm and
     ReLU in an ``nn.Sequential``. The class of what is recognised becomes a subclass of its own, and nothing else
     changes: keys, ``Parameter`` objects, values, and how they lie in memory stay. Works before or after loading,

@@ -57,8 +57,6 @@ def _units(module: nn.Module, node: fx.Node, x: fx.Node, seen: set[fx.Node]) -> 
     norm = before
     if activation is not None:
         norm = _behind(module, before.all_input_nodes[0], seen)
-        if len(norm.users) != 1:
-            return None
     part = _part(module, norm)
     inside = None if part is None else eligible.activation_in(part)
     if activation is None:

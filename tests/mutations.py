@@ -26,6 +26,7 @@ LIVE_CHAINS, TUNED_CHAINS = "tests/test_live_chains.py", "tests/test_tuned_chain
 CHAIN, CHAIN_TESTS = "kernels/chain_forward.py", "tests/kernels/test_chain_forward.py"
 
 POOL, POOL_TESTS = "kernels/conv_pool.py", "tests/kernels/test_conv_pool.py"
+PREACT = "tests/test_preact.py"
 NORM_POOL, NORM_POOL_TESTS = "kernels/norm_pool.py", "tests/kernels/test_norm_pool.py"
 
 ACT, ACT_TESTS = "kernels/activation.py", "tests/kernels/test_activation.py"
@@ -654,8 +655,8 @@ MUTATIONS = [
     ),
     Mutation(
         "resnet_fused/functional.py",
-        "x = plain(channels_last(x))",
-        "x = channels_last(x)",
+        "x = plain(channels_last(x))\n    units: list[Unit] = []\n    shape",
+        "x = channels_last(x)\n    units: list[Unit] = []\n    shape",
         "tests/test_outcome.py -k 'basic and nothing and negative'",
     ),
     Mutation(
@@ -885,8 +886,8 @@ MUTATIONS = [
     ),
     Mutation(
         "resnet_fused/engine/autograd.py",
-        "norms[0] if norms else x.dtype)",
-        "x.dtype)",
+        "norms[0] if norms else x.dtype",
+        "x.dtype",
         "tests/test_autograd.py -k not_rounded",
     ),
     Mutation(
@@ -969,8 +970,8 @@ MUTATIONS = [
     ),
     Mutation(
         "kernels/norm_backward.py",
-        '"INT64": wide(tile, g, y, y2, out),',
-        '"INT64": wide(tile, g, y, out),',
+        '"INT64": wide(tile, g, y, y2, addend, out),',
+        '"INT64": wide(tile, g, y, addend, out),',
         "tests/kernels/test_batch_norm.py -k 'int64'",
     ),
     Mutation(
@@ -1949,5 +1950,76 @@ MUTATIONS = [
     ),
     Mutation(
         "resnet_fused/explain.py", "together=road == PLANNED", "together=True", "tests/test_explain.py -k live_chains"
+    Mutation(
+        "kernels/norm_backward.py",
+        "dy += load_pixels(add_ptr",
+        "dy -= load_pixels(add_ptr",
+        "tests/kernels/test_batch_norm.py -k backward",
+    ),
+    Mutation(
+        "resnet_fused/engine/backward.py",
+        "shortcut = dz if projection is None else None",
+        "shortcut = dz",
+        f"{PREACT} -k 'training_step and projection'",
+    ),
+    Mutation(
+        "resnet_fused/engine/backward.py",
+        "wanted, addend=addend if i == 0 else None)\n        if g is None",
+        "wanted)\n        if g is None",
+        f"{PREACT} -k 'training_step and projection'",
+    ),
+    Mutation(
+        "resnet_fused/engine/backward.py",
+        "mask = (source, stats) if in_front and stats is not None else None",
+        "mask = (source, stats) if stats is not None else None",
+        f"{PREACT} -k 'training_step and projection'",
+    ),
+    Mutation(
+        "resnet_fused/engine/backward.py",
+        "for below in units[:i]) or unit.needs.gamma or unit.needs.beta",
+        "for below in units[:i])",
+        f"{PREACT} -k what_alone",
+    ),
+    Mutation(
+        "resnet_fused/engine/eligible.py",
+        "normalised = shape if norm_first else out",
+        "normalised = out",
+        f"{PREACT} -k 'inference and projection'",
+    ),
+    Mutation(
+        "resnet_fused/engine/eligible.py",
+        "or type(bn.drop) is not nn.Identity:",
+        "or False:",
+        f"{PREACT} -k drop_layer",
+    ),
+    Mutation(
+        "resnet_fused/functional.py",
+        "if autocast is not None and autocast != x.dtype:",
+        "if False:",
+        f"{PREACT} -k not_supported",
+    ),
+    Mutation(
+        "resnet_fused/functional.py",
+        "if first.w.shape[2:] != (1, 1):",
+        "if False:",
+        f"{PREACT} -k launches_of_inference",
+    ),
+    Mutation(
+        "resnet_fused/recognise_preact.py",
+        "if len(set(called)) < len(called):",
+        "if False:",
+        f"{PREACT} -k something_else",
+    ),
+    Mutation(
+        "resnet_fused/recognise_preact.py",
+        "return None if in_place else BlockLayout",
+        "return BlockLayout",
+        f"{PREACT} -k something_else",
+    ),
+    Mutation(
+        "resnet_fused/recognise_preact.py",
+        "or len(seen) != len(graph.nodes):",
+        "or False:",
+        f"{PREACT} -k something_else",
     ),
 ]

@@ -299,6 +299,24 @@ def test_passes_of_training():
     assert own["batch_norm_backward"] == 1
 
 
+@pytest.mark.parametrize(("training", "batch", "limit", "launches"), [(False, 32, 52.2, 68), (True, 256, 219, 327)])
+def test_bytes_and_launches_of_resnet50(training, batch, limit, launches):
+    with torch.device("meta"):
+        model = resnet_fused.resnet50_v2().to(torch.bfloat16, memory_format=torch.channels_last).train(training)
+        x = torch.empty(batch, 64, 56, 56, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    found = {}
+    for road in ("eager", "triton"):
+        model.zero_grad()
+        with implementation(road), dry_run(90), trace() as t, torch.set_grad_enabled(training):
+            z = model.stages(x.requires_grad_(training))
+            if training:
+                z.backward(torch.empty_like(z))
+        x = x.detach()
+        found[road] = len(t.launches), sum(x.bytes_read + x.bytes_written for x in t.launches) / batch / 1e6
+    assert found["triton"][0] == launches < found["eager"][0]
+    assert limit - 1 < found["triton"][1] <= limit < found["eager"][1] / 1.5
+
+
 NAMES = ["18", "34", "50", "101", "152"]
 
 
@@ -397,6 +415,16 @@ class Twice(Written):
         return self.b(torch.relu(self.bn_b(hidden))) + self.short(out) + hidden.sum()
 
 
+class Aside(Written):
+    """Which writes to what it computes, and does not look at it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.relu(self.bn_a(x))
+        hidden = self.a(out)
+        hidden.relu_()
+        return self.b(torch.relu(self.bn_b(hidden))) + self.short(out)
+
+
 class NormTwice(Written):
     """Which takes the running statistics twice."""
 
@@ -428,7 +456,7 @@ def test_a_block_that_is_written_out_is_recognised():
     assert block.described()[0].norm_first
 
 
-@pytest.mark.parametrize("kind", [Twice, NormTwice, OfItself, OfTheInput])
+@pytest.mark.parametrize("kind", [Twice, Aside, NormTwice, OfItself, OfTheInput])
 def test_what_computes_something_else_is_not_recognised(kind):
     with pytest.raises(ValueError, match="cannot be fused"):
         fuse(kind(), strict=True)
@@ -446,6 +474,8 @@ def test_a_norm_of_timms_with_another_activation_or_a_drop_layer():
         change(twin)
         with implementation("triton"):
             assert twin.why_eager(torch.randn(2, 16, 4, 4)) is not None
+        with pytest.raises(ValueError, match="cannot be fused"):
+            fuse(unfuse(twin), strict=True)
 
 
 def test_every_model_is_public():

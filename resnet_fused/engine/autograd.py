@@ -95,8 +95,7 @@ class ResidualFunction(torch.autograd.Function):
         last = spec.units[branch - 1].activation
         mask = z if last == RELU and not spec.pooled else None
         ctx.save_for_backward(x, shortcut, mask, *peaks, *weights, *biases, *kept, *stats, *watched)
-        norms = [t.dtype for unit in units for t in unit[2:4] if t is not None]  # all the same, as are the filters'
-        ctx.spec, ctx.dtypes = spec, (filters[0].dtype, norms[0] if norms else x.dtype)
+        ctx.spec, ctx.dtypes = spec, _dtypes(x, units)
         ctx.weight_strides = [step for w in filters for step in _gradient_stride(w)]
         return z
 
@@ -178,8 +177,7 @@ class PreActFunction(torch.autograd.Function):
         last, w = spec.units[-1], weights[len(units) - 1]
         z = _summand(ys[-1], stats[-1], w, last, residual, last.convolution)
         ctx.save_for_backward(*weights, *ys, *stats, *_watched(filters, weights, units, spec.units))
-        norms = [t.dtype for unit in units for t in unit[2:4] if t is not None]
-        ctx.spec, ctx.dtypes = spec, (filters[0].dtype, norms[0] if norms else x.dtype)
+        ctx.spec, ctx.dtypes = spec, _dtypes(x, units)
         ctx.weight_strides = [step for w in filters for step in _gradient_stride(w)]
         return z
 
@@ -242,6 +240,12 @@ def _watched(
     ]
     watched += [unit[2] for unit in units]
     return watched + [t for unit, norm in zip(units, specs, strict=True) if not norm.batch_stats for t in unit[4:6]]
+
+
+def _dtypes(x: Tensor, units: list[tuple[Tensor | None, ...]]) -> tuple[torch.dtype, torch.dtype]:
+    """Of the gradients of filters, and of gamma and beta: all units' are the same."""
+    norms = [t.dtype for unit in units for t in unit[2:4] if t is not None]
+    return cast(Tensor, units[0][0]).dtype, norms[0] if norms else x.dtype
 
 
 def _require_first_derivative() -> None:

@@ -403,9 +403,13 @@ def _residual_backward_fake(dz: Tensor, z: Tensor | None, x: Tensor, shortcut: T
     weights, strides, needs, weight_dtype, norm_dtype = arguments[2], arguments[7], *arguments[14:17]
     found = [None if t is None else torch.empty_like(t, memory_format=torch.channels_last) for t in (x, shortcut)]
     for i, w in enumerate(weights):
-        found.append(torch.empty_strided(w.shape, strides[4 * i : 4 * i + 4], dtype=weight_dtype, device=w.device))
+        found.append(_filter_gradient_fake(w, strides, i, weight_dtype))
         found += [w.new_empty(w.shape[0], dtype=dtype) for dtype in (weight_dtype, norm_dtype, norm_dtype)]
     return [t for t, need in zip(found, needs, strict=True) if need and t is not None]
+
+
+def _filter_gradient_fake(w: Tensor, strides: list[int], i: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty_strided(w.shape, strides[4 * i : 4 * i + 4], dtype=dtype, device=w.device)
 
 
 def _preact_backward_fake(dz: Tensor, weights: list[Tensor], ys: list[Tensor], *arguments: Any) -> Any:
@@ -414,7 +418,7 @@ def _preact_backward_fake(dz: Tensor, weights: list[Tensor], ys: list[Tensor], *
     strides, needs, weight_dtype, norm_dtype = arguments[2], *arguments[6:9]
     found = [torch.empty_like(ys[0], memory_format=torch.channels_last)]
     for i, w in enumerate(weights):
-        found.append(torch.empty_strided(w.shape, strides[4 * i : 4 * i + 4], dtype=weight_dtype, device=w.device))
+        found.append(_filter_gradient_fake(w, strides, i, weight_dtype))
         found += [w.new_empty(ys[i % len(ys)].shape[1], dtype=norm_dtype) for _ in range(2)]
     return [t for t, need in zip(found, needs, strict=False) if need]
 
