@@ -1950,6 +1950,7 @@ MUTATIONS = [
     ),
     Mutation(
         "resnet_fused/explain.py", "together=road == PLANNED", "together=True", "tests/test_explain.py -k live_chains"
+    ),
     Mutation(
         "kernels/norm_backward.py",
         "dy += load_pixels(add_ptr",
