@@ -30,10 +30,12 @@ def _seeded():
 
 
 @pytest.fixture(autouse=True)
-def _no_search_for_algorithms():
-    """What is timed lets cuDNN search, and what runs after it in this process must not."""
+def _settings_of_cudnn():
+    """What is timed lets cuDNN search, and sets its precision by convolution, which exporters refuse to read."""
+    allowed = torch.backends.cudnn.allow_tf32
     yield
     torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.allow_tf32 = allowed
 
 
 @pytest.fixture

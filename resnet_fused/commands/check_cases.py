@@ -273,7 +273,8 @@ def _wide(t: torch.dtype) -> torch.dtype:
 def _activated(y: Tensor, stats: Tensor | None, t: torch.dtype, activation: Activation = RELU) -> Tensor:
     if stats is None:
         return y.to(t)
-    return reference.scale_shift_act(y.to(_wide(t)), *stats[2:4].to(_wide(t)), activation=activation).to(t)
+    _, _, scale, shift, _ = stats.to(_wide(t))
+    return reference.scale_shift_act(y.to(_wide(t)), scale, shift, activation=activation).to(t)
 
 
 def _gradient(g: Tensor, y: Tensor, coefs: Tensor | None, t: torch.dtype) -> Tensor:

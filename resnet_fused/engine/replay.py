@@ -60,9 +60,8 @@ class Repetition:
     def __init__(self, owner: Any, key: tuple[Any, ...], tensors: Sequence[Any]) -> None:
         self.inputs: list[Tensor] = []
         self.key = _settings(tensors[0]), key, *_signature(tensors, self.inputs)
-        self.known = _repeated.get(owner)
-        if self.known is None:
-            self.known = _repeated[owner] = {}
+        known = _repeated.get(owner)
+        self.known = _repeated.setdefault(owner, {}) if known is None else known
         self.tape = self.known.get(self.key, _NEW)
 
     @property
