@@ -15,7 +15,7 @@ import hashlib
 
 import torch
 from torch import nn
-from resnet_fused import BasicBlock, Bottleneck, implementation
+from resnet_fused import BasicBlock, Bottleneck, PreActBlock, PreActBottleneck, implementation
 from resnet_fused.benchmarks import stand_in
 from resnet_fused.engine import ops, replay
 from resnet_fused.kernels.launch import observe
@@ -97,6 +97,8 @@ blocks = [
     (BasicBlock(16, 16), 16),
     (Bottleneck(64, 16), 64),
     (Bottleneck(16, 16, 2, projected(16, 64, 2)), 16),
+    (PreActBottleneck(64, 64), 64),
+    (PreActBlock(16, 32, 2), 16),
 ]
 for block, ci in blocks:
     for road in ("triton", "mixed"):
@@ -105,7 +107,7 @@ for block, ci in blocks:
                 block = block.train().to(memory_format=torch.channels_last)
                 block.memory = memory
                 if frozen:
-                    block.bn1.eval()
+                    (block.norm1 if hasattr(block, "norm1") else block.bn1).eval()
                 x = torch.randn(2, ci, 8, 8).to(memory_format=torch.channels_last)
                 results = []
                 with implementation(road):
@@ -125,7 +127,7 @@ for block, ci in blocks:
                 )
 """
     found = lines(code)
-    assert found == ["True True True True"] * 32
+    assert found == ["True True True True"] * 48
 
 
 UNIT = """

@@ -144,9 +144,10 @@ def _launched(arch: int) -> Iterator[Kernel]:
     for activation in ACTIVATIONS:
         yield from _activated(arch, activation)
     with torch.device("meta"):
-        blocks = [resnet_fused.PreActBottleneck(256, 256), resnet_fused.PreActBottleneck(256, 512, 2)]
-        yield from _of_blocks(arch, blocks, 256)
-        yield from _of_blocks(arch, [resnet_fused.PreActBlock(64, 64), resnet_fused.PreActBlock(64, 128, 2)], 64)
+        bottlenecks = resnet_fused.PreActBottleneck(256, 256), resnet_fused.PreActBottleneck(256, 512, 2)
+        basic = resnet_fused.PreActBlock(64, 64), resnet_fused.PreActBlock(64, 128, 2)
+    yield from _of_blocks(arch, bottlenecks, 256)
+    yield from _of_blocks(arch, basic, 64)
     draw = random.Random(arch)
     for _ in range(DRAWN):
         yield from _drawn(arch, draw)
