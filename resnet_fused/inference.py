@@ -477,7 +477,7 @@ class TritonConv(nn.Module):
     def link(self) -> Link:
         """What a chain is told of it: its constants anew, where batch norm's are not those that they were made of."""
         vectors = self.conv_bias, self.mean, self.var, self.gamma, self.beta
-        if not all(t is None or type(t) in _PLAIN for t in vectors):
+        if not all(t is None or type(t) in eligible.PLAIN for t in vectors):
             return Link(self.weight, self._constants())
         seen = [t if t is None else (id(t), 0 if t.is_inference() else t._version, t.data_ptr()) for t in vectors]
         if self.affine is None or self._made_of[:2] != (self.eps, seen):
@@ -622,14 +622,13 @@ def _finish(y: Tensor, residual: Any, accumulates: bool, relu: bool) -> Tensor:
 _UNITS = (FoldedConv, TritonConv)
 Called = FoldedConv | TritonConv | TritonChain
 """What the graph of a frozen model calls in place of convolutions and what follows them."""
-_PLAIN = (Tensor, nn.Parameter)
 
 
 def _is_traced(x: Any) -> bool:
     """Whether a compiler, a tracer, a transform, a mode or a subclass of Tensor is to see PyTorch's own operators."""
     return (
         torch.compiler.is_compiling()
-        or type(x) not in _PLAIN
+        or type(x) not in eligible.PLAIN
         or torch._C._get_tracing_state() is not None
         or is_watched()
         or torch._C._functorch.peek_interpreter_stack() is not None
@@ -1085,7 +1084,7 @@ _FLOATS = (*FLOATS, torch.float64)
 
 
 def _is_dense(t: Any) -> bool:
-    return type(t) in _PLAIN and t.layout == torch.strided and t.dtype in _FLOATS
+    return type(t) in eligible.PLAIN and t.layout == torch.strided and t.dtype in _FLOATS
 
 
 def _is_vector(t: Any, weight: Tensor) -> bool:

@@ -1588,8 +1588,8 @@ MUTATIONS = [
     ),
     Mutation(
         "kernels/conv_forward.py",
-        "share = (first, first + trips)",
-        "share = (0, R * S)",
+        "walked = (S, first, first + trips)",
+        "walked = (S, 0, R * S)",
         "tests/kernels/test_conv_forward.py -k 'in_its_group_when_split'",
     ),
     Mutation(

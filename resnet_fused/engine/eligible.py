@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 
+from resnet_fused.engine.replay import PLAIN
 from resnet_fused.engine.request import requested
 from resnet_fused.kernels.activation import IDENTITY, RELU, RELU6, Activation
 from resnet_fused.kernels.conv import Geometry, output_size
@@ -210,10 +211,6 @@ class Unit(NamedTuple):
     batch_stats: bool
     geometry: Geometry
     out: Out
-
-
-PLAIN = (Tensor, torch.nn.Parameter)
-"""The types of tensors that have no operators of their own."""
 
 
 def unit(

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from resnet_fused.engine.eligible import PLAIN
 from resnet_fused.kernels.launch import KEPT_LAYOUTS, Recipe, current_stream, only_launches, recording
 from resnet_fused.plan.decide import tf32
 
@@ -95,6 +94,10 @@ _repeated: WeakKeyDictionary[Any, dict[tuple[Any, ...], Any]] = WeakKeyDictionar
 def can_repeat(x: Tensor) -> bool:
     """Whether calls on ``x`` may be written down and played: no one watches, and launches are no more than that."""
     return not is_watched((x,)) and only_launches() and torch._C._len_torch_function_stack() == 0
+
+
+PLAIN = (Tensor, torch.nn.Parameter)
+"""The types of tensors that have no operators of their own."""
 
 
 def is_watched(arguments: tuple[Any, ...]) -> bool:
