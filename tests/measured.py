@@ -4,8 +4,9 @@ Of an NVIDIA H100 80GB HBM3 (driver 580.159, torch 2.11.0, CUDA 13.0, Triton 3.6
 run a unit, by PyTorch's profiler, without the merge of batch norm's statistics, whose kernel is a new one since; and
 "tiles", medians of a fused unit alone with a cold L2, by the sizes of the tiles that load boxes. Of frozen units whose
 1x1 filter has few channels the fused way is the fastest of these, or missing where it was not measured with the kernel
-of today; in training their forward is in the times as it was before, up to a third slower. "chains" are measured as the
-tiles are: cuDNN's convolutions with all that is behind them, one after the other, and ours in their fastest tile.
+of today; in training their forward is in the times as it was before, up to a third slower. That of the frozen stem are
+its two launches in a CUDA graph. "chains" are measured as the tiles are: cuDNN's convolutions with all that is behind
+them, one after the other, and ours in their fastest tile.
 """
 
 from __future__ import annotations
