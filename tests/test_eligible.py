@@ -53,6 +53,10 @@ def test_a_module_whose_numbers_were_changed_is_another_activation():
     assert module(torch.tensor(5.0)) == 4
 
 
+def _named(value):
+    return getattr(value, "__name__", str(value))
+
+
 CALLS = [
     (F.relu, (), {}, RELU), (F.relu, (True,), {}, RELU), (F.relu_, (), {}, RELU), (torch.relu, (), {}, RELU),
     (torch.relu_, (), {}, RELU), ("relu", (), {}, RELU), ("relu_", (), {}, RELU),
@@ -69,7 +73,7 @@ CALLS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("function", "arguments", "kwargs", "activation"), CALLS, ids=str)
+@pytest.mark.parametrize(("function", "arguments", "kwargs", "activation"), CALLS, ids=_named)
 def test_a_call_is_the_activation_that_it_computes(function, arguments, kwargs, activation):
     v = torch.linspace(-8, 8, 33)
     assert activation_of_call(function, (v, *arguments), kwargs) == activation
@@ -84,7 +88,7 @@ def test_a_call_is_the_activation_that_it_computes(function, arguments, kwargs, 
         *((F.relu, (), {"slope": 1}), (F.hardtanh, (2.0, 1.0), {}), (F.leaky_relu, (torch.ones(2),), {})),
         *((F.leaky_relu, (-1.0, True), {}), (F.leaky_relu_, (-1.0,), {})),
     ],
-    ids=str,
+    ids=_named,
 )
 def test_other_calls_are_none(function, arguments, kwargs):
     assert activation_of_call(function, (torch.zeros(2), *arguments), kwargs) is None
