@@ -35,7 +35,7 @@ class Activation(NamedTuple):
     @property
     def code(self) -> str:
         """As a string, for the schema of an operator; :func:`decode` is the inverse."""
-        return " ".join([self.name, *[repr(number) for number in self.numbers]])
+        return " ".join([self.name, *[repr(float(number)) for number in self.numbers]])
 
     def require(self) -> None:
         """Raise ValueError for one that the kernels lack."""

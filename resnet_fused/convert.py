@@ -233,6 +233,11 @@ class ConvertedBlocks(Converted):
             _apart[self] = {situation, *(known if known is not None and len(known) < KEPT_LAYOUTS else ())}
         return z
 
+    def why_eager(self, x: Tensor) -> str | None:
+        """That of the first of its blocks."""
+        blocks = [child for child in self._modules.values() if runs_fused(child)]
+        return cast(FusedBlock, blocks[0]).why_eager(x) if blocks else "it has no fused block any more"
+
     def _run(self, x: Tensor) -> tuple[Tensor, bool]:
         """What the blocks return, one behind the other, and whether the plan has each unit of theirs by itself."""
         children = cast(list[Any], list(self._modules.values()))

@@ -59,6 +59,8 @@ def conv_bn_act(
 
     Raises TypeError or ValueError for arguments that do not fit each other, and what ``conv`` and ``bn`` raise.
     """
+    if not isinstance(activation, Activation | None):
+        raise TypeError(f"activation must be an Activation or None; got {type(activation).__qualname__}")
     act = activation or (RELU if relu else IDENTITY)
     _check(x, conv, bn, residual)
     act.require()

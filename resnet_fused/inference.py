@@ -115,7 +115,8 @@ class FrozenModel(nn.Module):
                 _settle(module, dtype, casts=module not in inner)
         self._graph: _CudaGraph | None = None
         self.eval()
-        vars(self).update(_data(network) | vars(self))
+        own = {*dir(type(self)), *vars(self), *self._modules}
+        vars(self).update({name: value for name, value in _data(network).items() if name not in own})
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -216,10 +217,16 @@ def _showing(signature: inspect.Signature) -> type[FrozenModel]:
     code = FrozenModel.forward
     forward: Any = FunctionType(code.__code__, code.__globals__, "forward")
     own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-    parameters = [parameter.replace(annotation=parameter.empty) for parameter in signature.parameters.values()]
+    parameters = [_shown(parameter) for parameter in signature.parameters.values()]
     forward.__signature__ = inspect.Signature([own, *parameters])
     first = next(iter(signature.parameters), None)
     return type("FrozenModel", (FrozenModel,), {"forward": forward, "first_input": first, "__module__": __name__})
+
+
+def _shown(parameter: inspect.Parameter) -> inspect.Parameter:
+    """``parameter`` without annotation; ``...`` stands for a default that is no plain value, and may not be pickled."""
+    plain = parameter.default is parameter.empty or isinstance(parameter.default, bool | int | float | str | None)
+    return parameter.replace(annotation=parameter.empty, default=parameter.default if plain else ...)
 
 
 def _blank(signature: inspect.Signature) -> FrozenModel:

@@ -81,11 +81,15 @@ def _part(module: nn.Module, node: fx.Node) -> nn.Module | None:
     return module.get_submodule(str(node.target)) if node.op == "call_module" and alone else None
 
 
+_CONSTANT = ("relu", "silu", "hardswish")
+"""Activations without numbers or variants, which could be changed where nobody looks again."""
+
+
 def _activation(module: nn.Module, node: fx.Node) -> Activation | None:
-    """That which ``node`` is, if it is one; an identity is none."""
+    """That which ``node`` is, if it is one that stays as it is."""
     found: Any = None
     if (part := _part(module, node)) is not None:
         found = eligible.activation_of(part)
     elif node.op in ("call_function", "call_method") and len(node.all_input_nodes) == 1:
         found = eligible.activation_of_call(node.target, node.args, node.kwargs)
-    return None if found == IDENTITY else found
+    return found if found is not None and found.name in _CONSTANT else None

@@ -152,12 +152,6 @@ class Broadcast(BasicBlock):
         super().__init__(1, channels)
 
 
-class PreActivated(BasicBlock):
-    def forward(self, x):
-        out = self.conv2(self.relu(self.bn2(self.conv1(self.relu(self.bn1(x))))))
-        return out + (x if self.downsample is None else self.downsample(x))
-
-
 class Leaking(BasicBlock):
     def forward(self, x):
         out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
@@ -191,7 +185,6 @@ class TwoReLUs(BasicBlock):
         (AddedToItself, "adds something else than a branch and a shortcut"),
         (ActivatedShortcut, "neither the identity nor one convolution with batch norm"),
         (Broadcast, "its branch has 16 channels and its shortcut 1"),
-        (PreActivated, "bn1 is not part of a convolution, batch norm and ReLU in this order"),
         (Leaking, "uses a value twice, drops one, or returns more than one tensor"),
         (InPlace, "adds to its input in place"),
         (TwoReLUs, "a ReLU stands between"),

@@ -298,3 +298,9 @@ def test_an_activation_that_there_is_not_is_refused():
         conv_bn_act(x, conv, bn, activation=functional.Activation("mish"))
     with pytest.raises(ValueError, match=r"activation.numbers of leaky_relu must be 1 floats"):
         conv_bn_act(x, conv, bn, activation=functional.Activation("leaky_relu"))
+
+
+def test_an_activation_that_is_none_is_refused():
+    conv, bn = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+    with pytest.raises(TypeError, match="activation must be an Activation or None; got str"):
+        conv_bn_act(torch.randn(1, 4, 3, 3), conv, bn, activation="relu")

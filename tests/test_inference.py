@@ -1301,3 +1301,25 @@ class _Named(nn.Module):
 
     def forward(self, x: Tensor) -> dict[str, Tensor | int]:
         return {"y": self.conv(x), "channels": 4}
+
+
+class Awkward(nn.Module):
+    """With attributes of the names that a frozen model has, and a default that no pickle takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+        self.network, self.prepare, self.first_input, self.title = "resnet", True, 3, "mine"
+
+    def forward(self, x, key=lambda v: v):
+        return key(self.bn(self.conv(x)))
+
+
+def test_a_models_attributes_do_not_stand_in_for_those_of_a_frozen_one():
+    model, x = _randomised(Awkward()), torch.randn(2, 3, 4, 4)
+    frozen = optimize_for_inference(model, x)
+    with torch.no_grad():
+        want = model.eval()(x)
+    for copied in (frozen, pickle.loads(pickle.dumps(frozen))):
+        torch.testing.assert_close(copied(x), want)
+        assert copied.title == "mine"

@@ -413,3 +413,18 @@ def test_values_that_are_not_finite():
         x[1, 3, 2, 2] = value
         with implementation("triton"), torch.no_grad():
             torch.testing.assert_close(fused(x), model(x), equal_nan=True, rtol=1e-4, atol=1e-4)
+
+
+def test_a_block_that_was_compiled_is_called():
+    network, calls = fuse(nn.Sequential(BOTTLENECK(16, 4), BOTTLENECK(16, 4))).eval(), []
+    network[1]._compiled_call_impl = lambda x: calls.append(x) or x
+    with torch.no_grad(), implementation("triton"):
+        network(torch.randn(2, 16, 6, 5))
+    assert len(calls) == 1
+
+
+def test_a_sequence_tells_why_its_first_block_runs_eager():
+    network, x = fuse(nn.Sequential(BOTTLENECK(16, 4), BOTTLENECK(16, 4))).eval(), torch.randn(2, 16, 6, 5)
+    assert network.why_eager(x) == "the input is not on a CUDA GPU"
+    with implementation("triton"):
+        assert network.why_eager(x) is None

@@ -480,9 +480,15 @@ def without(block):
 def negative(block):
     block.bn1.bias.data = torch._neg_view(block.bn1.bias.data)
 
+def filled(block):
+    block.bn1.eps = torch.tensor(0.25)
+    for _ in range(3):
+        block(torch.zeros(1, 16, 8, 8).to(memory_format=torch.channels_last))
+    block.bn1.eps.fill_(0.5)
+
 changes = [
     in_place, swapped, new_parameter, loaded, statistics, eps, dilated, biased, half, activated, gapped, contiguous,
-    without, negative,
+    without, negative, filled,
 ]
 for change in changes:
     block = ready(Bottleneck(16, 8, 1, projected(16, 32, 1)))
@@ -496,7 +502,7 @@ for change in changes:
         print(change.__name__, all(torch.equal(restored(block, x), now) for _ in range(4)), torch.equal(now, want))
 """
     changed = ["in_place", "swapped", "new_parameter", "loaded", "statistics", "eps", "dilated", "biased", "half"]
-    changed += ["activated", "gapped", "contiguous", "without", "negative"]
+    changed += ["activated", "gapped", "contiguous", "without", "negative", "filled"]
     found = lines(INFERENCE + code)
     assert [line.split()[:2] for line in found] == [[name, "True"] for name in changed]
     assert [line.split()[0] for line in found if line.endswith(" True")] == ["contiguous"]
@@ -536,6 +542,12 @@ with torch.no_grad(), implementation("triton"):
         launched.clear()
         block(x)
     print(len(launched))
+    block.conv1.stride = (1.0, 1.0)  # equal to what it was, and nothing that PyTorch takes
+    try:
+        block(x)
+    except TypeError as error:
+        print(type(error).__name__)
+    block.conv1.stride = (1, 1)
     for n in range(3, 3 + 2 * replay.KEPT_CALLS):
         block(input_of(block, n))
     print(played(block), len(replay._repeated[block]) <= replay.KEPT_CALLS)
@@ -543,4 +555,4 @@ with torch.no_grad(), implementation("triton"):
     del block, owner
 print(len(replay._repeated))
 """
-    assert lines(INFERENCE + code) == ["4 4", "3", "True 1", "True", "1 [0]", "0", "0 True", "0"]
+    assert lines(INFERENCE + code) == ["4 4", "3", "True 1", "True", "1 [0]", "0", "TypeError", "0 True", "0"]

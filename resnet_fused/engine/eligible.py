@@ -267,7 +267,8 @@ def unit(
 def constants(layer: Layer, tensors: list[Tensor | None]) -> tuple[Any, ...] | None:
     """All that :func:`unit` reads of a ``layer`` in evaluation but its tensors, which are added to ``tensors``.
 
-    None where these are not simply parameters and buffers, strided and without operators of their own.
+    None where these are not simply parameters and buffers, strided and without operators of their own, where numbers
+    are of other types than usual, or where the norm has more in it. Raises TypeError for sizes that are no pairs.
     """
     conv, norm = layer.conv.__dict__, layer.bn.__dict__
     weights, affine, running = conv["_parameters"], norm["_parameters"], norm["_buffers"]
@@ -278,14 +279,22 @@ def constants(layer: Layer, tensors: list[Tensor | None]) -> tuple[Any, ...] | N
         )
     except KeyError:
         return None
-    if norm["training"] or read[0] is None or read[4] is None:
+    if norm["training"] or read[0] is None or read[4] is None or type(layer.bn) not in _NORMS:
+        return None
+    sizes = *conv["stride"], *conv["padding"], *conv["dilation"], conv["groups"]
+    for size in sizes:
+        if type(size) is not int:
+            return None
+    if type(norm["eps"]) is not float:
         return None
     for t in read:
         if t is not None and (type(t) not in PLAIN or t.layout is not torch.strided):
             return None
     tensors += read
-    numbers = conv["stride"], conv["padding"], conv["dilation"], conv["groups"], conv["padding_mode"]
-    return type(layer.conv), type(layer.bn), *numbers, norm["eps"], norm["momentum"], layer.activation
+    return type(layer.conv), type(layer.bn), *sizes, conv["padding_mode"], norm["eps"], layer.activation
+
+
+_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
 def _held(module: nn.Module, among: dict[str, Any], *names: str) -> list[Any]:
@@ -566,7 +575,9 @@ class Onlooker:
 
 
 def answered(module: nn.Module) -> bool:
-    """Whether calling ``module`` runs hooks, but for onlookers, or a forward set on the instance."""
+    """Whether calling ``module`` runs hooks, but for onlookers, what was compiled, or a forward set on the instance."""
+    if module._compiled_call_impl is not None:
+        return True
     if not hooked(module):
         return False
     hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())

@@ -17,7 +17,7 @@ from resnet_fused.kernels.activation import IDENTITY, RELU
 from resnet_fused.kernels.batch_norm import batch_norm_stats, merge_moments
 from resnet_fused.kernels.conv import ConvProblem, Geometry
 from resnet_fused.kernels.conv_forward import conv_forward, conv_forward_moments
-from resnet_fused.kernels.epilogue import Moments, Residual
+from resnet_fused.kernels.epilogue import Moments, Prologue, Residual
 from resnet_fused.kernels.gpus import gpu_of
 from resnet_fused.kernels.launch import TileConfig, dry_run, observe
 from tests.kernels.test_conv_forward import DTYPES, SAME, channels_last, check, layer, random, random_norm
@@ -191,7 +191,7 @@ UNFIT = {
     ),
     "stride 2 over odd rows": (random(1, 16, 5, 4), random(8, 16, 3, 3), {"geometry": Geometry((2, 2), (1, 1))}),
     "stride 3": (random(1, 16, 6, 6), random(8, 16, 3, 3), {"geometry": Geometry((3, 3), (1, 1))}),
-    "a prologue": (random(1, 16, 4, 4), random(8, 16, 3, 3), {"prologue": (random(16), random(16))}),
+    "a prologue": (random(1, 16, 4, 4), random(8, 16, 3, 3), {"prologue": Prologue(random(16), random(16))}),
     "pixels 60 bytes apart": (random(1, 15, 4, 4), random(8, 15, 3, 3), {}),
     "an address that 16 bytes do not divide": (random(1, 32, 4, 4)[:, 2:18], random(8, 16, 3, 3), {}),
 }

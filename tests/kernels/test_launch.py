@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from resnet_fused.kernels.activation import RELU
 from resnet_fused.kernels.batch_norm import batch_norm_apply, batch_norm_stats, merge_moments
 from resnet_fused.kernels.conv_dgrad import conv_dgrad
 from resnet_fused.kernels.conv_forward import conv_forward, conv_forward_moments
@@ -338,7 +339,7 @@ def launches() -> dict[str, tuple[Callable, dict[str, Tensor]]]:
             lambda v: batch_norm_apply(x, Norm(*(v[name] for name in fixed), 1e-5)), fixed
         ),
         "batch_norm_reduce": (
-            lambda v: batch_norm_reduce(x, x, v["stats"], z=x, second=(x, v["second[1]"])),
+            lambda v: batch_norm_reduce(x, x, v["stats"], activation=RELU, z=x, second=(x, v["second[1]"])),
             {"stats": stats["stats"], "second[1]": stats["stats2"]},
         ),
         "batch_norm_sums": (lambda v: batch_norm_sums(x, x, v["stats"]), {"stats": stats["stats"]}),
