@@ -151,7 +151,7 @@ class FrozenModel(nn.Module):
         if isinstance(args, fx.Proxy):
             raise TypeError("a frozen model cannot be traced symbolically: trace its network, FrozenModel.network")
         if torch.compiler.is_compiling():
-            if torch.compiler.is_exporting():  # a graph of one piece: that of another mode would be a part in it
+            if torch.compiler._is_exporting_flag:  # a graph of one piece: that of another mode would be a part in it
                 return self.network(*args, **kwargs)
             with torch.no_grad():  # the compilers of torch 2.11 fail in inference mode
                 return self.network(*args, **kwargs)

@@ -51,7 +51,7 @@ class OneUnit(nn.Module):
         self.bn, self.conv = nn.BatchNorm2d(12), nn.Conv2d(12, 12, 3, padding=1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(nn.functional.leaky_relu(self.bn(x), 0.5)) + x
+        return self.conv(nn.functional.silu(self.bn(x))) + x
 
 
 BLOCKS = {

@@ -62,7 +62,7 @@ def why_not_here(x: Tensor, request: Request | None = None) -> str | None:
     if request == "eager":
         return FORCED
     if torch.compiler.is_compiling():
-        if torch.compiler.is_exporting():
+        if torch.compiler._is_exporting_flag:  # on which, unlike the function, every compiler sets a guard
             return EXPORTED
     else:
         if torch._C._get_tracing_state() is not None:
