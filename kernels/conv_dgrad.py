@@ -469,6 +469,8 @@ def default_config(problem: ConvProblem, epilogue: bool) -> TileConfig:
     if not (epilogue or problem.prologue) or transposed.arch == INTERPRETER:
         # Two strides, of the filter's taps and of its channels, take registers that chunks of 64 would leave none for.
         spills = transposed.arch == 80 and (tile.block_m, tile.block_n, tile.block_k) == (128, 128, 64)
+        if transposed.arch == 80 and (tile.block_m, tile.block_n, tile.block_k) == (128, 64, 64):
+            return replace(tile, max_registers=255)  # the compiler would spill for a third program
         return replace(tile, block_k=32, num_stages=4) if spills else tile
     if _fills_wide_tiles(transposed):
         return TileConfig(128, 128, 32 if transposed.tile_channels[0] % 64 else 64, num_warps=8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from math import prod
 from typing import Any, NamedTuple
@@ -208,6 +209,8 @@ def recipe(
     fits = gradients.fits(element) and filters.fits(element) and ci * element % 16 == 0  # where a tap's box begins
     if problem.prologue or problem.merged > 1 or co % tile.block_k or not fits:
         return None
+    if problem.arch == 100 and not activation.light:
+        tile = replace(tile, max_registers=255)  # the compiler would spill for a second program beside a derivative
     image = problem.n, problem.ci, problem.h, problem.w
     cut, crop = shortcut.layout, shortcut.crop(image)
     form = Form(
