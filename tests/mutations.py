@@ -76,7 +76,7 @@ MUTATIONS = [
     ),
     Mutation(
         "resnet_fused/engine/eligible.py",
-        "if torch.compiler.is_exporting():",
+        "if torch.compiler._is_exporting_flag:",
         "if False:",
         "tests/test_export.py -k 'batch_open and named'",
     ),
