@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,7 @@ from resnet_fused.commands import cost_inductor
 from resnet_fused.commands.cost_inductor import Unavailable, fill_in
 from resnet_fused.commands.tune import find_problems
 from resnet_fused.commands.tune_trial import Candidate, rehearse
+from resnet_fused.kernels.chain_forward import Chain
 from resnet_fused.plan import decide, roofline
 from resnet_fused.plan.problem import Problem
 
@@ -25,14 +27,15 @@ LAYER = Problem(
 )
 
 
-def cost(units: slice, *arguments: str) -> str:
-    """What ``python -m resnet_fused cost`` prints of these units of the network.
+def cost(units: slice | Callable[[Any], bool], *arguments: str) -> str:
+    """What ``python -m resnet_fused cost`` prints of these units of the network, or of those of which this is true.
 
     As without a GPU, whose name and measurements would count, and without measurements of the user's.
     """
 
     def few(*arguments: Any) -> list[Problem]:
-        return find_problems(*arguments)[units]
+        found = find_problems(*arguments)
+        return found[units] if isinstance(units, slice) else list(filter(units, found))
 
     out = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out):
@@ -77,6 +80,20 @@ def test_times_are_the_plans(reports):
     problem = replace(LAYER, n=32, h=8, w=8, co=64)
     (launch,) = roofline.predict(problem, "fused", decide.best_tiles(problem))
     assert unit["predicted"] == [vars(launch)]
+
+
+def test_a_chain_is_compiled_and_those_that_are_apart_are_left_out():
+    arguments = "--model", "resnet50", "--batch", "256", "--json"
+    (report,) = json.loads(cost(lambda p: isinstance(p, Chain) and p.spatial.h >= 28, *arguments))
+    whole, pair = report["units"]
+    assert [unit["implementation"] for unit in (whole, pair)] == ["3", "2"]
+    assert [unit["launches"] for unit in (whole, pair)] == [4, 3]
+    for unit in (whole, pair):
+        stats, chain = unit["kernels"]
+        assert (stats["name"], chain["name"]) == ("batch_norm_stats", "chain_forward")
+        assert chain["code"]["spilled"] == 0 and chain["code"]["loop_slots"]
+        assert chain["predicted"]["seconds"] == max(launch["seconds"] for launch in unit["predicted"])
+        assert unit["bytes"] == pytest.approx(unit["compulsory_bytes"], rel=1e-3)
 
 
 def test_the_text_names_what_is_a_model():

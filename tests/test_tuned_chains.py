@@ -15,6 +15,7 @@ from resnet_fused.commands.tune import Failure, find_problems, tune_chain, tune_
 from resnet_fused.commands.tune_trial import Candidate, ChainCandidate, ChainTrial, chain_candidates, decoded, rehearse
 from resnet_fused.commands.tune_worker import serve
 from resnet_fused.engine import chains
+from resnet_fused.engine.tolerance import products
 from resnet_fused.kernels import chain_forward
 from resnet_fused.kernels.chain_forward import Chain
 from resnet_fused.plan import decide, tuned
@@ -242,8 +243,8 @@ def test_the_worker_answers_about_chains():
     ways = [ChainCandidate(apart(chain)).encode(), ChainCandidate(((3, None),)).encode()]
     requests = [{"problem": tuned.asked_out(chain)}, {"verify": ways[1]}, {"time": ways}]
     out = io.StringIO()
-    with torch.no_grad():
-        serve([json.dumps(request) for request in requests], out, lambda p: tune_trial.trial_of(p, DEVICE), Clock())
+    with torch.no_grad(), products(tf32=False):  # which the worker sets for good
+        serve(map(json.dumps, requests), out, lambda asked: tune_trial.trial_of(asked, DEVICE), Clock())
     made, verified, *timed = [json.loads(line) for line in out.getvalue().splitlines()]
     assert made == {}
     assert verified["ratio"] <= 1
