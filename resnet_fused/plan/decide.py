@@ -178,7 +178,7 @@ def _part(part: Chain | Problem, request: Request, constants: Constants) -> tupl
 
 HOST_CHAIN = 1.1
 """What a live chain takes the host, in fused units, by the same command; HOST_LINK: for each of its links, whose batch
-norm another launch reads. For three, 125 us and 4 launches, beside 35 us and one of a unit."""
+norm another launch reads. For three, 137 us and 4 launches, beside 35 us and one of a unit without a tape."""
 HOST_LINK = 0.9
 
 
