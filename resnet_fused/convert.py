@@ -244,7 +244,10 @@ class ConvertedBlocks(Converted):
         blocks = [child if runs_fused(child) and not eligible.answered(child) else None for child in children]
         ran, apart = functional.Ran(x), True
         for child, block, following in zip(children, blocks, [*blocks[1:], None], strict=True):
-            ran = functional.Ran(child(ran.z)) if block is None else _looked_at(block, ran, following)
+            if block is None:
+                ran = functional.Ran(child(ran.z), apart=not runs_fused(child))
+            else:
+                ran = _looked_at(block, ran, following)
             apart = apart and ran.apart
         return ran.z, apart
 

@@ -160,7 +160,7 @@ class FusedBlock(nn.Module):
             if x.layout is not torch.strided or None in constants:
                 return None
             return Repetition(self, (request, settings(x.device), layout, *constants, *others), tensors)
-        except (AttributeError, KeyError, TypeError):  # of submodules that are gone, or attributes that have no hash
+        except (AttributeError, KeyError, TypeError):  # of submodules that are gone, or sizes that are no pairs
             return None
 
     def forward_ahead(self, x: Tensor, ahead: Tensor | None, following: nn.Module | None) -> functional.Ran:
@@ -226,7 +226,8 @@ def _others(layout: BlockLayout) -> Iterator[str]:
 
 
 def _attributes(module: nn.Module) -> tuple[Any, ...]:
-    return type(module), *((name, value) for name, value in vars(module).items() if name[0] != "_")
+    """What a pool or a shortcut computes with: as text, in which 2 is not 2.0."""
+    return type(module), *[(name, repr(value)) for name, value in vars(module).items() if name[0] != "_"]
 
 
 def _first_layer(x: Tensor, block: nn.Module) -> eligible.Layer | None:

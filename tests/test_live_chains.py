@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules import module as nn_module
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from resnet_fused import fuse, implementation, modules, trace, unfuse
+from resnet_fused import functional, fuse, implementation, modules, trace, unfuse
 from resnet_fused.convert import Converted, ConvertedBlocks
 from resnet_fused.kernels.launch import dry_run
 from tests.rule import assert_within_rule
@@ -303,20 +303,13 @@ def test_narrow_dtypes(dtype):
     assert chains(check(fuse(copy.deepcopy(model)), model, x)) == 2
 
 
-def test_autocast():
-    model, fused, x = fused_pair(3)
-    exact = copy.deepcopy(model).double()(x.double())
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        eager = model(x)
-        with implementation("triton"), trace() as log:
-            got = fused(x)
-    assert got.dtype == eager.dtype == torch.bfloat16
-    assert_within_rule(got, eager, exact)
-    assert chains([launch.name for launch in log.launches]) == 2, "the first adds an identity of fp32"
-    projection = nn.Sequential(nn.Conv2d(16, 16, 1, bias=False), nn.BatchNorm2d(16))
-    for net in (model, fused):
-        torch.manual_seed(2)
-        net[0].downsample = _randomised(copy.deepcopy(projection)).eval()
+@pytest.mark.parametrize("projected", [False, True])
+def test_autocast(projected):
+    """The first block adds an identity of fp32, which is no chain's, or what a projection makes of it."""
+    model, _, x = fused_pair(3)
+    if projected:
+        projection = nn.Sequential(nn.Conv2d(16, 16, 1, bias=False), nn.BatchNorm2d(16))
+        model[0].downsample = _randomised(projection).eval()
     fused = fuse(copy.deepcopy(model))
     exact = copy.deepcopy(model).double()(x.double())
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -325,7 +318,7 @@ def test_autocast():
             got = fused(x)
     assert got.dtype == eager.dtype == torch.bfloat16
     assert_within_rule(got, eager, exact)
-    assert chains([launch.name for launch in log.launches]) == 3
+    assert chains([launch.name for launch in log.launches]) == 2 + projected
 
 
 def test_gradients_and_training_take_it_apart():
@@ -428,3 +421,16 @@ def test_a_sequence_tells_why_its_first_block_runs_eager():
     assert network.why_eager(x) == "the input is not on a CUDA GPU"
     with implementation("triton"):
         assert network.why_eager(x) is None
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_where_nothing_is_shared_nobody_asks_twice(hooked, monkeypatch):
+    """Other children than blocks share nothing anyway; a hook may go, and the block that has it share again."""
+    fused = fuse(nn.Sequential(BOTTLENECK(16, 4), BOTTLENECK(16, 4), nn.AvgPool2d(2))).eval()
+    if hooked:
+        fused[0].register_forward_hook(lambda m, args, y: None)
+    asked, run = [], functional.run_ahead
+    monkeypatch.setattr(functional, "run_ahead", lambda *arguments: asked.append(1) or run(*arguments))
+    with torch.no_grad(), implementation("mixed"):
+        counts = [(fused(torch.ones(1, 16, 6, 5)), len(asked))[1] for _ in range(3)]
+    assert counts == ([1, 2, 3] if hooked else [2, 2, 2])

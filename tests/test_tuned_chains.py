@@ -22,6 +22,7 @@ from resnet_fused.plan import decide, tuned
 from resnet_fused.plan.problem import Problem, apart, changed, shown
 from resnet_fused.plan.tuned import ChainEntry, Entry, Table
 from tests.test_tune import DEVICE, FakeRunner, nothing
+from tests.test_tuned import put
 
 pytestmark = pytest.mark.usefixtures("on_device", "own_cache")
 
@@ -68,17 +69,6 @@ def test_the_nearest_number_of_images_answers():
     for other in (links(side=28), links(width=128), links(direction="frozen"), Chain(*links()[:2], None)):
         assert table.lookup_chain(other) is None
     assert table.exact(links(n=2)) is None
-
-
-def put(*path_and_value):
-    *path, last, value = path_and_value
-
-    def change(row):
-        for key in path:
-            row = row[key]
-        row[last] = value
-
-    return change
 
 
 CODE = tuned.parts_out(WHOLE)
