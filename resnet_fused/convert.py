@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from inspect import isroutine, signature
+from inspect import signature
 from types import FunctionType
 from typing import Any, NamedTuple, cast
 
@@ -16,30 +16,45 @@ from torch import Tensor, nn
 
 from resnet_fused import functional
 from resnet_fused.engine import eligible
-from resnet_fused.modules import BlockLayout, FusedBlock, StemLayout, descendants
+from resnet_fused.engine.request import requested
+from resnet_fused.modules import BlockLayout, FusedBlock, StemLayout, descendant, descendants
+from resnet_fused.pieces import Piece, UnitsLayout
 from resnet_fused.plan import checked
-from resnet_fused.recognise import recognise, recognise_stem
+from resnet_fused.recognise import has_units, recognise, recognise_stem
+from resnet_fused.traced import INTERNAL, is_plain, own_class
 
 Filter = Callable[[str, nn.Module], bool]
+
+Layout = BlockLayout | UnitsLayout | StemLayout
 
 MEMORY = ("default", "recompute")
 _STATE = ("_conversion", "memory")
 _CLAIMED = (
     *(*_STATE, "original", "described", "why_eager", "why_unfusable", "is_stale", "eager_forward"),
-    *("_resolve", "_layer", "_shortcut", "_unit", "_why_stale"),
+    *("_resolve", "_chain", "_piece", "_layer", "_shortcut", "_unit", "_why_stale"),
 )
 
 
 class _Conversion(NamedTuple):
     """What is known of a converted module. ``memory``: see :class:`FusedBlock`; ``layout``: None for a sequence.
 
-    ``kinds``: names and types of its submodules when it was recognised; ``plain``: its plain attributes.
+    ``kinds``: names and types of its submodules when it was recognised; ``plain``: its plain attributes; ``seen``: of
+    a module with units, what is known of itself and of the modules inside that are seen through, by their names.
     """
 
     memory: str = "default"
-    layout: BlockLayout | StemLayout | None = None
+    layout: Layout | None = None
     kinds: tuple[Any, ...] = ()
     plain: tuple[tuple[str, Any], ...] = ()
+    seen: tuple[tuple[str, _Seen], ...] = ()
+
+
+class _Seen(NamedTuple):
+    """A module that is seen through: its class, its children's names and whether they are there, its attributes."""
+
+    kind: type
+    children: tuple[tuple[str, bool], ...]
+    plain: tuple[tuple[str, Any], ...]
 
 
 class Converted(FusedBlock):
@@ -58,7 +73,11 @@ class Converted(FusedBlock):
         return self.original.forward(self, x)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        kind = next(kind for kind in (ConvertedSequential, ConvertedStem, ConvertedBlock) if isinstance(self, kind))
+        kind = next(
+            kind
+            for kind in (ConvertedSequential, ConvertedStem, ConvertedUnits, ConvertedBlock)
+            if isinstance(self, kind)
+        )
         return _blank, (kind, self.original), *cast(tuple[Any, ...], super().__reduce_ex__(protocol))[2:]
 
 
@@ -76,6 +95,71 @@ class ConvertedBlock(Converted):
         if _kinds(self) != self._conversion.kinds:
             return "its submodules are not those that were recognised"
         return _why_changed(self, self._conversion.plain)
+
+
+class ConvertedUnits(Converted):
+    """A converted module whose units run fused, and all between them as it is.
+
+    Its program runs, which is its own forward with calls of :meth:`_piece`.
+    """
+
+    def is_stale(self) -> bool:
+        """Whether it is not what was recognised."""
+        return self._why_stale() is not None
+
+    def why_eager(self, x: Tensor) -> str | None:
+        if (reason := eligible.why_not_here(x, requested(self)) or self._why_stale()) is not None:
+            return reason
+        return None if x.dim() == 4 else f"the input is {x.dim()}-dimensional"
+
+    def forward(self, x: Tensor) -> Tensor:
+        reason = self.why_eager(x)
+        if reason is not None:
+            eligible.report_once(reason)
+            return self.eager_forward(x)
+        return cast(Tensor, self._conversion.layout.program.functions[0](self, x))  # type: ignore[union-attr]
+
+    def _piece(self, number: int, x: Tensor, source: Tensor | None) -> Tensor:
+        """The result of a piece on ``x``, and on ``source``, which its shortcut reads."""
+        layout = cast(UnitsLayout, self._conversion.layout)
+        found = self._resolved(layout.pieces[number], x, source)
+        if isinstance(found, str):
+            eligible.report_once(found)
+            return cast(Tensor, layout.program.functions[number + 1](self, x, source))
+        return functional.run(found, recompute=self._conversion.memory == "recompute")
+
+    def _resolved(self, piece: Piece, x: Tensor, source: Tensor | None) -> functional.Chain | str:
+        if not isinstance(x, Tensor) or not isinstance(source, Tensor | None):
+            return "a unit reads something else than a tensor"
+        try:
+            passed = [descendant(self, name) for name, _ in piece.passed]
+            units = [descendant(self, name) for unit in piece.layout.all_units() for name in unit[:2]]
+        except KeyError as name:
+            return f"it has no submodule {name} any more"
+        if eligible.hooked(*passed, *units):
+            return "hooks are registered on a submodule"
+        for part, (name, kind) in zip(passed, piece.passed, strict=True):
+            if type(part) is not kind:
+                return f"{name} is {type(part).__qualname__}, not {kind.__qualname__}"
+        return self._chain(piece.layout, x, x if source is None else source, requested(self))
+
+    def _why_stale(self) -> str | None:
+        for name, seen in self._conversion.seen:
+            try:
+                part = descendant(self, name) if name else self
+            except KeyError:
+                return f"it has no submodule {name} any more"
+            if name and (type(part) is not seen.kind or eligible.hooked(part)):
+                return f"{name} is not what was recognised, or hooks are registered on it"
+            if _children(part) != seen.children:
+                return "its submodules are not those that were recognised"
+            if (reason := _why_changed(part, seen.plain)) is not None:
+                return reason
+        return None
+
+
+def _children(module: nn.Module) -> tuple[tuple[str, bool], ...]:
+    return tuple([(name, part is not None) for name, part in module._modules.items()])
 
 
 class ConvertedStem(Converted):
@@ -200,7 +284,7 @@ class ConvertedSequential(Converted):
 
 def _layer(run: Sequence[Any]) -> eligible.Layer:
     """That of the modules of one unit."""
-    return eligible.Layer(run[0], run[1], relu=len(run) == 3)
+    return eligible.Layer(run[0], run[1], relu=len(run) == 3 or eligible.own_activation(run[1]) is not None)
 
 
 _classes: dict[tuple[type, type], type] = {}
@@ -241,8 +325,8 @@ def _kinds(module: nn.Module) -> tuple[Any, ...]:
 
 def _plain(module: nn.Module) -> tuple[tuple[str, Any], ...]:
     """What a forward may branch on: attributes that are numbers, text, flags or functions, or hold some of these."""
-    names = [name for name in vars(module) if name[0] != "_" and name != "training"]
-    return tuple((name, copy.copy(vars(module)[name])) for name in names if _is_plain(vars(module)[name]))
+    names = [name for name in vars(module) if name not in INTERNAL and name not in _STATE]
+    return tuple((name, copy.deepcopy(vars(module)[name])) for name in names if is_plain(vars(module)[name]))
 
 
 _GONE = object()
@@ -253,15 +337,9 @@ def _why_changed(module: nn.Module, plain: tuple[tuple[str, Any], ...]) -> str |
     own = vars(module)
     for name, value in plain:
         now = own.get(name, _GONE)
-        if now is not value and not (_is_plain(now) and now == value):
+        if now is not value and not (is_plain(now) and now == value):
             return f"its attribute {name!r} is not what it was when it was recognised"
     return None
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, list | tuple):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, bool | int | float | str) or isroutine(value)
 
 
 def _run_length(modules: Sequence[Any]) -> int:
@@ -327,11 +405,12 @@ class Found:
 
     name: str
     module: nn.Module
-    verdict: BlockLayout | StemLayout | bool | str
+    verdict: Layout | bool | str
 
 
 def find(model: nn.Module) -> Iterator[Found]:
-    """Every block of ``model``, from the outside in; inside one that can be fused, there is no other."""
+    """Every block of ``model``, from the outside in; inside one that can be fused, what is called as it is alone."""
+    verdicts: dict[nn.Module, Verdict] = {}
     seen: set[nn.Module] = set()
     pending = [("", model)]
     while pending:
@@ -339,23 +418,34 @@ def find(model: nn.Module) -> Iterator[Found]:
         if module in seen:
             continue
         seen.add(module)
-        verdict = _examine(module)
+        verdict = _examine(module, verdicts)
         if isinstance(verdict, str) and not _is_innermost(module):
             verdict = None
         if verdict is not None:
             yield Found(name, module, verdict)
+        if isinstance(verdict, UnitsLayout):
+            verdicts.update((module.get_submodule(part), None) for part in verdict.through)
         if not isinstance(verdict, BlockLayout):
             pending += [(f"{name}.{child}".lstrip("."), m) for child, m in module.named_children()]
 
 
-def _examine(module: nn.Module) -> BlockLayout | StemLayout | bool | str | None:
-    """The verdict on ``module``, or None if there is nothing to fuse in it."""
+Verdict = Layout | bool | str | None
+
+
+def _examine(module: nn.Module, verdicts: dict[nn.Module, Verdict]) -> Verdict:
+    """The verdict on ``module``, or None if there is nothing to fuse in it. ``verdicts``: those so far."""
+    if module not in verdicts:
+        verdicts[module] = _judged(module, verdicts)
+    return verdicts[module]
+
+
+def _judged(module: nn.Module, verdicts: dict[nn.Module, Verdict]) -> Verdict:
     if isinstance(module, ConvertedSequential):
         return True
-    if isinstance(module, FusedBlock) and not isinstance(module, ConvertedBlock | ConvertedStem):
+    if isinstance(module, FusedBlock) and not isinstance(module, ConvertedBlock | ConvertedStem | ConvertedUnits):
         return module.layout
-    if isinstance(module, ConvertedBlock) and not module.is_stale():
-        return module.described()[0]
+    if isinstance(module, ConvertedBlock | ConvertedUnits) and not module.is_stale():
+        return cast(Verdict, module.described()[0])
     if isinstance(module, nn.Conv2d) or not any(isinstance(part, nn.Conv2d) for part in module.modules()):
         return None
     if not isinstance(module, Converted) and (taken := [name for name in _CLAIMED if hasattr(module, name)]):
@@ -363,7 +453,24 @@ def _examine(module: nn.Module) -> BlockLayout | StemLayout | bool | str | None:
     if type(module).forward is nn.Sequential.forward:
         children = list(module._modules.values())
         return any(_run_length(children[i : i + 3]) for i in range(len(children))) or None
-    return recognise_stem(module) or recognise(module)
+    if (stem := recognise_stem(module)) is not None:
+        return stem
+    if any(_joins(part, verdicts) for part in module.children()):
+        return None
+    verdict = recognise(module)
+    if isinstance(verdict, UnitsLayout) and not (verdict.joins or _is_innermost(module)):
+        return None
+    return verdict
+
+
+def _joins(module: nn.Module, verdicts: dict[nn.Module, Verdict]) -> bool:
+    """Whether ``module`` is, or holds, what adds the result of units to something: a residual block."""
+    if not has_units(module):
+        return False
+    verdict = _examine(module, verdicts)
+    if isinstance(verdict, BlockLayout | UnitsLayout):
+        return verdict.residual if isinstance(verdict, BlockLayout) else verdict.joins
+    return any(_joins(part, verdicts) for part in module.children())
 
 
 def _is_innermost(module: nn.Module) -> bool:
@@ -404,6 +511,12 @@ def _swap(found: Found, memory: str) -> None:
         for part in descendants(module):  # the block runs them itself
             _revert(part)
         state = _Conversion(memory, verdict, _kinds(module), _plain(module))
+    elif isinstance(verdict, UnitsLayout):
+        kind = ConvertedUnits
+        seen = [(name, module.get_submodule(name)) for name in ("", *verdict.through)]
+        for _, part in seen[1:]:  # it runs what they hold itself
+            _revert(part)
+        state = _Conversion(memory, verdict, seen=tuple((name, _seen(part)) for name, part in seen))
     elif isinstance(verdict, StemLayout):
         kind = ConvertedStem
         state = _Conversion(memory, verdict, plain=_plain(module))
@@ -413,6 +526,10 @@ def _swap(found: Found, memory: str) -> None:
     vars(module)["_conversion"] = state
     if not isinstance(module, Converted):
         module.__class__ = _converted(kind, type(module))
+
+
+def _seen(module: nn.Module) -> _Seen:
+    return _Seen(own_class(module), _children(module), _plain(module))
 
 
 def _revert(module: nn.Module) -> None:

@@ -202,6 +202,8 @@ def resolve(
             return unit
         shape = unit.out
         units.append(unit)
+    if shortcut is not None and eligible.own_activation(layers[-1].bn) is not None:
+        return "the last batch norm has an activation of its own, in front of the addition"
     projection: Unit | None = None
     source, step, before = shortcut if isinstance(shortcut, PaddedIdentity) else (shortcut, 1, 0)
     if isinstance(source, Projection):

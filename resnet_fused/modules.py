@@ -15,6 +15,7 @@ from resnet_fused.engine import eligible
 from resnet_fused.engine.ops import channels_last
 from resnet_fused.engine.reference import PaddedIdentity
 from resnet_fused.engine.request import requested
+from resnet_fused.plan.problem import Request
 
 
 class UnitNames(NamedTuple):
@@ -119,15 +120,19 @@ class FusedBlock(nn.Module):
         request = requested(self)
         if (reason := eligible.why_not_here(x, request) or self.why_unfusable()) is not None:
             return reason
-        layout, _ = self.described()
+        return self._chain(self.described()[0], x, x, request)
+
+    def _chain(self, layout: BlockLayout, x: Tensor, source: Tensor, request: Request) -> functional.Chain | str:
+        """``layout`` on ``x``, and its shortcut on ``source``, with all that they read, or why they run eager."""
         try:
             layers = [self._layer(unit) for unit in layout.all_units()]
         except KeyError as name:
             return f"it has no submodule {name} any more"
         if (reason := eligible.why_unsupported(x, layers)) is not None:
             return reason
-        x = channels_last(x)  # once, for the branch and the shortcut
-        shortcut = self._shortcut(layout, x, layers[-1])
+        if source is x:
+            source = x = channels_last(x)  # once, for the branch and the shortcut
+        shortcut = self._shortcut(layout, source, layers[-1])
         return functional.resolve(x, layers[: len(layout.units)], shortcut, in_place=layout.in_place, request=request)
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -136,7 +141,7 @@ class FusedBlock(nn.Module):
         )
 
     def _layer(self, unit: UnitNames) -> eligible.Layer:
-        return eligible.Layer(_submodule(self, unit.conv), _submodule(self, unit.norm), unit.relu)
+        return eligible.Layer(descendant(self, unit.conv), descendant(self, unit.norm), unit.relu)
 
     def _shortcut(self, layout: BlockLayout, x: Tensor, projection: eligible.Layer) -> functional.Shortcut | None:
         """That of ``x``; ``projection``: the layer that it is, if it is one."""
@@ -157,7 +162,7 @@ def traced_forward(module: nn.Module, forward: Any) -> Any:
     return cast(FusedBlock, module).eager_forward if fused else forward
 
 
-def _submodule(module: nn.Module, name: str) -> Any:
+def descendant(module: nn.Module, name: str) -> Any:
     """What ``module.get_submodule`` finds, in a fraction of the time: it is asked for at every call of a block."""
     if name in module._modules:
         return module._modules[name]

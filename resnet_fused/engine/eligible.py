@@ -123,12 +123,18 @@ PLAIN = (Tensor, torch.nn.Parameter)
 
 def unit(x: Tensor, shape: tuple[int, ...], autocast: torch.dtype | None, layer: Layer) -> Unit | str:
     """``layer`` on an input of ``shape`` [N, CI, H, W] that lies where ``x`` does, or why it runs eager."""
-    conv, bn, _ = layer
+    conv, bn, relu = layer
+    if not relu and own_activation(bn) is not None:
+        return "the batch norm has an activation of its own"
     w, bias = _held(conv, conv._parameters, "weight", "bias")
     if not isinstance(w, Tensor):
         return "the convolution has no filter"
     gamma, beta = _held(bn, bn._parameters, "weight", "bias")
-    mean, var, batches = _held(bn, bn._buffers, "running_mean", "running_var", "num_batches_tracked")
+    mean, var = _held(bn, bn._buffers, "running_mean", "running_var")
+    frozen = is_frozen(bn)
+    training = not frozen and bn.training
+    tracked, given = (False, None) if frozen else (bn.track_running_stats, bn.momentum)
+    batches = _held(bn, bn._buffers, "num_batches_tracked")[0] if training and tracked else None
     if (reason := why_foreign(w, x)) is not None:
         return reason
     if w.dtype not in FLOATS if autocast is not None else w.dtype != x.dtype:
@@ -143,11 +149,11 @@ def unit(x: Tensor, shape: tuple[int, ...], autocast: torch.dtype | None, layer:
         return vectors
     if (mean is None) != (var is None):
         return "one of the running statistics is missing"
-    batch_stats = bn.training or mean is None
-    if not (bn.training and bn.track_running_stats):
-        batches = None
-        if bn.training:
-            vectors[3:] = mean, var = None, None
+    if frozen and (mean is None or mean.dtype != dtype):
+        return f"a frozen batch norm reads {dtype}, and its own vectors are of another dtype"
+    batch_stats = training or mean is None
+    if training and not tracked:
+        vectors[3:] = mean, var = None, None
     if batch_stats:
         if mean is not vectors[3] or var is not vectors[4]:
             return "the running statistics are views with gaps"
@@ -155,9 +161,9 @@ def unit(x: Tensor, shape: tuple[int, ...], autocast: torch.dtype | None, layer:
             return reason
     if mean is not None and var is not None and (mean.requires_grad or var.requires_grad):
         return "the running statistics require a gradient"
-    eps, momentum = _number(bn.eps), _number(bn.momentum)
-    if eps is None or not eps > 0 or (momentum is None and bn.momentum is not None):
-        return f"batch norm has eps={bn.eps} and momentum={bn.momentum}"
+    eps, momentum = _number(bn.eps), _number(given)
+    if eps is None or not eps > 0 or (momentum is None and given is not None):
+        return f"batch norm has eps={bn.eps} and momentum={given}"
     if momentum is None and batches is None:
         momentum = 0.0
     bias, gamma, beta, mean, var = vectors
@@ -371,10 +377,56 @@ def _why_kind(conv: nn.Module, bn: nn.Module) -> str | None:
     if type(conv) is not nn.Conv2d:
         return f"the convolution is {_named(conv)}, not torch.nn.Conv2d itself"
     if type(bn) is not nn.BatchNorm2d and type(bn) is not nn.SyncBatchNorm:
-        return f"the normalisation is {_named(bn)}, not torch.nn.BatchNorm2d or SyncBatchNorm itself"
+        if _name(type(bn)) not in NORMS:
+            return f"the normalisation is {_named(bn)}, not torch.nn.BatchNorm2d or SyncBatchNorm itself"
+        if (reason := _why_inside(bn)) is not None:
+            return reason
     if conv.padding_mode != "zeros":
         return f"the convolution has padding_mode={conv.padding_mode!r}"
     return None
+
+
+NORMS = {
+    ("torchvision.ops.misc", "FrozenBatchNorm2d"): True,
+    ("timm.layers.norm_act", "FrozenBatchNormAct2d"): True,
+    ("timm.layers.norm_act", "BatchNormAct2d"): False,
+    ("timm.layers.norm_act", "SyncBatchNormAct"): False,
+}
+"""Batch norms of other libraries, by module and name, and whether they are in evaluation always.
+
+timm's have an activation of their own, behind a ``drop``.
+"""
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether ``module`` is a batch norm that units may have."""
+    return type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm) or _name(type(module)) in NORMS
+
+
+def is_frozen(bn: nn.Module) -> bool:
+    """Whether ``bn``, a norm of a unit, is in evaluation always: its vectors are buffers."""
+    return type(bn) is not nn.BatchNorm2d and NORMS.get(_name(type(bn)), False)
+
+
+def own_activation(bn: nn.Module) -> nn.Module | None:
+    """The activation that is part of the norm ``bn``, or None."""
+    act = None if type(bn) is nn.BatchNorm2d else bn._modules.get("act")
+    return None if type(act) is nn.Identity else act
+
+
+def _why_inside(bn: nn.Module) -> str | None:
+    """Why a norm of :data:`NORMS` does not do what is known of it, and a ReLU at the most, or None."""
+    parts = [part for part in bn._modules.values() if part is not None]
+    if hooked(*parts):
+        return "hooks, or a forward of its own, are set inside of the batch norm"
+    for name, part in bn._modules.items():
+        if type(part) is not nn.Identity and not (name == "act" and type(part) is nn.ReLU):
+            return f"the {name} of the batch norm is {type(part).__qualname__}"
+    return None
+
+
+def _name(kind: type) -> tuple[str, str]:
+    return kind.__module__, kind.__qualname__
 
 
 def why_not_pooled(pool: nn.Module) -> str | None:
