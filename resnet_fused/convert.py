@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
@@ -12,7 +12,8 @@ from types import FunctionType
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.nn.modules.conv import _ConvNd
 
 from resnet_fused import functional
 from resnet_fused.engine import eligible
@@ -20,7 +21,7 @@ from resnet_fused.engine.request import requested
 from resnet_fused.modules import BlockLayout, FusedBlock, StemLayout, descendant, descendants
 from resnet_fused.pieces import Piece, UnitsLayout
 from resnet_fused.plan import checked
-from resnet_fused.recognise import has_units, recognise, recognise_stem
+from resnet_fused.recognise import has_units, is_container, recognise, recognise_stem
 from resnet_fused.traced import INTERNAL, is_plain, own_class
 
 Filter = Callable[[str, nn.Module], bool]
@@ -418,14 +419,15 @@ def find(model: nn.Module) -> Iterator[Found]:
         if module in seen:
             continue
         seen.add(module)
-        verdict = _examine(module, verdicts)
-        if isinstance(verdict, str) and not _is_innermost(module):
+        foreign = _foreign(module)
+        verdict = foreign or _examine(module, verdicts)
+        if isinstance(verdict, str) and not (foreign or _is_innermost(module)):
             verdict = None
         if verdict is not None:
             yield Found(name, module, verdict)
         if isinstance(verdict, UnitsLayout):
             verdicts.update((module.get_submodule(part), None) for part in verdict.through)
-        if not isinstance(verdict, BlockLayout):
+        if not (foreign or isinstance(verdict, BlockLayout)):
             pending += [(f"{name}.{child}".lstrip("."), m) for child, m in module.named_children()]
 
 
@@ -446,7 +448,7 @@ def _judged(module: nn.Module, verdicts: dict[nn.Module, Verdict]) -> Verdict:
         return module.layout
     if isinstance(module, ConvertedBlock | ConvertedUnits) and not module.is_stale():
         return cast(Verdict, module.described()[0])
-    if isinstance(module, nn.Conv2d) or not any(isinstance(part, nn.Conv2d) for part in module.modules()):
+    if isinstance(module, _ConvNd) or not any(isinstance(part, _ConvNd) for part in module.modules()):
         return None
     if not isinstance(module, Converted) and (taken := [name for name in _CLAIMED if hasattr(module, name)]):
         return f"it has an attribute {taken[0]!r} of its own"
@@ -458,7 +460,9 @@ def _judged(module: nn.Module, verdicts: dict[nn.Module, Verdict]) -> Verdict:
     if any(_joins(part, verdicts) for part in module.children()):
         return None
     verdict = recognise(module)
-    if isinstance(verdict, UnitsLayout) and not (verdict.joins or _is_innermost(module)):
+    if isinstance(verdict, UnitsLayout) and not (
+        verdict.joins or (_is_innermost(module) and _holds(module.children()))
+    ):
         return None
     return verdict
 
@@ -473,18 +477,24 @@ def _joins(module: nn.Module, verdicts: dict[nn.Module, Verdict]) -> bool:
     return any(_joins(part, verdicts) for part in module.children())
 
 
+def _foreign(module: nn.Module) -> str | None:
+    """What ``module`` is, if it is nothing whose class can be swapped, or None."""
+    if isinstance(module, fx.GraphModule):
+        return "it is a torch.fx.GraphModule: fuse the model before it is traced"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is a torch.jit.ScriptModule: fuse the model before it is scripted"
+    return None
+
+
 def _is_innermost(module: nn.Module) -> bool:
-    """Whether ``module`` itself holds convolutions and norms, and no module inside it does: a block, not a network."""
-    return [part for part in module.modules() if _holds_units(part)] == [module]
+    """Whether ``module`` holds convolutions and norms, and no module inside it does: a block, not a network."""
+    return [part for part in module.modules() if not is_container(part) and _holds(part.modules())] == [module]
 
 
-def _holds_units(module: nn.Module) -> bool:
-    children = list(module.children())
-    return (
-        not isinstance(module, nn.Sequential)
-        and any(isinstance(child, nn.Conv2d) for child in children)
-        and any("Norm" in type(child).__name__ for child in children)
-    )
+def _holds(modules: Iterable[nn.Module]) -> bool:
+    """Whether ``modules`` have a convolution and something that is named a norm."""
+    parts = list(modules)
+    return any(isinstance(part, _ConvNd) for part in parts) and any("Norm" in type(part).__name__ for part in parts)
 
 
 @contextmanager

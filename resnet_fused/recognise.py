@@ -50,7 +50,7 @@ def _traced(module: nn.Module) -> tuple[list[str], fx.Graph]:
 
 
 def _is_opaque(module: nn.Module) -> bool:
-    if _is_container(module):
+    if is_container(module):
         return False
     try:
         _traced(module)
@@ -72,12 +72,15 @@ def _through(module: nn.Module, prefix: str = "") -> list[str]:
 def _is_leaf(module: nn.Module) -> bool:
     if _is_norm_or_convolution(module) or _is_watched(module):
         return True
-    if _is_container(module):
+    if is_container(module):
         return False
-    return not module._modules or not (has_units(module) or _is_plain(module))
+    if not module._modules or module._parameters or module._buffers:
+        return not has_units(module)
+    return not (has_units(module) or _is_plain(module))
 
 
-def _is_container(module: nn.Module) -> bool:
+def is_container(module: nn.Module) -> bool:
+    """Whether ``module`` only holds others, in a list, a dictionary or a sequence."""
     return isinstance(module, nn.ModuleList | nn.ModuleDict) or own_class(module).forward is nn.Sequential.forward
 
 
@@ -92,7 +95,7 @@ def _is_plain(module: nn.Module) -> bool:
     """Whether all modules inside ``module`` are what units and shortcuts are made of, and nobody watches them."""
     return all(
         not _is_watched(part)
-        and (type(part) in EXACT or _is_norm_or_convolution(part) or _is_container(part) or bool(part._modules))
+        and (type(part) in EXACT or _is_norm_or_convolution(part) or is_container(part) or bool(part._modules))
         and (_is_norm_or_convolution(part) or _is_plain(part))
         for part in module._modules.values()
         if part is not None

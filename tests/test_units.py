@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import copy
-import pickle
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-import timm
 import torch
 import torchvision
 from timm.layers import BatchNormAct2d, BlurPool2d, ConvNormAct, DropPath, create_conv2d, get_attn
 from timm.models.res2net import Bottle2neck
 from timm.models.resnest import ResNestBottleneck
 from timm.models.resnet import BasicBlock as TimmBasic
-from timm.models.resnet import Bottleneck as TimmBottleneck
 from timm.models.resnetv2 import PreActBottleneck
 from timm.models.sknet import SelectiveKernelBasic
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
 from torchvision.models.resnet import BasicBlock
 
-import resnet_fused
-from resnet_fused import explain, fuse, implementation, unfuse
-from resnet_fused.convert import Converted, ConvertedBlock, ConvertedUnits
+from resnet_fused import fuse, implementation, unfuse
+from resnet_fused.convert import ConvertedUnits
 from resnet_fused.engine.trace import trace
 from tests.training import check, randomise
 
