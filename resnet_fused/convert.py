@@ -356,9 +356,9 @@ def fuse(
     """Let the residual blocks of ``model`` run fused, in training and in inference, in place; returns ``model``.
 
     A block is recognised by what its own forward does (see :func:`resnet_fused.recognise.recognise`): those of
-    torchvision's ResNets, of timm's plain, ``d``, ResNeXt and wide ResNets, of Hugging Face's
-    ``ResNetForImageClassification``, and any other that computes the same; also runs of convolution, batch norm and
-    ReLU in an ``nn.Sequential``. The class of what is recognised becomes a subclass of its own, and nothing else
+    torchvision's, timm's and Hugging Face's ResNets, and any other that computes the same. In blocks that do more, the
+    units (convolution, batch norm, ReLU, residual addition) run fused, and all between them as it is; also in an
+    ``nn.Sequential``. The class of what is recognised becomes a subclass of its own, and nothing else
     changes: keys, ``Parameter`` objects, values, and how they lie in memory stay. Works before or after loading,
     moving, wrapping or training, and again on a fused model. Whatever is raised on the way, ``model`` is as before.
 
@@ -366,9 +366,9 @@ def fuse(
     ``model.to(memory_format=torch.channels_last)`` saves.
 
     ``filter_fn(name, module)``: return False to leave a block alone. ``strict``: raise ValueError, changing nothing, if
-    any block cannot be fused. ``memory``: ``"default"`` keeps the raw output of each convolution for the backward;
-    ``"recompute"`` computes the last one of each block, and its projection, again. Warns (UserWarning) if nothing was
-    fused.
+    any block cannot be fused, or there is none. ``memory``: ``"default"`` keeps the raw output of each convolution for
+    the backward; ``"recompute"`` computes the last one of each block, and its projection, again. Warns (UserWarning) if
+    nothing was fused.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__qualname__}")
@@ -376,6 +376,10 @@ def fuse(
         raise ValueError(f"memory must be one of {', '.join(map(repr, MEMORY))}; got {memory!r}")
     found = [f for f in find(model) if filter_fn is None or filter_fn(f.name, f.module)]
     refused = [f for f in found if isinstance(f.verdict, str)]
+    if strict and not found:
+        raise ValueError(
+            f"model must have something to fuse; {type(model).__qualname__} has no unit that is recognised"
+        )
     if strict and refused:
         reasons = "\n".join(f"  {f.name or '(the model)'}: {f.verdict}" for f in refused)
         raise ValueError(f"model has {len(refused)} block(s) that cannot be fused:\n{reasons}")

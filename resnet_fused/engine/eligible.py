@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
@@ -67,10 +68,24 @@ def why_not_here(x: Tensor, request: Request | None = None) -> str | None:
 
 
 _reported: set[str] = set()
+_listening: list[list[str]] = []
+
+
+@contextmanager
+def reasons() -> Iterator[list[str]]:
+    """Yields a list of why units run eager inside the ``with`` block, in order."""
+    found: list[str] = []
+    _listening.append(found)
+    try:
+        yield found
+    finally:
+        _listening.remove(found)
 
 
 def report_once(reason: str) -> None:
     """Log why a unit is not fused, the first time that ``reason`` comes up, unless it was to be expected."""
+    for found in _listening:
+        found.append(reason)
     if reason not in _EXPECTED:
         warn_once(f"runs eager: {reason}")
 
