@@ -54,12 +54,12 @@ def planned(name: str) -> Row:
     size = model.default_cfg["input_size"]
     model = fuse(model.to_empty(device="cpu").to(torch.bfloat16, memory_format=torch.channels_last))
     found = list(find(model))
-    names = {parameter: name.removesuffix(".weight") for name, parameter in model.named_parameters()}
+    names = {id(parameter): name.removesuffix(".weight") for name, parameter in model.named_parameters()}
     with _Convolutions() as left:
         inference, work = _share(model, size, training=False)
     reasons: Counter[str] = Counter()
     for parameter, flops in left.flops:
-        reasons[_reason(found, names[parameter])] += flops
+        reasons[_reason(found, names.get(parameter))] += flops
     training, _ = _share(model, size, training=True)
     return Row(name, inference, training, tuple((reason, flops / work) for reason, flops in reasons.most_common()))
 
@@ -82,21 +82,23 @@ class _Convolutions(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.flops: list[tuple[Any, int]] = []
+        self.flops: list[tuple[int, int]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func is torch.conv2d:
-            print(type(args[1]),args[1].shape,type(args[0]));self.flops.append((args[1], 2 * result.numel() * args[1][0].numel()))
+            self.flops.append((id(args[1]), 2 * result.numel() * args[1][0].numel()))
         return result
 
 
-def _reason(found: Sequence[Found], name: str) -> str:
+def _reason(found: Sequence[Found], name: str | None) -> str:
     """Why the convolution of this name is in no unit; in a block, without the names of its parts."""
+    if name is None:
+        return "a filter is no parameter"
     for block in found:
         inside = name.removeprefix(f"{block.name}.") if block.name else name
-        if isinstance(block.verdict, UnitsLayout) and inside in (rest := dict(block.verdict.rest)):
-            return f"{inside}: {rest[inside]}"
+        if isinstance(block.verdict, UnitsLayout) and inside != name:
+            return f"{inside}: {dict(block.verdict.rest).get(inside, 'it is called by a module without units')}"
         if isinstance(block.verdict, str) and inside != name:
             return block.verdict
     return f"{name} is in no block"
@@ -109,8 +111,8 @@ def table(rows: Sequence[Row]) -> str:
         "# timm's ResNets",
         "",
         f"Which share of the convolutions' arithmetic this library launches, in {len(rows)} networks of timm",
-        f"{timm.__version__}: planned for an H100 with `implementation(\"triton\")` in bf16, counted on tensors without data",
-        "by `python -m resnet_fused.benchmarks.family`; nothing was run.",
+        f'{timm.__version__}: planned for an H100 with `implementation("triton")` in bf16, counted on tensors without',
+        "data by `python -m resnet_fused.benchmarks.family`; nothing was run.",
         "",
         f"At least {ENOUGH:.0%}: {enough[0]} of {len(rows)} in inference, {enough[1]} in a training step.",
         "",

@@ -164,26 +164,27 @@ def _children(module: nn.Module) -> tuple[tuple[str, bool], ...]:
 
 
 class ConvertedStem(Converted):
-    """A converted network that begins as ``pooled_stem`` says: up to its pool it is one call.
+    """A converted network that begins as its :class:`StemLayout` says: up to its pool, or its ReLU, it is one call.
 
     Its own forward runs, on a view of it whose first children pass on what was computed.
     """
 
     def why_eager(self, x: Tensor) -> str | None:
+        reason = self._why_stale()
+        if reason is not None or self.described()[0].is_deep:
+            return reason
         found = self._unit(x)
         return found if isinstance(found, str) else None
 
     def forward(self, x: Tensor) -> Tensor:
-        found = self._unit(x)
-        if isinstance(found, str):
-            eligible.report_once(found)
+        if (reason := self._why_stale()) is not None:
+            eligible.report_once(reason)
             return self.eager_forward(x)
-        stem, _ = self.described()
         view = object.__new__(self.original)
-        vars(view).update(vars(self), _modules=self._modules | _parts(self, stem, found))
+        vars(view).update(vars(self), _modules=self._modules | _parts(self, self.described()[0]))
         return self.original.forward(view, x)
 
-    def _unit(self, x: Tensor) -> functional.PooledUnit | str:
+    def _why_stale(self) -> str | None:
         stem, _ = self.described()
         if torch.compiler.is_compiling():
             return eligible.COMPILED
@@ -192,16 +193,27 @@ class ConvertedStem(Converted):
         if (reason := _why_changed(self, self._conversion.plain)) is not None:
             return reason
         try:
-            conv, norm, pool = (cast(Any, self.get_submodule(name)) for name in stem[:3])
+            first, conv, norm = (descendant(self, name) for name in (stem.parts[0], stem.conv, stem.norm))
             parts = [self._modules[name] for name in stem.parts]
-        except (AttributeError, KeyError) as name:
+        except KeyError as name:
             return f"it has no submodule {name} any more"
-        for part in parts[:-1]:
+        if stem.is_deep and (not isinstance(first, nn.Sequential) or first[-1] is not conv):
+            return f"{stem.conv} is not the last of its sequence"
+        known = (first, conv, norm) if stem.is_deep else (conv, norm)
+        for part in parts if stem.pool is None else parts[:-1]:
             if part is None or eligible.hooked(part):
                 return "hooks are registered on a submodule"
-            if part is not conv and part is not norm and type(part) is not nn.ReLU and not _is_unit(part, stem):
+            if part not in known and type(part) is not nn.ReLU and not _is_unit(part, stem):
                 return f"{type(part).__qualname__} is not what was recognised"
-        return functional.pooled_unit(x, conv, norm, pool)
+        return None
+
+    def _unit(self, x: Tensor) -> functional.PooledUnit | functional.Chain | str:
+        """The unit on ``x``, what its convolution reads."""
+        stem, _ = self.described()
+        conv, norm = descendant(self, stem.conv), descendant(self, stem.norm)
+        if stem.pool is None:
+            return functional.chain_of(x, [eligible.Layer(conv, norm)])
+        return functional.pooled_unit(x, conv, norm, descendant(self, stem.pool))
 
 
 def _is_unit(part: nn.Module, stem: StemLayout) -> bool:
@@ -215,19 +227,14 @@ def _is_unit(part: nn.Module, stem: StemLayout) -> bool:
 class _Part:
     """What stands for a part of a stem in a view: to be called as it, it answers for all else as the ``module``.
 
-    The first, which has the ``unit``, computes all of the stem; each of the others returns what the one ``before``
-    returned. A part that is called again is its module.
+    It returns what the one ``before`` returned, once; called on anything else, it is its module.
     """
 
     def __init__(self, module: nn.Module | None, before: _Part | None) -> None:
         self.module, self.before = module, before
-        self.unit: functional.PooledUnit | None = None
         self.result: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.unit is not None:
-            self.result, self.unit = functional.run_pooled(x, self.unit), None
-            return self.result
         if self.before is None or x is not self.before.result:
             return cast(nn.Module, self.module)(x)
         self.before.result = None
@@ -236,6 +243,35 @@ class _Part:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.module, name)
+
+
+class _FirstPart(_Part):
+    """Computes, when it is called for the first time, all of the ``stem`` of the ``network``."""
+
+    def __init__(self, module: nn.Module, network: ConvertedStem) -> None:
+        super().__init__(module, None)
+        self.network: ConvertedStem | None = network
+
+    def __call__(self, x: Tensor) -> Tensor:
+        network, self.network = self.network, None
+        if network is None:
+            return super().__call__(x)
+        stem, _ = network.described()
+        if stem.is_deep:
+            x = _without_last(cast(nn.Sequential, self.module))(x)
+        found = network._unit(x)
+        if isinstance(found, str):
+            eligible.report_once(found)
+            return cast(Tensor, (descendant(network, stem.conv) if stem.is_deep else cast(nn.Module, self.module))(x))
+        self.result = functional.run(found) if isinstance(found, functional.Chain) else functional.run_pooled(x, found)
+        return self.result
+
+
+def _without_last(sequence: nn.Sequential) -> nn.Sequential:
+    """A view of ``sequence``."""
+    view = cast(nn.Sequential, object.__new__(type(sequence)))
+    vars(view).update(vars(sequence), _modules=dict(list(sequence._modules.items())[:-1]))
+    return view
 
 
 class _LastPart(_Part):
@@ -247,14 +283,14 @@ class _LastPart(_Part):
         return result
 
 
-def _parts(network: nn.Module, stem: StemLayout, unit: functional.PooledUnit) -> dict[str, Any]:
+def _parts(network: ConvertedStem, stem: StemLayout) -> dict[str, Any]:
     """What stands for the parts of the ``stem`` in a view, by their names."""
-    found: dict[str, Any] = {}
-    before: _Part | None = None
-    for name in stem.parts:
-        kind = _LastPart if name == stem.parts[-1] else _Part
+    first, *rest = stem.parts
+    before: _Part = _FirstPart(cast(nn.Module, network._modules[first]), network)
+    found: dict[str, Any] = {first: before}
+    for name in rest:
+        kind = _LastPart if name == rest[-1] else _Part
         found[name] = before = kind(network._modules[name], before)
-    found[stem.parts[0]].unit = unit
     return found
 
 

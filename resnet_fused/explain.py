@@ -312,7 +312,9 @@ def _named(found: Found) -> tuple[str, str]:
     kind = getattr(found.module, "original", type(found.module)).__qualname__
     if not isinstance(found.verdict, StemLayout):
         return found.name, kind
-    return f"{found.name}.{found.verdict.parts[0]}".lstrip("."), f"{kind}, up to its pool"
+    return f"{found.name}.{found.verdict.parts[0]}".lstrip(
+        "."
+    ), f"{kind}, up to its {'ReLU' if found.verdict.pool is None else 'pool'}"
 
 
 def _observe(

@@ -48,13 +48,19 @@ class BlockLayout(NamedTuple):
 class StemLayout(NamedTuple):
     """How a network begins: ``pool(relu(bn(conv(x))))``, by the dotted names of ``conv``, ``norm`` and ``pool``.
 
-    ``parts``: the children that are called for it, one on the result of the other, the first on the network's input.
+    ``pool``: None for one that kernels do not do. ``parts``: the children that are called for it, one on the result of
+    the other, the first on the network's input; where that is a sequence, ``conv`` is the last in it.
     """
 
     conv: str
     norm: str
-    pool: str
+    pool: str | None
     parts: tuple[str, ...]
+
+    @property
+    def is_deep(self) -> bool:
+        """Whether something stands in front of the convolution."""
+        return self.conv != self.parts[0] and self.norm in self.parts
 
 
 class PaddedShortcut(nn.Module):

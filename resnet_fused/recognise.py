@@ -120,16 +120,14 @@ trace shows: at its tensors' values, its children's kinds, attributes that come 
 
 
 def recognise_stem(module: nn.Module) -> StemLayout | None:
-    """How ``module``, one of NETWORKS, begins, if that is a convolution, batch norm, ReLU and max pool; else None.
+    """How ``module``, one of NETWORKS, begins, if that is a convolution, batch norm and ReLU; else None.
 
     Its forward is traced as by :func:`recognise`, but for its children, which are called as they are: the first of them
-    on the input alone, each on the result of the one before. One of them may be a block of a convolution, batch norm
-    and ReLU. What comes behind the pool does not matter.
+    on the input alone, each on the result of the one before. The first may be a sequence that ends with the
+    convolution; or, with a max pool behind it, a block of all three. What comes behind does not matter.
     """
     kind = own_class(module)
     if (kind.__module__, kind.__qualname__) not in NETWORKS:
-        return None
-    if not any(eligible.why_not_pooled(child) is None for child in module.children()):
         return None
     try:
         with torch.no_grad():
@@ -148,25 +146,29 @@ def _match_stem(module: nn.Module, graph: fx.Graph) -> StemLayout | None:
             break
         parts.append(str(node.target))
         if eligible.why_not_pooled(module.get_submodule(parts[-1])) is None:
-            return _stem(module, parts)
+            return _stem(module, parts[:-1], parts[-1])
         before = node
-    return None
+    return _stem(module, parts[:3], None)
 
 
-def _stem(module: nn.Module, parts: list[str]) -> StemLayout | None:
-    *unit, pool = parts
+def _stem(module: nn.Module, unit: list[str], pool: str | None) -> StemLayout | None:
+    parts = tuple(unit) if pool is None else (*unit, pool)
     if len(unit) == 3:
-        conv, norm, relu = map(module.get_submodule, unit)
+        first, norm, relu = map(module.get_submodule, unit)
+        name, conv = unit[0], first
+        if own_class(first).forward is nn.Sequential.forward and first._modules:
+            last, conv = list(first._modules.items())[-1]
+            name = f"{name}.{last}"
         fits = eligible.why_unfusable(conv, norm) is None and type(relu) is nn.ReLU
-        return StemLayout(unit[0], unit[1], pool, tuple(parts)) if fits else None
-    if len(unit) != 1:
+        return StemLayout(name, unit[1], pool, parts) if fits else None
+    if len(unit) != 1 or pool is None:
         return None
     block = module.get_submodule(unit[0])
     layout = block.described()[0] if isinstance(block, FusedBlock) else recognise(block)
     if not isinstance(layout, BlockLayout) or layout.residual or len(layout.units) != 1 or not layout.units[0].relu:
         return None
     conv_name, norm_name = (f"{unit[0]}.{name}" for name in layout.units[0][:2])
-    return StemLayout(conv_name, norm_name, pool, tuple(parts))
+    return StemLayout(conv_name, norm_name, pool, parts)
 
 
 class _StemTracer(Tracer):

@@ -583,6 +583,13 @@ def test_compiles_in_one_graph():
         torch.testing.assert_close(compiled(x), want)
 
 
+def deep() -> nn.Module:
+    """A stem of three convolutions."""
+    model = timm.models.resnet.ResNet(timm.models.resnet.BasicBlock, (1, 1, 1, 1), stem_type="deep", stem_width=8)
+    zoo.randomise_norms(model)
+    return model.eval()
+
+
 STEMS = {
     "torchvision": small,
     "timm": lambda: timm.create_model("resnet18", pretrained=False).eval(),
@@ -656,15 +663,35 @@ def known(model: nn.Module, monkeypatch) -> None:
     monkeypatch.setattr(recognise, "NETWORKS", (*recognise.NETWORKS, (kind.__module__, kind.__qualname__)))
 
 
-@pytest.mark.parametrize("change", [_other_pool, _between, _twice_read])
-def test_what_is_no_stem_is_none(change, monkeypatch):
+@pytest.mark.parametrize(("change", "count"), [(_other_pool, 1), (_between, 0), (_twice_read, 1)])
+def test_a_stem_ends_where_something_else_begins(change, count, monkeypatch):
     model, x = small(), torch.randn(1, 3, 32, 32)
     change(model)
     known(model, monkeypatch)
     with torch.no_grad():
         want = model(x)
-    assert stems(fuse(model)) == []
-    torch.testing.assert_close(launched(model, x)[0], want, rtol=1e-4, atol=1e-4)
+    assert len(stems(fuse(model))) == count
+    got, names = launched(model, x)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert "conv_pool" not in names
+    assert names.count("conv_forward") >= count
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_deep_stem_is_fused_to_its_end(training):
+    model, x = deep().train(training), torch.randn(2, 3, 40, 24)
+    twin = copy.deepcopy(model)
+    assert len(stems(fuse(model, strict=True))) == 1
+    with implementation("triton"), resnet_fused.trace() as trace:
+        got = model(x)
+    torch.testing.assert_close(got, twin(x), rtol=1e-4, atol=1e-4)
+    names = [launch.name for launch in trace.launches]
+    assert "aten.convolution" not in names
+    assert names.count("batch_norm_pool") == 1
+    model.conv1.append(nn.Identity())
+    twin.conv1.append(nn.Identity())
+    with implementation("triton"):
+        torch.testing.assert_close(model(x), twin(x), rtol=1e-4, atol=1e-4)
 
 
 def _replaced_norm(model: nn.Module) -> None:
