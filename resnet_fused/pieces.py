@@ -265,6 +265,8 @@ def _unit(graph: Graph, conv: fx.Node) -> Chain | str:
     if norm.op != "call_module":
         return f"what follows is {norm.name}, not a batch norm"
     modules = graph.part(conv), graph.part(norm)
+    if type(modules[0]) is nn.Conv2d and "Norm" not in type(modules[1]).__name__:
+        return f"what follows is {type(modules[1]).__qualname__}, not a batch norm"
     if (reason := eligible.why_unfusable(*modules)) is not None:
         return reason
     if any(graph.calls[module] > 1 for module in modules):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -16,9 +17,10 @@ from timm.models.resnet import BasicBlock as TimmBasic
 from timm.models.resnetv2 import PreActBottleneck
 from timm.models.sknet import SelectiveKernelBasic
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 from torchvision.models.resnet import BasicBlock
 
-from resnet_fused import fuse, implementation, unfuse
+from resnet_fused import explain, fuse, implementation, unfuse
 from resnet_fused.convert import ConvertedUnits
 from resnet_fused.engine.trace import trace
 from tests.training import check, randomise
@@ -176,3 +178,264 @@ def test_a_module_that_cannot_be_traced_is_called_as_it_is():
     assert isinstance(module, ConvertedUnits)
     assert type(module.inner) is Choosy
     assert convolutions(module, x) == 1
+
+
+def excited() -> tuple[nn.Module, Tensor]:
+    """A fused block of two units with squeeze and excitation, and its input."""
+    module, x = drawn(lambda: TimmBasic(16, 16, 2, projection(16, 16, 2), attn_layer=SE))
+    return fuse(module.eval(), strict=True), x
+
+
+def hooked(module: nn.Module) -> None:
+    module.conv2.register_forward_hook(lambda m, args, y: 2 * y)
+
+
+def own_forward(module: nn.Module) -> None:
+    module.bn2.forward = lambda x: x + 1
+
+
+def parametrised(module: nn.Module) -> None:
+    parametrizations.weight_norm(module.conv2)
+
+
+def replaced(module: nn.Module) -> None:
+    module.conv2 = nn.Sequential(module.conv2, nn.Tanh())
+
+
+def replaced_activation(module: nn.Module) -> None:
+    module.act1 = nn.SiLU()
+
+
+def replaced_identity(module: nn.Module) -> None:
+    module.drop_block = nn.Hardtanh()
+
+
+def without_a_norm(module: nn.Module) -> None:
+    module.bn2 = nn.Identity()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [hooked, own_forward, parametrised, replaced, replaced_activation, replaced_identity, without_a_norm],
+    ids=lambda f: f.__name__,
+)
+def test_a_change_inside_takes_one_unit_out(change):
+    module, x = excited()
+    twin = unfuse(copy.deepcopy(module))
+    change(module)
+    change(twin)
+    with torch.no_grad(), implementation("triton"), trace() as seen:
+        torch.testing.assert_close(module(x), twin(x), rtol=1e-4, atol=1e-4)
+    assert [launch.name for launch in seen.launches].count("conv_forward") == 2
+
+
+class Scaled(TimmBasic):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._scale, self.kinds = 1.0, {"shift": 0.0}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self._scale + self.kinds["shift"]
+
+
+def scale(module: nn.Module) -> None:
+    module._scale = 2.0
+
+
+def shift(module: nn.Module) -> None:
+    module.kinds["shift"] = 1.0
+
+
+def hook_on_a_sequence(module: nn.Module) -> None:
+    module.downsample.register_forward_hook(lambda m, args, y: 2 * y)
+
+
+def longer_sequence(module: nn.Module) -> None:
+    module.downsample.append(nn.Tanh())
+
+
+def no_attention(module: nn.Module) -> None:
+    module.se = None
+
+
+@pytest.mark.parametrize(
+    "change", [scale, shift, hook_on_a_sequence, longer_sequence, no_attention], ids=lambda f: f.__name__
+)
+def test_what_the_forward_depends_on_brings_it_back_as_a_whole(change):
+    module, x = drawn(lambda: Scaled(16, 16, 2, projection(16, 16, 2), attn_layer=SE))
+    fuse(module.eval(), strict=True)
+    assert convolutions(module, x) == 3
+    twin = unfuse(copy.deepcopy(module))
+    change(module)
+    change(twin)
+    with torch.no_grad(), implementation("triton"):
+        assert torch.equal(module(x), twin(x))
+    assert convolutions(module, x) == 0
+    fuse(module)
+    with torch.no_grad(), implementation("triton"):
+        torch.testing.assert_close(module(x), twin(x), rtol=1e-4, atol=1e-4)
+    assert convolutions(module, x) == 3
+
+
+class Configuration:
+    scale = 1.0
+
+
+class Configured(BasicBlock):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.configuration = Configuration()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.configuration.scale
+
+
+class Learned(BasicBlock):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.scale = nn.Parameter(torch.ones(16, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.scale
+
+
+class Valued(Learned):
+    def forward(self, x: Tensor) -> Tensor:
+        return BasicBlock.forward(self, x) * self.scale.mean().item()
+
+
+class Buffered(BasicBlock):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.scale.item()
+
+
+class TypeOfAValue(BasicBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        return out * 2 if isinstance(out, Tensor) else out
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (Configured, "reads an attribute that is Configuration"),
+        (Buffered, "computes with tensors of its own"),
+        (TypeOfAValue, "looks at the type of a value"),
+    ],
+)
+def test_what_cannot_be_known_is_refused(kind, reason):
+    module = kind(16, 16)
+    with pytest.warns(UserWarning, match=reason):
+        fuse(module)
+    assert type(module) is kind
+    with pytest.raises(ValueError, match=reason):
+        fuse(module, strict=True)
+
+
+@pytest.mark.parametrize("kind", [Learned, Valued])
+def test_a_parameter_is_read_at_every_call(kind):
+    module, x = drawn(lambda: kind(16, 16))
+    fuse(module.eval(), strict=True)
+    with torch.no_grad(), implementation("triton"):
+        before = module(x)
+        module.scale.data = 3 * module.scale
+        torch.testing.assert_close(module(x), 3 * before)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_copies_run_the_same_units(copied):
+    module, x = excited()
+    twin = copied(module)
+    assert type(twin) is type(module)
+    with torch.no_grad(), implementation("triton"):
+        assert torch.equal(twin(x), module(x))
+    assert convolutions(twin, x) == 3
+    assert type(unfuse(twin)) is TimmBasic
+
+
+def test_fused_again_it_is_the_same():
+    module, _ = excited()
+    kinds, layout = [type(m) for m in module.modules()], module.described()[0]
+    fuse(module, memory="recompute")
+    assert [type(m) for m in module.modules()] == kinds
+    assert module.described() == (layout, "recompute")
+
+
+def test_recomputed_in_the_backward_it_is_the_same():
+    module, x = drawn(lambda: TimmBasic(16, 16, attn_layer=SE))
+    dz = torch.randn_like(x)
+    check(fuse(module, memory="recompute"), x, dz, "triton")
+
+
+def test_it_compiles_in_one_graph():
+    module, x = excited()
+    with torch.no_grad(), implementation("triton"):
+        want = module(x)
+        torch.testing.assert_close(torch.compile(module, backend="aot_eager", fullgraph=True)(x), want)
+
+
+def test_explain_says_what_is_fused_and_why_the_rest_is_not():
+    model = nn.Sequential(TimmBasic(16, 16, attn_layer=SE), Nested(nn.Sequential(nn.Conv2d(16, 16, 1), nn.GELU())))
+    model[1].gate = nn.Sequential(nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16))
+    fuse(model.eval())
+    with implementation("triton"):
+        first, second = explain(model, torch.randn(2, 16, 4, 4)).to_dict()
+    assert 0.9 < first["share"] < 1
+    assert len(first["units"]) == 2
+    assert second["share"] == pytest.approx(0.5)
+    assert second["reason"] == "inner.0: what follows is GELU, not a batch norm"
+    model[1].bn.register_forward_hook(lambda m, args, y: None)
+    with implementation("triton"):
+        _, second = explain(model, torch.randn(2, 16, 4, 4)).to_dict()
+    assert "hooks are registered on a submodule" in second["reason"]
+    assert second["share"] == 0
+
+
+FAMILIES = (
+    *("alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "efficientnet_v2_s", "googlenet", "inception_v3"),
+    *("mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "regnet_y_400mf", "resnext50_32x4d", "shufflenet_v2_x0_5"),
+    *("squeezenet1_1", "vgg11_bn"),
+)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.filterwarnings("ignore:nothing was fused")
+def test_torchvisions_models_stay_what_they_are(name):
+    options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    with torch.device("cpu" if "regnet" in name else "meta"):  # whose widths are computed with tensors
+        model = torchvision.models.get_model(name, **options)
+    before, keys = [type(m) for m in model.modules()], list(model.state_dict())
+    fuse(model)
+    assert list(model.state_dict()) == keys
+    assert [type(m) for m in unfuse(model).modules()] == before
+
+
+SMALL = {
+    "densenet": lambda: torchvision.models.DenseNet(8, (2, 2), 16, num_classes=5),
+    "regnet": lambda: torchvision.models.RegNet(
+        torchvision.models.regnet.BlockParams([1, 1], [16, 32], [8, 8], [1.0, 1.0], [2, 2], 0.25), 5, stem_width=8
+    ),
+    "mobilenet v2": lambda: torchvision.models.MobileNetV2(5, 0.25, [[1, 16, 1, 1], [6, 24, 2, 2]]),
+    "vgg": lambda: torchvision.models.VGG(torchvision.models.vgg.make_layers([8, "M", 16, "M"], True), 5, False),
+    "shufflenet": lambda: torchvision.models.ShuffleNetV2([1, 1, 1], [8, 16, 16, 16, 16], 5),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.filterwarnings("ignore:nothing was fused")
+def test_other_networks_are_fused_where_they_can_be(name):
+    torch.manual_seed(0)
+    model, x = SMALL[name]().eval(), torch.randn(2, 3, 32, 32)
+    if name == "vgg":
+        model.avgpool, model.classifier = nn.AdaptiveAvgPool2d(1), nn.Linear(16, 5)
+    randomise(model)
+    with torch.no_grad():
+        want = model(x)
+        fuse(model)
+        with implementation("triton"), trace() as seen:
+            torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-4)
+    assert "conv_forward" in [launch.name for launch in seen.launches]
