@@ -50,7 +50,7 @@ def names() -> list[str]:
 def planned(name: str) -> Row:
     """The row of one network, planned for the GPU of :data:`PLANNED` on tensors without data; nothing is run."""
     with torch.device("meta"):
-        model = timm.create_model(name)
+        model: Any = timm.create_model(name)
     size = model.default_cfg["input_size"]
     model = fuse(model.to_empty(device="cpu").to(torch.bfloat16, memory_format=torch.channels_last))
     found = list(find(model))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -133,10 +132,10 @@ class ConvertedUnits(Converted):
         if not isinstance(x, Tensor) or not isinstance(source, Tensor | None):
             return "a unit reads something else than a tensor"
         try:
-            passed = [descendant(self, name) for name, _ in piece.passed]
-            units = [descendant(self, name) for unit in piece.layout.all_units() for name in unit[:2]]
-        except KeyError as name:
-            return f"it has no submodule {name} any more"
+            passed: list[Any] = [descendant(self, name) for name, _ in piece.passed]
+            units: list[Any] = [descendant(self, name) for unit in piece.layout.all_units() for name in unit[:2]]
+        except KeyError as missing:
+            return f"it has no submodule {missing} any more"
         if eligible.hooked(*passed, *units):
             return "hooks are registered on a submodule"
         for part, (name, kind) in zip(passed, piece.passed, strict=True):
@@ -194,7 +193,7 @@ class ConvertedStem(Converted):
             return reason
         try:
             first, conv, norm = (descendant(self, name) for name in (stem.parts[0], stem.conv, stem.norm))
-            parts = [self._modules[name] for name in stem.parts]
+            parts: list[Any] = [self._modules[name] for name in stem.parts]
         except KeyError as name:
             return f"it has no submodule {name} any more"
         if stem.is_deep and (not isinstance(first, nn.Sequential) or first[-1] is not conv):
@@ -363,7 +362,14 @@ def _kinds(module: nn.Module) -> tuple[Any, ...]:
 def _plain(module: nn.Module) -> tuple[tuple[str, Any], ...]:
     """What a forward may branch on: attributes that are numbers, text, flags or functions, or hold some of these."""
     names = [name for name in vars(module) if name not in INTERNAL and name not in _STATE]
-    return tuple((name, copy.deepcopy(vars(module)[name])) for name in names if is_plain(vars(module)[name]))
+    return tuple((name, _copied(vars(module)[name])) for name in names if is_plain(vars(module)[name]))
+
+
+def _copied(value: Any) -> Any:
+    """``value``, the containers in it as copies."""
+    if type(value) in (list, tuple, set):
+        return type(value)(map(_copied, value))
+    return {k: _copied(v) for k, v in value.items()} if type(value) is dict else value
 
 
 _GONE = object()

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import operator
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from inspect import ismodule
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -146,6 +146,13 @@ class Graph:
             return switched or name in _WRITERS or (name.endswith("_") and not name.endswith("__"))
         return False
 
+    def is_safe(self, view: fx.Node, pieces: Container[fx.Node]) -> bool:
+        """Whether ``view`` may as well be a copy: of the same dtype, and nothing outside of ``pieces`` writes to it."""
+        if any(isinstance(size, torch.dtype) for size in view.args):
+            return False
+        writers = (node for node in self.nodes if node not in pieces and self.writes(node))
+        return not any(self.roots(view) & self.roots(source) for node in writers for source in node.all_input_nodes)
+
     def is_free(self, nodes: Sequence[fx.Node], *reads: fx.Node | None) -> bool:
         """Whether ``nodes`` might all run where the last of them stands: nothing between writes to what they read."""
         own, places = set(nodes), [self.place[node] for node in nodes]
@@ -210,7 +217,7 @@ def units_of(graph: Graph, through: Sequence[str]) -> UnitsLayout | str:
         chain.parts = chain.split()
     every = [*chains, *(part for chain in chains for part in chain.parts)]
     numbers = {chain: i for i, chain in enumerate(every)}
-    sources = [_source(graph.nodes, chains, numbers), *(_piece_source(graph, chain, numbers) for chain in every)]
+    sources = [_source(graph, graph.nodes, chains, numbers), *(_piece_source(graph, chain, numbers) for chain in every)]
     pieces = tuple(_piece(graph, chain) for chain in every)
     joins = any(_operands(graph, node) for node in graph.nodes)
     return UnitsLayout(pieces, Program(tuple(sources)), tuple(through), joins, tuple(rest))
@@ -232,10 +239,9 @@ def block_of(graph: Graph) -> BlockLayout | None:
     if others or reads != {start} or graph.behind(output.args[0]) is not chain.end:
         return None
     layout = _piece(graph, chain).layout
-    widths = [graph.module.get_submodule(unit.conv).weight.shape for unit in layout.all_units()]
-    branch, first = widths[len(layout.units) - 1][0], graph.module.get_submodule(layout.units[0].conv)
-    shortcut = first.in_channels if layout.shortcut is None else widths[-1][0]
-    if layout.residual and branch != shortcut:
+    convs = [cast(nn.Conv2d, graph.module.get_submodule(unit.conv)) for unit in layout.all_units()]
+    shortcut = convs[0].in_channels if layout.shortcut is None else convs[-1].out_channels
+    if layout.residual and convs[len(layout.units) - 1].out_channels != shortcut:
         return None
     return layout if pool is None else layout._replace(pool=str(pool.target))
 
@@ -368,17 +374,21 @@ def _piece(graph: Graph, chain: Chain) -> Piece:
 
 def _piece_source(graph: Graph, chain: Chain, numbers: dict[Chain, int]) -> tuple[str, dict[str, Any]]:
     nodes = sorted(chain.all_nodes(), key=graph.place.__getitem__)
-    return _source(nodes, chain.parts, numbers, chain)
+    return _source(graph, nodes, chain.parts, numbers, chain)
 
 
 def _source(
-    nodes: Sequence[fx.Node], chains: Sequence[Chain], numbers: dict[Chain, int], whole: Chain | None = None
+    graph: Graph,
+    nodes: Sequence[fx.Node],
+    chains: Sequence[Chain],
+    numbers: dict[Chain, int],
+    whole: Chain | None = None,
 ) -> tuple[str, dict[str, Any]]:
     """Python that computes ``nodes``, with calls of ``chains`` for theirs; ``whole``: the chain that they are of."""
-    graph = fx.Graph()
+    made = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
     if whole is not None:
-        x, source = graph.placeholder("x"), graph.placeholder("source")
+        x, source = made.placeholder("x"), made.placeholder("source")
         if whole.read is not None:
             values[whole.read] = source
         values[whole.x] = x
@@ -386,12 +396,14 @@ def _source(
     for node in nodes:
         chain = inside.get(node)
         if chain is None:
-            values[node] = graph.node_copy(node, values.__getitem__)
+            values[node] = made.node_copy(node, values.__getitem__)
             values[node].type = None
+            if node.target == "view" and graph.is_safe(node, inside):
+                values[node].target = "reshape"  # pieces return channels_last
         elif node is chain.end:
             read = None if chain.read is None else values[chain.read]
-            values[node] = graph.create_node("call_module", "_piece", (numbers[chain], values[chain.x], read))
+            values[node] = made.create_node("call_module", "_piece", (numbers[chain], values[chain.x], read))
     if whole is not None:
-        graph.output(values[whole.end])
-    code = graph.python_code("self")
+        made.output(values[whole.end])
+    code = made.python_code("self")
     return code.src, {k: v for k, v in code.globals.items() if k not in _NAMES and not ismodule(v)}

@@ -155,7 +155,7 @@ def _stem(module: nn.Module, unit: list[str], pool: str | None) -> StemLayout | 
     parts = tuple(unit) if pool is None else (*unit, pool)
     if len(unit) == 3:
         first, norm, relu = map(module.get_submodule, unit)
-        name, conv = unit[0], first
+        name, conv = unit[0], cast(Any, first)
         if own_class(first).forward is nn.Sequential.forward and first._modules:
             last, conv = list(first._modules.items())[-1]
             name = f"{name}.{last}"

@@ -25,19 +25,27 @@ class Untraceable(Exception):
 
 
 class State(NamedTuple):
-    """In which a forward is traced; ``frozen``: batch norms are in evaluation all the same."""
+    """In which a forward is traced; ``frozen``: batch norms are in evaluation all the same; ``autocast``: under it."""
 
     training: bool
     frozen: bool = False
+    autocast: bool = False
 
     def __str__(self) -> str:
+        if self.autocast:
+            return "under autocast"
         if self.frozen:
             return "in training with batch norm in evaluation"
         return "in training" if self.training else "with gradients"
 
 
 EVALUATION = State(training=False)
-STATES = (State(training=True), State(training=True, frozen=True), EVALUATION)
+STATES = (
+    State(training=True),
+    State(training=True, frozen=True),
+    EVALUATION,
+    State(training=False, autocast=True),
+)
 
 
 def forward_of(module: nn.Module, through: frozenset[str]) -> fx.Graph:
@@ -74,10 +82,15 @@ class Value(fx.Proxy):
     def __iadd__(self, other: Any) -> fx.Proxy:
         return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
 
-    @property
+    def __getattr__(self, name: str) -> Any:
+        if self.node.op == "placeholder" and not hasattr(Tensor, name):
+            raise AttributeError(f"'Tensor' object has no attribute {name!r}")
+        return super().__getattr__(name)
+
+    @property  # type: ignore[misc]
     def __class__(self) -> Any:
         asking = str(sys._getframe(1).f_globals.get("__name__"))
-        if asking.startswith(("torch.fx", "torch.utils", "torch.overrides", "torch.nn.parameter", __name__)):
+        if asking.startswith(("torch.", "resnet_fused.")):  # but for torch.is_tensor
             return type(self)
         if self.node.op == "placeholder":
             return Tensor
@@ -144,7 +157,7 @@ def trace(module: nn.Module, state: State, tracer: Callable[[], Tracer]) -> fx.G
         try:
             twin = _twin(module, state, twins)
             before = [_attributes(part) for part in twins.values()]
-            with _NoArithmetic():
+            with _NoArithmetic(), _autocast(state.autocast):
                 graph = tracer().trace(twin)
         except Untraceable as reason:
             failure = str(reason)
@@ -157,6 +170,19 @@ def trace(module: nn.Module, state: State, tracer: Callable[[], Tracer]) -> fx.G
         if now.keys() != attributes.keys() or any(not _is_same(now[k], v) for k, v in attributes.items()):
             raise Untraceable("its forward writes to the module")
     return graph
+
+
+@contextmanager
+def _autocast(enabled: bool) -> Iterator[None]:
+    """What a forward that asks for autocast is told, whichever devices there are."""
+    before = [(device, torch.is_autocast_enabled(device)) for device in ("cpu", "cuda")]
+    try:
+        for device, was in before:
+            torch.set_autocast_enabled(device, enabled or was)
+        yield
+    finally:
+        for device, was in before:
+            torch.set_autocast_enabled(device, was)
 
 
 @contextmanager

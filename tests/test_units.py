@@ -93,6 +93,24 @@ class Nested(nn.Module):
         return self.bn(self.conv(self.inner(x).sigmoid())) + x
 
 
+class Flattened(BasicBlock):
+    """A view that a result in channels_last does not have."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = out.view(out.size(0), -1)
+        return self.bn2(self.conv2(out.view(out.size(0), *self.sizes))) + x
+
+    sizes = 16, 6, 4
+
+
+class Suspicious(BasicBlock):
+    """Asks for an attribute that tensors do not have."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.tensors if hasattr(x, "tensors") else x * 2)
+
+
 class Choosy(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -121,6 +139,8 @@ CASES: dict[str, tuple[Any, int]] = {
     "sizes": (lambda: Unpacked(16, 16), 2),
     "read twice": (lambda: ReadTwice(16, 16), 2),
     "asking": (lambda: Asking(16, 16), 2),
+    "suspicious": (lambda: Suspicious(16, 16), 2),
+    "flattened": (lambda: Flattened(16, 16), 2),
     "nested": (lambda: Nested(TimmBasic(16, 16, attn_layer=SE)), 2),
     "nested without a name": (lambda: Nested(nn.Sequential(*projection(16, 16, 1), nn.Tanh())), 2),
     "frozen": (lambda: BasicBlock(16, 16, norm_layer=torchvision.ops.FrozenBatchNorm2d), 2),
@@ -313,6 +333,11 @@ class Buffered(BasicBlock):
         return super().forward(x) * self.scale.item()
 
 
+class AskingForAutocast(BasicBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if torch.is_autocast_enabled("cpu") else x
+
+
 class TypeOfAValue(BasicBlock):
     def forward(self, x: Tensor) -> Tensor:
         out = super().forward(x)
@@ -325,6 +350,7 @@ class TypeOfAValue(BasicBlock):
         (Configured, "reads an attribute that is Configuration"),
         (Buffered, "computes with tensors of its own"),
         (TypeOfAValue, "looks at the type of a value"),
+        (AskingForAutocast, "its forward under autocast is not that in evaluation"),
     ],
 )
 def test_what_cannot_be_known_is_refused(kind, reason):
