@@ -580,8 +580,7 @@ def _swap(found: Found, memory: str) -> None:
         module.memory = memory
         return
     vars(module)["_conversion"] = state
-    if not isinstance(module, Converted):
-        module.__class__ = _converted(kind, type(module))
+    module.__class__ = _converted(kind, own_class(module))
 
 
 def _seen(module: nn.Module) -> _Seen:

@@ -97,6 +97,8 @@ def pooled_unit(x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, pool: nn.Module)
         return unit
     if (unlike := _why_unlike([unit])) is not None:
         return unlike
+    if eligible.returned(bn, dtype) != dtype:
+        return "a frozen batch norm in front of a pool returns another dtype"
     return PooledUnit(unit, dtype, request, _is_fixed([unit], x))
 
 
@@ -223,7 +225,10 @@ def resolve(
             return reason
     if (reason := _why_unlike(units if projection is None else [*units, projection])) is not None:
         return reason
-    out_dtype = dtype if in_place or source is None or projection else torch.promote_types(dtype, source.dtype)
+    out_dtype = eligible.returned(layers[-1].bn, dtype)
+    if source is not None and not in_place:
+        added = source.dtype if projection is None else eligible.returned(projection.layer.bn, dtype)
+        out_dtype = torch.promote_types(out_dtype, added)
     if source is not None:
         source = plain(channels_last(source))
     request = requested() if request is None else request

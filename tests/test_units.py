@@ -21,7 +21,7 @@ from torch.nn.utils import parametrizations
 from torchvision.models.resnet import BasicBlock
 
 from resnet_fused import explain, fuse, implementation, unfuse
-from resnet_fused.convert import ConvertedUnits
+from resnet_fused.convert import ConvertedBlock, ConvertedUnits
 from resnet_fused.engine.trace import trace
 from tests.training import check, randomise
 
@@ -465,3 +465,41 @@ def test_other_networks_are_fused_where_they_can_be(name):
         with implementation("triton"), trace() as seen:
             torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-4)
     assert "conv_forward" in [launch.name for launch in seen.launches]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_frozen_norm_under_autocast_returns_what_it_does_alone(training):
+    """In the dtype of its vectors, which autocast does not know of."""
+    module, x = drawn(lambda: BasicBlock(16, 16, norm_layer=torchvision.ops.FrozenBatchNorm2d))
+    twin = fuse(copy.deepcopy(module.train(training)), strict=True)
+    for start in (x, x.half()):
+        with torch.autocast(x.device.type, torch.float16):
+            want = module(start)
+            with implementation("triton"), trace() as seen:
+                got = twin(start)
+        assert got.dtype == want.dtype == torch.float32
+        torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-2)
+        assert [launch.name for launch in seen.launches].count("conv_forward") == 2
+        got.sum().backward()
+        assert twin.conv1.weight.grad.dtype == torch.float32
+    assert twin.bn1.weight.grad is None
+
+
+def test_what_was_changed_and_fused_again_is_of_the_kind_that_it_is_now():
+    module, x = drawn(lambda: BasicBlock(16, 16))
+    fuse(module.eval())
+    assert isinstance(module, ConvertedBlock)
+    module.relu = nn.SiLU()
+    fuse(module)
+    assert isinstance(module, ConvertedUnits)
+    want = BasicBlock.forward(module, x)
+    with implementation("triton"):
+        torch.testing.assert_close(module(x), want, rtol=1e-4, atol=1e-4)
+    assert type(unfuse(module)) is BasicBlock
+
+
+def test_an_identity_behind_the_last_relu_is_no_second_block():
+    """As in torchvision's networks that can be quantised."""
+    model = torchvision.models.quantization.resnet18(quantize=False)
+    fuse(model)
+    assert sum(isinstance(m, ConvertedBlock) for m in model.modules()) == 8

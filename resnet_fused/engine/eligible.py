@@ -164,7 +164,7 @@ def unit(x: Tensor, shape: tuple[int, ...], autocast: torch.dtype | None, layer:
         return vectors
     if (mean is None) != (var is None):
         return "one of the running statistics is missing"
-    if frozen and (mean is None or mean.dtype != dtype):
+    if frozen and (mean is None or (mean.dtype != dtype and autocast is None)):
         return f"a frozen batch norm reads {dtype}, and its own vectors are of another dtype"
     batch_stats = training or mean is None
     if training and not tracked:
@@ -421,6 +421,11 @@ def is_norm(module: nn.Module) -> bool:
 def is_frozen(bn: nn.Module) -> bool:
     """Whether ``bn``, a norm of a unit, is in evaluation always: its vectors are buffers."""
     return type(bn) is not nn.BatchNorm2d and NORMS.get(_name(type(bn)), False)
+
+
+def returned(bn: nn.Module, dtype: torch.dtype) -> torch.dtype:
+    """The dtype that ``bn``, a norm of a unit, makes of ``dtype``: a frozen one is no operator that autocast knows."""
+    return torch.promote_types(dtype, cast(Any, bn).running_mean.dtype) if is_frozen(bn) else dtype
 
 
 def own_activation(bn: nn.Module) -> nn.Module | None:
