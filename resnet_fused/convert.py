@@ -72,12 +72,16 @@ class Converted(FusedBlock):
     def eager_forward(self, x: Tensor) -> Tensor:
         return self.original.forward(self, x)
 
+    def is_stale(self) -> bool:
+        """Whether it is not what was recognised."""
+        return self._why_stale() is not None
+
+    def _why_stale(self) -> str | None:
+        return None
+
     def __reduce_ex__(self, protocol: Any) -> Any:
-        kind = next(
-            kind
-            for kind in (ConvertedSequential, ConvertedStem, ConvertedUnits, ConvertedBlock)
-            if isinstance(self, kind)
-        )
+        kinds = ConvertedSequential, ConvertedStem, ConvertedUnits, ConvertedBlock
+        kind = next(kind for kind in kinds if isinstance(self, kind))
         return _blank, (kind, self.original), *cast(tuple[Any, ...], super().__reduce_ex__(protocol))[2:]
 
 
@@ -86,10 +90,6 @@ class ConvertedBlock(Converted):
 
     def why_unfusable(self) -> str | None:
         return self._why_stale() or super().why_unfusable()
-
-    def is_stale(self) -> bool:
-        """Whether it is not what was recognised."""
-        return self._why_stale() is not None
 
     def _why_stale(self) -> str | None:
         if _kinds(self) != self._conversion.kinds:
@@ -102,10 +102,6 @@ class ConvertedUnits(Converted):
 
     Its program runs, which is its own forward with calls of :meth:`_piece`.
     """
-
-    def is_stale(self) -> bool:
-        """Whether it is not what was recognised."""
-        return self._why_stale() is not None
 
     def why_eager(self, x: Tensor) -> str | None:
         if (reason := eligible.why_not_here(x, requested(self)) or self._why_stale()) is not None:
@@ -144,6 +140,8 @@ class ConvertedUnits(Converted):
         return self._chain(piece.layout, x, x if source is None else source, requested(self))
 
     def _why_stale(self) -> str | None:
+        if not self._conversion.seen:
+            return "it was never recognised"
         for name, seen in self._conversion.seen:
             try:
                 part = descendant(self, name) if name else self

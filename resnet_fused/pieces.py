@@ -32,7 +32,7 @@ EXACT = {nn.ReLU: "relu", nn.Identity: "identity", nn.AvgPool2d: "pool"}
 class Piece(NamedTuple):
     """Units that run as one chain on one input, with the addition of a shortcut of another value if it is residual.
 
-    ``passed``: the activations and identities on the way, by name and type.
+    ``passed``: the activations and identities on the way, inside of norms too, by name and type.
     """
 
     layout: BlockLayout
@@ -367,9 +367,11 @@ def _piece(graph: Graph, chain: Chain) -> Piece:
     projection = None if chain.projection is None else chain.projection.units[0]
     residual = chain.source is not None
     layout = BlockLayout(tuple(chain.units), projection, residual=residual, in_place=chain.in_place)
-    passed = [node for node in chain.all_nodes() if graph.kind(node) in ("relu", "identity")]
-    kinds = tuple((str(n.target), type(graph.part(n))) for n in passed if n.op == "call_module")
-    return Piece(layout, kinds)
+    called = [node for node in chain.all_nodes() if node.op == "call_module"]
+    passed = [(str(node.target), graph.part(node)) for node in called if graph.kind(node) in ("relu", "identity")]
+    norms = ((str(node.target), graph.part(node)) for node in called if graph.kind(node) == "norm")
+    passed += [(f"{name}.{inner}", part) for name, norm in norms for inner, part in norm.named_children()]
+    return Piece(layout, tuple((name, type(part)) for name, part in passed))
 
 
 def _piece_source(graph: Graph, chain: Chain, numbers: dict[Chain, int]) -> tuple[str, dict[str, Any]]:

@@ -249,6 +249,25 @@ def test_a_change_inside_takes_one_unit_out(change):
     assert [launch.name for launch in seen.launches].count("conv_forward") == 2
 
 
+def test_another_activation_inside_of_a_norm_takes_its_unit_out():
+    module, x = drawn(CASES["pre-activation"][0])
+    fuse(module.eval(), strict=True)
+    twin = unfuse(copy.deepcopy(module))
+    module.norm2.act = twin.norm2.act = nn.Identity()
+    with torch.no_grad(), implementation("triton"):
+        torch.testing.assert_close(module(x), twin(x), rtol=1e-4, atol=1e-4)
+    assert convolutions(module, x) == 1
+
+
+def test_a_new_module_of_a_converted_class_is_an_ordinary_one():
+    module, x = excited()
+    new = type(module)(16, 16).eval()
+    with torch.no_grad(), implementation("triton"):
+        assert torch.equal(new(x), TimmBasic.forward(new, x))
+    assert convolutions(new, x) == 0
+    assert convolutions(fuse(new), x) == 2
+
+
 class Scaled(TimmBasic):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
