@@ -144,7 +144,7 @@ class ConvertedUnits(Converted):
             return "it was never recognised"
         for name, seen in self._conversion.seen:
             try:
-                part = descendant(self, name) if name else self
+                part: nn.Module = descendant(self, name) if name else self
             except KeyError:
                 return f"it has no submodule {name} any more"
             if name and (type(part) is not seen.kind or eligible.hooked(part)):
@@ -501,6 +501,8 @@ def _judged(module: nn.Module, verdicts: dict[nn.Module, Verdict]) -> Verdict:
         return any(_run_length(children[i : i + 3]) for i in range(len(children))) or None
     if (stem := recognise_stem(module)) is not None:
         return stem
+    if not has_units(module) and not _is_innermost(module):
+        return None
     if any(_joins(part, verdicts) for part in module.children()):
         return None
     verdict = recognise(module)

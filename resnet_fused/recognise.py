@@ -42,21 +42,27 @@ def _traced(module: nn.Module) -> tuple[list[str], fx.Graph]:
     try:
         return through, forward_of(module, frozenset(through))
     except Untraceable:
-        opaque = [name for name in through if _is_opaque(module.get_submodule(name))]
-        if not opaque:
+        narrower = _traceable(module)
+        if narrower == through:
             raise
-    through = [name for name in through if not any(f"{name}.".startswith(f"{other}.") for other in opaque)]
-    return through, forward_of(module, frozenset(through))
+    return narrower, forward_of(module, frozenset(narrower))
 
 
-def _is_opaque(module: nn.Module) -> bool:
-    if is_container(module):
-        return False
-    try:
-        _traced(module)
-    except Untraceable:
-        return True
-    return False
+def _traceable(module: nn.Module, prefix: str = "") -> list[str]:
+    """Those of :func:`_through` that can be traced by themselves."""
+    found: list[str] = []
+    for name, part in module._modules.items():
+        if part is None or _is_leaf(part):
+            continue
+        if is_container(part):
+            found += [prefix + name, *_traceable(part, f"{prefix}{name}.")]
+            continue
+        try:
+            inside, _ = _traced(part)
+        except Untraceable:
+            continue
+        found += [prefix + name, *(f"{prefix}{name}.{inner}" for inner in inside)]
+    return found
 
 
 def _through(module: nn.Module, prefix: str = "") -> list[str]:
