@@ -440,7 +440,7 @@ def _kinds(module: nn.Module) -> tuple[Any, ...]:
         found += name, nn.BatchNorm2d if kind is nn.SyncBatchNorm else kind
         if part is not None and part._modules:
             found.append(_kinds(part))
-        elif part is not None and not part._parameters:
+        elif part is not None and kind not in (nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm):
             found.append(eligible.activation_of(part))
     return tuple(found)
 
