@@ -12,6 +12,7 @@ import pytest
 import torch
 import torchvision
 from timm.layers import BatchNormAct2d, BlurPool2d, ConvNormAct, DropPath, create_conv2d, get_attn
+from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
 from timm.models.res2net import Bottle2neck
 from timm.models.resnest import ResNestBottleneck
 from timm.models.resnet import BasicBlock as TimmBasic
@@ -200,6 +201,23 @@ def test_units_are_fused_and_nothing_else_changes(name, training):
     assert convolutions(module, x) == units
     assert list(module.state_dict()) == keys
     assert [type(m) for m in unfuse(module).modules()] == before
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("attention", "kind"), [(None, ConvertedBlock), ("se", ConvertedUnits)])
+def test_a_network_with_silu_in_a_tiered_stem_and_in_its_norms(attention, kind, training):
+    blocks = tuple(ByoBlockCfg(type="bottle", d=1, c=16, s=stride, gs=0, br=0.5) for stride in (1, 2))
+    shape = {"stem_chs": 8, "stem_type": "tiered", "stem_pool": "", "act_layer": "silu", "attn_layer": attention}
+    torch.manual_seed(4)
+    model = ByobNet(ByoModelCfg(blocks=blocks, **shape), num_classes=0, global_pool="")
+    randomise(model)
+    x = torch.randn(4, 3, 16, 16)
+    with torch.no_grad():
+        dz = torch.randn_like(copy.deepcopy(model)(x))
+    fuse(model.train(training), strict=True)
+    assert [type(block).__mro__[1] for stage in model.stages for block in stage] == [kind, kind]
+    check(model, x, dz, "triton")
+    assert convolutions(model, x) == sum(isinstance(m, nn.Conv2d) for m in model.modules()) - (4 if attention else 0)
 
 
 @pytest.mark.parametrize(("kind", "units"), [(Written, 1), (WrittenShortcut, 2)])
