@@ -208,7 +208,7 @@ def test_units_are_fused_and_nothing_else_changes(name, training):
 def test_a_network_with_silu_in_a_tiered_stem_and_in_its_norms(attention, kind, training):
     blocks = tuple(ByoBlockCfg(type="bottle", d=1, c=16, s=stride, gs=0, br=0.5) for stride in (1, 2))
     shape = {"stem_chs": 8, "stem_type": "tiered", "stem_pool": "", "act_layer": "silu", "attn_layer": attention}
-    torch.manual_seed(4)
+    torch.manual_seed(2)
     model = ByobNet(ByoModelCfg(blocks=blocks, **shape), num_classes=0, global_pool="")
     randomise(model)
     x = torch.randn(4, 3, 16, 16)
