@@ -721,8 +721,8 @@ MUTATIONS = [
     ),
     Mutation(
         "resnet_fused/convert.py",
-        " and not eligible.hooked(modules[2]) else 2",
-        " else 2",
+        " or eligible.hooked(modules[2]):",
+        ":",
         "tests/test_convert.py -k relu_of_a_sequence",
     ),
     Mutation(
@@ -865,9 +865,33 @@ MUTATIONS = [
     ),
     Mutation(
         "resnet_fused/convert.py",
-        "if type(part) is not kind:",
+        "if eligible.activation_of(part) != activation:",
         "if False:",
         "tests/test_units.py -k one_unit",
+    ),
+    Mutation(
+        "resnet_fused/convert.py",
+        "found.append(eligible.activation_of(part))",
+        "found.append(None)",
+        "tests/test_units.py -k numbers_changed",
+    ),
+    Mutation(
+        "resnet_fused/engine/eligible.py",
+        "inside == following == RELU:",
+        "inside == following:",
+        "tests/test_units.py -k behind_that_in_a_norm",
+    ),
+    Mutation(
+        "resnet_fused/functional.py",
+        "if any(eligible.activation_in(unit.layer.bn) != IDENTITY for unit in added):",
+        "if False:",
+        "tests/test_units.py -k behind_that_in_a_norm",
+    ),
+    Mutation(
+        "resnet_fused/recognise.py",
+        "if pool is None or activation != RELU:",
+        "if pool is None:",
+        "tests/test_units.py -k stem_with_silu",
     ),
     Mutation(
         "resnet_fused/convert.py",
@@ -2019,8 +2043,8 @@ MUTATIONS = [
     ),
     Mutation(
         "resnet_fused/engine/eligible.py",
-        "or type(bn.drop) is not nn.Identity:",
-        "or False:",
+        'and (name != "act" or activation_of(part) is None):',
+        'and name == "act" and activation_of(part) is None:',
         f"{PREACT} -k drop_layer",
     ),
     Mutation(
@@ -2037,20 +2061,32 @@ MUTATIONS = [
     ),
     Mutation(
         "resnet_fused/recognise_preact.py",
-        "if len(set(called)) < len(called):",
-        "if False:",
+        "if any(graph.calls[part] > 1 for part in parts) or",
+        "if",
         f"{PREACT} -k something_else",
     ),
     Mutation(
         "resnet_fused/recognise_preact.py",
-        "return None if in_place else BlockLayout",
+        "return None if writes_x else BlockLayout",
         "return BlockLayout",
         f"{PREACT} -k something_else",
     ),
     Mutation(
         "resnet_fused/recognise_preact.py",
-        "or len(seen) != len(graph.nodes):",
-        "or False:",
+        "or shortcut is None or others or",
+        "or shortcut is None or",
+        f"{PREACT} -k something_else",
+    ),
+    Mutation(
+        "resnet_fused/recognise_preact.py",
+        " or eligible.is_frozen(parts[1]):",
+        ":",
+        f"{PREACT} -k something_else",
+    ),
+    Mutation(
+        "resnet_fused/recognise_preact.py",
+        " or IDENTITY not in (activation, eligible.activation_in(parts[1])):",
+        ":",
         f"{PREACT} -k something_else",
     ),
 ]

@@ -13,6 +13,7 @@ from timm.models.resnetv2 import DownsampleConv, PreActBasic
 from timm.models.resnetv2 import PreActBottleneck as TheirBottleneck
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torchvision.ops import FrozenBatchNorm2d
 
 import resnet_fused
 from resnet_fused import PreActBlock, PreActBottleneck, explain, fuse, implementation, models_v2, trace, unfuse
@@ -458,12 +459,26 @@ def test_a_block_that_is_written_out_is_recognised():
     assert block.described()[0].norm_first
 
 
-@pytest.mark.parametrize("kind", [Twice, Aside, NormTwice, OfItself, OfTheInput])
+class Frozen(Written):
+    """Of norms whose vectors may have a dtype that the shortcut has not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn_a, self.bn_b = FrozenBatchNorm2d(12), FrozenBatchNorm2d(8)
+
+
+class ActivatedTwice(Written):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn_a = BatchNormAct2d(12, act_layer=nn.SiLU)
+
+
+@pytest.mark.parametrize("kind", [Twice, Aside, NormTwice, OfItself, OfTheInput, Frozen, ActivatedTwice])
 def test_what_computes_something_else_is_not_recognised(kind):
     assert not isinstance(recognise(kind()), BlockLayout)
 
 
-@pytest.mark.parametrize("kind", [NormTwice, OfTheInput])
+@pytest.mark.parametrize("kind", [NormTwice, OfTheInput, Frozen, ActivatedTwice])
 def test_the_units_of_what_computes_something_else_are_fused(kind):
     block, x, dz = draw(lambda: fuse(kind(), strict=True), (2, 12, 5, 4), torch.float32)
     assert isinstance(block, ConvertedUnits)

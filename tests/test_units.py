@@ -16,6 +16,7 @@ from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
 from timm.models.res2net import Bottle2neck
 from timm.models.resnest import ResNestBottleneck
 from timm.models.resnet import BasicBlock as TimmBasic
+from timm.models.resnet import ResNet as TimmResNet
 from timm.models.resnetv2 import PreActBottleneck
 from timm.models.sknet import SelectiveKernelBasic
 from torch import Tensor, nn
@@ -313,6 +314,19 @@ def test_an_activation_whose_numbers_changed_is_as_it_is_now(attn_layer):
         torch.testing.assert_close(module(x), twin(x), rtol=1e-4, atol=1e-4)
 
 
+def test_a_stem_with_silu_is_a_unit_in_front_of_its_pool():
+    torch.manual_seed(0)
+    model = TimmResNet(TimmBasic, (1, 1, 1, 1), channels=(8, 8, 8, 8), act_layer=nn.SiLU, num_classes=3).eval()
+    randomise(model)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        want = model(x)
+        with implementation("triton"):
+            torch.testing.assert_close(fuse(model)(x), want, rtol=1e-4, atol=1e-4)
+            assert explain(model, x).rows[0].block == "ResNet, up to its activation"
+    assert convolutions(model, x) == sum(isinstance(m, nn.Conv2d) for m in model.modules())
+
+
 def test_an_activation_behind_that_in_a_norm_is_no_part_of_the_unit():
     module, x = drawn(lambda: nn.Sequential(nn.Conv2d(16, 16, 1), BatchNormAct2d(16, act_layer=nn.SiLU), nn.SiLU()))
     with torch.no_grad():
@@ -320,10 +334,12 @@ def test_an_activation_behind_that_in_a_norm_is_no_part_of_the_unit():
         with implementation("triton"):
             torch.testing.assert_close(fuse(module)(x), want, rtol=1e-4, atol=1e-4)
     assert convolutions(module, x) == 1
+    conv, norm, _ = module
     with torch.no_grad(), implementation("triton"):
-        torch.testing.assert_close(
-            functional.conv_bn_act(x, *module[:2], activation=Activation("silu")), want, rtol=1e-4, atol=1e-4
-        )
+        got = functional.conv_bn_act(x, conv, norm, activation=Activation("silu"))
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+        got = functional.conv_bn_act(x, conv, norm, residual=x, relu=False)
+        torch.testing.assert_close(got, norm(conv(x)) + x, rtol=1e-4, atol=1e-4)
 
 
 def test_a_new_module_of_a_converted_class_is_an_ordinary_one():
