@@ -55,7 +55,7 @@ class Written(BasicBlock):
         y = self.bn1(self.conv1(x))
         x = x * 2
         z = self.conv2(x)
-        x.mul_(3)
+        x[:].mul_(3)
         return self.relu(y + self.bn2(z) + x)
 
 
