@@ -171,7 +171,7 @@ def _children(module: nn.Module) -> tuple[tuple[str, bool], ...]:
 
 
 class ConvertedStem(Converted):
-    """A converted network that begins as its :class:`StemLayout` says: up to its pool, or its ReLU, it is one call.
+    """A converted network that begins as its :class:`StemLayout` says: up to its ``end`` it is one call.
 
     Its own forward runs, on a view of it whose first children pass on what was computed.
     """

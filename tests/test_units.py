@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -504,6 +505,25 @@ def test_it_compiles_in_one_graph():
     with torch.no_grad(), implementation("triton"):
         want = module(x)
         torch.testing.assert_close(torch.compile(module, backend="aot_eager", fullgraph=True)(x), want)
+
+
+def test_those_who_look_at_it_see_its_own_modules():
+    module, x = excited()
+    model = nn.Sequential(module)
+    with torch.no_grad(), implementation("triton"):
+        want = model(x)
+        for seen in (torch.fx.symbolic_trace(model), torch.jit.trace(model, x)):
+            assert "resnet_fused::" not in str(getattr(seen, "inlined_graph", seen.graph))
+            torch.testing.assert_close(seen(x), want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_profiler_shows_it_by_its_name():
+    module, x = excited()
+    model = nn.Sequential(OrderedDict(block=unfuse(module)))
+    fuse(model)
+    with torch.no_grad(), implementation("triton"), torch.profiler.profile() as profile:
+        model(x)
+    assert "block (BasicBlock)" in [event.name for event in profile.events()]
 
 
 def test_explain_says_what_is_fused_and_why_the_rest_is_not():
