@@ -2,51 +2,66 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from inspect import isroutine, signature
+from inspect import signature
 from types import FunctionType
 from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.conv import _ConvNd
 
 from resnet_fused import functional
 from resnet_fused.engine import eligible
-from resnet_fused.kernels.activation import IDENTITY, RELU
+from resnet_fused.engine.request import requested
+from resnet_fused.kernels.activation import IDENTITY
 from resnet_fused.kernels.launch import KEPT_LAYOUTS
-from resnet_fused.modules import BlockLayout, FusedBlock, StemLayout, descendants, in_range, runs_fused
+from resnet_fused.modules import BlockLayout, FusedBlock, StemLayout, descendant, descendants, in_range, runs_fused
+from resnet_fused.pieces import Piece, UnitsLayout
 from resnet_fused.plan import checked
-from resnet_fused.recognise import recognise, recognise_stem
+from resnet_fused.recognise import has_units, is_container, recognise, recognise_stem
+from resnet_fused.traced import INTERNAL, is_plain, own_class
 
 Filter = Callable[[str, nn.Module], bool]
+
+Layout = BlockLayout | UnitsLayout | StemLayout
 
 MEMORY = ("default", "recompute")
 _STATE = ("_conversion", "memory")
 _CLAIMED = (
     *(*_STATE, "original", "described", "why_eager", "why_unfusable", "is_stale", "eager_forward"),
-    *("title", "forward_ahead", "_infer", "_launched", "_repetition", "_run", "_resolve", "_layer", "_shortcut"),
-    *("_unit", "_why_stale"),
+    *("title", "forward_ahead", "_infer", "_launched", "_repetition", "_run", "_resolve", "_chain", "_piece"),
+    *("_resolved", "_layer", "_shortcut", "_unit", "_why_here", "_why_stale"),
 )
 
 
 class _Conversion(NamedTuple):
     """What is known of a converted module. ``memory``: see :class:`FusedBlock`; ``layout``: None for a sequence.
 
-    ``kinds``: names and types of its submodules when it was recognised; ``plain``: its plain attributes; ``name``: its
-    own, in the model that was fused.
+    ``kinds``: names and types of its submodules when it was recognised; ``plain``: its plain attributes; ``seen``: of
+    a module with units, what is known of itself and of the modules inside that are seen through, by their names;
+    ``name``: its own, in the model that was fused.
     """
 
     memory: str = "default"
-    layout: BlockLayout | StemLayout | None = None
+    layout: Layout | None = None
     kinds: tuple[Any, ...] = ()
     plain: tuple[tuple[str, Any], ...] = ()
+    seen: tuple[tuple[str, _Seen], ...] = ()
     name: str = ""
+
+
+class _Seen(NamedTuple):
+    """A module that is seen through: its class, its children's names and whether they are there, its attributes."""
+
+    kind: type
+    children: tuple[tuple[str, bool], ...]
+    plain: tuple[tuple[str, Any], ...]
 
 
 class Converted(FusedBlock):
@@ -68,6 +83,13 @@ class Converted(FusedBlock):
     def eager_forward(self, x: Tensor) -> Tensor:
         return self.original.forward(self, x)
 
+    def is_stale(self) -> bool:
+        """Whether it is not what was recognised."""
+        return self._why_stale() is not None
+
+    def _why_stale(self) -> str | None:
+        return None
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         kind = next(kind for kind in _KINDS if isinstance(self, kind))
         return _blank, (kind, self.original), *cast(tuple[Any, ...], super().__reduce_ex__(protocol))[2:]
@@ -79,58 +101,133 @@ class ConvertedBlock(Converted):
     def why_unfusable(self) -> str | None:
         return self._why_stale() or super().why_unfusable()
 
-    def is_stale(self) -> bool:
-        """Whether it is not what was recognised."""
-        return self._why_stale() is not None
-
     def _why_stale(self) -> str | None:
         if _kinds(self) != self._conversion.kinds:
             return "its submodules are not those that were recognised"
         return _why_changed(self, self._conversion.plain)
 
 
+class ConvertedUnits(Converted):
+    """A converted module whose units run fused, and all between them as it is.
+
+    Its program runs, which is its own forward with calls of :meth:`_piece`.
+    """
+
+    def why_eager(self, x: Tensor) -> str | None:
+        if (reason := eligible.why_not_here(x, requested(self)) or self._why_stale()) is not None:
+            return reason
+        return None if x.dim() == 4 else f"the input is {x.dim()}-dimensional"
+
+    def forward(self, x: Tensor) -> Tensor:
+        reason = self.why_eager(x)
+        if reason is not None:
+            eligible.report_once(reason)
+            return self.eager_forward(x)
+        return cast(Tensor, in_range(self, self._conversion.layout.program.functions[0], self, x))  # type: ignore[union-attr]
+
+    def _piece(self, number: int, x: Tensor, source: Tensor | None) -> Tensor:
+        """The result of a piece on ``x``, and on ``source``, which its shortcut reads."""
+        layout = cast(UnitsLayout, self._conversion.layout)
+        found = self._resolved(layout.pieces[number], x, source)
+        if isinstance(found, str):
+            eligible.report_once(found)
+            return cast(Tensor, layout.program.functions[number + 1](self, x, source))
+        return self._launched(found)
+
+    def _resolved(self, piece: Piece, x: Tensor, source: Tensor | None) -> functional.Chain | functional.PreAct | str:
+        if not isinstance(x, Tensor) or not isinstance(source, Tensor | None):
+            return "a unit reads something else than a tensor"
+        try:
+            passed: list[Any] = [descendant(self, name) for name, _ in piece.passed]
+            units: list[Any] = [descendant(self, name) for unit in piece.layout.all_units() for name in unit[:2]]
+        except KeyError as missing:
+            return f"it has no submodule {missing} any more"
+        if eligible.hooked(*passed, *units):
+            return "hooks are registered on a submodule"
+        for part, (name, activation) in zip(passed, piece.passed, strict=True):
+            if eligible.activation_of(part) != activation:
+                return f"{name} is {part}, which is not {activation}"
+        return self._chain(piece.layout, x, x if source is None else source, requested(self))
+
+    def _why_stale(self) -> str | None:
+        if not self._conversion.seen:
+            return "it was never recognised"
+        for name, seen in self._conversion.seen:
+            try:
+                part: nn.Module = descendant(self, name) if name else self
+            except KeyError:
+                return f"it has no submodule {name} any more"
+            if name and (own_class(part) is not seen.kind or eligible.hooked(part)):
+                return f"{name} is not what was recognised, or hooks are registered on it"
+            if _children(part) != seen.children:
+                return "its submodules are not those that were recognised"
+            if (reason := _why_changed(part, seen.plain)) is not None:
+                return reason
+        return None
+
+
+def _children(module: nn.Module) -> tuple[tuple[str, bool], ...]:
+    return tuple([(name, part is not None) for name, part in module._modules.items()])
+
+
 class ConvertedStem(Converted):
-    """A converted network that begins as ``pooled_stem`` says: up to its pool it is one call.
+    """A converted network that begins as its :class:`StemLayout` says: up to its ``end`` it is one call.
 
     Its own forward runs, on a view of it whose first children pass on what was computed.
     """
 
     def title(self) -> str:
-        return f"{super().title()}, up to its pool"
+        return f"{super().title()}, up to its {self.described()[0].end}"
 
     def why_eager(self, x: Tensor) -> str | None:
+        reason = self._why_here(x)
+        if reason is not None or self.described()[0].is_deep:
+            return reason
         found = self._unit(x)
         return found if isinstance(found, str) else None
 
     def forward(self, x: Tensor) -> Tensor:
-        found = self._unit(x)
-        if isinstance(found, str):
-            eligible.report_once(found)
+        if (reason := self._why_here(x)) is not None:
+            eligible.report_once(reason)
             return self.eager_forward(x)
-        stem, _ = self.described()
         view = object.__new__(self.original)
-        vars(view).update(vars(self), _modules=self._modules | _parts(self, stem, found))
+        vars(view).update(vars(self), _modules=self._modules | _parts(self, self.described()[0]))
         return self.original.forward(view, x)
 
-    def _unit(self, x: Tensor) -> functional.PooledUnit | str:
-        stem, _ = self.described()
+    def _why_here(self, x: Tensor) -> str | None:
+        """Why its own forward runs on ``x`` as it is, or None."""
         if torch.compiler.is_compiling():
             return eligible.COMPILED
+        return eligible.why_not_here(x, requested(self)) or self._why_stale()
+
+    def _why_stale(self) -> str | None:
+        stem, _ = self.described()
         if stem is None:
             return "it was never recognised"
         if (reason := _why_changed(self, self._conversion.plain)) is not None:
             return reason
         try:
-            conv, norm, pool = (cast(Any, self.get_submodule(name)) for name in stem[:3])
-            parts = [self._modules[name] for name in stem.parts]
-        except (AttributeError, KeyError) as name:
+            first, conv, norm = (descendant(self, name) for name in (stem.parts[0], stem.conv, stem.norm))
+            parts: list[Any] = [self._modules[name] for name in stem.parts]
+        except KeyError as name:
             return f"it has no submodule {name} any more"
-        for part in parts[:-1]:
+        if stem.is_deep and (not isinstance(first, nn.Sequential) or first[-1] is not conv):
+            return f"{stem.conv} is not the last of its sequence"
+        known = (first, conv, norm) if stem.is_deep else (conv, norm)
+        for part in parts if stem.pool is None else parts[:-1]:
             if part is None or eligible.hooked(part):
                 return "hooks are registered on a submodule"
-            if part is not conv and part is not norm and type(part) is not nn.ReLU and not _is_unit(part, stem):
+            if part not in known and eligible.activation_of(part) != stem.activation and not _is_unit(part, stem):
                 return f"{type(part).__qualname__} is not what was recognised"
-        return functional.pooled_unit(x, conv, norm, pool)
+        return None
+
+    def _unit(self, x: Tensor) -> functional.PooledUnit | functional.Chain | str:
+        """The unit on ``x``, what its convolution reads."""
+        stem, _ = self.described()
+        conv, norm = descendant(self, stem.conv), descendant(self, stem.norm)
+        if stem.pool is None:
+            return functional.chain_of(x, [eligible.Layer(conv, norm, stem.activation)])
+        return functional.pooled_unit(x, conv, norm, descendant(self, stem.pool))
 
 
 def _is_unit(part: nn.Module, stem: StemLayout) -> bool:
@@ -144,19 +241,14 @@ def _is_unit(part: nn.Module, stem: StemLayout) -> bool:
 class _Part:
     """What stands for a part of a stem in a view: to be called as it, it answers for all else as the ``module``.
 
-    The first, which has the ``unit``, computes all of the stem; each of the others returns what the one ``before``
-    returned. A part that is called again is its module.
+    It returns what the one ``before`` returned, once; called on anything else, it is its module.
     """
 
-    def __init__(self, network: ConvertedStem, module: nn.Module | None, before: _Part | None) -> None:
-        self.network, self.module, self.before = network, module, before
-        self.unit: functional.PooledUnit | None = None
+    def __init__(self, module: nn.Module | None, before: _Part | None) -> None:
+        self.module, self.before = module, before
         self.result: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.unit is not None:
-            self.result, self.unit = in_range(self.network, functional.run_pooled, x, self.unit), None
-            return self.result
         if self.before is None or x is not self.before.result:
             return cast(nn.Module, self.module)(x)
         self.before.result = None
@@ -165,6 +257,38 @@ class _Part:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.module, name)
+
+
+class _FirstPart(_Part):
+    """Computes, when it is called for the first time, all of the ``stem`` of the ``network``."""
+
+    def __init__(self, module: nn.Module, network: ConvertedStem) -> None:
+        super().__init__(module, None)
+        self.network: ConvertedStem | None = network
+
+    def __call__(self, x: Tensor) -> Tensor:
+        network, self.network = self.network, None
+        if network is None:
+            return super().__call__(x)
+        stem, _ = network.described()
+        if stem.is_deep:
+            x = _without_last(cast(nn.Sequential, self.module))(x)
+        found = network._unit(x)
+        if isinstance(found, str):
+            eligible.report_once(found)
+            return cast(Tensor, (descendant(network, stem.conv) if stem.is_deep else cast(nn.Module, self.module))(x))
+        if isinstance(found, functional.Chain):
+            self.result = in_range(network, functional.run, found)
+        else:
+            self.result = in_range(network, functional.run_pooled, x, found)
+        return self.result
+
+
+def _without_last(sequence: nn.Sequential) -> nn.Sequential:
+    """A view of ``sequence``."""
+    view = cast(nn.Sequential, object.__new__(type(sequence)))
+    vars(view).update(vars(sequence), _modules=dict(list(sequence._modules.items())[:-1]))
+    return view
 
 
 class _LastPart(_Part):
@@ -176,19 +300,19 @@ class _LastPart(_Part):
         return result
 
 
-def _parts(network: ConvertedStem, stem: StemLayout, unit: functional.PooledUnit) -> dict[str, Any]:
+def _parts(network: ConvertedStem, stem: StemLayout) -> dict[str, Any]:
     """What stands for the parts of the ``stem`` in a view, by their names."""
-    found: dict[str, Any] = {}
-    before: _Part | None = None
-    for name in stem.parts:
-        kind = _LastPart if name == stem.parts[-1] else _Part
-        found[name] = before = kind(network, network._modules[name], before)
-    found[stem.parts[0]].unit = unit
+    first, *rest = stem.parts
+    before: _Part = _FirstPart(cast(nn.Module, network._modules[first]), network)
+    found: dict[str, Any] = {first: before}
+    for name in rest:
+        kind = _LastPart if name == rest[-1] else _Part
+        found[name] = before = kind(network._modules[name], before)
     return found
 
 
 class ConvertedSequential(Converted):
-    """A converted ``nn.Sequential``: each run of convolution, batch norm and ReLU in it is fused."""
+    """A converted ``nn.Sequential``: each run of convolution, batch norm and activation in it is fused."""
 
     def why_eager(self, x: Tensor) -> str | None:
         children = list(self._modules.values())
@@ -268,10 +392,10 @@ _apart: WeakKeyDictionary[nn.Module, set[Any]] = WeakKeyDictionary()
 
 def _layer(run: Sequence[Any]) -> eligible.Layer:
     """That of the modules of one unit."""
-    return eligible.Layer(run[0], run[1], RELU if len(run) == 3 else IDENTITY)
+    return eligible.Layer(run[0], run[1], IDENTITY if len(run) == 2 else eligible.activation_of(run[2]) or IDENTITY)
 
 
-_KINDS = ConvertedSequential, ConvertedBlocks, ConvertedStem, ConvertedBlock
+_KINDS = ConvertedSequential, ConvertedBlocks, ConvertedStem, ConvertedUnits, ConvertedBlock
 _classes: dict[tuple[type, type], type] = {}
 
 
@@ -314,20 +438,32 @@ def _blank(kind: type[Converted], original: type[nn.Module]) -> Converted:
 
 
 def _kinds(module: nn.Module) -> tuple[Any, ...]:
-    """Names and types of the submodules, with their own; ``convert_sync_batchnorm`` may come before or after."""
+    """Names and types of the submodules, with their own, and which activations they are.
+
+    ``convert_sync_batchnorm`` may come before or after.
+    """
     found: list[Any] = []
     for name, part in module._modules.items():
         kind = type(part)
         found += name, nn.BatchNorm2d if kind is nn.SyncBatchNorm else kind
         if part is not None and part._modules:
             found.append(_kinds(part))
+        elif part is not None and kind not in (nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm):
+            found.append(eligible.activation_of(part))
     return tuple(found)
 
 
 def _plain(module: nn.Module) -> tuple[tuple[str, Any], ...]:
     """What a forward may branch on: attributes that are numbers, text, flags or functions, or hold some of these."""
-    names = [name for name in vars(module) if name[0] != "_" and name != "training"]
-    return tuple((name, copy.copy(vars(module)[name])) for name in names if _is_plain(vars(module)[name]))
+    names = [name for name in vars(module) if name not in INTERNAL and name not in _STATE]
+    return tuple((name, _copied(vars(module)[name])) for name in names if is_plain(vars(module)[name]))
+
+
+def _copied(value: Any) -> Any:
+    """``value``, the containers in it as copies."""
+    if type(value) in (list, tuple, set):
+        return type(value)(map(_copied, value))
+    return {k: _copied(v) for k, v in value.items()} if type(value) is dict else value
 
 
 _GONE = object()
@@ -338,22 +474,18 @@ def _why_changed(module: nn.Module, plain: tuple[tuple[str, Any], ...]) -> str |
     own = vars(module)
     for name, value in plain:
         now = own.get(name, _GONE)
-        if now is not value and not (_is_plain(now) and now == value):
+        if now is not value and not (is_plain(now) and now == value):
             return f"its attribute {name!r} is not what it was when it was recognised"
     return None
 
 
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, list | tuple):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, bool | int | float | str) or isroutine(value)
-
-
 def _run_length(modules: Sequence[Any]) -> int:
-    """How many of the first modules make one unit: convolution, batch norm and perhaps a ReLU; 0 if none do."""
+    """How many of the first modules make one unit: convolution, batch norm and perhaps an activation; 0 if none do."""
     if len(modules) < 2 or eligible.why_unfusable(*modules[:2]) is not None or eligible.hooked(*modules[:2]):
         return 0
-    return 3 if len(modules) > 2 and type(modules[2]) is nn.ReLU and not eligible.hooked(modules[2]) else 2
+    if len(modules) < 3 or eligible.activation_in(modules[1]) != IDENTITY or eligible.hooked(modules[2]):
+        return 2
+    return 2 if eligible.activation_of(modules[2]) in (None, IDENTITY) else 3
 
 
 def fuse(
@@ -362,9 +494,10 @@ def fuse(
     """Let the residual blocks of ``model`` run fused, in training and in inference, in place; returns ``model``.
 
     A block is recognised by what its own forward does (see :func:`resnet_fused.recognise.recognise`): those of
-    torchvision's ResNets, of timm's plain, ``d``, ResNeXt, wide and pre-activation ResNets, of Hugging Face's
-    ``ResNetForImageClassification``, and any other that computes the same; also runs of convolution, batch norm and
-    ReLU in an ``nn.Sequential``. The class of what is recognised becomes a subclass of its own, and nothing else
+    torchvision's, timm's and Hugging Face's ResNets, those of pre-activation too, and any other that computes the same.
+    In blocks that do more, the units (convolution, batch norm, activation, residual addition) run fused, and all
+    between them as it is; also in an ``nn.Sequential``. The class of what is recognised becomes a subclass of its own,
+    and nothing else
     changes: keys, ``Parameter`` objects, values, and how they lie in memory stay. Works before or after loading,
     moving, wrapping or training, and again on a fused model. Whatever is raised on the way, ``model`` is as before.
 
@@ -372,9 +505,9 @@ def fuse(
     ``model.to(memory_format=torch.channels_last)`` saves.
 
     ``filter_fn(name, module)``: return False to leave a block alone. ``strict``: raise ValueError, changing nothing, if
-    any block cannot be fused. ``memory``: ``"default"`` keeps the raw output of each convolution for the backward;
-    ``"recompute"`` computes the last one of each block, and its projection, again. Warns (UserWarning) if nothing was
-    fused.
+    any block cannot be fused, or there is none. ``memory``: ``"default"`` keeps the raw output of each convolution for
+    the backward; ``"recompute"`` computes the last one of each block, and its projection, again. Warns (UserWarning) if
+    nothing was fused.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__qualname__}")
@@ -382,6 +515,10 @@ def fuse(
         raise ValueError(f"memory must be one of {', '.join(map(repr, MEMORY))}; got {memory!r}")
     found = [f for f in find(model) if filter_fn is None or filter_fn(f.name, f.module)]
     refused = [f for f in found if isinstance(f.verdict, str)]
+    if strict and not found:
+        raise ValueError(
+            f"model must have something to fuse; {type(model).__qualname__} has no unit that is recognised"
+        )
     if strict and refused:
         reasons = "\n".join(f"  {f.name or '(the model)'}: {f.verdict}" for f in refused)
         raise ValueError(f"model has {len(refused)} block(s) that cannot be fused:\n{reasons}")
@@ -414,11 +551,12 @@ class Found:
 
     name: str
     module: nn.Module
-    verdict: BlockLayout | StemLayout | bool | str
+    verdict: Layout | bool | str
 
 
 def find(model: nn.Module) -> Iterator[Found]:
-    """Every block of ``model``, from the outside in; inside one that can be fused, there is no other."""
+    """Every block of ``model``, from the outside in; inside one that can be fused, what is called as it is alone."""
+    verdicts: dict[nn.Module, Verdict] = {}
     seen: set[nn.Module] = set()
     pending = [("", model)]
     while pending:
@@ -426,45 +564,84 @@ def find(model: nn.Module) -> Iterator[Found]:
         if module in seen:
             continue
         seen.add(module)
-        verdict = _examine(module)
-        if isinstance(verdict, str) and not _is_innermost(module):
+        foreign = _foreign(module)
+        verdict = foreign or _examine(module, verdicts)
+        if isinstance(verdict, str) and not (foreign or _is_innermost(module)):
             verdict = None
         if verdict is not None:
             yield Found(name, module, verdict)
-        if not isinstance(verdict, BlockLayout):
+        if isinstance(verdict, UnitsLayout):
+            verdicts.update((module.get_submodule(part), None) for part in verdict.through)
+        if not (foreign or isinstance(verdict, BlockLayout)):
             pending += [(f"{name}.{child}".lstrip("."), m) for child, m in module.named_children()]
 
 
-def _examine(module: nn.Module) -> BlockLayout | StemLayout | bool | str | None:
-    """The verdict on ``module``, or None if there is nothing to fuse in it."""
+Verdict = Layout | bool | str | None
+
+
+def _examine(module: nn.Module, verdicts: dict[nn.Module, Verdict]) -> Verdict:
+    """The verdict on ``module``, or None if there is nothing to fuse in it. ``verdicts``: those so far."""
+    if module not in verdicts:
+        verdicts[module] = _judged(module, verdicts)
+    return verdicts[module]
+
+
+def _judged(module: nn.Module, verdicts: dict[nn.Module, Verdict]) -> Verdict:
     if isinstance(module, ConvertedSequential):
         return True
     if isinstance(module, FusedBlock) and not isinstance(module, Converted):
         return module.layout
-    if isinstance(module, ConvertedBlock) and not module.is_stale():
-        return module.described()[0]
-    if isinstance(module, nn.Conv2d) or not any(isinstance(part, nn.Conv2d) for part in module.modules()):
+    if isinstance(module, ConvertedBlock | ConvertedUnits) and not module.is_stale():
+        return cast(Verdict, module.described()[0])
+    if isinstance(module, _ConvNd) or not any(isinstance(part, _ConvNd) for part in module.modules()):
         return None
     if not isinstance(module, Converted) and (taken := [name for name in _CLAIMED if hasattr(module, name)]):
         return f"it has an attribute {taken[0]!r} of its own"
     if type(module).forward in (nn.Sequential.forward, ConvertedBlocks.forward):
         children = list(module._modules.values())
         return any(_run_length(children[i : i + 3]) for i in range(len(children))) or None
-    return recognise_stem(module) or recognise(module)
+    if (stem := recognise_stem(module)) is not None:
+        return stem
+    if not has_units(module) and not _is_innermost(module):
+        return None
+    if any(_joins(part, verdicts) for part in module.children()):
+        return None
+    verdict = recognise(module)
+    if isinstance(verdict, UnitsLayout) and not (
+        verdict.joins or (_is_innermost(module) and _holds(module.children()))
+    ):
+        return None
+    return verdict
+
+
+def _joins(module: nn.Module, verdicts: dict[nn.Module, Verdict]) -> bool:
+    """Whether ``module`` is, or holds, what adds the result of units to something: a residual block."""
+    if not has_units(module):
+        return False
+    verdict = _examine(module, verdicts)
+    if isinstance(verdict, BlockLayout | UnitsLayout):
+        return verdict.residual if isinstance(verdict, BlockLayout) else verdict.joins
+    return any(_joins(part, verdicts) for part in module.children())
+
+
+def _foreign(module: nn.Module) -> str | None:
+    """What ``module`` is, if it is nothing whose class can be swapped, or None."""
+    if isinstance(module, fx.GraphModule):
+        return "it is a torch.fx.GraphModule: fuse the model before it is traced"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is a torch.jit.ScriptModule: fuse the model before it is scripted"
+    return None
 
 
 def _is_innermost(module: nn.Module) -> bool:
-    """Whether ``module`` itself holds convolutions and norms, and no module inside it does: a block, not a network."""
-    return [part for part in module.modules() if _holds_units(part)] == [module]
+    """Whether ``module`` holds convolutions and norms, and no module inside it does: a block, not a network."""
+    return [part for part in module.modules() if not is_container(part) and _holds(part.modules())] == [module]
 
 
-def _holds_units(module: nn.Module) -> bool:
-    children = list(module.children())
-    return (
-        not isinstance(module, nn.Sequential)
-        and any(isinstance(child, nn.Conv2d) for child in children)
-        and any("Norm" in type(child).__name__ for child in children)
-    )
+def _holds(modules: Iterable[nn.Module]) -> bool:
+    """Whether ``modules`` have a convolution and something that is named a norm."""
+    parts = list(modules)
+    return any(isinstance(part, _ConvNd) for part in parts) and any("Norm" in type(part).__name__ for part in parts)
 
 
 @contextmanager
@@ -490,7 +667,13 @@ def _swap(found: Found, memory: str) -> None:
         kind = ConvertedBlock
         for part in descendants(module):  # the block runs them itself
             _revert(part)
-        state = _Conversion(memory, verdict, _kinds(module), _plain(module), name)
+        state = _Conversion(memory, verdict, _kinds(module), _plain(module), name=name)
+    elif isinstance(verdict, UnitsLayout):
+        kind = ConvertedUnits
+        seen = [(path, module.get_submodule(path)) for path in ("", *verdict.through)]
+        for _, part in seen[1:]:  # it runs what they hold itself
+            _revert(part)
+        state = _Conversion(memory, verdict, seen=tuple((path, _seen(part)) for path, part in seen), name=name)
     elif isinstance(verdict, StemLayout):
         kind = ConvertedStem
         state = _Conversion(memory, verdict, plain=_plain(module), name=name)
@@ -518,6 +701,10 @@ def _ends_pointwise(block: nn.Module | None) -> bool:
     layout = cast(FusedBlock, block).described()[0]
     conv = cast(nn.Conv2d, block.get_submodule(layout.units[-1].conv))
     return layout.residual and not layout.norm_first and conv.weight.shape[2:] == (1, 1)
+
+
+def _seen(module: nn.Module) -> _Seen:
+    return _Seen(own_class(module), _children(module), _plain(module))
 
 
 def _revert(module: nn.Module) -> None:

@@ -13,13 +13,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from resnet_fused.convert import ConvertedStem, Found, find
-from resnet_fused.engine.eligible import Onlooker
+from resnet_fused.engine.eligible import Onlooker, reasons
 from resnet_fused.engine.request import implementation, requested
 from resnet_fused.engine.trace import Launch, trace
 from resnet_fused.inference import Called, FoldedConv, FrozenModel, TritonChain, TritonConv, called
 from resnet_fused.kernels.chain_forward import Chain
 from resnet_fused.kernels.launch import TileConfig, dry_run, interpreting
 from resnet_fused.modules import FusedBlock, StemLayout
+from resnet_fused.pieces import UnitsLayout
 from resnet_fused.plan import roofline, tuned
 from resnet_fused.plan.constants import ASSUMED, Constants
 from resnet_fused.plan.decide import (
@@ -79,6 +80,7 @@ class BlockRow:
             "launches": len(self.launches),
             "bytes": _bytes(self.launches),
             "flops": _flops(self.launches),
+            "share": fused_share(self.launches),
             "reason": self.reason,
             "units": [_unit(problem) for problem in self.problems],
             "chains": [_chain(links) for links in self.chains],
@@ -164,6 +166,14 @@ PLANNED = "as planned"
 """The road of each unit's own plan."""
 
 
+def fused_share(launches: Iterable[Launch]) -> float | None:
+    """Which share of the convolutions' arithmetic is in kernels of ours; None without a convolution."""
+    launches = list(launches)
+    ours = _flops(x for x in launches if x.config is not None)
+    theirs = _flops(x for x in launches if x.name.startswith("aten.convolution"))
+    return ours / (ours + theirs) if ours + theirs else None
+
+
 def _flops(launches: Iterable[Launch]) -> int:
     return sum(launch.flops for launch in launches)
 
@@ -245,13 +255,14 @@ class Explanation:
         return [row.to_dict() for row in self.rows]
 
     def __str__(self) -> str:
-        columns = ["name", "block", "implementation", "tiles", "launches", "MB", "reason"]
+        columns = ["name", "block", "implementation", "units", "share", "tiles", "launches", "MB", "reason"]
         rows = []
         for row in self.to_dict():
+            share = "" if row["share"] is None else f"{row['share']:.0%}"
             seen = (
-                (", ".join(row["tiles"]), row["launches"], round(row["bytes"] / 1e6, 3))
+                (len(row["units"]), share, ", ".join(row["tiles"]), row["launches"], round(row["bytes"] / 1e6, 3))
                 if self.ran
-                else ("", None, None)
+                else (None, "", "", None, None)
             )
             rows.append((row["name"], row["block"], row["implementation"], *seen, row["reason"]))
         fused = sum(row.implementation != "eager" for row in self.rows)
@@ -317,10 +328,11 @@ def explain(
 ) -> Explanation:
     """Which implementation each block of ``model`` runs, and why.
 
-    With an input ``x`` for the model, runs it once in eval mode without gradients and reports what was launched: tiles,
-    number of launches, bytes, the reason for each block that ran eager; and of each unit the plan, with the times that
-    the model of :mod:`resnet_fused.plan.roofline` predicts for it and its alternatives; and what the whole model comes
-    to on every road, with the images per second that this model of a GPU predicts. With ``arch`` (90 for sm_90
+    With an input ``x`` for the model, runs it once in eval mode without gradients and reports what was launched: its
+    units, the share of the convolutions' arithmetic that they are, tiles, number of launches, bytes, the reason for
+    each block that ran eager, and for each convolution of others that did; and of each unit the plan, with the times
+    that the model of :mod:`resnet_fused.plan.roofline` predicts for it and its alternatives; and what the whole model
+    comes to on every road, with the images per second that this model of a GPU predicts. With ``arch`` (90 for sm_90
     ...) nothing runs: it is planned for a GPU of that architecture, for the one here if it is of it. ``training``,
     which needs an ``arch``: a training step, from the input to the gradients of all parameters, given the gradient of
     what the model returns: without the loss and the optimizer. Without ``x``, the structure alone is judged.
@@ -378,7 +390,8 @@ def _blocks(model: nn.Module) -> list[Found]:
 
 def _row(found: Found) -> BlockRow:
     if isinstance(found.module, FusedBlock | Called):
-        return BlockRow(*_named(found), "fused")
+        rest = found.verdict.rest if isinstance(found.verdict, UnitsLayout) else ()
+        return BlockRow(*_named(found), "fused", "; ".join(f"{name}: {reason}" for name, reason in rest))
     reason = found.verdict if isinstance(found.verdict, str) else "not converted: call fuse(model)"
     return BlockRow(*_named(found), "eager", reason)
 
@@ -395,7 +408,7 @@ def _named(found: Found) -> tuple[str, str]:
     kind = getattr(found.module, "original", type(found.module)).__qualname__
     if not isinstance(found.verdict, StemLayout):
         return found.name, kind
-    return f"{found.name}.{found.verdict.parts[0]}".lstrip("."), f"{kind}, up to its pool"
+    return f"{found.name}.{found.verdict.parts[0]}".lstrip("."), f"{kind}, up to its {found.verdict.end}"
 
 
 def _observe(
@@ -409,7 +422,7 @@ def _observe(
     """
     rows = {found.module: _row(found) for found in blocks}
     spans: dict[tuple[nn.Module, str], list[int]] = {}
-    problems: dict[nn.Module, int] = {}
+    problems: dict[nn.Module, tuple[int, int]] = {}
     modes = [(module, module.training) for module in model.modules()]
 
     def start(module: nn.Module, way: str) -> None:
@@ -420,9 +433,13 @@ def _observe(
 
     def close(module: nn.Module) -> None:
         stop(module, "forward")
-        rows[module].add(planned[problems[module] :])
+        row = rows[module]
+        row.add(planned[problems[module][0] :])
         if isinstance(module, TritonConv | TritonChain):
-            rows[module].implementation = _frozen_way(rows[module])
+            row.implementation = _frozen_way(row)
+        if row.implementation == "fused":
+            known = [row.reason] if row.reason else []
+            row.reason = "; ".join(dict.fromkeys([*known, *refused[problems[module][1] :]]))
 
     def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
         for stem in [m for (m, _), span in spans.items() if isinstance(m, ConvertedStem) and len(span) == 1]:
@@ -430,7 +447,7 @@ def _observe(
             if training and args[0].requires_grad:
                 args[0].register_hook(lambda _, stem=stem: start(stem, "backward"))
         start(module, "forward")
-        problems[module] = len(planned)
+        problems[module] = len(planned), len(refused)
         if isinstance(module, FusedBlock | Called) and (reason := module.why_eager(*args)) is not None:
             rows[module].implementation, rows[module].reason = "eager", reason
 
@@ -451,7 +468,7 @@ def _observe(
         handles += [unit.register_forward_hook(lambda *_: None) for unit in chained]
     try:
         model.train(training)
-        with trace() as seen, record() as planned:
+        with trace() as seen, record() as planned, reasons() as refused:
             result = model(x)
             if training:
                 ends = [t for t in tree_leaves(result) if isinstance(t, Tensor) and t.requires_grad]

@@ -107,6 +107,8 @@ def pooled_unit(x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, pool: nn.Module)
         return unit
     if (unlike := _why_unlike([unit])) is not None:
         return unlike
+    if eligible.returned(bn, dtype) != dtype:
+        return "a frozen batch norm in front of a pool returns another dtype"
     return PooledUnit(unit, dtype, request, _is_fixed([unit], x))
 
 
@@ -227,9 +229,16 @@ def resolve(
         padded = isinstance(shortcut, PaddedIdentity)
         if (reason := why_foreign(source, x) or why_unfit(shape, source, step, before, padded)) is not None:
             return reason
+    if source is not None:
+        added = units[-1:] if projection is None else [units[-1], projection]
+        if any(eligible.activation_in(unit.layer.bn) != IDENTITY for unit in added):
+            return "a batch norm has an activation of its own, in front of the addition"
     if (reason := _why_unlike(units if projection is None else [*units, projection])) is not None:
         return reason
-    out_dtype = dtype if in_place or source is None or projection else torch.promote_types(dtype, source.dtype)
+    out_dtype = eligible.returned(layers[-1].bn, dtype)
+    if source is not None and not in_place:
+        other = source.dtype if projection is None else eligible.returned(projection.layer.bn, dtype)
+        out_dtype = torch.promote_types(out_dtype, other)
     if source is not None:
         source = plain(channels_last(source))
     request = requested() if request is None else request
@@ -331,7 +340,7 @@ def _members(chain: Chain, units: Sequence[Unit], following: Layer | None) -> Me
         return None
     if chain.projection is None and not (source.dtype == chain.dtype and source.shape == expand.out):
         return None
-    spatial = inner[-1] if inner and inner[-1].layer.activation == RELU and inner[-1].geometry.groups == 1 else None
+    spatial = inner[-1] if inner and inner[-1].activation == RELU and inner[-1].geometry.groups == 1 else None
     reduce = None if following is None else eligible.unit(chain.x, expand.out, _autocast_dtype(chain.x), following)
     if not isinstance(reduce, Unit) or reduce.batch_stats or not _is_pointwise(reduce):
         reduce = None
@@ -340,7 +349,7 @@ def _members(chain: Chain, units: Sequence[Unit], following: Layer | None) -> Me
 
 def _is_pointwise(unit: Unit) -> bool:
     """Whether it is a 1x1 convolution that a chain may end with, which has a ReLU behind it."""
-    return unit.layer.activation == RELU and unit.w.shape[2:] == (1, 1) and unit.geometry == Geometry()
+    return unit.activation == RELU and unit.w.shape[2:] == (1, 1) and unit.geometry == Geometry()
 
 
 def _together(units: Sequence[Unit | None], x: Tensor, residual: Tensor, tile: TileConfig | None) -> list[Tensor]:
@@ -401,7 +410,7 @@ def _infer_unit(
         step,
         before,
         code,
-        activation.code,
+        unit.activation.code,
         out_dtype or dtype,
     )
 
@@ -419,10 +428,10 @@ def _parts(chain: Chain) -> Iterator[list[_Planned]]:
     part: list[_Planned] = []
     shape = tuple(chain.x.shape)
     for i, unit in enumerate(chain.units):
-        prologue = i > 0 and chain.units[i - 1].layer.activation != IDENTITY
+        prologue = i > 0 and chain.units[i - 1].activation != IDENTITY
         planned = _Planned(unit, *_plan(shape, unit, chain.dtype, chain.request, "training", prologue=prologue))
         shape = unit.out
-        if part and (_is_eager(planned, *part[-1:]) or part[-1].unit.layer.activation == IDENTITY):
+        if part and (_is_eager(planned, *part[-1:]) or part[-1].unit.activation == IDENTITY):
             yield part
             part = []
         part.append(planned)
@@ -487,10 +496,9 @@ def _is_cheap(projection: Unit | None, branch: Sequence[_Planned]) -> bool:
 
 
 def _spec(planned: _Planned) -> UnitSpec:
-    unit, activation = planned.unit, planned.unit.layer.activation
-    return UnitSpec(
-        planned.code, unit.eps, unit.momentum, unit.batch_stats, process_group_name(unit.layer.bn), activation
-    )
+    unit = planned.unit
+    group = process_group_name(unit.layer.bn)
+    return UnitSpec(planned.code, unit.eps, unit.momentum, unit.batch_stats, group, unit.activation)
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -568,7 +576,7 @@ def _infer_preact(block: PreAct) -> Tensor:
     """
     a, dtype = block.x, block.x.dtype
     first = block.units[0].unit
-    act, none = first.layer.activation.code, (None, None, None, None, 0.0, IDENTITY.code)
+    act, none = first.activation.code, (None, None, None, None, 0.0, IDENTITY.code)
     vectors = first.gamma, first.beta, first.mean, first.var, None, None
     stats: Tensor | None = ops.norm_forward(a, *vectors, first.eps, False, "")
     if first.w.shape[2:] != (1, 1):
@@ -578,7 +586,7 @@ def _infer_preact(block: PreAct) -> Tensor:
         w = laid_out(block.projection.unit.w, dtype)
         shortcut = ops.preact_conv(a, stats, w, act, *none, None, block.projection.code)
     for planned, (norm, *_) in zip(block.units, block.units[1:], strict=False):
-        own = norm.mean, norm.var, norm.gamma, norm.beta, norm.eps, norm.layer.activation.code
+        own = norm.mean, norm.var, norm.gamma, norm.beta, norm.eps, norm.activation.code
         a, stats = ops.preact_conv(a, stats, laid_out(planned.unit.w, dtype), act, *own, None, planned.code), None
     last = block.units[-1]
     return ops.preact_conv(a, stats, laid_out(last.unit.w, dtype), act, *none, shortcut, last.code)

@@ -35,7 +35,7 @@ from resnet_fused.kernels.epilogue import Norm
 from resnet_fused.kernels.launch import FLOATS, TileConfig
 from resnet_fused.modules import traced_forward
 from resnet_fused.plan.problem import Parts
-from resnet_fused.recognise import same_random_numbers
+from resnet_fused.traced import same_random_numbers
 
 PACKED_SHAPES = 4
 """Input shapes for which a convolution keeps its weights packed."""

@@ -19,6 +19,7 @@ from resnet_fused.engine.reference import PaddedIdentity
 from resnet_fused.engine.replay import Repetition, can_repeat
 from resnet_fused.engine.request import requested
 from resnet_fused.kernels.activation import IDENTITY, RELU, Activation
+from resnet_fused.plan.problem import Request
 
 T = TypeVar("T")
 
@@ -57,15 +58,28 @@ class BlockLayout(NamedTuple):
 
 
 class StemLayout(NamedTuple):
-    """How a network begins: ``pool(relu(bn(conv(x))))``, by the dotted names of ``conv``, ``norm`` and ``pool``.
+    """How a network begins: ``pool(act(bn(conv(x))))``, by the dotted names of ``conv``, ``norm`` and ``pool``.
 
-    ``parts``: the children that are called for it, one on the result of the other, the first on the network's input.
+    ``pool``: None for one that kernels do not do, or not behind this ``activation``. ``parts``: the children that are
+    called for it, one on the result of the other, the first on the network's input; where that is a sequence, ``conv``
+    is the last in it.
     """
 
     conv: str
     norm: str
-    pool: str
+    pool: str | None
     parts: tuple[str, ...]
+    activation: Activation = RELU
+
+    @property
+    def is_deep(self) -> bool:
+        """Whether something stands in front of the convolution."""
+        return self.conv != self.parts[0] and self.norm in self.parts
+
+    @property
+    def end(self) -> str:
+        """What the last part is."""
+        return "activation" if self.pool is None else "pool"
 
 
 class PaddedShortcut(nn.Module):
@@ -184,18 +198,24 @@ class FusedBlock(nn.Module):
         request = requested(self)
         if (reason := eligible.why_not_here(x, request) or self.why_unfusable()) is not None:
             return reason
-        layout, _ = self.described()
+        return self._chain(self.described()[0], x, x, request)
+
+    def _chain(
+        self, layout: BlockLayout, x: Tensor, source: Tensor, request: Request
+    ) -> functional.Chain | functional.PreAct | str:
+        """``layout`` on ``x``, and its shortcut on ``source``, with all that they read, or why they run eager."""
         try:
             layers = [self._layer(unit) for unit in layout.all_units()]
         except KeyError as name:
             return f"it has no submodule {name} any more"
-        if (reason := eligible.why_unsupported(x, layers, norm_first=layout.norm_first)) is not None:
+        if (reason := eligible.why_unsupported(x, layers)) is not None:
             return reason
         if layout.norm_first:
             branch, projection = layers[: len(layout.units)], None if layout.shortcut is None else layers[-1]
             return functional.resolve_preact(x, branch, projection, request=request)
-        x = channels_last(x)  # once, for the branch and the shortcut
-        shortcut = self._shortcut(layout, x, layers[-1])
+        if source is x:
+            source = x = channels_last(x)  # once, for the branch and the shortcut
+        shortcut = self._shortcut(layout, source, layers[-1])
         return functional.resolve(x, layers[: len(layout.units)], shortcut, in_place=layout.in_place, request=request)
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -204,7 +224,7 @@ class FusedBlock(nn.Module):
         )
 
     def _layer(self, unit: UnitNames) -> eligible.Layer:
-        return eligible.Layer(_submodule(self, unit.conv), _submodule(self, unit.norm), unit.activation)
+        return eligible.Layer(descendant(self, unit.conv), descendant(self, unit.norm), unit.activation)
 
     def _shortcut(self, layout: BlockLayout, x: Tensor, projection: eligible.Layer) -> functional.Shortcut | None:
         """That of ``x``; ``projection``: the layer that it is, if it is one."""
@@ -267,7 +287,7 @@ def traced_forward(module: nn.Module, forward: Any) -> Any:
     return cast(FusedBlock, module).eager_forward if runs_fused(module) else forward
 
 
-def _submodule(module: nn.Module, name: str) -> Any:
+def descendant(module: nn.Module, name: str) -> Any:
     """What ``module.get_submodule`` finds, in a fraction of the time: it is asked for at every call of a block."""
     if name in module._modules:
         return module._modules[name]

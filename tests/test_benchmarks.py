@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import host, measure, run
+from benchmarks import family, host, measure, run
 from benchmarks.compare import compare
 from benchmarks.count import KINDS, count, kind, least_work, roof
 from benchmarks.measure import BACKWARD, FORWARD, STEP, Setting, Stopwatch, Timing, interleave
@@ -528,3 +528,15 @@ def test_the_hosts_time_is_measured_for_every_implementation():
 def test_the_host_is_not_timed_in_the_interpreter(capsys):
     assert host.main() == 2
     assert "TRITON_INTERPRET" in capsys.readouterr().err
+
+
+def test_the_family_is_counted_without_running_it():
+    rows = [family.planned(name) for name in ("resnet18", "resnetv2_18")]
+    assert rows[0][1:] == (1.0, 1.0, ())
+    assert all(0.3 < share < 0.6 for share in rows[1][1:3])
+    assert rows[1].rest[0][0] == "conv2: what follows is add, not a batch norm"
+    assert sum(share for _, share in rows[1].rest) == pytest.approx(1 - rows[1].inference)
+    text = family.table(rows)
+    assert "At least 95%: 1 of 2 in inference, 1 in a training step." in text
+    assert "| resnet18 | 100.0% | 100.0% |  |" in text
+    assert "resnet50" in family.names()

@@ -18,7 +18,7 @@ from torchvision.models.resnet import BasicBlock
 
 import resnet_fused
 from resnet_fused import explain, functional, fuse, implementation, recognise, unfuse
-from resnet_fused.convert import Converted, ConvertedBlock, ConvertedSequential, ConvertedStem
+from resnet_fused.convert import Converted, ConvertedBlock, ConvertedSequential, ConvertedStem, ConvertedUnits
 from tests import zoo
 
 pytestmark = pytest.mark.usefixtures("on_device")
@@ -69,11 +69,14 @@ def test_hugging_face(layer_type):
 @pytest.mark.parametrize(
     ("build", "reason"),
     [
-        (lambda: timm.create_model("seresnet50", pretrained=False), "se.gate is Sigmoid"),
-        (lambda: timm.create_model("resnetblur50", pretrained=False), "aa is BlurPool2d"),
-        (lambda: timm.create_model("resnet18", pretrained=False, drop_path_rate=0.5), "drop_path is DropPath"),
-        (lambda: timm.create_model("resnet18", pretrained=False, act_layer=nn.SiLU), "act1 is SiLU"),
-        (lambda: torchvision.models.resnet18(norm_layer=torchvision.ops.FrozenBatchNorm2d), "FrozenBatchNorm2d"),
+        (lambda: timm.create_model("resnet50_gn"), "conv1: the normalisation is timm.layers.norm.GroupNorm"),
+        (lambda: timm.create_model("resnetv2_50d_gn"), "the normalisation is timm.layers.norm_act.GroupNormAct"),
+        (lambda: timm.create_model("resnetv2_50d_evos"), "the normalisation is timm.layers.evo_norm.EvoNorm2dS0"),
+        (lambda: timm.create_model("resnetv2_50d_frn"), "FilterResponseNormTlu2d"),
+        (lambda: timm.create_model("resnetv2_50x1_bit"), "the convolution is timm.layers.std_conv.StdConv2d"),
+        (torchvision.models.video.r3d_18, "the convolution is torchvision.models.video.resnet.Conv3DSimple"),
+        (lambda: torch.fx.symbolic_trace(torchvision.models.resnet18()), "it is a torch.fx.GraphModule"),
+        (lambda: torch.jit.script(torchvision.models.resnet18()), "it is a torch.jit.ScriptModule"),
     ],
 )
 def test_what_is_not_fused_says_why(build, reason):
@@ -176,18 +179,10 @@ class TwoReLUs(BasicBlock):
 @pytest.mark.parametrize(
     ("block", "reason"),
     [
-        (Doubled, "its forward computes mul"),
         (Tired, "cannot be traced: not today"),
         (Choosy, "cannot be traced"),
         (Counting, "writes to the module"),
         (CountingOnItself, "writes to the module"),
-        (Weighted, "adds something else than a branch and a shortcut"),
-        (AddedToItself, "adds something else than a branch and a shortcut"),
-        (ActivatedShortcut, "neither the identity nor one convolution with batch norm"),
-        (Broadcast, "its branch has 16 channels and its shortcut 1"),
-        (Leaking, "uses a value twice, drops one, or returns more than one tensor"),
-        (InPlace, "adds to its input in place"),
-        (TwoReLUs, "a ReLU stands between"),
     ],
 )
 def test_a_block_with_another_forward_is_left_alone(block, reason):
@@ -197,6 +192,22 @@ def test_a_block_with_another_forward_is_left_alone(block, reason):
         fuse(module)
     assert type(module) is block
     assert vars(module) == before
+
+
+@pytest.mark.parametrize(
+    "block", [Doubled, Weighted, AddedToItself, ActivatedShortcut, Broadcast, Leaking, InPlace, TwoReLUs]
+)
+def test_a_block_with_another_forward_keeps_it_between_its_units(block):
+    module = block(16, 16).eval()
+    zoo.randomise_norms(module)
+    x = torch.randn(2, module.conv1.in_channels, 5, 5)
+    with torch.inference_mode():
+        want = module(x.clone())
+        assert isinstance(fuse(module, strict=True), ConvertedUnits)
+        with implementation("triton"), resnet_fused.trace() as trace:
+            torch.testing.assert_close(module(x), want, rtol=1e-4, atol=1e-4)
+    assert "conv_forward" in [launch.name for launch in trace.launches]
+    assert type(unfuse(module)) is block
 
 
 class OwnNames(nn.Module):
@@ -284,9 +295,9 @@ def test_each_block_is_judged_by_itself():
         "",
         "its forward is replaced on the instance",
         "it has an attribute 'described' of its own",
-        "the forward of conv2 is replaced on the instance",
         "",
     ]
+    assert isinstance(model.layer3[0], ConvertedUnits)
 
 
 def test_hooks_of_the_block_do_not_run_while_it_is_examined():
@@ -497,7 +508,8 @@ def test_hooks_and_parametrizations_are_honoured(change, when):
         with implementation("triton"), resnet_fused.trace() as trace:
             torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-4)
             rows = {row["name"]: row for row in explain(model, x).to_dict()}
-    assert rows["layer2.0"]["implementation"] == "eager"
+    # A block as a whole, or those of its units that are as they were.
+    assert rows["layer2.0"]["implementation"] == ("eager" if when == "after" else "fused")
     assert rows["layer1.0"]["implementation"] == "fused"
     assert "conv_forward" in [launch.name for launch in trace.launches]
 
@@ -560,6 +572,13 @@ def test_compiles_in_one_graph():
         want = model(x)
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(compiled(x), want)
+
+
+def deep() -> nn.Module:
+    """A stem of three convolutions."""
+    model = timm.models.resnet.ResNet(timm.models.resnet.BasicBlock, (1, 1, 1, 1), stem_type="deep", stem_width=8)
+    zoo.randomise_norms(model)
+    return model.eval()
 
 
 STEMS = {
@@ -635,15 +654,35 @@ def known(model: nn.Module, monkeypatch) -> None:
     monkeypatch.setattr(recognise, "NETWORKS", (*recognise.NETWORKS, (kind.__module__, kind.__qualname__)))
 
 
-@pytest.mark.parametrize("change", [_other_pool, _between, _twice_read])
-def test_what_is_no_stem_is_none(change, monkeypatch):
+@pytest.mark.parametrize(("change", "count"), [(_other_pool, 1), (_between, 0), (_twice_read, 1)])
+def test_a_stem_ends_where_something_else_begins(change, count, monkeypatch):
     model, x = small(), torch.randn(1, 3, 32, 32)
     change(model)
     known(model, monkeypatch)
     with torch.no_grad():
         want = model(x)
-    assert stems(fuse(model)) == []
-    torch.testing.assert_close(launched(model, x)[0], want, rtol=1e-4, atol=1e-4)
+    assert len(stems(fuse(model))) == count
+    got, names = launched(model, x)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert "conv_pool" not in names
+    assert names.count("conv_forward") >= count
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_deep_stem_is_fused_to_its_end(training):
+    model, x = deep().train(training), torch.randn(2, 3, 40, 24)
+    twin = copy.deepcopy(model)
+    assert len(stems(fuse(model, strict=True))) == 1
+    with implementation("triton"), resnet_fused.trace() as trace:
+        got = model(x)
+    torch.testing.assert_close(got, twin(x), rtol=1e-4, atol=1e-4)
+    names = [launch.name for launch in trace.launches]
+    assert "aten.convolution" not in names
+    assert names.count("batch_norm_pool") == 1
+    model.conv1.append(nn.Identity())
+    twin.conv1.append(nn.Identity())
+    with implementation("triton"):
+        torch.testing.assert_close(model(x), twin(x), rtol=1e-4, atol=1e-4)
 
 
 def _replaced_norm(model: nn.Module) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from typing import Any, NamedTuple, cast
 
@@ -81,10 +82,24 @@ def why_not_here(x: Tensor, request: Request | None = None) -> str | None:
 
 
 _reported: set[str] = set()
+_listening: list[list[str]] = []
+
+
+@contextmanager
+def reasons() -> Iterator[list[str]]:
+    """Yields a list of why units run eager inside the ``with`` block, in order."""
+    found: list[str] = []
+    _listening.append(found)
+    try:
+        yield found
+    finally:
+        _listening.remove(found)
 
 
 def report_once(reason: str) -> None:
     """Log why a unit is not fused, the first time that ``reason`` comes up, unless it was to be expected."""
+    for found in _listening:
+        found.append(reason)
     if reason not in _EXPECTED:
         warn_once(f"runs eager: {reason}")
 
@@ -97,7 +112,7 @@ def warn_once(message: str) -> None:
 
 
 class Layer(NamedTuple):
-    """A convolution, the batch norm behind it, and the activation that follows."""
+    """A convolution, the batch norm behind it, and the activation that follows; one in the batch norm is its own."""
 
     conv: nn.Conv2d
     bn: nn.BatchNorm2d
@@ -195,6 +210,7 @@ class Unit(NamedTuple):
 
     ``batches``: what counts the batches, where they are counted. ``momentum`` None: the average over all batches.
     ``batch_stats``: batch norm takes the statistics of the batch, and updates ``mean`` and ``var`` if there are any.
+    ``activation``: behind the normalisation; of the last unit of a branch, behind the addition.
     ``out``: the shape [N, CO, P, Q] of the result.
     """
 
@@ -209,6 +225,7 @@ class Unit(NamedTuple):
     momentum: float | None
     eps: float
     batch_stats: bool
+    activation: Activation
     geometry: Geometry
     out: Out
 
@@ -221,13 +238,20 @@ def unit(
     ``norm_first``: batch norm and activation stand in front of the convolution, which has no bias then.
     """
     conv, bn, _ = layer
+    activation = _behind(layer)
+    if activation is None:
+        return "the batch norm has an activation of its own, and another one follows"
     w, bias = _held(conv, conv._parameters, "weight", "bias")
     if not isinstance(w, Tensor):
         return "the convolution has no filter"
     if norm_first and bias is not None:
         return "a convolution behind its batch norm has a bias"
     gamma, beta = _held(bn, bn._parameters, "weight", "bias")
-    mean, var, batches = _held(bn, bn._buffers, "running_mean", "running_var", "num_batches_tracked")
+    mean, var = _held(bn, bn._buffers, "running_mean", "running_var")
+    frozen = is_frozen(bn)
+    training = not frozen and bn.training
+    tracked, given = (False, None) if frozen else (bn.track_running_stats, bn.momentum)
+    batches = _held(bn, bn._buffers, "num_batches_tracked")[0] if training and tracked else None
     if (reason := why_foreign(w, x)) is not None:
         return reason
     if w.dtype not in FLOATS if autocast is not None else w.dtype != x.dtype:
@@ -243,11 +267,11 @@ def unit(
         return vectors
     if (mean is None) != (var is None):
         return "one of the running statistics is missing"
-    batch_stats = bn.training or mean is None
-    if not (bn.training and bn.track_running_stats):
-        batches = None
-        if bn.training:
-            vectors[3:] = mean, var = None, None
+    if frozen and (mean is None or (mean.dtype != dtype and autocast is None)):
+        return f"a frozen batch norm reads {dtype}, and its own vectors are of another dtype"
+    batch_stats = training or mean is None
+    if training and not tracked:
+        vectors[3:] = mean, var = None, None
     if batch_stats:
         if mean is not vectors[3] or var is not vectors[4]:
             return "the running statistics are views with gaps"
@@ -255,13 +279,14 @@ def unit(
             return reason
     if mean is not None and var is not None and (mean.requires_grad or var.requires_grad):
         return "the running statistics require a gradient"
-    eps, momentum = _number(bn.eps), _number(bn.momentum)
-    if eps is None or not eps > 0 or (momentum is None and bn.momentum is not None):
-        return f"batch norm has eps={bn.eps} and momentum={bn.momentum}"
+    eps, momentum = _number(bn.eps), _number(given)
+    if eps is None or not eps > 0 or (momentum is None and given is not None):
+        return f"batch norm has eps={bn.eps} and momentum={given}"
     if momentum is None and batches is None:
         momentum = 0.0
     bias, gamma, beta, mean, var = vectors
-    return Unit(layer, plain(w), bias, gamma, beta, mean, var, batches, momentum, eps, batch_stats, numbers, out)
+    used = plain(w), bias, gamma, beta, mean, var, batches
+    return Unit(layer, *used, momentum, eps, batch_stats, activation, numbers, out)
 
 
 def constants(layer: Layer, tensors: list[Tensor | None]) -> tuple[Any, ...] | None:
@@ -472,37 +497,23 @@ def why_eager(x: Tensor, units: Iterable[Sequence[Any]], request: Request | None
     return why_unsupported(x, units)
 
 
-def why_unsupported(x: Tensor, units: Iterable[Sequence[Any]], *, norm_first: bool = False) -> str | None:
-    """:func:`why_eager`, apart from what is asked for, where the tensor ``x`` lies, and hooks.
-
-    ``norm_first``: each activation may be part of its batch norm.
-    """
+def why_unsupported(x: Tensor, units: Iterable[Sequence[Any]]) -> str | None:
+    """:func:`why_eager`, apart from what is asked for, where the tensor ``x`` lies, and hooks."""
     if x.dtype not in FLOATS:
         return f"the input is {x.dtype}: the kernels take float32, float16 and bfloat16"
     if x.dim() != 4 or x.layout != torch.strided:
         return f"the input is {x.dim()}-dimensional, {x.layout}: the kernels take 4-dimensional, strided tensors"
     if type(x) not in PLAIN and (reason := _why_subclass(x)) is not None:
         return reason
-    for conv, bn, *activation in units:
-        inside = norm_first and activation_in(bn) in activation
-        if (reason := _why_kind(conv, bn, with_activation=inside)) is not None:
+    for conv, bn, *_ in units:
+        if (reason := _why_kind(conv, bn)) is not None:
             return reason
     return None
 
 
-def activation_in(bn: nn.Module) -> Activation | None:
-    """The activation that is a part of ``bn``, which is one of timm's; None if it has none, or the kernels have not."""
-    if _named(bn) != "timm.layers.norm_act.BatchNormAct2d" or type(bn.drop) is not nn.Identity:
-        return None
-    return activation_of(cast(nn.Module, bn.act))
-
-
-def why_unfusable(conv: nn.Module, bn: nn.Module, *, with_activation: bool = False) -> str | None:
-    """Why the modules of a unit rule the kernels out whatever their input (types, padding ...), or None.
-
-    ``with_activation``: that of batch norm is taken care of.
-    """
-    if (reason := _why_kind(conv, bn, with_activation)) is not None:
+def why_unfusable(conv: nn.Module, bn: nn.Module) -> str | None:
+    """Why the modules of a unit rule the kernels out whatever their input (types, padding ...), or None."""
+    if (reason := _why_kind(conv, bn)) is not None:
         return reason
     weight = getattr(conv, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 4:
@@ -514,14 +525,73 @@ def why_unfusable(conv: nn.Module, bn: nn.Module, *, with_activation: bool = Fal
     return _why_large(*weight.shape[2:])
 
 
-def _why_kind(conv: nn.Module, bn: nn.Module, with_activation: bool = False) -> str | None:
+def _why_kind(conv: nn.Module, bn: nn.Module) -> str | None:
     if type(conv) is not nn.Conv2d:
         return f"the convolution is {_named(conv)}, not torch.nn.Conv2d itself"
-    if type(bn) is not nn.BatchNorm2d and type(bn) is not nn.SyncBatchNorm and not with_activation:
-        return f"the normalisation is {_named(bn)}, not torch.nn.BatchNorm2d or SyncBatchNorm itself"
+    if type(bn) is not nn.BatchNorm2d and type(bn) is not nn.SyncBatchNorm:
+        if _name(type(bn)) not in NORMS:
+            return f"the normalisation is {_named(bn)}, not torch.nn.BatchNorm2d or SyncBatchNorm itself"
+        if (reason := _why_inside(bn)) is not None:
+            return reason
     if conv.padding_mode != "zeros":
         return f"the convolution has padding_mode={conv.padding_mode!r}"
     return None
+
+
+NORMS = {
+    ("torchvision.ops.misc", "FrozenBatchNorm2d"): True,
+    ("timm.layers.norm_act", "FrozenBatchNormAct2d"): True,
+    ("timm.layers.norm_act", "BatchNormAct2d"): False,
+    ("timm.layers.norm_act", "SyncBatchNormAct"): False,
+}
+"""Batch norms of other libraries, by module and name, and whether they are in evaluation always.
+
+timm's have an activation of their own, behind a ``drop``.
+"""
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether ``module`` is a batch norm that units may have."""
+    return type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm) or _name(type(module)) in NORMS
+
+
+def is_frozen(bn: nn.Module) -> bool:
+    """Whether ``bn``, a norm of a unit, is in evaluation always: its vectors are buffers."""
+    return type(bn) is not nn.BatchNorm2d and NORMS.get(_name(type(bn)), False)
+
+
+def returned(bn: nn.Module, dtype: torch.dtype) -> torch.dtype:
+    """The dtype that ``bn``, a norm of a unit, makes of ``dtype``: a frozen one is no operator that autocast knows."""
+    return torch.promote_types(dtype, cast(Any, bn).running_mean.dtype) if is_frozen(bn) else dtype
+
+
+def activation_in(bn: nn.Module) -> Activation | None:
+    """The activation that is part of the norm ``bn``; None if it is none that the kernels have."""
+    act = None if type(bn) is nn.BatchNorm2d else bn._modules.get("act")
+    return IDENTITY if act is None else activation_of(act)
+
+
+def _behind(layer: Layer) -> Activation | None:
+    """What the activation in the norm of ``layer`` and the one that follows come to; None if that is no activation."""
+    inside, following = activation_in(layer.bn), layer.activation
+    if following == IDENTITY or inside == following == RELU:
+        return inside
+    return following if inside == IDENTITY else None
+
+
+def _why_inside(bn: nn.Module) -> str | None:
+    """Why a norm of :data:`NORMS` does not do what is known of it, and an activation at the most, or None."""
+    parts = [part for part in bn._modules.values() if part is not None]
+    if hooked(*parts):
+        return "hooks, or a forward of its own, are set inside of the batch norm"
+    for name, part in bn._modules.items():
+        if part is not None and type(part) is not nn.Identity and (name != "act" or activation_of(part) is None):
+            return f"the {name} of the batch norm is {type(part).__qualname__}"
+    return None
+
+
+def _name(kind: type) -> tuple[str, str]:
+    return kind.__module__, kind.__qualname__
 
 
 def why_not_pooled(pool: nn.Module) -> str | None:
