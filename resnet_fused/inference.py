@@ -96,11 +96,13 @@ class FrozenModel(nn.Module):
 
     Runs under ``torch.inference_mode()``. New weights come by ``load_state_dict``. A CUDA graph is neither copied nor
     saved, and runs no hooks that come after it: call :meth:`prepare` again. It has the signature and the attributes of
-    the model. Compilers, exporters and tracers see PyTorch's own operators.
+    the model, and a ``device``. Compilers, exporters and tracers see PyTorch's own operators.
     """
 
     first_input: str | None
     """The name of the first parameter of ``forward``, if it has any."""
+
+    _graph: _CudaGraph | None = None
 
     def __init__(self, network: nn.Module, dtype: torch.dtype | None) -> None:
         super().__init__()
@@ -113,9 +115,8 @@ class FrozenModel(nn.Module):
                 module.training, module.casts = False, module not in inner
             else:
                 _settle(module, dtype, casts=module not in inner)
-        self._graph: _CudaGraph | None = None
         self.eval()
-        own = {*dir(type(self)), *vars(self), *self._modules}
+        own = {*dir(type(self)), *vars(self), *self._modules, *vars(self.network)}
         vars(self).update({name: value for name, value in _data(network).items() if name not in own})
 
     def __getattr__(self, name: str) -> Any:
@@ -124,17 +125,22 @@ class FrozenModel(nn.Module):
         except AttributeError:
             if name == "network" or hasattr(fx.GraphModule, name):
                 raise
+            if name == "device" and not hasattr(self.network, name):
+                return next((t.device for t in self._weights()), torch.get_default_device())
             return getattr(self.network, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        network = vars(self).get("_modules", {}).get("network")
+        lent = network is not None and name in vars(network) and name not in {*vars(self), *dir(type(self))}
+        if lent:
+            setattr(network, name, value)
+        else:
+            super().__setattr__(name, value)
 
     @property
     def dtype(self) -> torch.dtype:
         """That of the weights of its first convolution; without one, of its first floating-point weight."""
         return next((t.dtype for t in self._weights()), torch.get_default_dtype())
-
-    @property
-    def device(self) -> torch.device:
-        """That of the same weights."""
-        return next((t.device for t in self._weights()), torch.get_default_device())
 
     def _weights(self) -> Iterator[Tensor]:
         yield from (m.weight for m in self.network.modules() if isinstance(m, (*_UNITS, _ConvNd)))

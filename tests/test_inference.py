@@ -1323,3 +1323,26 @@ def test_a_models_attributes_do_not_stand_in_for_those_of_a_frozen_one():
     for copied in (frozen, pickle.loads(pickle.dumps(frozen))):
         torch.testing.assert_close(copied(x), want)
         assert copied.title == "mine"
+
+
+class Scaled(nn.Module):
+    """Not traced as a whole, and so asked for its scale at every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.scale = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), 1.0
+
+    def forward(self, x, twice=False):
+        return self.bn(self.conv(x)) * self.scale
+
+
+def test_an_attribute_that_is_set_is_that_of_the_network():
+    model, x = _randomised(Scaled()).eval(), torch.randn(2, 3, 4, 4)
+    frozen = optimize_for_inference(model)
+    before = frozen(x)
+    frozen.scale = 3.0
+    assert frozen.scale == frozen.network.scale == 3.0
+    torch.testing.assert_close(frozen(x), 3 * before)
+    assert frozen.device == torch.device("cpu")
+    frozen.device = "mine"
+    assert frozen.device == "mine" and not frozen.training
