@@ -19,19 +19,29 @@ from .epilogue import WHOLE, Added, Moments, Norm, Residual, added, load_residua
 from .gpus import gpu_of
 from .launch import INTERPRETER, KEPT_LAYOUTS, Cost, Recipe, TileConfig, Vector, target_arch
 from .memory import Layout, cdiv, empty_channels_last, layout, require_pixel_linear, span, stride_of
-from .tile import Pixels, Tile, bound, finite, load_channels, load_pixels, rounded_product, store_pixels
+from .tile import (
+    Pixels,
+    Tile,
+    bound,
+    finite,
+    first_and_end,
+    load_channels,
+    load_pixels,
+    rounded_product,
+    store_pixels,
+)
 
-RUNTIME_SIZES = ["M", "P", "Q", "T", "steps", "rows", "pixels"]
-"""Sizes that the compiled code does not depend on."""
+RUNTIME_SIZES = ["M", "P", "Q", "T", "steps", "rows", "span"]
+"""Sizes that the compiled code does not depend on. ``span``: pixels that no tile crosses, of an image or of all."""
 
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
 def channel_moments_kernel(
     y_ptr,
     values_ptr,
-    M,
     C,
     T,
+    span,
     steps,
     y_stride,
     INT64: tl.constexpr,
@@ -50,12 +60,12 @@ def channel_moments_kernel(
     mean = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     m2 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     count = tl.zeros((BLOCK_M,), tl.float32)
-    first = pid.to(OFFSET) * (steps * BLOCK_M)
+    first, end = first_and_end(pid, span, steps * BLOCK_M, OFFSET)
     origin = load_channels(y_ptr + first * y_stride, c, mask_c)
     origin = tl.where(finite(origin), origin, 0.0)
     offs_m = first + tl.arange(0, BLOCK_M)
     for i in range(bound(steps)):
-        mask_m = offs_m < M
+        mask_m = offs_m < end
         v = load_pixels(y_ptr, offs_m, y_stride, c, mask_m[:, None] & mask_c[None, :]) - origin[None, :]
         delta = tl.where(mask_m[:, None], v - mean, 0.0)
         count += mask_m.to(tl.float32)
@@ -73,17 +83,17 @@ def channel_moments_kernel(
 
 
 @triton.jit
-def tile_counts(counts_ptr, t, T, rows, pixels):
+def tile_counts(counts_ptr, t, T, rows, span):
     """Pixels of each tile ``t``, 0 past the last one."""
     if counts_ptr is not None:
         counts = tl.load(counts_ptr + t, mask=t < T, other=0.0)
     else:
-        counts = tl.minimum(pixels - t * rows, rows).to(tl.float32)
+        counts = tl.minimum(span - t % tl.cdiv(span, rows) * rows, rows).to(tl.float32)
     return tl.where(t < T, counts, 0.0)
 
 
 @triton.jit
-def merge_tiles(values_ptr, counts_ptr, T, C, rows, pixels, c, mask_c, BLOCK_T: tl.constexpr):
+def merge_tiles(values_ptr, counts_ptr, T, C, rows, span, c, mask_c, BLOCK_T: tl.constexpr):
     """Pixels, mean and sum of squared deviations over all tiles, for the channels ``c`` (Chan et al. 1979).
 
     Each of BLOCK_T rows merges every BLOCK_T-th tile into what it has, and the rows are merged at the end. What a tile
@@ -96,7 +106,7 @@ def merge_tiles(values_ptr, counts_ptr, T, C, rows, pixels, c, mask_c, BLOCK_T: 
     count = tl.zeros((BLOCK_T,), tl.float32)
     for start in range(0, bound(T), BLOCK_T):
         t = start + tl.arange(0, BLOCK_T)
-        counts = tile_counts(counts_ptr, t, T, rows, pixels)
+        counts = tile_counts(counts_ptr, t, T, rows, span)
         mask = (counts > 0)[:, None] & mask_c[None, :]
         v = tl.load(values_ptr + t[:, None] * C + c[None, :], mask=mask, other=0.0) - pivot[None, :]
         within = tl.load(values_ptr + (T + t)[:, None] * C + c[None, :], mask=mask, other=0.0)
@@ -114,12 +124,12 @@ def merge_tiles(values_ptr, counts_ptr, T, C, rows, pixels, c, mask_c, BLOCK_T: 
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
 def merge_moments_kernel(
-    values_ptr, counts_ptr, merged_ptr, T, C, rows, pixels, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    values_ptr, counts_ptr, merged_ptr, T, C, rows, span, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     """Mean and sum of squared deviations of all tiles, for BLOCK_N channels."""
     c = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_c = c < C
-    _, mean, m2 = merge_tiles(values_ptr, counts_ptr, T, C, rows, pixels, c, mask_c, BLOCK_M)
+    _, mean, m2 = merge_tiles(values_ptr, counts_ptr, T, C, rows, span, c, mask_c, BLOCK_M)
     tl.store(merged_ptr + c, mean, mask=mask_c)
     tl.store(merged_ptr + C + c, m2, mask=mask_c)
 
@@ -137,7 +147,7 @@ def batch_norm_stats_kernel(
     T,
     C,
     rows,
-    pixels,
+    span,
     eps,
     momentum,
     CUMULATIVE: tl.constexpr,
@@ -152,7 +162,7 @@ def batch_norm_stats_kernel(
     c = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_c = c < C
     if values_ptr is not None:
-        count, mean, m2 = merge_tiles(values_ptr, counts_ptr, T, C, rows, pixels, c, mask_c, BLOCK_M)
+        count, mean, m2 = merge_tiles(values_ptr, counts_ptr, T, C, rows, span, c, mask_c, BLOCK_M)
         var = m2 / count
         inv_count = tl.zeros_like(mean) + 1.0 / count
         if running_mean_ptr is not None:
@@ -195,6 +205,7 @@ def batch_norm_apply_kernel(
     var_ptr,
     gamma_ptr,
     beta_ptr,
+    gate_ptr,
     res_ptr,
     res_stats_ptr,
     z_ptr,
@@ -212,9 +223,10 @@ def batch_norm_apply_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """``z = act(scale*y + shift + residual)`` for BLOCK_M pixels x BLOCK_N channels; the residual may be raw too.
+    """``z = act((scale*y + shift)*gate + residual)`` for BLOCK_M pixels x BLOCK_N channels; gate and residual optional.
 
-    Without stats, scale and shift come from fixed statistics: mean, var, gamma and beta.
+    The gate has a number for each image and channel; the residual may be raw too. Without stats, scale and shift come
+    from fixed statistics: mean, var, gamma and beta.
     """
     OFFSET: tl.constexpr = tl.int64 if INT64 else tl.int32
     offs_m = tl.program_id(0).to(OFFSET) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -229,6 +241,8 @@ def batch_norm_apply_kernel(
         var = load_channels(var_ptr, c, mask_c)
         _, scale, shift = scale_shift(mean, var, gamma_ptr, beta_ptr, eps, c, mask_c)
         v = tl.fma(v, scale[None, :], shift[None, :])
+    if gate_ptr is not None:
+        v *= load_pixels(gate_ptr, offs_m // (P * Q), C, c, mask)
     if res_ptr is not None:
         tile = Tile(offs_m, c, offs_m < M, mask_c)
         res = load_residual(Pixels(res_ptr, res_stride), crop, tile, P, Q, RES_PADDED)
@@ -273,25 +287,31 @@ def merge_config(tiles: int) -> TileConfig:
     return TileConfig(1024, 4, 1, num_warps=16, num_stages=1, max_registers=128)
 
 
-def channel_moments(y: Tensor, *, config: TileConfig | None = None) -> Moments:
-    """Mean and sum of squared deviations of ``y`` [N, C, P, Q] (pixel-linear), tile by tile."""
-    recipe = _moments_recipe(layout(y), target_arch(), config)
+def channel_moments(y: Tensor, *, by_image: bool = False, config: TileConfig | None = None) -> Moments:
+    """Mean and sum of squared deviations of ``y`` [N, C, P, Q] (pixel-linear), tile by tile.
+
+    ``by_image``: no tile crosses images.
+    """
+    recipe = _moments_recipe(layout(y), by_image, target_arch(), config)
     tiles, channels = recipe.scalars["T"], recipe.scalars["C"]
     values = torch.empty(2, tiles, channels, dtype=torch.float32, device=y.device)
     recipe.run(y_ptr=y, values_ptr=values)
-    return Moments(values, recipe.config.block_m * recipe.config.block_k, recipe.scalars["M"])
+    pixels = y.shape[0] * y.shape[2] * y.shape[3]
+    return Moments(
+        values, recipe.config.block_m * recipe.config.block_k, pixels, None, pixels // recipe.scalars["span"]
+    )
 
 
 @lru_cache(maxsize=KEPT_LAYOUTS)
-def _moments_recipe(y: Layout, arch: int, config: TileConfig | None) -> Recipe:
+def _moments_recipe(y: Layout, by_image: bool, arch: int, config: TileConfig | None) -> Recipe:
     require_pixel_linear(y=y)
     pixels, channels = sizes(y)
     tile = config or default_config(pixels, channels, arch)
-    tiles = cdiv(pixels, tile.block_m * tile.block_k)
+    span, tiles = spans(y, by_image, tile)
     scalars = {
-        "M": pixels,
         "C": channels,
         "T": tiles,
+        "span": span,
         "y_stride": stride_of(y),
         "INT64": wide(tile, y),
         "steps": tile.block_k,
@@ -303,19 +323,19 @@ def merge_moments(moments: Moments) -> Tensor:
     """Mean and sum of squared deviations of all tiles together, fp32 [2, C]."""
     _, tiles, channels = moments.values.shape
     merged = moments.values.new_empty(2, channels)
-    recipe = _merge_moments_recipe(channels, tiles, moments.rows, moments.pixels)
+    recipe = _merge_moments_recipe(channels, tiles, moments.rows, moments.span)
     recipe.run(values_ptr=moments.values, counts_ptr=moments.counts, merged_ptr=merged)
     return merged
 
 
 @lru_cache(maxsize=KEPT_LAYOUTS)
-def _merge_moments_recipe(channels: int, tiles: int, rows: int, pixels: int) -> Recipe:
-    scalars = {"T": tiles, "C": channels, "rows": rows, "pixels": pixels}
-    vectors = _moments_vectors(channels, tiles)
+def _merge_moments_recipe(channels: int, tiles: int, rows: int, span: int) -> Recipe:
+    scalars = {"T": tiles, "C": channels, "rows": rows, "span": span}
+    vectors = moments_vectors(channels, tiles)
     return merge_recipe(merge_moments_kernel, scalars, ["values_ptr", "counts_ptr"], ["merged_ptr"], vectors)
 
 
-def _moments_vectors(channels: int, tiles: int) -> dict[str, Vector]:
+def moments_vectors(channels: int, tiles: int) -> dict[str, Vector]:
     return {
         "values_ptr": Vector("moments.values", (2, tiles, channels), FP32),
         "counts_ptr": Vector("moments.counts", (tiles,), FP32),
@@ -345,11 +365,11 @@ def batch_norm_stats(
     if like is None or (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must both be given, or neither and moments; got one or nothing")
     channels = like.shape[-1]
-    values, rows, pixels, counts = moments or (None, 0, 0, None)
-    sizes = (channels, 0 if values is None else values.shape[1], rows, pixels)
+    values, counts = (None, None) if moments is None else (moments.values, moments.counts)
+    tiles, rows, span = (0, 0, 0) if moments is None else (moments.values.shape[1], moments.rows, moments.span)
     cumulative = moments is not None and momentum is None and batches is not None
     stats = torch.empty(5, channels, dtype=torch.float32, device=like.device)
-    _stats_recipe(*sizes, eps, 0.0 if momentum is None else momentum, cumulative).run(
+    _stats_recipe(channels, tiles, rows, span, eps, 0.0 if momentum is None else momentum, cumulative).run(
         values_ptr=values,
         counts_ptr=counts,
         gamma_ptr=gamma,
@@ -366,13 +386,13 @@ def batch_norm_stats(
 
 @lru_cache(maxsize=KEPT_LAYOUTS)
 def _stats_recipe(
-    channels: int, tiles: int, rows: int, pixels: int, eps: float, momentum: float, cumulative: bool
+    channels: int, tiles: int, rows: int, span: int, eps: float, momentum: float, cumulative: bool
 ) -> Recipe:
     scalars = {
         "T": tiles,
         "C": channels,
         "rows": rows,
-        "pixels": pixels,
+        "span": span,
         "eps": eps,
         "momentum": momentum,
         "CUMULATIVE": cumulative,
@@ -384,22 +404,24 @@ def _stats_recipe(
     names = ("gamma", "beta", "running_mean", "running_var")
     vectors = {f"{name}_ptr": Vector(name, (channels,)) for name in names}
     vectors["batches_ptr"] = Vector("batches", (), (torch.int64,))
-    return merge_recipe(batch_norm_stats_kernel, scalars, read, written, vectors | _moments_vectors(channels, tiles))
+    return merge_recipe(batch_norm_stats_kernel, scalars, read, written, vectors | moments_vectors(channels, tiles))
 
 
 def batch_norm_apply(
     y: Tensor,
     stats: Tensor | Norm,
     *,
+    gate: Tensor | None = None,
     residual: Residual | None = None,
     residual_stats: Tensor | None = None,
     activation: Activation = RELU,
     out_dtype: torch.dtype | None = None,
     config: TileConfig | None = None,
 ) -> Tensor:
-    """``act(scale*y + shift + residual)`` for ``y`` [N, C, P, Q]; one read of each tensor and one write.
+    """``act((scale*y + shift)*gate + residual)`` for ``y`` [N, C, P, Q]; one read of each tensor and one write.
 
-    ``stats``: as :func:`batch_norm_stats` returns them, or the fixed statistics that it would take them from.
+    ``gate``: contiguous [N, C]. ``stats``: as :func:`batch_norm_stats` returns them, or the fixed statistics that it
+    would take them from.
     ``residual_stats``: they normalise a residual of the same shape.
 
     Returns [N, C, P, Q], channels_last, of ``out_dtype`` (that of ``y`` if not given). Raises ValueError for tensors
@@ -420,6 +442,7 @@ def batch_norm_apply(
         var_ptr=var,
         gamma_ptr=gamma,
         beta_ptr=beta,
+        gate_ptr=gate,
         res_ptr=None if residual is None else residual.tensor,
         res_stats_ptr=residual_stats,
         z_ptr=z,
@@ -461,8 +484,9 @@ def _apply_recipe(
     # Of a padded residual, the pixels that are added.
     more = 0 if res is None else pixels * res.shape[1] * res.dtype.itemsize
     more += VECTOR * channels * rows
-    read = ["y_ptr", "mean_ptr", "var_ptr", "gamma_ptr", "beta_ptr"]
+    read = ["y_ptr", "mean_ptr", "var_ptr", "gamma_ptr", "beta_ptr", "gate_ptr"]
     vectors = {
+        "gate_ptr": Vector("gate", (y.shape[0], channels)),
         "stats_ptr": Vector("stats", (5, channels), FP32),
         "res_stats_ptr": Vector("residual_stats", (5, channels), FP32),
         **{f"{name}_ptr": Vector(f"stats.{name}", (channels,)) for name in ("mean", "var", "gamma", "beta")},
@@ -474,6 +498,13 @@ def _apply_recipe(
 def sizes(y: Layout) -> tuple[int, int]:
     n, c, p, q = y.shape
     return n * p * q, c
+
+
+def spans(y: Layout, by_image: bool, tile: TileConfig) -> tuple[int, int]:
+    """Pixels that a tile does not cross, of an image or of all, and how many tiles of ``block_k`` steps there are."""
+    images = y.shape[0] if by_image else 1
+    span = y.shape[0] // images * y.shape[2] * y.shape[3]
+    return span, images * cdiv(span, tile.block_m * tile.block_k)
 
 
 def wide(tile: TileConfig, *tensors: Layout | None) -> bool:
@@ -492,10 +523,10 @@ def pass_over(
     vectors: dict[str, Vector],
     more: int = 0,
 ) -> Recipe:
-    """For a kernel over ``tiles`` of pixels and blocks of channels; read and written: see :func:`_cost`."""
+    """For a kernel over ``tiles`` of pixels and blocks of channels; read and written: see :func:`streamed`."""
     blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
     grid = (tiles, cdiv(scalars["C"], tile.block_n))
-    return Recipe(kernel, grid, scalars | blocks, tile, partial(_cost, read, written, more), vectors)
+    return Recipe(kernel, grid, scalars | blocks, tile, partial(streamed, read, written, more), vectors)
 
 
 def merge_recipe(
@@ -511,10 +542,10 @@ def merge_recipe(
     tile = merge_config(scalars["T"])
     blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
     grid = (cdiv(scalars["C"], tile.block_n), rows)
-    return Recipe(kernel, grid, scalars | blocks, tile, partial(_cost, read, written, more), vectors)
+    return Recipe(kernel, grid, scalars | blocks, tile, partial(streamed, read, written, more), vectors)
 
 
-def _cost(read: list[str], written: list[str], more: int, tensors: Mapping[str, Tensor | None]) -> Cost:
+def streamed(read: list[str], written: list[str], more: int, tensors: Mapping[str, Tensor | None]) -> Cost:
     """Of tensors that are ``read`` and ``written`` whole, by name, and ``more`` bytes that are read."""
     read_bytes, written_bytes = (
         sum(t.nbytes for t in map(tensors.__getitem__, names) if t is not None) for names in (read, written)

@@ -358,9 +358,11 @@ def count(problem: ConvProblem, box: tuple[int, int, int]) -> int:
     return prod(map(cdiv, _extent(problem), box))
 
 
-def _extent(problem: ConvProblem) -> tuple[int, int, int]:
-    """Images, rows and columns that boxes cover: of a 1x1 convolution a single row of all pixels."""
-    return (1, 1, problem.m) if _pointwise(problem) else (problem.n, problem.p, problem.q)
+def _extent(problem: ConvProblem, by_image: bool = False) -> tuple[int, int, int]:
+    """Images, rows and columns that boxes cover: of a 1x1 convolution a single row of all pixels, or one an image."""
+    if not _pointwise(problem):
+        return problem.n, problem.p, problem.q
+    return (problem.n, 1, problem.p * problem.q) if by_image else (1, 1, problem.m)
 
 
 def _pointwise(problem: ConvProblem) -> bool:
@@ -387,22 +389,26 @@ def recipe(
     tile: TileConfig,
     cost: Callable[[Mapping[str, Any]], Cost],
     vectors: Mapping[str, Vector],
+    by_image: bool = False,
 ) -> Recipe | None:
     """The launch of a convolution by boxes of ``tile``, or None where TMA does not take its tensors so.
 
-    Raises ValueError for a box that is not of ``block_m`` pixels.
+    ``by_image``: nor of boxes that cross images. Raises ValueError for a box that is not of ``block_m`` pixels.
     """
     box = Box(1, 1, tile.block_m) if _pointwise(problem) else box_of(tile)
-    pixels, filters = _pixels(problem, x, box, tile), _filters(problem, w, tile)
+    extent = _extent(problem, by_image)
+    pixels, filters = _pixels(problem, x, extent, box, tile), _filters(problem, w, tile)
     ci, co = problem.tile_channels
     fits = pixels.fits(x.dtype.itemsize) and filters.fits(x.dtype.itemsize)
     if problem.prologue or problem.merged > 1 or ci % tile.block_k or not _steps(problem) or not fits:
         return None
+    if by_image and box.n > 1:
+        return None
     res = epilogue.residual.layout
     crop = epilogue.residual.crop(out.shape)
-    images, rows, columns = _extent(problem)
+    images, rows, columns = extent
     parts = parts_of(tile, bare=epilogue == Epilogue(out=epilogue.out))
-    stored = _stored(problem, out, box, parts, tile)
+    stored = _stored(problem, out, extent, box, parts, tile)
     form = Form(
         *(problem.r, problem.s),
         ONE_CHUNK=ci == tile.block_k,
@@ -425,7 +431,7 @@ def recipe(
         "blocks": blocks(tile),
         "box": box,
     }
-    grid = (count(problem, box) * cdiv(co, tile.block_n), problem.groups)
+    grid = (prod(map(cdiv, extent, box)) * cdiv(co, tile.block_n), problem.groups)
     by_tma = {"x_ptr": pixels, "w_ptr": filters} | ({} if stored is None else {"y_ptr": stored})
     return Recipe(conv_box_kernel, grid, scalars, tile, cost, vectors, by_tma)
 
@@ -452,11 +458,11 @@ def moment_tiles(recipe: Recipe) -> int:
     return recipe.grid[0] // cdiv(widths.co, recipe.config.block_n) * form.PARTS
 
 
-def _pixels(problem: ConvProblem, x: Layout, box: Box, tile: TileConfig) -> Boxes:
+def _pixels(problem: ConvProblem, x: Layout, extent: tuple[int, int, int], box: Box, tile: TileConfig) -> Boxes:
     n, channels, h, w = x.shape
     step = stride_of(x)
     if _pointwise(problem):
-        return Boxes((1, 1, problem.m, channels), (problem.m * step, problem.m * step, step, 1), (*box, tile.block_k))
+        return _rows(extent, channels, step, (*box, tile.block_k))
     if problem.stride == (1, 1):
         return image_boxes(x, box, tile)
     pairs = (n, h // 2, 2, w // 2, step + channels)
@@ -464,7 +470,15 @@ def _pixels(problem: ConvProblem, x: Layout, box: Box, tile: TileConfig) -> Boxe
     return Boxes(pairs, steps, (box.n, box.h, 1, box.w, tile.block_k))
 
 
-def _stored(problem: ConvProblem, out: Layout, box: Box, parts: int, tile: TileConfig) -> Boxes | None:
+def _rows(extent: tuple[int, int, int], channels: int, step: int, box: tuple[int, ...]) -> Boxes:
+    """Of pixels that are ``step`` elements apart, as many images of a single row as ``extent`` says."""
+    images, _, columns = extent
+    return Boxes((images, 1, columns, channels), (columns * step, columns * step, step, 1), box)
+
+
+def _stored(
+    problem: ConvProblem, out: Layout, extent: tuple[int, int, int], box: Box, parts: int, tile: TileConfig
+) -> Boxes | None:
     """How TMA stores the output, or None where it does not: what lies outside of the tensor it leaves out."""
     part = part_of(box, parts)
     within = problem.groups == 1 or problem.tile_channels[1] % tile.block_n == 0  # else into the next group
@@ -473,7 +487,7 @@ def _stored(problem: ConvProblem, out: Layout, box: Box, parts: int, tile: TileC
     n, channels, p, q = out.shape
     step = stride_of(out)
     if _pointwise(problem):
-        boxes = Boxes((1, 1, problem.m, channels), (problem.m * step, problem.m * step, step, 1), (*part, tile.block_n))
+        boxes = _rows(extent, channels, step, (*part, tile.block_n))
     else:
         boxes = Boxes((n, p, q, channels), (p * q * step, q * step, step, 1), (*part, tile.block_n))
     return boxes if boxes.fits(out.dtype.itemsize) else None

@@ -29,7 +29,19 @@ from .memory import (
     span,
     stride_of,
 )
-from .tile import PerTile, Pixels, Tile, all_finite, bound, dot, load_channels, load_pixels, tap_mask, tile_mask
+from .tile import (
+    PerTile,
+    Pixels,
+    Tile,
+    all_finite,
+    bound,
+    dot,
+    first_and_end,
+    load_channels,
+    load_pixels,
+    tap_mask,
+    tile_mask,
+)
 
 
 class Form(NamedTuple):
@@ -51,6 +63,7 @@ class Form(NamedTuple):
     PRE: Activation
     ACT: Activation
     SPLIT: bool
+    BY_IMAGE: bool
     INT64: bool
     VECTOR: int
     PRECISION: str
@@ -140,6 +153,7 @@ def conv_forward_kernel(
     MERGED: CI and CO hold several groups of group_ci and group_co channels each, and the filter is block-diagonal.
     SPLIT: the programs of the grid's third axis share a tile's steps through K; each stores its part of the sum, in y
     [splits, M, channels], for conv_forward_sum_kernel.
+    BY_IMAGE: no tile crosses images.
     """
     R: tl.constexpr = form.R
     S: tl.constexpr = form.S
@@ -171,11 +185,19 @@ def conv_forward_kernel(
     tiles_n = tl.cdiv(CO, BLOCK_N)
     pid = tl.program_id(0)
     group = tl.program_id(1)
-    offs_m = (pid // tiles_n).to(OFFSET) * BLOCK_M + tl.arange(0, BLOCK_M)
+    number = (pid // tiles_n).to(OFFSET)
+    if form.BY_IMAGE:
+        first_m, end_m = first_and_end(number, P * Q, BLOCK_M, OFFSET)
+        offs_m = first_m + tl.arange(0, BLOCK_M)
+        tiles_m = tl.num_programs(0) // tiles_n
+    else:
+        end_m = M
+        offs_m = number * BLOCK_M + tl.arange(0, BLOCK_M)
+        tiles_m = tl.cdiv(M, BLOCK_M)
     offs_n = pid % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     # Rows and columns past the end read the first one instead: no mask in the loop, and the store drops them.
-    mask_m = offs_m < M
+    mask_m = offs_m < end_m
     row = tl.where(mask_m, offs_m, 0)
     col = tl.where(offs_n < CO, offs_n, 0)
 
@@ -311,8 +333,7 @@ def conv_forward_kernel(
 
     norm = Norm(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps)
     res, y = Pixels(res_ptr, widths.res), Pixels(y_ptr, widths.y)
-    number = (pid // tiles_n).to(OFFSET)
-    moments = PerTile(moments_ptr, tl.cdiv(M, BLOCK_M), widths.channels, number)
+    moments = PerTile(moments_ptr, tiles_m, widths.channels, number)
     # Half a wide tile at a time: one whole would not leave room in the registers for the residual.
     PARTS: tl.constexpr = 2 if BLOCK_N >= 128 else 1
     WIDTH: tl.constexpr = BLOCK_N // PARTS
@@ -322,7 +343,7 @@ def conv_forward_kernel(
         parts = (acc,)
     for i in tl.static_range(PARTS):
         n = pid % tiles_n * BLOCK_N + i * WIDTH + tl.arange(0, WIDTH)
-        tile = Tile(offs_m, group * CO + n, offs_m < M, n < CO)
+        tile = Tile(offs_m, group * CO + n, offs_m < end_m, n < CO)
         store_output(parts[i], tile, bias_ptr, norm, res, crop, y, moments, size, RES_PADDED, ACT)
 
 
@@ -522,20 +543,23 @@ def conv_forward_moments(
     prologue: Prologue | None = None,
     bias: Tensor | None = None,
     tf32: bool = False,
+    by_image: bool = False,
     config: TileConfig | None = None,
 ) -> tuple[Tensor, Moments]:
     """``y = conv(prologue(x)) + bias`` [N, CO, P, Q] as it is, and the moments of its channels, in one launch.
 
     Arguments as for :func:`conv_forward`, but that ``config`` may not split the sum. The moments are those of the
-    rounded values.
+    rounded values. ``by_image``: no tile of them crosses images; a ``config`` with a box that does is left.
     """
     if config is not None and config.splits != 1:
         raise ValueError(f"config.splits must be 1 where moments are taken; got {config.splits}")
     epilogue = Epilogue(out=x.dtype)
     chosen = conv_box.loadable(config, x, w)
-    launches = _launches(layout(x), layout(w), geometry, _before(prologue), epilogue, tf32, target_arch(), chosen)
+    launches = _launches(
+        layout(x), layout(w), geometry, _before(prologue), epilogue, tf32, target_arch(), chosen, by_image
+    )
     y = _output(launches.product, x, w, x.dtype)
-    moments = _moments(launches.product, y)
+    moments = _moments(launches.product, y, by_image)
     _run(launches, x, w, prologue, bias, None, None, y, moments)
     return y, moments
 
@@ -544,13 +568,13 @@ def _before(prologue: Prologue | None) -> Activation | None:
     return None if prologue is None else prologue.activation
 
 
-def _moments(recipe: Recipe, y: Tensor) -> Moments:
+def _moments(recipe: Recipe, y: Tensor, by_image: bool) -> Moments:
     """Those of ``y``, for the launch to fill in."""
     n, channels, p, q = y.shape
-    rows = recipe.config.block_m
-    tiles = conv_box.moment_tiles(recipe) if recipe.boxes else cdiv(n * p * q, rows)
+    rows, images = recipe.config.block_m, n if by_image else 1
+    tiles = conv_box.moment_tiles(recipe) if recipe.boxes else images * cdiv(n * p * q // images, rows)
     values = torch.empty(2, tiles, channels, dtype=torch.float32, device=y.device)
-    return Moments(values, rows, n * p * q, values.new_empty(tiles) if recipe.boxes else None)
+    return Moments(values, rows, n * p * q, values.new_empty(tiles) if recipe.boxes else None, images)
 
 
 class _Launches(NamedTuple):
@@ -600,6 +624,7 @@ def _launches(
     tf32: bool,
     arch: int,
     config: TileConfig | None,
+    by_image: bool = False,
 ) -> _Launches:
     """``before``: the activation of the prologue, or None without one."""
     require_pixel_linear(x=x)
@@ -617,22 +642,30 @@ def _launches(
         if config.splits != 1:
             raise ValueError(f"config.splits must be 1 for a tile of boxes; got {config.splits}")
         vectors = _vectors(ci, co, prologue=False)
-        boxed = conv_box.recipe(problem, x, w, out, epilogue, config, partial(_cost, problem), vectors)
+        boxed = conv_box.recipe(problem, x, w, out, epilogue, config, partial(_cost, problem), vectors, by_image)
         if boxed is not None:
             return _Launches(boxed)
         config = None
     tile = config or default_config(problem)
+    if by_image:
+        tile = replace(tile, block_m=min(tile.block_m, max(64, triton.next_power_of_2(problem.p * problem.q))))
     if not 1 <= tile.splits <= max(steps(problem, tile), 1):
         most = f"the steps of its tile through K, which are {steps(problem, tile)}"
         raise ValueError(f"config.splits must be at least 1 and at most {most}; got {tile.splits}")
     if tile.splits == 1:
-        return _Launches(_product(problem, x, out, before, epilogue, tile))
+        return _Launches(_product(problem, x, out, before, epilogue, tile, by_image))
     parts = channels_last((n, co, problem.p, problem.q), torch.float32)
     return _Launches(_product(problem, x, parts, before, Epilogue(), tile), _total(problem, out, epilogue, tile.splits))
 
 
 def _product(
-    problem: ConvProblem, x: Layout, out: Layout, before: Activation | None, epilogue: Epilogue, tile: TileConfig
+    problem: ConvProblem,
+    x: Layout,
+    out: Layout,
+    before: Activation | None,
+    epilogue: Epilogue,
+    tile: TileConfig,
+    by_image: bool = False,
 ) -> Recipe:
     res, crop = epilogue.residual.layout, epilogue.residual.crop(out.shape)
     far = _far(tile, x, out, res)
@@ -643,10 +676,11 @@ def _product(
         "eps": epilogue.eps,
         "crop": crop,
         "widths": widths,
-        "form": _form(problem, tile, widths, crop, (before or IDENTITY, epilogue.activation), far),
+        "form": _form(problem, tile, widths, crop, (before or IDENTITY, epilogue.activation), by_image, far),
         "blocks": blocks(tile),
     }
-    tiles = cdiv(problem.m, tile.block_m) * cdiv(problem.tile_channels[1], tile.block_n)
+    images = problem.n if by_image else 1
+    tiles = images * cdiv(problem.m // images, tile.block_m) * cdiv(problem.tile_channels[1], tile.block_n)
     grid = (tiles, problem.groups // problem.merged, *([tile.splits] if tile.splits > 1 else []))
     vectors = _vectors(problem.ci, problem.co, problem.prologue)
     return Recipe(conv_forward_kernel, grid, scalars, tile, partial(_cost, problem), vectors)
@@ -688,6 +722,7 @@ def _form(
     widths: Widths,
     crop: Crop,
     activations: tuple[Activation, Activation],
+    by_image: bool,
     far: bool,
 ) -> Form:
     ci, co = problem.tile_channels
@@ -706,6 +741,7 @@ def _form(
         PRE=activations[0],
         ACT=activations[1],
         SPLIT=tile.splits > 1,
+        BY_IMAGE=by_image,
         INT64=far,
         VECTOR=load_width(problem, ci, co, widths.x, widths.w),
         PRECISION=precision(problem),

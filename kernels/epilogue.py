@@ -36,14 +36,21 @@ class Moments(NamedTuple):
     """Statistics of a tensor with C channels, tile by tile.
 
     ``values``: fp32 [2, T, C], the mean of each of T tiles of pixels, then the sum of squared deviations from it.
-    ``rows``: pixels per tile, ``pixels``: of all tiles, so that the last may have fewer. ``counts``: fp32 [T], the
-    pixels of each tile where they differ otherwise (``rows`` does not count then).
+    ``rows``: pixels per tile, ``pixels``: of all tiles. ``counts``: fp32 [T], the pixels of each tile where they differ
+    otherwise (``rows`` does not count then). ``images``: into so many spans of as many pixels the tiles are cut, one
+    span after the other, and the last tile of each may have fewer pixels.
     """
 
     values: Tensor
     rows: int
     pixels: int
     counts: Tensor | None = None
+    images: int = 1
+
+    @property
+    def span(self) -> int:
+        """Pixels that tiles do not cross."""
+        return self.pixels // self.images
 
 
 class Crop(NamedTuple):

@@ -12,11 +12,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import IDENTITY, RELU, Activation, in_front
-from .batch_norm import FP32, RUNTIME_SIZES, VECTOR, default_config, merge_recipe, pass_over, sizes, wide
+from .batch_norm import FP32, RUNTIME_SIZES, VECTOR, default_config, merge_recipe, pass_over, sizes, spans, wide
 from .epilogue import NOTHING, WHOLE, Added, Residual, added, load_residual, normalise
 from .launch import KEPT_LAYOUTS, Recipe, TileConfig, Vector, target_arch
 from .memory import Layout, cdiv, empty_channels_last, layout, require_pixel_linear, stride_of
-from .tile import Pixels, Tile, bound, load_channels, load_pixels, store_pixels
+from .tile import Pixels, Tile, bound, first_and_end, load_channels, load_pixels, store_pixels
 
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
@@ -27,14 +27,15 @@ def batch_norm_reduce_kernel(
     stats_ptr,
     y2_ptr,
     stats2_ptr,
+    gate_ptr,
     res_ptr,
     g_ptr,
     sums_ptr,
-    M,
     C,
     P,
     Q,
     T,
+    span,
     steps,
     dz_stride,
     z_stride,
@@ -52,7 +53,7 @@ def batch_norm_reduce_kernel(
     """``g``, ``dz`` times the activation's derivative, and its sums over steps*BLOCK_M pixels x BLOCK_N channels.
 
     The sums: of g, of ``g*(y - mean)`` and of ``g*(y2 - mean2)``. The derivative is that at z, the output of a ReLU;
-    without z, at the input ``scale*y + shift``, to which comes what ``res`` or y2 add.
+    without z, at the input ``scale*y + shift``, times ``gate`` if there is one, plus what ``res`` or y2 add.
     """
     OFFSET: tl.constexpr = tl.int64 if INT64 else tl.int32
     pid = tl.program_id(0)
@@ -61,9 +62,10 @@ def batch_norm_reduce_kernel(
     sum_g = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     sum_gy = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     sum_gy2 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    offs_m = pid.to(OFFSET) * (steps * BLOCK_M) + tl.arange(0, BLOCK_M)
+    first, end = first_and_end(pid, span, steps * BLOCK_M, OFFSET)
+    offs_m = first + tl.arange(0, BLOCK_M)
     for _ in range(bound(steps)):
-        mask = (offs_m < M)[:, None] & mask_c[None, :]
+        mask = (offs_m < end)[:, None] & mask_c[None, :]
         g = load_pixels(dz_ptr, offs_m, dz_stride, c, mask)
         if z_ptr is not None:
             g = in_front(g, load_pixels(z_ptr, offs_m, z_stride, c, mask), ACT)
@@ -74,10 +76,12 @@ def batch_norm_reduce_kernel(
         if z_ptr is None:
             if ACT.name != "identity":
                 v = normalise(y, stats_ptr, c, mask_c, C)
+                if gate_ptr is not None:
+                    v *= load_pixels(gate_ptr, offs_m // (P * Q), C, c, mask)
                 if y2_ptr is not None:
                     v += normalise(y2, stats2_ptr, c, mask_c, C)
                 if res_ptr is not None:
-                    tile = Tile(offs_m, c, offs_m < M, mask_c)
+                    tile = Tile(offs_m, c, offs_m < end, mask_c)
                     v += load_residual(Pixels(res_ptr, res_stride), crop, tile, P, Q, RES_PADDED)
                 g = in_front(g, v, ACT)
                 if ACT.name != "relu":
@@ -169,10 +173,13 @@ def batch_norm_backward_kernel(
     y2_ptr,
     coefs2_ptr,
     add_ptr,
+    gate_ptr,
+    offset_ptr,
     dy_ptr,
     dy2_ptr,
     M,
     C,
+    span,
     g_stride,
     y_stride,
     y2_stride,
@@ -184,7 +191,8 @@ def batch_norm_backward_kernel(
 ):
     """``dy = A*g + B*y + C + add`` for BLOCK_M pixels x BLOCK_N channels; twice from one g if there is a second norm.
 
-    The addend is optional, and goes to the first.
+    The addend is optional, and goes to the first. With a gate, ``g*gate + offset`` takes the place of g, both having a
+    number for each image and channel.
     """
     OFFSET: tl.constexpr = tl.int64 if INT64 else tl.int32
     offs_m = tl.program_id(0).to(OFFSET) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -192,6 +200,9 @@ def batch_norm_backward_kernel(
     mask_c = c < C
     mask = (offs_m < M)[:, None] & mask_c[None, :]
     g = load_pixels(g_ptr, offs_m, g_stride, c, mask)
+    if gate_ptr is not None:
+        image = offs_m // span
+        g = tl.fma(g, load_pixels(gate_ptr, image, C, c, mask), load_pixels(offset_ptr, image, C, c, mask))
     dy = gradient(g, y_ptr, y_stride, coefs_ptr, offs_m, c, mask, mask_c, C)
     if dy2_ptr is not None:
         dy2 = gradient(g, y2_ptr, y2_stride, coefs2_ptr, offs_m, c, mask, mask_c, C)
@@ -209,6 +220,7 @@ def batch_norm_reduce(
     activation: Activation = IDENTITY,
     z: Tensor | None = None,
     second: tuple[Tensor, Tensor] | None = None,
+    gate: Tensor | None = None,
     residual: Residual | None = None,
     out: Tensor | None = None,
     config: TileConfig | None = None,
@@ -218,7 +230,8 @@ def batch_norm_reduce(
     The derivative is that at the activation's input, ``scale*y + shift`` plus ``residual`` or the ``second`` batch
     norm, which is given by its y and stats; or, of a ReLU, at its output ``z``. Other outputs may change in place, as
     PyTorch does not keep them either; and the input takes no more bytes: the residual is read in place of z, and beside
-    a second batch norm nothing. Of the identity, g is ``dz`` itself. ``out``: a pixel-linear tensor that g goes
+    a second batch norm nothing. Of the identity, g is ``dz`` itself. ``gate``: contiguous [N, C], times which the
+    activation's input has ``scale*y + shift``; then no tile crosses images. ``out``: a pixel-linear tensor that g goes
     to; ``dz`` itself will do.
 
     Returns g and fp32 [2 or 3, T, C]: tile by tile ``sum g``, ``sum g*(y - mean)`` (0 without ``y``), and the second's,
@@ -231,7 +244,7 @@ def batch_norm_reduce(
     if z is not None and (activation != RELU or residual is not None):
         raise ValueError(f"z must come with a ReLU, and without residual; got {activation}")
     inputs = map(layout, (dz, y, z, y2, out if masked else None))
-    recipe = _reduce_recipe(*inputs, added(residual), activation, target_arch(), config)
+    recipe = _reduce_recipe(*inputs, added(residual), activation, gate is not None, target_arch(), config)
     tiles, channels = recipe.scalars["T"], recipe.scalars["C"]
     if masked and out is None:
         out = empty_channels_last(dz.shape, dz.dtype, dz.device)
@@ -244,6 +257,7 @@ def batch_norm_reduce(
         stats_ptr=stats,
         y2_ptr=y2,
         stats2_ptr=stats2,
+        gate_ptr=gate,
         res_ptr=None if residual is None else residual.tensor,
         g_ptr=g,
         sums_ptr=sums,
@@ -253,9 +267,9 @@ def batch_norm_reduce(
 
 def batch_norm_sums(dz: Tensor, y: Tensor, stats: Tensor, *, config: TileConfig | None = None) -> Tensor:
     """The sums of :func:`batch_norm_reduce` of a ReLU without ``z``, fp32 [2, T, C], where g itself is of no use."""
-    recipe = _reduce_recipe(layout(dz), layout(y), None, None, None, NOTHING, RELU, target_arch(), config)
+    recipe = _reduce_recipe(layout(dz), layout(y), None, None, None, NOTHING, RELU, False, target_arch(), config)
     sums = torch.empty(2, recipe.scalars["T"], recipe.scalars["C"], dtype=torch.float32, device=dz.device)
-    nothing = dict.fromkeys(("z_ptr", "y2_ptr", "stats2_ptr", "res_ptr", "g_ptr"))
+    nothing = dict.fromkeys(("z_ptr", "y2_ptr", "stats2_ptr", "gate_ptr", "res_ptr", "g_ptr"))
     recipe.run(dz_ptr=dz, y_ptr=y, stats_ptr=stats, sums_ptr=sums, **nothing)
     return sums
 
@@ -269,6 +283,7 @@ def _reduce_recipe(
     out: Layout | None,
     residual: Added,
     activation: Activation,
+    gated: bool,
     arch: int,
     config: TileConfig | None,
 ) -> Recipe:
@@ -282,16 +297,16 @@ def _reduce_recipe(
     small = y2 is None and dz.dtype.itemsize == 2 and channels % 16 == 0
     registers = (64 if small else None) if activation.light else 128
     tile = config or replace(default_config(pixels, channels, arch), max_registers=registers)
-    tiles = cdiv(pixels, tile.block_m * tile.block_k)
+    span, tiles = spans(dz, gated, tile)
     g_stride = 0
     if activation != IDENTITY:
         g_stride = channels if out is None else stride_of(out)
     scalars = {
-        "M": pixels,
         "C": channels,
         "P": dz.shape[2],
         "Q": dz.shape[3],
         "T": tiles,
+        "span": span,
         "dz_stride": stride_of(dz),
         "z_stride": stride_of(z),
         "y_stride": stride_of(y),
@@ -308,7 +323,10 @@ def _reduce_recipe(
     more = VECTOR * channels * rows * ((y is not None) + (y2 is not None))
     more += 0 if res is None else pixels * res.shape[1] * res.dtype.itemsize
     read, written = ["dz_ptr", "z_ptr", "y_ptr", "y2_ptr"], ["sums_ptr", "g_ptr"]
+    if rows == 3:
+        read.append("gate_ptr")
     vectors = {
+        "gate_ptr": Vector("gate", (dz.shape[0], channels)),
         "stats_ptr": Vector("stats", (5, channels), FP32),
         "stats2_ptr": Vector("second[1]", (5, channels), FP32),
     }
@@ -364,19 +382,23 @@ def batch_norm_backward(
     out: Tensor | None = None,
     second: tuple[Tensor | None, Tensor] | None = None,
     addend: Tensor | None = None,
+    gate: tuple[Tensor, Tensor] | None = None,
     config: TileConfig | None = None,
 ) -> Any:
     """``dy = A*g + B*y + C + addend`` [N, C, P, Q]; ``y`` None where B and C are zero. ``out`` may be ``g`` itself.
 
     Without ``out``, dy has the dtype of ``y``, or of ``g`` if there is none. ``second``: y and coefs of another batch
     norm that the same g goes into; then the result is a pair, and the second is a new tensor of the same dtype.
-    ``addend``: the gradient that what batch norm read has from elsewhere.
+    ``addend``: the gradient that what batch norm read has from elsewhere. ``gate``: contiguous [N, C] twice, times and
+    plus which g goes into the formula.
     """
     y2, coefs2 = second or (None, None)
+    times, plus = gate or (None, None)
     recipe = _backward_recipe(*map(layout, (g, y, y2, addend, out)), second is not None, target_arch(), config)
     dy = torch.empty_like(g if y is None else y, memory_format=torch.channels_last) if out is None else out
     dy2 = None if second is None else torch.empty_like(dy, memory_format=torch.channels_last)
-    recipe.run(g_ptr=g, y_ptr=y, coefs_ptr=coefs, y2_ptr=y2, coefs2_ptr=coefs2, add_ptr=addend, dy_ptr=dy, dy2_ptr=dy2)
+    own = {"g_ptr": g, "y_ptr": y, "coefs_ptr": coefs, "add_ptr": addend, "gate_ptr": times, "offset_ptr": plus}
+    recipe.run(**own, y2_ptr=y2, coefs2_ptr=coefs2, dy_ptr=dy, dy2_ptr=dy2)
     return dy if dy2 is None else (dy, dy2)
 
 
@@ -397,6 +419,7 @@ def _backward_recipe(
     scalars = {
         "M": pixels,
         "C": channels,
+        "span": g.shape[2] * g.shape[3],
         "g_stride": stride_of(g),
         "y_stride": stride_of(y),
         "y2_stride": stride_of(y2),
@@ -405,9 +428,10 @@ def _backward_recipe(
         "INT64": wide(tile, g, y, y2, addend, out),
     }
     more = (1 if y is None else 3) + (0 if not twice else 1 if y2 is None else 3)
-    read, written = ["g_ptr", "y_ptr", "y2_ptr", "add_ptr"], ["dy_ptr", "dy2_ptr"]
+    read, written = ["g_ptr", "y_ptr", "y2_ptr", "add_ptr", "gate_ptr", "offset_ptr"], ["dy_ptr", "dy2_ptr"]
     tiles = cdiv(pixels, tile.block_m)
     vectors = {
+        **{f"{name}_ptr": Vector(name, (g.shape[0], channels)) for name in ("gate", "offset")},
         "coefs_ptr": Vector("coefs", (3, channels), FP32),
         "coefs2_ptr": Vector("second[1]", (3, channels), FP32),
     }

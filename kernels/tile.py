@@ -109,6 +109,14 @@ def store_pixels(ptr, offs_m, stride, c, v, mask):
 
 
 @triton.jit
+def first_and_end(tile, span, rows, OFFSET: tl.constexpr):
+    """The first pixel of a tile of ``rows``, and where the span of pixels ends that it does not cross."""
+    tiles = tl.cdiv(span, rows)
+    begin = (tile // tiles).to(OFFSET) * span
+    return begin + tile % tiles * rows, begin + span
+
+
+@triton.jit
 def tile_mask(tile):
     """Which elements of a tile there are."""
     return tile.mask_m[:, None] & tile.mask_c[None, :]

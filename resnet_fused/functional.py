@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -10,7 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from resnet_fused.engine import chains, eligible, ops, reference
-from resnet_fused.engine.autograd import ChainSpec, PreActFunction, PreActSpec, ResidualFunction, UnitSpec, laid_out
+from resnet_fused.engine.autograd import (
+    ChainSpec,
+    GateFunction,
+    PreActFunction,
+    PreActSpec,
+    ResidualFunction,
+    SqueezeFunction,
+    UnitSpec,
+    laid_out,
+)
 from resnet_fused.engine.eligible import Layer, Unit, plain, process_group_name, why_foreign, why_unfit
 from resnet_fused.engine.forward import Choice, choose, choose_chain, settings, undecided
 from resnet_fused.engine.ops import channels_last
@@ -249,17 +259,61 @@ def run(chain: Chain, *, recompute: bool = False) -> Tensor:
     """What :func:`residual_block` returns."""
     if _is_fixed(chain.all_units, chain.x, chain.source):
         return _infer(chain, chain.x, chain.units)
+    *parts, last = _parts(chain)
+    x = _run_inner(chain, parts)
+    if _is_eager(*last):
+        return _run_eager(x, last[0].unit.layer, _shortcut(chain)).to(chain.out_dtype)
+    spec, *arguments = _arguments(x, last, chain, True, recompute)
+    return ResidualFunction.apply(spec, *arguments)
+
+
+def _run_inner(chain: Chain, parts: Sequence[Sequence[_Planned]]) -> Tensor:
+    """What ``parts`` of the chain but the last return."""
     x = chain.x
-    parts = list(_parts(chain))
     for part in parts:
-        last = part is parts[-1]
         if _is_eager(*part):
-            shortcut = _shortcut(chain) if last else None
-            x = _run_eager(x, part[0].unit.layer, shortcut)
-            x = x.to(chain.out_dtype) if last else x
+            x = _run_eager(x, part[0].unit.layer, None)
         else:
-            x = _train(x, part, chain, last, recompute)
+            x = ResidualFunction.apply(*_arguments(x, part, chain, False, False))
     return x
+
+
+def run_gated(chain: Chain, excite: Callable[[Tensor], Tensor]) -> Tensor:
+    """``act(units(x) * gate + shortcut)``, the gate what ``excite`` makes of the mean of ``units(x)``, image by image.
+
+    ``excite``: from [N, CO, 1, 1] to what broadcasts to that. Returns channels_last. Hu et al. 2017 (arXiv:1709.01507).
+    """
+    if _is_fixed(chain.all_units, chain.x, chain.source):
+        *inner, unit = chain.units
+        x = chain.x
+        for before in inner:
+            x = _infer_unit(x, before, chain.request, chain.dtype)
+        last = [_Planned(unit, *_plan(tuple(x.shape), unit, chain.dtype, chain.request, "inference"))]
+        chain = chain._replace(source=_infer_shortcut(chain), projection=None)
+    else:
+        *parts, last = _parts(chain)
+        x = _run_inner(chain, parts)
+    if _is_eager(*last):
+        return _gate_eager(x, last[0].unit, chain, excite)
+    spec, *arguments = _arguments(x, last, chain, True, False)
+    y, squeeze, *carriers, stats, y_p, stats_p = SqueezeFunction.apply(spec, *arguments)
+    gate = excite(squeeze)
+    spec = replace(spec, dtype=torch.promote_types(spec.dtype, gate.dtype))
+    residual = None if chain.source is None or y_p is not None else chain.source.detach()
+    gate = gate.expand(squeeze.shape).flatten(1).contiguous()
+    return GateFunction.apply(spec, y, gate, *carriers, stats, y_p, stats_p, residual)
+
+
+def _gate_eager(x: Tensor, unit: Unit, chain: Chain, excite: Callable[[Tensor], Tensor]) -> Tensor:
+    """What :func:`run_gated` does behind ``x``, what the last ``unit`` of the chain reads."""
+    v = reference.conv_bn_act(x, *unit.layer[:2], activation=IDENTITY)
+    z = v * excite(v.mean((2, 3), keepdim=True))
+    shortcut = _shortcut(chain)
+    if isinstance(shortcut, PaddedIdentity):
+        shortcut = shortcut.materialize(z.shape[1])
+    elif isinstance(shortcut, Projection):
+        shortcut = shortcut.bn(shortcut.conv(shortcut.x))
+    return channels_last(reference.activate(z if shortcut is None else z + shortcut, unit.activation))
 
 
 def _shortcut(chain: Chain) -> Shortcut | None:
@@ -456,8 +510,8 @@ def _run_eager(x: Tensor, layer: Layer, shortcut: Shortcut | None) -> Tensor:
     return channels_last(reference.conv_bn_act(x, layer.conv, layer.bn, residual, activation=layer.activation))
 
 
-def _train(x: Tensor, part: Sequence[_Planned], chain: Chain, last: bool, recompute: bool) -> Tensor:
-    """``part`` of the chain on ``x``, with the shortcut if it is the last."""
+def _arguments(x: Tensor, part: Sequence[_Planned], chain: Chain, last: bool, recompute: bool) -> tuple[Any, ...]:
+    """What :class:`ResidualFunction` takes for a ``part`` of the chain on ``x``; of the last with the shortcut."""
     units, kind, source = list(part), "none", None
     if last and chain.source is not None:
         kind, source = ("identity" if chain.source.shape == chain.units[-1].out else "padded"), chain.source
@@ -475,7 +529,7 @@ def _train(x: Tensor, part: Sequence[_Planned], chain: Chain, last: bool, recomp
         keep_projection_y=not recompute and not _is_cheap(chain.projection, part),
     )
     tensors = [t for unit, *_ in units for t in unit[1:8]]
-    return ResidualFunction.apply(spec, x.to(chain.dtype), None if shared else source, *tensors)
+    return spec, x.to(chain.dtype), None if shared else source, *tensors
 
 
 def _train_pooled(x: Tensor, planned: _Planned, dtype: torch.dtype) -> Tensor:

@@ -48,6 +48,11 @@ class ChainSpec:
     keep_projection_y: bool
     pooled: bool = False
 
+    @property
+    def branch(self) -> int:
+        """How many units the branch has."""
+        return len(self.units) - (self.kind == "projection")
+
 
 TENSORS_PER_UNIT = 7
 """w, bias, gamma, beta, running mean, running variance, number of batches."""
@@ -64,77 +69,191 @@ class ResidualFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, spec: ChainSpec, x: Tensor, shortcut: Tensor | None, *tensors: Tensor | None) -> Tensor:
-        units = [tensors[i : i + TENSORS_PER_UNIT] for i in range(0, len(tensors), TENSORS_PER_UNIT)]
-        filters = [cast(Tensor, unit[0]) for unit in units]
-        weights = [laid_out(w, x.dtype) for w in filters]
-        branch = len(units) - (spec.kind == "projection")
-        source = x if shortcut is None else shortcut
-        ys: list[Tensor] = []
-        stats: list[Tensor] = []
-        for i, unit in enumerate(spec.units):
-            chained = 0 < i < branch
-            y, s = ops.unit_forward(
-                ys[-1] if chained else x if i == 0 else source,
-                stats[-1] if chained else None,
-                weights[i],
-                spec.units[i - 1].activation.code if chained else IDENTITY.code,
-                *units[i][1:],
-                unit.momentum,
-                unit.eps,
-                unit.batch_stats,
-                unit.convolution,
-                unit.group,
-            )
-            ys.append(y)
-            stats.append(s)
-        z, *peaks = _joined(spec, ys, stats, source)
-        keep = [True] * (branch - 1) + [spec.keep_last_y, spec.keep_projection_y]
-        kept = [y if k else None for y, k in zip(ys, keep, strict=False)]
-        biases = [unit[1] for unit in units]
-        watched = _watched(filters, weights, units, spec.units)
-        last = spec.units[branch - 1].activation
+        convolved = _convolved(spec, x, shortcut, tensors)
+        z, *peaks = _joined(spec, convolved.ys, convolved.stats, x if shortcut is None else shortcut)
+        last = spec.units[spec.branch - 1].activation
         mask = z if last == RELU and not spec.pooled else None
-        ctx.save_for_backward(x, shortcut, mask, *peaks, *weights, *biases, *kept, *stats, *watched)
-        ctx.spec, ctx.dtypes = spec, _dtypes(x, units)
-        ctx.weight_strides = [step for w in filters for step in _gradient_stride(w)]
+        _save(ctx, spec, x, shortcut, (mask, *peaks), convolved)
         return z
 
     @staticmethod
     def backward(ctx: Any, dz: Tensor) -> Any:
         _require_first_derivative()
-        spec, n = ctx.spec, len(ctx.spec.units)
         x, shortcut, z, peak, place, *saved = ctx.saved_tensors
-        weights, biases, ys, stats = (saved[i * n : i * n + n] for i in range(4))  # the rest is watched alone
-        needs = [*ctx.needs_input_grad[1:3]]
-        for i in range(n):
-            needs += ctx.needs_input_grad[3 + i * TENSORS_PER_UNIT : 7 + i * TENSORS_PER_UNIT]
-        found = iter(
-            ops.residual_backward(
-                dz,
-                z,
-                x,
-                shortcut,
-                peak,
-                place,
-                weights,
-                biases,
-                ys,
-                stats,
-                [number for unit in spec.units for number in unit.convolution],
-                ctx.weight_strides,
-                [not unit.batch_stats for unit in spec.units],
-                [unit.group for unit in spec.units],
-                [unit.activation.code for unit in spec.units],
-                spec.kind,
-                spec.step,
-                spec.before,
-                needs,
-                *ctx.dtypes,
-            )
+        needs, chain = _arguments(ctx, saved)
+        return _in_place(needs, ops.residual_backward(dz, z, x, shortcut, peak, place, *chain))
+
+
+class SqueezeFunction(torch.autograd.Function):
+    """What :class:`GateFunction` reads, and what a gate is made of: the units of a branch up to its last batch norm.
+
+    ``apply(spec, x, shortcut, *tensors)``: see :class:`ResidualFunction`. Returns the raw output ``y`` of the last unit
+    of the branch; the mean of each image behind batch norm, [N, CO, 1, 1]; two tensors that only bring back, in place
+    of gradients, the sums and the gate of :class:`resnet_fused.engine.backward.Gated`; the stats; and, of a projection,
+    raw output and stats, or None. The gradient of ``y`` is the one in front of the activation behind the addition.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, spec: ChainSpec, x: Tensor, shortcut: Tensor | None, *tensors: Tensor | None) -> Any:
+        convolved = _convolved(spec, x, shortcut, tensors, squeezes=True)
+        squeeze, means = convolved.squeezed
+        ys, stats, n, last = convolved.ys, convolved.stats, spec.branch, spec.branch - 1
+        _save(ctx, spec, x, shortcut, (means, None, None), convolved)
+        ctx.set_materialize_grads(False)
+        y_p, stats_p = (ys[n], stats[n]) if spec.kind == "projection" else (None, None)
+        fixed = [t for t in (stats[last], y_p, stats_p) if t is not None]
+        ctx.mark_non_differentiable(*fixed)
+        sums = means.new_empty(2 if y_p is None else 3, *means.shape)
+        return ys[last], squeeze, sums, squeeze.new_empty(means.shape), stats[last], y_p, stats_p
+
+    @staticmethod
+    def backward(
+        ctx: Any, g: Tensor | None, dsqueeze: Tensor | None, sums: Tensor | None, gate: Tensor | None, *_: None
+    ) -> Any:
+        _require_first_derivative()
+        x, shortcut, means, _, _, *saved = ctx.saved_tensors
+        needs, chain = _arguments(ctx, saved)
+        y = chain[2][ctx.spec.branch - 1]
+        if g is None or sums is None or gate is None:  # nothing but the squeeze was used
+            g, gate = torch.zeros_like(y), means.new_zeros(means.shape)
+            sums = means.new_zeros(3 if ctx.spec.kind == "projection" else 2, *means.shape)
+        dsqueeze = torch.zeros_like(means) if dsqueeze is None else dsqueeze.reshape(means.shape)
+        return _in_place(needs, ops.squeezed_backward(g, sums, gate, dsqueeze, means, x, shortcut, *chain))
+
+
+class GateFunction(torch.autograd.Function):
+    """``act(bn(y) * gate + shortcut)``, all but ``gate`` as :class:`SqueezeFunction` returned it.
+
+    ``apply(spec, y, gate, sums, carrier, stats, y_p, stats_p, source)``: ``gate`` [N, C]; ``source``: what the shortcut
+    is, if that is not the projection with ``y_p`` and ``stats_p``; its gradient is SqueezeFunction's to return.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        spec: ChainSpec,
+        y: Tensor,
+        gate: Tensor,
+        sums: Tensor,
+        carrier: Tensor,
+        stats: Tensor,
+        y_p: Tensor | None,
+        stats_p: Tensor | None,
+        source: Tensor | None,
+    ) -> Tensor:
+        act = spec.units[spec.branch - 1].activation
+        residual = source if y_p is None else y_p
+        z = ops.gate_forward(y, stats, gate, residual, stats_p, spec.step, spec.before, act.code, spec.dtype)
+        recomputed = act not in (RELU, IDENTITY)
+        ctx.save_for_backward(y, gate, stats, z if act == RELU else None, y_p, stats_p, source if recomputed else None)
+        ctx.spec = spec
+        return cast(Tensor, z)
+
+    @staticmethod
+    def backward(ctx: Any, dz: Tensor) -> Any:
+        _require_first_derivative()
+        y, gate, stats, z, y_p, stats_p, source = ctx.saved_tensors
+        spec = ctx.spec
+        act = spec.units[spec.branch - 1].activation
+        residual = source if y_p is None else y_p
+        dgate, sums, *g = ops.gate_backward(dz, z, y, stats, gate, residual, stats_p, spec.step, spec.before, act.code)
+        return None, g[0] if g else dz, dgate, sums, gate.detach(), None, None, None, None
+
+
+class _Convolved(NamedTuple):
+    """The units of a chain, each with its tensors; their filters as they were read; what came of them.
+
+    ``squeezed``: of the last unit of the branch, if it was squeezed, the means of :func:`forward.squeezed_forward`.
+    """
+
+    units: list[tuple[Tensor | None, ...]]
+    weights: list[Tensor]
+    ys: list[Tensor]
+    stats: list[Tensor]
+    squeezed: list[Tensor]
+
+
+def _convolved(
+    spec: ChainSpec, x: Tensor, shortcut: Tensor | None, tensors: tuple[Tensor | None, ...], squeezes: bool = False
+) -> _Convolved:
+    units = [tensors[i : i + TENSORS_PER_UNIT] for i in range(0, len(tensors), TENSORS_PER_UNIT)]
+    weights = [laid_out(cast(Tensor, unit[0]), x.dtype) for unit in units]
+    found = _Convolved(units, weights, [], [], [])
+    for i, unit in enumerate(spec.units):
+        chained = 0 < i < spec.branch
+        operator = ops.squeezed_forward if squeezes and i == spec.branch - 1 else ops.unit_forward
+        y, s, *squeezed = operator(
+            found.ys[-1] if chained else x if i == 0 or shortcut is None else shortcut,
+            found.stats[-1] if chained else None,
+            weights[i],
+            spec.units[i - 1].activation.code if chained else IDENTITY.code,
+            *units[i][1:],
+            unit.momentum,
+            unit.eps,
+            unit.batch_stats,
+            unit.convolution,
+            unit.group,
         )
-        gradients = [next(found) if need else None for need in needs]
-        per_unit = [[*gradients[i : i + 4], None, None, None] for i in range(2, len(gradients), 4)]
-        return None, *gradients[:2], *(gradient for unit in per_unit for gradient in unit)
+        found.ys.append(y)
+        found.stats.append(s)
+        found.squeezed.extend(squeezed)
+    return found
+
+
+def _save(
+    ctx: Any,
+    spec: ChainSpec,
+    x: Tensor,
+    shortcut: Tensor | None,
+    others: tuple[Tensor | None, ...],
+    convolved: _Convolved,
+) -> None:
+    """For the backward of a chain, which also reads three ``others``."""
+    units, weights, ys, stats, _ = convolved
+    filters = [cast(Tensor, unit[0]) for unit in units]
+    keep = [True] * (spec.branch - 1) + [spec.keep_last_y, spec.keep_projection_y]
+    kept = [y if k else None for y, k in zip(ys, keep, strict=False)]
+    biases = [unit[1] for unit in units]
+    watched = _watched(filters, weights, units, spec.units)
+    ctx.save_for_backward(x, shortcut, *others, *weights, *biases, *kept, *stats, *watched)
+    ctx.spec, ctx.dtypes = spec, _dtypes(x, units)
+    ctx.weight_strides = [step for w in filters for step in _gradient_stride(w)]
+
+
+def _arguments(ctx: Any, saved: list[Tensor | None]) -> tuple[list[bool], tuple[Any, ...]]:
+    """Which gradients are needed, and all that the backward of a chain takes behind what joins it.
+
+    ``saved``: what :func:`_save` did, behind the three others.
+    """
+    units, n = ctx.spec.units, len(ctx.spec.units)
+    weights, biases, ys, stats = (saved[i * n : i * n + n] for i in range(4))  # the rest is watched alone
+    needs = [*ctx.needs_input_grad[1:3]]
+    for i in range(n):
+        needs += ctx.needs_input_grad[3 + i * TENSORS_PER_UNIT : 7 + i * TENSORS_PER_UNIT]
+    return needs, (
+        weights,
+        biases,
+        ys,
+        stats,
+        [number for unit in units for number in unit.convolution],
+        ctx.weight_strides,
+        [not unit.batch_stats for unit in units],
+        [unit.group for unit in units],
+        [unit.activation.code for unit in units],
+        ctx.spec.kind,
+        ctx.spec.step,
+        ctx.spec.before,
+        needs,
+        *ctx.dtypes,
+    )
+
+
+def _in_place(needs: list[bool], found: list[Tensor]) -> tuple[Tensor | None, ...]:
+    """Of those gradients that are needed, for each argument of a chain's ``apply`` its own."""
+    each = iter(found)
+    gradients = [next(each) if need else None for need in needs]
+    per_unit = [[*gradients[i : i + 4], None, None, None] for i in range(2, len(gradients), 4)]
+    return None, *gradients[:2], *(gradient for unit in per_unit for gradient in unit)
 
 
 class PreActSpec(NamedTuple):

@@ -25,19 +25,35 @@ from resnet_fused.kernels.norm_backward import (
     merge_sums,
 )
 from resnet_fused.kernels.norm_pool import Peaks, batch_norm_pool_backward
+from resnet_fused.kernels.squeeze import squeeze_gradient
 from resnet_fused.plan.decide import tf32
+
+
+class Gated(NamedTuple):
+    """What is known of a gate, a number for each image and channel that depends on the mean of what it multiplies.
+
+    ``sums``: as :func:`gate_gradient` has them, of the gradient behind the gate; ``gate`` [N, C]; ``dsqueeze``, the
+    gradient of the means [N, C]; ``means``, fp32 [N, C]: of the raw output.
+    """
+
+    sums: Tensor
+    gate: Tensor
+    dsqueeze: Tensor
+    means: Tensor
 
 
 class Join(NamedTuple):
     """How a chain ends. ``kind`` of the shortcut: none, identity, padded (PaddedIdentity) or projection.
 
-    ``peaks``: those of a max pool behind it; then there is no shortcut.
+    ``peaks``: those of a max pool behind it; then there is no shortcut. ``gated``: of the gate in front of the
+    addition, if there is one; then the gradient that comes is the one in front of the activation.
     """
 
     kind: str
     step: int
     before: int
     peaks: Peaks | None = None
+    gated: Gated | None = None
 
 
 class Needs(NamedTuple):
@@ -144,7 +160,10 @@ def backward(
         return _branch_backward(_pool_backward(units[-1], dz, join.peaks, wanted), x, units, None, wanted), None
     source = x if shortcut is None else shortcut
     needs_source = wanted.x if shortcut is None else wanted.shortcut
-    g, dy, dy_p = _join_backward(dz, z, x, source, units, projection, join, needs_source, wanted)
+    if join.gated is not None:
+        g, dy, dy_p = dz, *_gate_backward(dz, units[-1], projection, join.gated, wanted)
+    else:
+        g, dy, dy_p = _join_backward(dz, z, x, source, units, projection, join, needs_source, wanted)
     addend: Residual | None = None
     if projection is not None and dy_p is not None:
         compact = shortcut is None and projection.subsamples
@@ -190,6 +209,20 @@ def _join_backward(
     out = g if g is not dz and g.dtype == last.w.dtype else torch.empty_like(g, dtype=last.w.dtype)
     dy, dy_p = batch_norm_backward(g, last.y_of_dy, coefs, out=out, second=(projection.y_of_dy, coefs_p))
     return g, Incoming(dy), Incoming(dy_p)
+
+
+def _gate_backward(
+    g: Tensor, last: UnitBackward, projection: UnitBackward | None, gated: Gated, wanted: Wanted
+) -> tuple[Incoming, Incoming | None]:
+    """The gradients of the last convolution's output and of the projection's from ``g``, that behind the gate."""
+    sums, offset = squeeze_gradient(*gated, last.stats, g.shape[2] * g.shape[3])
+    coefs = _norm_backward(last, sums[0], sums[1], wanted)
+    out = torch.empty_like(g, dtype=last.w.dtype)
+    dy = Incoming(batch_norm_backward(g, last.y_of_dy, coefs, out=out, gate=(gated.gate, offset)))
+    if projection is None:
+        return dy, None
+    coefs = _norm_backward(projection, gated.sums[0], gated.sums[2], wanted)
+    return dy, _incoming(projection, g, coefs, overwrite=False)
 
 
 def _branch_backward(

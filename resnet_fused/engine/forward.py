@@ -27,6 +27,7 @@ from resnet_fused.kernels.conv import ConvProblem, Geometry
 from resnet_fused.kernels.conv_forward import conv_forward, conv_forward_moments
 from resnet_fused.kernels.epilogue import Moments, Norm, Prologue, Residual
 from resnet_fused.kernels.launch import KEPT_LAYOUTS, dry_target, target_arch
+from resnet_fused.kernels.squeeze import squeeze
 from resnet_fused.plan import decide, tuned
 from resnet_fused.plan.problem import REQUESTS, Problem, Request, Tiles, Way
 
@@ -323,21 +324,50 @@ def unit_forward(
     ``before``: the input is the raw output of the unit before, behind which this stands. ``group``: the process group
     that shares the statistics of the batch, or "".
     """
-    moments: Moments | None = None
-    if batch_stats and conv.fused:
-        y, moments = conv_forward_moments(
-            x,
-            w,
-            geometry=conv.geometry,
-            prologue=_prologue(before),
-            bias=bias,
-            tf32=decide.tf32(x.dtype),
-            config=conv.tiles.forward,
-        )
+    if batch_stats:
+        y, moments = _with_moments(x, before, w, bias, conv)
     else:
-        y = convolve(x, before, w, bias, conv)
-        moments = channel_moments(y) if batch_stats else None
+        y, moments = convolve(x, before, w, bias, conv), None
     return y, _stats(moments, gamma, beta, running, eps, group)
+
+
+def squeezed_forward(
+    x: Tensor,
+    before: Before | None,
+    w: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    running: Running,
+    eps: float,
+    batch_stats: bool,
+    conv: Convolution,
+    group: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What :func:`unit_forward` returns, and the means of each image: of batch norm's output [N, CO, 1, 1], in the
+    dtype of ``x``, and of ``y``, fp32 [N, CO]."""
+    y, moments = _with_moments(x, before, w, bias, conv, by_image=True)
+    stats = _stats(moments if batch_stats else None, gamma, beta, running, eps, group)
+    return y, stats, *squeeze(moments, stats, y.dtype)
+
+
+def _with_moments(
+    x: Tensor, before: Before | None, w: Tensor, bias: Tensor | None, conv: Convolution, by_image: bool = False
+) -> tuple[Tensor, Moments]:
+    """The raw output of a unit's convolution, and its moments."""
+    if not conv.fused:
+        y = convolve(x, before, w, bias, conv)
+        return y, channel_moments(y, by_image=by_image)
+    return conv_forward_moments(
+        x,
+        w,
+        geometry=conv.geometry,
+        prologue=_prologue(before),
+        bias=bias,
+        tf32=decide.tf32(x.dtype),
+        by_image=by_image,
+        config=conv.tiles.forward,
+    )
 
 
 def norm_forward(

@@ -12,14 +12,16 @@ from torch.utils.flop_counter import register_flop_formula
 
 from resnet_fused.engine import backward, forward, replay
 from resnet_fused.engine.trace import implementations
-from resnet_fused.kernels.activation import decode
+from resnet_fused.kernels.activation import IDENTITY, decode
 from resnet_fused.kernels.batch_norm import batch_norm_apply, batch_norm_stats
 from resnet_fused.kernels.chain_forward import Link
 from resnet_fused.kernels.conv import output_size
 from resnet_fused.kernels.conv_pool import pooled_size
 from resnet_fused.kernels.epilogue import Norm, Residual
 from resnet_fused.kernels.launch import dry_target
+from resnet_fused.kernels.norm_backward import batch_norm_reduce
 from resnet_fused.kernels.norm_pool import Peaks, batch_norm_pool
+from resnet_fused.kernels.squeeze import gate_gradient
 
 _library = torch.library.Library("resnet_fused", "DEF")
 _library.define(
@@ -33,10 +35,20 @@ _library.define(
 )
 _library.define("affine(Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, Tensor? bias, float eps) -> Tensor")
 _library.define("chain(Tensor x, Tensor?[] weights, Tensor?[] affines, Tensor residual, int[] convolution) -> Tensor[]")
-_library.define(
-    "unit_forward(Tensor x, Tensor? x_stats, Tensor w, str before, Tensor? bias, Tensor? gamma, Tensor? beta, "
+_UNIT = (
+    "Tensor x, Tensor? x_stats, Tensor w, str before, Tensor? bias, Tensor? gamma, Tensor? beta, "
     "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? batches, float? momentum, float eps, "
-    "bool batch_stats, int[] convolution, str group) -> (Tensor, Tensor)"
+    "bool batch_stats, int[] convolution, str group"
+)
+_library.define(f"unit_forward({_UNIT}) -> (Tensor, Tensor)")
+_library.define(f"squeezed_forward({_UNIT}) -> (Tensor, Tensor, Tensor, Tensor)")
+_library.define(
+    "gate_forward(Tensor y, Tensor stats, Tensor gate, Tensor? residual, Tensor? residual_stats, int step, int before, "
+    "str activation, ScalarType out_dtype) -> Tensor"
+)
+_library.define(
+    "gate_backward(Tensor dz, Tensor? z, Tensor y, Tensor stats, Tensor gate, Tensor? residual, "
+    "Tensor? residual_stats, int step, int before, str activation) -> Tensor[]"
 )
 _library.define(
     "join_forward(Tensor y, Tensor stats, Tensor? residual, Tensor? residual_stats, int step, int before, "
@@ -56,11 +68,18 @@ _library.define(
     "ScalarType norm_dtype) -> Tensor[]"
 )
 _library.define("pool_forward(Tensor y, Tensor stats) -> (Tensor, Tensor, Tensor)")
-_library.define(
-    "residual_backward(Tensor dz, Tensor? z, Tensor x, Tensor? shortcut, Tensor? peak, Tensor? place, "
+_CHAIN = (
     "Tensor[] weights, Tensor?[] biases, Tensor?[] ys, Tensor[] stats, int[] convolutions, int[] weight_strides, "
     "bool[] frozen, str[] groups, str[] activations, str kind, int step, int before, bool[] needs, "
-    "ScalarType weight_dtype, ScalarType norm_dtype) -> Tensor[]"
+    "ScalarType weight_dtype, ScalarType norm_dtype"
+)
+_library.define(
+    "residual_backward(Tensor dz, Tensor? z, Tensor x, Tensor? shortcut, Tensor? peak, Tensor? place, "
+    f"{_CHAIN}) -> Tensor[]"
+)
+_library.define(
+    "squeezed_backward(Tensor g, Tensor sums, Tensor gate, Tensor dsqueeze, Tensor means, Tensor x, Tensor? shortcut, "
+    f"{_CHAIN}) -> Tensor[]"
 )
 
 
@@ -160,36 +179,52 @@ def _output_shape(x: Tensor, w: Tensor, convolution: Sequence[int]) -> tuple[int
     return x.shape[0], w.shape[0], p, q
 
 
-def _unit_forward(
-    x: Tensor,
-    x_stats: Tensor | None,
-    w: Tensor,
-    before: str,
-    bias: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    batches: Tensor | None,
-    momentum: float | None,
-    eps: float,
-    batch_stats: bool,
-    convolution: list[int],
-    group: str,
-) -> tuple[Tensor, Tensor]:
-    raw = None if x_stats is None else forward.Before(x_stats, decode(before))
-    running = forward.Running(running_mean, running_var, batches, momentum)
-    conv = forward.decided(convolution, x, w, "training", prologue=x_stats is not None)
-    with torch.cuda.device_of(x):
-        return forward.unit_forward(x, raw, w, bias, gamma, beta, running, eps, batch_stats, conv, group)
+def _unit_by(run: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """What operators on a unit do that ``run`` computes."""
+
+    def unit(
+        x: Tensor,
+        x_stats: Tensor | None,
+        w: Tensor,
+        before: str,
+        bias: Tensor | None,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        batches: Tensor | None,
+        momentum: float | None,
+        eps: float,
+        batch_stats: bool,
+        convolution: list[int],
+        group: str,
+    ) -> tuple[Tensor, ...]:
+        raw = None if x_stats is None else forward.Before(x_stats, decode(before))
+        running = forward.Running(running_mean, running_var, batches, momentum)
+        conv = forward.decided(convolution, x, w, "training", prologue=x_stats is not None)
+        with torch.cuda.device_of(x):
+            return run(x, raw, w, bias, gamma, beta, running, eps, batch_stats, conv, group)
+
+    return unit
 
 
-def _unit_forward_fake(x: Tensor, x_stats: Tensor | None, w: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+_unit_forward, _squeezed_forward = _unit_by(forward.unit_forward), _unit_by(forward.squeezed_forward)
+
+
+def _unit_forward_fake(x: Tensor, x_stats: Tensor | None, w: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     if dry_target() is not None:
         return _unit_forward(x, x_stats, w, *arguments)
     shape = _output_shape(x, w, arguments[10])
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     return y, x.new_empty(5, w.shape[0], dtype=torch.float32)
+
+
+def _squeezed_forward_fake(x: Tensor, x_stats: Tensor | None, w: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    if dry_target() is not None:
+        return _squeezed_forward(x, x_stats, w, *arguments)
+    n, channels = x.shape[0], w.shape[0]
+    means = x.new_empty(n, channels, dtype=torch.float32)
+    return *_unit_forward_fake(x, x_stats, w, *arguments), x.new_empty(n, channels, 1, 1), means
 
 
 def _norm_forward(
@@ -270,6 +305,68 @@ def _join_forward_fake(y: Tensor, *arguments: Any) -> Tensor:
     return torch.empty_like(y, dtype=arguments[6], memory_format=torch.channels_last)
 
 
+def _gate_forward(
+    y: Tensor,
+    stats: Tensor,
+    gate: Tensor,
+    residual: Tensor | None,
+    residual_stats: Tensor | None,
+    step: int,
+    before: int,
+    activation: str,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    added = None if residual is None else Residual(residual, step, before)
+    with torch.cuda.device_of(y):
+        return batch_norm_apply(
+            y,
+            stats,
+            gate=gate,
+            residual=added,
+            residual_stats=residual_stats,
+            activation=decode(activation),
+            out_dtype=out_dtype,
+        )
+
+
+def _gate_forward_fake(y: Tensor, stats: Tensor, gate: Tensor, *arguments: Any) -> Tensor:
+    if dry_target() is not None:
+        return _gate_forward(y, stats, gate, *arguments)
+    return torch.empty_like(y, dtype=arguments[5], memory_format=torch.channels_last)
+
+
+def _gate_backward(
+    dz: Tensor,
+    z: Tensor | None,
+    y: Tensor,
+    stats: Tensor,
+    gate: Tensor,
+    residual: Tensor | None,
+    residual_stats: Tensor | None,
+    step: int,
+    before: int,
+    activation: str,
+) -> list[Tensor]:
+    dz, z, y, residual = _restored(dz), _restored(z), _restored(y), _restored(residual)
+    raw = residual is not None and residual_stats is not None
+    added = Residual(residual, step, before) if residual is not None and not raw else None
+    second = (residual, residual_stats) if residual is not None and residual_stats is not None else None
+    with torch.cuda.device_of(dz):
+        g, sums = batch_norm_reduce(
+            dz, y, stats, activation=decode(activation), z=z, second=second, gate=gate, residual=added
+        )
+        dgate, by_image = gate_gradient(sums, stats, y.shape[0], gate.dtype)
+    return [dgate, by_image] if g is dz else [dgate, by_image, g]
+
+
+def _gate_backward_fake(dz: Tensor, z: Tensor | None, y: Tensor, *arguments: Any) -> list[Tensor]:
+    if dry_target() is not None:
+        return _gate_backward(dz, z, y, *arguments)
+    gate, rows, activation = arguments[1], 2 if arguments[3] is None else 3, decode(arguments[6])
+    found = [torch.empty_like(gate), gate.new_empty(rows, *gate.shape, dtype=torch.float32)]
+    return found if activation == IDENTITY else [*found, torch.empty_like(dz, memory_format=torch.channels_last)]
+
+
 def _pool_forward(y: Tensor, stats: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     with torch.cuda.device_of(y):
         z, peaks = batch_norm_pool(y, stats)
@@ -293,6 +390,33 @@ def _residual_backward(
     shortcut: Tensor | None,
     peak: Tensor | None,
     place: Tensor | None,
+    *chain: Any,
+) -> list[Tensor]:
+    peaks = None if peak is None or place is None else Peaks(_restored(peak), _restored(place))
+    return _chain_backward(dz, z, x, shortcut, peaks, None, *chain)
+
+
+def _squeezed_backward(
+    g: Tensor,
+    sums: Tensor,
+    gate: Tensor,
+    dsqueeze: Tensor,
+    means: Tensor,
+    x: Tensor,
+    shortcut: Tensor | None,
+    *chain: Any,
+) -> list[Tensor]:
+    gated = backward.Gated(*(t.resolve_neg().contiguous() for t in (sums, gate, dsqueeze, means)))
+    return _chain_backward(g, None, x, shortcut, None, gated, *chain)
+
+
+def _chain_backward(
+    dz: Tensor,
+    z: Tensor | None,
+    x: Tensor,
+    shortcut: Tensor | None,
+    peaks: Peaks | None,
+    gated: backward.Gated | None,
     weights: list[Tensor],
     biases: list[Tensor | None],
     ys: list[Tensor | None],
@@ -328,8 +452,7 @@ def _residual_backward(
         )
     branch, last = (units[:-1], units[-1]) if kind == "projection" else (units, None)
     wanted = backward.Wanted(needs[0], needs[1], weight_dtype, norm_dtype)
-    peaks = None if peak is None or place is None else Peaks(_restored(peak), _restored(place))
-    join = backward.Join(kind, step, before, peaks)
+    join = backward.Join(kind, step, before, peaks, gated)
     with torch.cuda.device_of(x):
         dx, d_shortcut = backward.backward(dz, z, x, shortcut, branch, last, join, wanted)
     found = [dx, d_shortcut]
@@ -400,7 +523,15 @@ def _restored(x: T) -> T:
 def _residual_backward_fake(dz: Tensor, z: Tensor | None, x: Tensor, shortcut: Tensor | None, *arguments: Any) -> Any:
     if dry_target() is not None:
         return _residual_backward(dz, z, x, shortcut, *arguments)
-    weights, strides, needs, weight_dtype, norm_dtype = arguments[2], arguments[7], *arguments[14:17]
+    return _chain_backward_fake(x, shortcut, *arguments[2:])
+
+
+def _squeezed_backward_fake(*arguments: Any) -> Any:
+    return _squeezed_backward(*arguments) if dry_target() is not None else _chain_backward_fake(*arguments[5:])
+
+
+def _chain_backward_fake(x: Tensor, shortcut: Tensor | None, *chain: Any) -> list[Tensor]:
+    weights, strides, needs, weight_dtype, norm_dtype = chain[0], chain[5], *chain[12:15]
     found = [None if t is None else torch.empty_like(t, memory_format=torch.channels_last) for t in (x, shortcut)]
     for i, w in enumerate(weights):
         found.append(_filter_gradient_fake(w, strides, i, weight_dtype))
@@ -472,6 +603,8 @@ conv_bn_act_pool = _register(
 affine = _register("affine", _affine, _affine_fake)
 chain = _register("chain", _chain, _chain_fake)
 unit_forward = _register("unit_forward", _unit_forward, _unit_forward_fake, repeated=True)
+squeezed_forward = _register("squeezed_forward", _squeezed_forward, _squeezed_forward_fake, repeated=True)
+gate_forward = _register("gate_forward", _gate_forward, _gate_forward_fake)
 pool_forward = _register("pool_forward", _pool_forward, _pool_forward_fake)
 join_forward = _register("join_forward", _join_forward, _join_forward_fake)
 norm_forward = _register("norm_forward", _norm_forward, _norm_forward_fake)
@@ -518,6 +651,10 @@ def _batchable(name: str, call: Callable[..., list[Tensor]]) -> Callable[..., li
 
 residual_backward = _batchable(
     "residual_backward", _register("residual_backward", _residual_backward, _residual_backward_fake, repeated=True)
+)
+gate_backward = _batchable("gate_backward", _register("gate_backward", _gate_backward, _gate_backward_fake))
+squeezed_backward = _batchable(
+    "squeezed_backward", _register("squeezed_backward", _squeezed_backward, _squeezed_backward_fake, repeated=True)
 )
 preact_backward = _batchable(
     "preact_backward", _register("preact_backward", _preact_backward, _preact_backward_fake, repeated=True)

@@ -148,9 +148,15 @@ def batch_norm_apply(
     residual: Tensor | PaddedIdentity | None = None,
     residual_stats: Tensor | None = None,
     activation: Activation = RELU,
+    gate: Tensor | None = None,
 ) -> Tensor:
-    """``act(scale*y + shift + residual)`` for ``y`` [N, C, P, Q]; ``residual_stats`` normalise the residual too."""
+    """``act((scale*y + shift)*gate + residual)`` for ``y`` [N, C, P, Q] and a ``gate`` [N, C], if there is one.
+
+    ``residual_stats`` normalise the residual too.
+    """
     z = y * stats[2, :, None, None] + stats[3, :, None, None]
+    if gate is not None:
+        z = z * gate[:, :, None, None]
     if isinstance(residual, PaddedIdentity):
         residual = residual.materialize(z.shape[1])
     if residual is not None and residual_stats is not None:
