@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from inspect import signature
 from types import FunctionType
 from typing import Any, NamedTuple, cast
@@ -128,11 +128,14 @@ class ConvertedUnits(Converted):
     def _piece(self, number: int, x: Tensor, source: Tensor | None) -> Tensor:
         """The result of a piece on ``x``, and on ``source``, which its shortcut reads."""
         layout = cast(UnitsLayout, self._conversion.layout)
-        found = self._resolved(layout.pieces[number], x, source)
+        piece = layout.pieces[number]
+        found = self._resolved(piece, x, source)
         if isinstance(found, str):
             eligible.report_once(found)
             return cast(Tensor, layout.program.functions[number + 1](self, x, source))
-        return self._launched(found)
+        if piece.gate is None or not isinstance(found, functional.Chain):
+            return self._launched(found)
+        return functional.run_gated(found, partial(layout.program.functions[piece.gate], self))
 
     def _resolved(self, piece: Piece, x: Tensor, source: Tensor | None) -> functional.Chain | functional.PreAct | str:
         if not isinstance(x, Tensor) or not isinstance(source, Tensor | None):
@@ -140,6 +143,7 @@ class ConvertedUnits(Converted):
         try:
             passed: list[Any] = [descendant(self, name) for name, _ in piece.passed]
             units: list[Any] = [descendant(self, name) for unit in piece.layout.all_units() for name in unit[:2]]
+            units += [descendant(self, name) for name in piece.pools]
         except KeyError as missing:
             return f"it has no submodule {missing} any more"
         if eligible.hooked(*passed, *units):

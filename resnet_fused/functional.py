@@ -296,6 +296,7 @@ def run_gated(chain: Chain, excite: Callable[[Tensor], Tensor]) -> Tensor:
     if _is_eager(*last):
         return _gate_eager(x, last[0].unit, chain, excite)
     spec, *arguments = _arguments(x, last, chain, True, False)
+    spec = replace(spec, keep_projection_y=True)  # the gate's backward reads it anyway
     y, squeeze, *carriers, stats, y_p, stats_p = SqueezeFunction.apply(spec, *arguments)
     gate = excite(squeeze)
     spec = replace(spec, dtype=torch.promote_types(spec.dtype, gate.dtype))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import operator
 from collections import Counter
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from inspect import ismodule
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
@@ -21,16 +22,22 @@ from resnet_fused.modules import BlockLayout, UnitNames
 
 _IN_PLACE = (operator.iadd, "add_")
 _ADDITIONS = (operator.add, torch.add, "add", *_IN_PLACE)
+_PRODUCTS = (operator.mul, torch.mul, "mul")
+_EXPANSION = ("call_method", "expand_as")
 
 
 class Piece(NamedTuple):
     """Units that run as one chain on one input, with the addition of a shortcut of another value if it is residual.
 
-    ``passed``: the modules on the way that are activations or identities, by name.
+    ``passed``: the modules on the way that are activations or identities, by name. ``gate``: the number of the function
+    that makes of the mean of each image what the branch is multiplied with, or None; ``pools``: the modules that take
+    that mean where the forward does.
     """
 
     layout: BlockLayout
     passed: tuple[tuple[str, Activation], ...]
+    gate: int | None = None
+    pools: tuple[str, ...] = ()
 
 
 class Program:
@@ -64,7 +71,8 @@ def _made(text: str, names: dict[str, Any]) -> Any:
 class UnitsLayout(NamedTuple):
     """What a module computes, with ``pieces`` that run fused between operations that run as they are.
 
-    ``program``: its forward, and then each piece as its modules compute it, of its input and what its shortcut reads.
+    ``program``: its forward; then each piece as its modules compute it, of its input and what its shortcut reads; then
+    the gates.
     ``through``: the names of the modules inside that are seen through. ``joins``: whether two values are added.
     ``rest``: the convolutions that are in no piece, by name, and why.
     """
@@ -131,6 +139,13 @@ class Graph:
             node = node.all_input_nodes[0]
         return node
 
+    def unread(self, node: fx.Node) -> list[fx.Node]:
+        """``node``, and the identities behind it up to one that is not read by another identity alone."""
+        found = [node]
+        while len(found[-1].users) == 1 and self.kind(user := next(iter(found[-1].users))) == "identity":
+            found.append(user)
+        return found
+
     def following(self, node: fx.Node) -> tuple[list[fx.Node], fx.Node | None]:
         """The identities behind ``node``, and the only one that reads their result; None if several do, or nobody."""
         passed: list[fx.Node] = []
@@ -141,6 +156,49 @@ class Graph:
             passed.append(user)
             node = user
         return passed, None
+
+    def gate(self, value: fx.Node) -> Gate | None:
+        """That which ``value``, a norm's result, is multiplied with, if it depends on the means of its images alone."""
+        product = next((user for user in value.users if user.target in _PRODUCTS and len(user.args) == 2), None)
+        if product is None or product.kwargs or value not in product.args:
+            return None
+        _, result = sorted(product.args, key=lambda operand: operand is not value)
+        if not isinstance(result, fx.Node) or result is value:
+            return None
+        expansion = result if (result.op, result.target, result.args[1:]) == (*_EXPANSION, (value,)) else None
+        gate = Gate(value, result if expansion is None else result.args[0], product, expansion)
+        pending = [gate.result]
+        while pending:
+            node = pending.pop()
+            if node is value or node in gate.nodes:
+                continue
+            if not isinstance(node, fx.Node) or node.op in ("placeholder", "get_attr", "output"):
+                return None
+            if value in node.all_input_nodes and not (self.is_squeeze(node) or self._counts_images(node)):
+                return None
+            gate.nodes.append(node)
+            pending += node.all_input_nodes
+        nodes = {value, *gate.all_nodes()}
+        apart = all(user in nodes or user is product for node in nodes for user in node.users)
+        return gate if apart and any(map(self.is_squeeze, gate.nodes)) else None
+
+    def is_squeeze(self, node: fx.Node) -> bool:
+        """Whether ``node`` is the mean of each image of its input."""
+        if node.op == "call_module":
+            part = self.part(node)
+            return type(part) is nn.AdaptiveAvgPool2d and part.output_size in (1, (1, 1)) and _is_alone(node)
+        if node.target is F.adaptive_avg_pool2d:
+            return len(node.args) == 2 and node.args[1] in (1, (1, 1), [1, 1]) and not node.kwargs
+        if node.target not in ("mean", torch.mean) or len(node.args) < 2 or not isinstance(node.args[1], tuple | list):
+            return False
+        known = node.kwargs.keys() <= {"keepdim"} and len(node.args) < 4
+        return known and sorted(d % 4 for d in node.args[1] if isinstance(d, int)) == [2, 3]
+
+    def _counts_images(self, node: fx.Node) -> bool:
+        """Whether ``node`` is the shape of a value, of which images and channels alone are read."""
+        if (node.target, node.args[1:]) != (getattr, ("shape",)):
+            return node.target == "size" and node.args[1:] in ((0,), (1,))
+        return all(user.target is operator.getitem and user.args[1] in (0, 1) for user in node.users)
 
     def roots(self, node: fx.Node) -> frozenset[fx.Node]:
         """The values whose memory that of ``node`` may be."""
@@ -177,6 +235,21 @@ class Graph:
         return not any(read & self.roots(source) for node in between for source in node.all_input_nodes)
 
 
+@dataclass(eq=False)
+class Gate:
+    """``product``: of ``value`` and of what ``nodes`` make of its images' means, the ``result``; perhaps expanded."""
+
+    value: fx.Node
+    result: fx.Node
+    product: fx.Node
+    expansion: fx.Node | None
+    nodes: list[fx.Node] = field(default_factory=list)
+
+    def all_nodes(self) -> list[fx.Node]:
+        """All but the product."""
+        return self.nodes if self.expansion is None else [*self.nodes, self.expansion]
+
+
 def _is_alone(node: fx.Node) -> bool:
     """Whether ``node`` has one argument, and that is a value."""
     return len(node.args) == 1 and isinstance(node.args[0], fx.Node) and not node.kwargs
@@ -189,11 +262,13 @@ _WRITERS = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "ia
 class Chain:
     """Units in a graph, one on the result of the other: the nodes of each, in order, and their names.
 
-    Those of the last hold the addition of what ``source`` is, or of the ``projection`` of it, if there is any.
+    Those of the last hold the product with the ``gate``, and the addition of what ``source`` is, or of the
+    ``projection`` of it, if there are any.
     """
 
     nodes: list[list[fx.Node]]
     units: list[UnitNames]
+    gate: Gate | None = None
     source: fx.Node | None = None
     projection: Chain | None = None
     in_place: bool = False
@@ -213,16 +288,20 @@ class Chain:
         return self.source if self.projection is None else self.projection.x
 
     def all_nodes(self) -> list[fx.Node]:
-        """Those of the units and of the projection."""
-        own = [node for unit in self.nodes for node in unit]
+        """Those of the units, of the gate and of the projection."""
+        own = self.own_nodes() + ([] if self.gate is None else self.gate.all_nodes())
         return own if self.projection is None else own + self.projection.all_nodes()
+
+    def own_nodes(self) -> list[fx.Node]:
+        """Those of the units."""
+        return [node for unit in self.nodes for node in unit]
 
     def split(self) -> list[Chain]:
         """Each unit by itself."""
         if len(self.units) == 1 and self.projection is None:
             return []
         *inner, last = (Chain([nodes], [unit]) for nodes, unit in zip(self.nodes, self.units, strict=True))
-        last.in_place, last.source = self.in_place, self.source
+        last.in_place, last.source, last.gate = self.in_place, self.source, self.gate
         if self.projection is None:
             return [*inner, last]
         last.source = self.projection.end
@@ -239,7 +318,10 @@ def units_of(graph: Graph, through: Sequence[str]) -> UnitsLayout | str:
     every = [*chains, *(part for chain in chains for part in chain.parts)]
     numbers = {chain: i for i, chain in enumerate(every)}
     sources = [_source(graph, graph.nodes, chains, numbers), *(_piece_source(graph, chain, numbers) for chain in every)]
-    pieces = tuple(_piece(graph, chain) for chain in every)
+    gates = list(dict.fromkeys(chain.gate for chain in every if chain.gate is not None))
+    where = {gate: len(sources) + i for i, gate in enumerate(gates)}
+    sources += [_gate_source(graph, gate) for gate in gates]
+    pieces = tuple(_piece(graph, chain, where) for chain in every)
     joins = any(map(graph.operands, graph.nodes))
     return UnitsLayout(pieces, Program(tuple(sources)), tuple(through), joins, tuple(rest))
 
@@ -247,7 +329,7 @@ def units_of(graph: Graph, through: Sequence[str]) -> UnitsLayout | str:
 def block_of(graph: Graph) -> BlockLayout | None:
     """The layout of a module that computes one chain on its input, with a shortcut of that, and nothing else."""
     chains, _ = _chains(graph)
-    if len(chains) != 1:
+    if len(chains) != 1 or chains[0].gate is not None:
         return None
     (chain,) = chains
     start, *_, output = graph.nodes
@@ -259,7 +341,7 @@ def block_of(graph: Graph) -> BlockLayout | None:
     reads = {graph.behind(chain.x), read or start}
     if others or reads != {start} or graph.behind(output.args[0]) is not chain.end:
         return None
-    layout = _piece(graph, chain).layout
+    layout = _piece(graph, chain, {}).layout
     convs = [cast(nn.Conv2d, graph.module.get_submodule(unit.conv)) for unit in layout.all_units()]
     shortcut = convs[0].in_channels if layout.shortcut is None else convs[-1].out_channels
     if layout.residual and convs[len(layout.units) - 1].out_channels != shortcut:
@@ -271,8 +353,10 @@ def _chains(graph: Graph) -> tuple[list[Chain], list[tuple[str, str]]]:
     """The chains, and the convolutions that are in none, with the reason."""
     units: dict[fx.Node, Chain] = {}
     rest: list[tuple[str, str]] = []
+    gates = {gate.value: gate for node in graph.nodes if graph.kind(node) == "norm" and (gate := _gate(graph, node))}
+    gating = {node for gate in gates.values() for node in gate.nodes}
     for node in graph.nodes:
-        if node.op == "call_module" and isinstance(graph.part(node), _ConvNd):
+        if node.op == "call_module" and isinstance(graph.part(node), _ConvNd) and node not in gating:
             unit = _unit(graph, node)
             if isinstance(unit, str):
                 rest.append((str(node.target), unit))
@@ -280,8 +364,24 @@ def _chains(graph: Graph) -> tuple[list[Chain], list[tuple[str, str]]]:
                 units[node] = unit
     chains: list[Chain] = []
     while units:
-        chains.append(_extended(graph, units.pop(next(iter(units))), units))
+        chains.append(_gated(graph, _extended(graph, units.pop(next(iter(units))), units), gates))
     return _joined(graph, chains), rest
+
+
+def _gate(graph: Graph, norm: fx.Node) -> Gate | None:
+    """That behind ``norm``, if its result is multiplied with one."""
+    return graph.gate(graph.unread(norm)[-1])
+
+
+def _gated(graph: Graph, chain: Chain, gates: Mapping[fx.Node, Gate]) -> Chain:
+    """``chain`` with the one of the ``gates`` that follows, if one does."""
+    passed = graph.unread(chain.end)
+    gate = gates.get(passed[-1]) if _is_open(graph, chain) else None
+    if gate is None or not graph.is_free([*chain.all_nodes(), *passed, *gate.all_nodes(), gate.product], chain.x):
+        return chain
+    chain.nodes[-1] += [*passed[1:], gate.product]
+    chain.gate = gate
+    return chain
 
 
 def _unit(graph: Graph, conv: fx.Node) -> Chain | str:
@@ -359,6 +459,8 @@ def _joined(graph: Graph, chains: list[Chain]) -> list[Chain]:
             continue
         (chain, passed), other = sides[first], sides[1 - first]  # type: ignore[misc]
         projection = other[0] if other is not None and len(other[0].units) == 1 and not other[1] else None
+        if projection is not None and projection.gate is not None:
+            projection = None
         nodes = [*passed, add]
         activation = _activation(graph, nodes)
         source = operands[1 - first]
@@ -382,12 +484,39 @@ def _branch(sides: Sequence[tuple[Chain, list[fx.Node]] | None], in_place: bool)
     return lengths.index(max(lengths)) if any(lengths) else None
 
 
-def _piece(graph: Graph, chain: Chain) -> Piece:
+def _piece(graph: Graph, chain: Chain, gates: Mapping[Gate, int]) -> Piece:
+    """``gates``: their functions by number."""
     projection = None if chain.projection is None else chain.projection.units[0]
     residual = chain.source is not None
     layout = BlockLayout(tuple(chain.units), projection, residual=residual, in_place=chain.in_place)
-    called = [(str(node.target), graph.activation(node)) for node in chain.all_nodes() if node.op == "call_module"]
-    return Piece(layout, tuple((name, activation) for name, activation in called if activation is not None))
+    nodes = chain.own_nodes() + ([] if chain.projection is None else chain.projection.own_nodes())
+    called = [(str(node.target), graph.activation(node)) for node in nodes if node.op == "call_module"]
+    passed = tuple((name, activation) for name, activation in called if activation is not None)
+    if chain.gate is None:
+        return Piece(layout, passed)
+    squeezes = [node for node in chain.gate.nodes if node.op == "call_module" and graph.is_squeeze(node)]
+    return Piece(layout, passed, gates[chain.gate], tuple(str(node.target) for node in squeezes))
+
+
+def _gate_source(graph: Graph, gate: Gate) -> tuple[str, dict[str, Any]]:
+    """Python that computes the gate of the means of images, [N, C, 1, 1]."""
+    made = fx.Graph()
+    means = made.placeholder("means")
+    values = {gate.value: means}
+    for node in sorted(gate.nodes, key=graph.place.__getitem__):
+        if gate.value in node.all_input_nodes and graph.is_squeeze(node):
+            keeps = node.op == "call_module" or node.target is F.adaptive_avg_pool2d or _keepdim(node)
+            values[node] = means if keeps else made.call_method("flatten", (means, 1))
+        else:
+            values[node] = made.node_copy(node, values.__getitem__)
+            values[node].type = None
+    made.output(values[gate.result])
+    return _text_of(made)
+
+
+def _keepdim(node: fx.Node) -> bool:
+    """Whether a mean keeps the dimensions that it is taken of."""
+    return bool(node.kwargs.get("keepdim", node.args[2] if len(node.args) > 2 else False))
 
 
 def _piece_source(graph: Graph, chain: Chain, numbers: dict[Chain, int]) -> tuple[str, dict[str, Any]]:
@@ -423,5 +552,10 @@ def _source(
             values[node] = made.create_node("call_module", "_piece", (numbers[chain], values[chain.x], read))
     if whole is not None:
         made.output(values[whole.end])
+    return _text_of(made)
+
+
+def _text_of(made: fx.Graph) -> tuple[str, dict[str, Any]]:
+    """As Python, and what that calls by name that is not PyTorch's."""
     code = made.python_code("self")
     return code.src, {k: v for k, v in code.globals.items() if k not in _NAMES and not ismodule(v)}

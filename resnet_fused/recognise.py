@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 from resnet_fused import recognise_preact
@@ -84,7 +85,21 @@ def _is_leaf(module: nn.Module) -> bool:
         return False
     if not module._modules or module._parameters or module._buffers:
         return not has_units(module)
-    return not (has_units(module) or _is_plain(module))
+    return not (has_units(module) or _is_plain(module) or _is_gate(module))
+
+
+def _is_gate(module: nn.Module) -> bool:
+    """Whether ``module`` multiplies its input with what it makes of the means of its images."""
+    if not any(isinstance(part, _ConvNd | nn.Linear) for part in module.modules()):
+        return False
+    try:
+        with torch.no_grad():
+            graph = Graph(module, trace(module, EVALUATION, lambda: Tracer(lambda part, _: not is_container(part))))
+    except Untraceable:
+        return False
+    x, *_, output = graph.nodes
+    gate = graph.gate(x) if x.op == "placeholder" else None
+    return gate is not None and output.args[0] is gate.product
 
 
 def is_container(module: nn.Module) -> bool:
