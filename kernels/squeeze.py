@@ -35,7 +35,7 @@ def squeeze_kernel(
     C,
     rows,
     span,
-    BLOCK_M: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """The mean of one image's y, and of its ``scale*y + shift``, for BLOCK_N channels; T: tiles of an image."""
@@ -44,9 +44,9 @@ def squeeze_kernel(
     mask_c = c < C
     if counts_ptr is not None:
         counts_ptr += image * T
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, bound(T), BLOCK_M):
-        t = start + tl.arange(0, BLOCK_M)
+    acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+    for start in range(0, bound(T), BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)
         counts = tile_counts(counts_ptr, t, T, rows, span)
         at = (image.to(tl.int64) * T + t)[:, None] * C + c[None, :]
         mean = tl.load(values_ptr + at, mask=(counts > 0)[:, None] & mask_c[None, :], other=0.0)
@@ -61,7 +61,7 @@ def squeeze_kernel(
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
 def gate_gradient_kernel(
-    sums_ptr, stats_ptr, merged_ptr, dgate_ptr, T, C, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    sums_ptr, stats_ptr, merged_ptr, dgate_ptr, T, C, ROWS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     """Of one image, each of ROWS rows of sums over its T tiles, and ``sum g*v``, for BLOCK_N channels."""
     image, images = tl.program_id(1), tl.num_programs(1)
@@ -70,12 +70,12 @@ def gate_gradient_kernel(
     own = sums_ptr + image.to(tl.int64) * T * C
     step = images.to(tl.int64) * C
     at = merged_ptr + image * C + c
-    sum_g = add_tiles(own, T, C, c, mask_c, BLOCK_M)
-    sum_gy = add_tiles(own + step * T, T, C, c, mask_c, BLOCK_M)
+    sum_g = add_tiles(own, T, C, c, mask_c, BLOCK_T)
+    sum_gy = add_tiles(own + step * T, T, C, c, mask_c, BLOCK_T)
     tl.store(at, sum_g, mask=mask_c)
     tl.store(at + step, sum_gy, mask=mask_c)
     if ROWS == 3:
-        tl.store(at + 2 * step, add_tiles(own + 2 * step * T, T, C, c, mask_c, BLOCK_M), mask=mask_c)
+        tl.store(at + 2 * step, add_tiles(own + 2 * step * T, T, C, c, mask_c, BLOCK_T), mask=mask_c)
     scale = load_channels(stats_ptr + 2 * C, c, mask_c)
     center = tl.fma(load_channels(stats_ptr, c, mask_c), scale, load_channels(stats_ptr + 3 * C, c, mask_c))
     dgate = tl.fma(sum_gy, scale, center * sum_g)
@@ -94,14 +94,14 @@ def squeeze_gradient_kernel(
     images,
     C,
     span,
-    BLOCK_M: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """What goes back through ``v`` of BLOCK_M images and BLOCK_N channels, as ``g*gate + offset`` of each pixel.
+    """What goes back through ``v`` of BLOCK_T images and BLOCK_N channels, as ``g*gate + offset`` of each pixel.
 
     ``sums``: of that, and of its product with ``y - mean``.
     """
-    n = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     c = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_c = c < C
     mask = (n < images)[:, None] & mask_c[None, :]
@@ -207,6 +207,6 @@ def _recipe(
     more: int,
 ) -> Recipe:
     """For a kernel over blocks of channels and so many ``rows`` of programs."""
-    blocks = {"BLOCK_M": _TILE.block_m, "BLOCK_N": _TILE.block_n}
+    blocks = {"BLOCK_T": _TILE.block_m, "BLOCK_N": _TILE.block_n}
     grid = (cdiv(scalars["C"], _TILE.block_n), rows)
     return Recipe(kernel, grid, scalars | blocks, _TILE, partial(streamed, read, written, more), vectors)

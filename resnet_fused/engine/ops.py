@@ -179,36 +179,38 @@ def _output_shape(x: Tensor, w: Tensor, convolution: Sequence[int]) -> tuple[int
     return x.shape[0], w.shape[0], p, q
 
 
-def _unit_by(run: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
-    """What operators on a unit do that ``run`` computes."""
-
-    def unit(
-        x: Tensor,
-        x_stats: Tensor | None,
-        w: Tensor,
-        before: str,
-        bias: Tensor | None,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        batches: Tensor | None,
-        momentum: float | None,
-        eps: float,
-        batch_stats: bool,
-        convolution: list[int],
-        group: str,
-    ) -> tuple[Tensor, ...]:
-        raw = None if x_stats is None else forward.Before(x_stats, decode(before))
-        running = forward.Running(running_mean, running_var, batches, momentum)
-        conv = forward.decided(convolution, x, w, "training", prologue=x_stats is not None)
-        with torch.cuda.device_of(x):
-            return run(x, raw, w, bias, gamma, beta, running, eps, batch_stats, conv, group)
-
-    return unit
+def _unit_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    return _unit(forward.unit_forward, x, *arguments)
 
 
-_unit_forward, _squeezed_forward = _unit_by(forward.unit_forward), _unit_by(forward.squeezed_forward)
+def _squeezed_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    return _unit(forward.squeezed_forward, x, *arguments)
+
+
+def _unit(
+    run: Callable[..., tuple[Tensor, ...]],
+    x: Tensor,
+    x_stats: Tensor | None,
+    w: Tensor,
+    before: str,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    batches: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    batch_stats: bool,
+    convolution: list[int],
+    group: str,
+) -> tuple[Tensor, ...]:
+    """What ``run`` does for the arguments of an operator on a unit."""
+    raw = None if x_stats is None else forward.Before(x_stats, decode(before))
+    running = forward.Running(running_mean, running_var, batches, momentum)
+    conv = forward.decided(convolution, x, w, "training", prologue=x_stats is not None)
+    with torch.cuda.device_of(x):
+        return run(x, raw, w, bias, gamma, beta, running, eps, batch_stats, conv, group)
 
 
 def _unit_forward_fake(x: Tensor, x_stats: Tensor | None, w: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
