@@ -37,6 +37,7 @@ from resnet_fused.kernels.norm_backward import (
     merge_sums,
 )
 from resnet_fused.kernels.norm_pool import batch_norm_pool, batch_norm_pool_backward
+from resnet_fused.kernels.squeeze import gate_gradient, squeeze, squeeze_gradient
 from resnet_fused.modules import BasicBlock, Bottleneck, PaddedShortcut, PreActBlock, PreActBottleneck
 from resnet_fused.plan.problem import Request, Tiles
 
@@ -132,6 +133,11 @@ CONV_MOMENTS = (
     *(("groups", "prologue"), ("wide groups", "prologue"), ("strided", "prologue"), ("deep", "prologue")),
     *(("last", "prologue"), ("middle", "prologue, silu"), ("expand", "prologue, hardswish")),
 )
+SQUEEZE = (
+    *(("expand", ""), ("deep", ""), ("projection", ""), ("last", "prologue"), ("expand", "prologue")),
+    *(("expand", "boxes"), ("middle", "boxes"), ("deep", "boxes")),
+)
+GATE = (("expand", ""), ("deep", "two norms"), ("expand", "two norms, silu"))
 CONV_DGRAD = (
     *(("middle", "mask"), ("groups", "mask"), ("wide groups", "mask"), ("strided", "mask"), ("last", "mask")),
     *(("middle", "shortcut"), ("middle", "prologue"), ("expand", "prologue, mask"), ("deep", "prologue, mask")),
@@ -484,6 +490,76 @@ def _check_conv_moments(layer: CheckLayer, variant: str, draw: Draw) -> Comparis
     return Comparison(ours, expected)
 
 
+def _check_squeeze(layer: CheckLayer, variant: str, draw: Draw) -> Comparison:
+    """The means of images, of what a convolution returns and of its batch norm's output; and by a pass of their own."""
+    x, before = draw.normalised(layer.input) if "prologue" in variant else (draw.activations(layer.input), None)
+    w, stats, n = draw.filter(layer), draw.stats(layer.output), layer.n
+    tiles = _box_tiles(_problem(layer, draw)) if variant == "boxes" else []
+    prologue = None if before is None else Prologue(before[2], before[3])
+    chosen: list[TileConfig | None] = [*tiles] or [None]
+    shared: dict[str, Any] = {"geometry": layer.geometry, "prologue": prologue, "tf32": draw.tf32}
+    configs = {str(tile): {"config": tile, **shared} for tile in chosen}
+
+    def ours() -> Results:
+        results = {}
+        for name, config in configs.items():
+            results[name], moments = conv_forward_moments(x, w, by_image=True, **config)
+            for way, found in (("", moments), (" by a pass", channel_moments(results[name], by_image=True))):
+                squeezed, means = squeeze(found, stats, draw.dtype)
+                results |= {f"squeeze{way}, {name}": squeezed, f"means{way}, {name}": means}
+        return results
+
+    def expected(t: torch.dtype, ours: Results) -> Results:
+        results: Results = dict.fromkeys(configs, F.conv2d(_activated(x, before, t), w.to(t), None, *layer.geometry))
+        _, _, scale, shift, _ = stats.to(_wide(t))
+        for name, way in product(configs, ("", " by a pass")):
+            means = ours[name].to(_wide(t)).mean((2, 3))
+            squeezed = (means * scale + shift).to(t)
+            results |= {f"squeeze{way}, {name}": squeezed.view(n, -1, 1, 1), f"means{way}, {name}": means}
+        return results
+
+    return Comparison(ours, expected)
+
+
+def _check_gate(layer: CheckLayer, variant: str, draw: Draw) -> Comparison:
+    """The gradients of gates, and through them and their means that of a convolution's output."""
+    dz, (n, c, p, q) = draw.images(layer.output), layer.output
+    (y, stats), (y2, stats2) = (draw.normalised(layer.output) for _ in range(2))
+    gate, dsqueeze, coefs = (draw.uniform(0.2, 1, n, c).to(draw.dtype), draw.normal(n, c).to(draw.dtype), draw.coefs(c))
+    activation, means = _act(variant), y.double().mean((2, 3)).float()
+    z = torch.relu(draw.images(layer.output)) if activation == RELU else None
+    second = (y2, stats2) if "two norms" in variant else None
+
+    def ours() -> Results:
+        g, sums = batch_norm_reduce(dz, y, stats, activation=activation, z=z, second=second, gate=gate)
+        dgate, by_image = gate_gradient(sums, stats, n, gate.dtype)
+        through, offset = squeeze_gradient(by_image, gate, dsqueeze, means, stats, p * q)
+        dy = batch_norm_backward(g, y, coefs, gate=(gate, offset))
+        names = "sum_g sum_gy" + " sum_gy2" * (second is not None)
+        results = _named(names, by_image) | _named("total total_y", through)
+        return results | {"g": g, "dgate": dgate, "offset": offset, "dy": dy}
+
+    def expected(t: torch.dtype, ours: Results) -> Results:
+        wide = _wide(t)
+        v = z
+        if v is None:
+            other = (y2.to(wide), stats2.to(wide)) if second is not None else (None, None)
+            v = reference.batch_norm_apply(y.to(wide), stats.to(wide), *other, IDENTITY, gate.to(wide))
+        g = ours["g"].to(wide)
+        normal = reference.batch_norm_apply(y.to(wide), stats.to(wide), activation=IDENTITY)
+        offset = dsqueeze.to(wide) / (p * q)
+        total = g * gate.to(wide)[:, :, None, None] + offset[:, :, None, None]
+        results = {"g": reference.in_front(dz.to(wide), v.to(wide), activation).to(t), "offset": offset}
+        results |= {"dgate": (g * normal).sum((2, 3)).to(t), "dy": _gradient(total, y, coefs, t)}
+        for name, values, norm in (("sum_gy", y, stats), ("sum_gy2", y2, stats2)):
+            results[name] = (g * (values.to(wide) - norm.to(wide)[0, :, None, None])).sum((2, 3))
+        deviation = y.to(wide) - stats.to(wide)[0, :, None, None]
+        results |= {"total": total.sum((2, 3)), "total_y": (total * deviation).sum((2, 3)), "sum_g": g.sum((2, 3))}
+        return {name: results[name] for name in ours}
+
+    return Comparison(ours, expected)
+
+
 def _check_conv_dgrad(
     tiles: Callable[[ConvProblem], list[TileConfig]], layer: CheckLayer, variant: str, draw: Draw
 ) -> Comparison:
@@ -591,11 +667,12 @@ def _check_apply(layer: CheckLayer, variant: str, draw: Draw) -> Comparison:
     stats = draw.stats(layer.output)
     residual_stats = draw.stats(layer.output) if variant == "normalised residual" else None
     residual = _residual(layer, variant, draw)
+    gate = draw.uniform(0, 1, layer.n, c).to(draw.dtype) if "gate" in variant else None
 
     def ours() -> Results:
         own = Norm(mean, var, gamma, beta, 1e-5) if fixed else stats
-        z = batch_norm_apply(y, own, residual=residual, residual_stats=residual_stats, activation=_act(variant))
-        return {"z": z}
+        options: dict[str, Any] = {"residual": residual, "residual_stats": residual_stats, "activation": _act(variant)}
+        return {"z": batch_norm_apply(y, own, gate=gate, **options)}
 
     def expected(t: torch.dtype, _: Results) -> Results:
         wide = _wide(t)
@@ -604,7 +681,8 @@ def _check_apply(layer: CheckLayer, variant: str, draw: Draw) -> Comparison:
         own = stats.to(wide)
         if fixed:
             own = reference.batch_norm_stats(mean.to(wide), var.to(wide), gamma.to(wide), beta.to(wide), 1e-5, 0.0)
-        return {"z": reference.batch_norm_apply(y.to(wide), own, shortcut, added, _act(variant)).to(t)}
+        times = None if gate is None else gate.to(wide)
+        return {"z": reference.batch_norm_apply(y.to(wide), own, shortcut, added, _act(variant), times).to(t)}
 
     return Comparison(ours, expected, sums=0)
 
@@ -774,7 +852,8 @@ def cases(device_type: str) -> list[CheckCase]:
     """Everything that is checked on ``"cuda"`` or ``"cpu"``, in the order of the report."""
     layers = {name: layer[device_type] for name, layer in LAYERS.items()}
     norms = [(name, "") for name in NORM_LAYERS]
-    applied = ("", "residual", "normalised residual", "padded residual", "fixed statistics", "residual, silu")
+    applied: tuple[str, ...] = ("", "residual", "normalised residual", "padded residual", "fixed statistics")
+    applied += ("residual, silu", "gate", "gate, padded residual")
     reduced = ("", "mask recomputed", "two norms", "residual, silu", "two norms, silu", "padded residual, gelu")
     families: list[tuple[str, Callable[..., Comparison], Iterable[tuple[str, str]], bool]] = [
         ("conv_forward", _check_conv_forward, CONV_FORWARD, True),
@@ -787,6 +866,8 @@ def cases(device_type: str) -> list[CheckCase]:
         ("conv_dgrad", partial(_check_conv_dgrad, _launchers_tile), CONV_DGRAD, True),
         ("conv_dgrad, boxes", partial(_check_conv_dgrad, _gradient_box_tiles), DGRAD_BOX, True),
         ("conv_wgrad", _check_conv_wgrad, CONV_WGRAD, True),
+        ("squeeze", _check_squeeze, SQUEEZE, True),
+        ("gate_gradient", _check_gate, GATE, False),
         ("batch_norm_stats", _check_stats, norms, False),
         ("batch_norm_apply", _check_apply, [("expand", variant) for variant in applied], False),
         ("batch_norm_pool", _check_norm_pool, [("stem", "")], False),
