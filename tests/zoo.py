@@ -49,3 +49,27 @@ def randomise_norms(model: nn.Module) -> None:
 def logits(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     out = model(x)
     return out if isinstance(out, torch.Tensor) else out.logits
+
+
+class Gated(nn.Module):
+    """A block of a branch of 1x1, 3x3 and 1x1 convolution, squeeze and excitation behind it, and a shortcut."""
+
+    def __init__(self, inplanes: int, planes: int, stride: int = 1, act: nn.Module | None = None) -> None:
+        super().__init__()
+        width = planes // 4
+        sizes = (inplanes, width, 1), (width, width, 3), (width, planes, 1)
+        for i, (ci, co, taps) in enumerate(sizes, 1):
+            conv = nn.Conv2d(ci, co, taps, stride if taps == 3 else 1, taps // 2, bias=False)
+            self.add_module(f"conv{i}", conv)
+            self.add_module(f"bn{i}", nn.BatchNorm2d(co))
+        self.se = torchvision.ops.SqueezeExcitation(planes, width)
+        self.act = act or nn.ReLU()
+        self.downsample = None
+        if stride > 1 or inplanes != planes:
+            self.downsample = nn.Sequential(nn.Conv2d(inplanes, planes, 1, stride, bias=False), nn.BatchNorm2d(planes))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.act(self.bn1(self.conv1(x)))
+        out = self.act(self.bn2(self.conv2(out)))
+        out = self.se(self.bn3(self.conv3(out)))
+        return self.act(out + (x if self.downsample is None else self.downsample(x)))

@@ -21,10 +21,11 @@ from resnet_fused.commands.tune_trial import Candidate, rehearse
 from resnet_fused.kernels import chain_forward, conv_box, dgrad_box
 from resnet_fused.kernels.chain_forward import Chain, Link, default_config
 from resnet_fused.kernels.conv import ConvProblem, Geometry
-from resnet_fused.kernels.conv_forward import split_tiles, wide_tiles
-from resnet_fused.kernels.epilogue import Residual
+from resnet_fused.kernels.conv_forward import conv_forward_moments, split_tiles, wide_tiles
+from resnet_fused.kernels.epilogue import Prologue, Residual
 from resnet_fused.kernels.launch import Call, TileConfig, dry_run, observe
 from resnet_fused.plan.problem import Problem, Tiles
+from tests import zoo
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "tf32": torch.float32, "float32": torch.float32}
 MODELS = ["resnet20", "resnet18", "resnet50", "resnet101", "resnext50_32x4d", "wide_resnet50_2"]
@@ -148,6 +149,7 @@ def _launched(arch: int) -> Iterator[Kernel]:
         basic = resnet_fused.PreActBlock(64, 64), resnet_fused.PreActBlock(64, 128, 2)
     yield from _of_blocks(arch, bottlenecks, 256)
     yield from _of_blocks(arch, basic, 64)
+    yield from _gated(arch)
     draw = random.Random(arch)
     for _ in range(DRAWN):
         yield from _drawn(arch, draw)
@@ -277,6 +279,38 @@ def chain_call(chain: Chain, tile: TileConfig) -> Call:
     return calls[0]
 
 
+def _gated(arch: int) -> Iterator[Kernel]:
+    """Of blocks with squeeze and excitation, and of a last convolution of 3x3; of the last stage's images too."""
+    with torch.device("meta"):
+        blocks = zoo.Gated(256, 256), zoo.Gated(256, 512, 2), zoo.Gated(256, 256, act=nn.SiLU())
+        late = (zoo.Gated(2048, 2048),)
+    for block in (*blocks, *late):
+        resnet_fused.fuse(block)
+    yield from _of_blocks(arch, blocks, 256)
+    yield from _of_blocks(arch, late, 2048, side=7)
+    for name, (ci, taps), prologue in product(DTYPES, ((64, 1), (64, 3), (512, 3)), (False, True)):
+        if name == "float16" and arch not in (80, 90):
+            continue
+        side = 56 if ci == 64 else 7
+        sizes = 32, side, side, ci, 4 * ci if taps == 1 else ci, taps, taps, (1, 1), (taps // 2,) * 2, (1, 1), 1
+        unit = ConvProblem(*sizes, DTYPES[name], name == "tf32", prologue, arch)
+        for tile in (None, *conv_box.tiles(unit)):
+            yield Kernel(arch, name, _squeezed(unit, tile))
+
+
+def _squeezed(unit: ConvProblem, tile: TileConfig | None) -> Call:
+    """The launch of a convolution whose output is squeezed."""
+    calls: list[Call] = []
+    with torch.device("meta"):
+        x = torch.empty(unit.n, unit.ci, unit.h, unit.w, dtype=unit.dtype).to(memory_format=torch.channels_last)
+        w = torch.empty(unit.co, unit.ci, unit.r, unit.s, dtype=unit.dtype).to(memory_format=torch.channels_last)
+        prologue = Prologue(torch.empty(unit.ci), torch.empty(unit.ci)) if unit.prologue else None
+        geometry = Geometry(unit.stride, unit.padding)
+        with dry_run(unit.arch), observe(calls.append):
+            conv_forward_moments(x, w, geometry=geometry, prologue=prologue, tf32=unit.tf32, by_image=True, config=tile)
+    return calls[0]
+
+
 def _activated(arch: int, activation: nn.Module) -> Iterator[Kernel]:
     """Of two bottlenecks, one with a projection."""
     with torch.device("meta"):
@@ -287,13 +321,13 @@ def _activated(arch: int, activation: nn.Module) -> Iterator[Kernel]:
     return _of_blocks(arch, blocks, 256)
 
 
-def _of_blocks(arch: int, blocks: Iterable[nn.Module], channels: int) -> Iterator[Kernel]:
+def _of_blocks(arch: int, blocks: Iterable[nn.Module], channels: int, side: int = 56) -> Iterator[Kernel]:
     """Of blocks on an input of so many channels, in inference and in a training step, on every road."""
     calls: list[Call] = []
     options: dict[str, Any] = {"dtype": torch.bfloat16, "device": "meta"}
     for block, road, training in product(blocks, ("triton", "mixed"), (False, True)):
         block.train(training).to(torch.bfloat16, memory_format=torch.channels_last)
-        x = torch.empty(32, channels, 56, 56, **options, requires_grad=training)
+        x = torch.empty(32, channels, side, side, **options, requires_grad=training)
         with resnet_fused.implementation(road), dry_run(arch), observe(calls.append), torch.set_grad_enabled(training):
             z = block(x)
             if training:
