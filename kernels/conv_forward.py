@@ -648,7 +648,7 @@ def _launches(
         config = None
     tile = config or default_config(problem)
     if by_image:
-        tile = replace(tile, block_m=min(tile.block_m, max(64, triton.next_power_of_2(problem.p * problem.q))))
+        tile = _within_images(problem, tile)
     if not 1 <= tile.splits <= max(steps(problem, tile), 1):
         most = f"the steps of its tile through K, which are {steps(problem, tile)}"
         raise ValueError(f"config.splits must be at least 1 and at most {most}; got {tile.splits}")
@@ -656,6 +656,14 @@ def _launches(
         return _Launches(_product(problem, x, out, before, epilogue, tile, by_image))
     parts = channels_last((n, co, problem.p, problem.q), torch.float32)
     return _Launches(_product(problem, x, parts, before, Epilogue(), tile), _total(problem, out, epilogue, tile.splits))
+
+
+def _within_images(problem: ConvProblem, tile: TileConfig) -> TileConfig:
+    """``tile`` with hardly more pixels than an image has, and with registers for where each begins."""
+    block_m = min(tile.block_m, max(64, triton.next_power_of_2(problem.p * problem.q)))
+    products = problem.dtype == torch.float32 and not problem.tf32 and problem.prologue
+    registers = 168 if products and problem.arch in (86, 89, 120) else tile.max_registers
+    return replace(tile, block_m=block_m, max_registers=registers)
 
 
 def _product(
