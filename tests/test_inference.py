@@ -28,6 +28,7 @@ import resnet_fused
 from resnet_fused import BasicBlock, functional, implementation, inference, optimize_for_inference
 from resnet_fused.engine import eligible, forward
 from resnet_fused.inference import FoldedConv, TritonConv
+from resnet_fused.kernels.activation import IDENTITY, RELU
 from resnet_fused.models import ResNet
 from tests.rule import assert_within_rule
 from tests.test_tune import conv_relu
@@ -325,12 +326,12 @@ def test_a_unit_that_was_measured_faster_by_cudnn(residual, monkeypatch):
     layer = _randomised(nn.Sequential(nn.Conv2d(12, 16, 3, 2, 1, groups=2), nn.BatchNorm2d(16)))
     x, other = torch.randn(2, 12, 7, 6), torch.randn(2, 16, 4, 3) if residual else None
     unit = TritonConv(layer[0], layer[1], eligible.geometry(layer[0]))
-    unit.relu = True
+    unit.activation = RELU
 
     def expected(dtype):
         y = copy.deepcopy(layer).to(dtype)(x.to(dtype))
         y = y if other is None else y + other.to(dtype)
-        return torch.relu(y) if unit.relu else y
+        return torch.relu(y) if unit.activation == RELU else y
 
     with torch.inference_mode(), implementation("triton"):
         for _ in range(2):
@@ -341,7 +342,7 @@ def test_a_unit_that_was_measured_faster_by_cudnn(residual, monkeypatch):
     unit.load_state_dict(TritonConv(layer[0], layer[1], eligible.geometry(layer[0])).state_dict())
     with torch.inference_mode(), implementation("triton"):
         assert_within_rule(unit(x, other), expected(torch.float32), expected(torch.float64), sums=2)
-        unit.relu = False
+        unit.activation = IDENTITY
         assert_within_rule(unit(x, other), expected(torch.float32), expected(torch.float64), sums=2)
     assert len(calls) == 3
     assert directions == ["frozen"] * 4
@@ -349,7 +350,7 @@ def test_a_unit_that_was_measured_faster_by_cudnn(residual, monkeypatch):
     unit.load_state_dict(unit.state_dict())
     assert [t.data_ptr() for t in unit._folded] == addresses
     unit._folded = tuple(t.to("meta") for t in unit._folded)  # as in a replica on another device
-    unit.relu = True
+    unit.activation = RELU
     with torch.inference_mode(), implementation("triton"):
         assert_within_rule(unit(x, other), expected(torch.float32), expected(torch.float64), sums=2)
 
@@ -1346,3 +1347,351 @@ def test_an_attribute_that_is_set_is_that_of_the_network():
     assert frozen.device == torch.device("cpu")
     frozen.device = "mine"
     assert frozen.device == "mine" and not frozen.training
+
+
+# Activations and norms: all that the kernels have is folded, however it is written.
+
+
+ACTIVATIONS = {
+    "identity": nn.Identity(),
+    "relu": nn.ReLU(),
+    "relu6": nn.ReLU6(),
+    "relu6 in place": nn.ReLU6(inplace=True),
+    "leaky relu": nn.LeakyReLU(0.2),
+    "leaky relu of another sign": nn.LeakyReLU(-0.5),
+    "silu in place": nn.SiLU(inplace=True),
+    "gelu": nn.GELU(),
+    "gelu by tanh": nn.GELU("tanh"),
+    "timm's gelu": timm.layers.GELU(),
+    "timm's gelu by tanh": timm.layers.GELUTanh(),
+    "hardswish": nn.Hardswish(),
+    "hardtanh": nn.Hardtanh(-0.4, 0.7, inplace=True),
+    "torch.relu_": torch.relu_,
+    "method": lambda v: v.relu(),
+    "F.relu6": F.relu6,
+    "F.leaky_relu_": lambda v: F.leaky_relu_(v, 0.3),
+    "F.hardtanh": lambda v: F.hardtanh(v, -0.3, max_val=0.5),
+    "F.hardswish": lambda v: F.hardswish(v, inplace=True),
+    "F.silu": F.silu,
+    "F.gelu": lambda v: F.gelu(v, approximate="tanh"),
+}
+
+
+class _Activated(nn.Module):
+    """An activation behind batch norm, and behind the addition."""
+
+    def __init__(self, act, channels: int = 8, norm=nn.BatchNorm2d) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False), norm(channels)
+        self.conv2, self.bn2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False), norm(channels)
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.act(self.bn1(self.conv1(x)))
+        return self.act(self.bn2(self.conv2(y)) + x)
+
+
+def _left(frozen: nn.Module) -> list[str]:
+    """What the graph of a frozen model calls but for units."""
+    graph = frozen.network.graph
+    inside = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
+    return [str(node.target) for node in inside if not str(node.target).endswith("_unit")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_every_activation_is_folded_on_the_cpu(name, dtype):
+    torch.manual_seed(0)
+    model, x = _randomised(_Activated(ACTIVATIONS[name])), torch.randn(2, 8, 7, 6).to(dtype)
+    frozen = optimize_for_inference(model, dtype=dtype)
+    assert _left(frozen) == [] and len(_units(frozen)) == 2
+    kept = x.clone()
+    _check(frozen, model, x, dtype)
+    assert torch.equal(x, kept)
+    with torch.no_grad():
+        torch.testing.assert_close(frozen(x[:0]), model(x[:0].float()), check_dtype=False)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_every_activation_is_folded_by_the_kernels(name, dtype):
+    torch.manual_seed(0)
+    model, x = _randomised(_Activated(ACTIVATIONS[name])), torch.randn(1, 8, 4, 3).to(dtype)
+    with implementation("triton"):
+        frozen = optimize_for_inference(model, dtype=dtype)
+        with resnet_fused.trace() as trace:
+            frozen(x)
+        assert [launch.name for launch in trace.launches if launch.name.startswith("conv")] == ["conv_forward"] * 2
+        _check(frozen, model, x, dtype)
+
+
+@pytest.mark.parametrize("name", ["relu", "silu in place", "gelu", "leaky relu", "hardtanh", "identity"])
+def test_what_onednn_is_called_for(name):
+    """Once for a unit; behind an addition it has a ReLU alone, and others run in place."""
+    model, x = _randomised(_Activated(ACTIVATIONS[name])), torch.randn(2, 8, 7, 6)
+    frozen = optimize_for_inference(model, x)
+    with resnet_fused.trace() as trace:
+        frozen(x)
+    first, second, *rest = [launch.name for launch in trace.launches]
+    assert (first, second) == ("mkldnn._convolution_pointwise", "mkldnn._convolution_pointwise")
+    assert len(rest) == (name not in ("relu", "identity")), rest
+
+
+@pytest.mark.parametrize("name", ["silu in place", "hardtanh", "gelu"])
+@pytest.mark.parametrize("tracer", ["compile", "export", "jit.trace", "fx of the network", "make_fx"])
+def test_tracers_see_pytorchs_activations(tracer, name):
+    torch._dynamo.reset()
+    model, x = _randomised(_Activated(ACTIVATIONS[name])), torch.randn(2, 8, 7, 6)
+    frozen = optimize_for_inference(model)
+    with torch.no_grad():
+        torch.testing.assert_close(TRACERS[tracer](frozen, x)(x), model(x))
+
+
+@pytest.mark.parametrize("road", ROADS)
+def test_infinities_and_nan_pass_activations_as_eager(road):
+    """But for oneDNN's ReLU and Hardtanh."""
+    x = torch.randn(1, 8, 4, 4)
+    x[0, :, 1, 1], x[0, :, 2, 2] = float("nan"), float("inf")
+    for name in ("leaky relu", "silu in place", "gelu", "hardswish"):
+        model = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), ACTIVATIONS[name]).eval()
+        with implementation(road), torch.no_grad():
+            got, want = optimize_for_inference(model)(x), model(x)
+        torch.testing.assert_close(got[..., 1, 1], want[..., 1, 1], equal_nan=True)
+        assert got[..., 2, 2].isfinite().logical_not().equal(want[..., 2, 2].isfinite().logical_not())
+
+
+def test_a_unit_with_another_activation_is_never_cudnns(monkeypatch):
+    told = []
+
+    def choose(*arguments, **options):
+        told.append(options["relu"])
+        return "cudnn" if options["relu"] else "eager", ()
+
+    monkeypatch.setattr(forward, "cudnn_conv_relu", conv_relu)
+    monkeypatch.setattr(functional, "choose", choose)
+    for name in ("silu in place", "relu6", "relu"):
+        model, x = _randomised(_Activated(ACTIVATIONS[name])), torch.randn(1, 8, 4, 3)
+        with implementation("triton"):
+            _check(optimize_for_inference(model), model, x)
+    assert told == [False] * 4 + [True] * 2
+
+
+def test_a_pool_and_a_chain_stand_behind_relus_alone():
+    torch.manual_seed(0)
+    bottleneck = torchvision.models.resnet.Bottleneck
+    for act, chained in ((nn.ReLU(), True), (nn.SiLU(), False)):
+        stem = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), act, nn.MaxPool2d(3, 2, 1))
+        model = nn.Sequential(stem, bottleneck(16, 4), bottleneck(16, 4))
+        for block in model[1:]:
+            block.relu = act
+        x = torch.randn(1, 3, 12, 10)
+        with implementation("triton"):
+            frozen = optimize_for_inference(_randomised(model))
+            _check(frozen, model, x)
+        assert any(isinstance(m, inference.TritonChain) for m in frozen.modules()) == chained
+        assert any(isinstance(m, nn.MaxPool2d) for m in frozen.modules()) == (not chained)
+
+
+class _Ends(nn.Module):
+    """A 3x3 and a 1x1 convolution, with an activation of its own behind each."""
+
+    def __init__(self, *acts: nn.Module) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
+        self.act1, self.act2 = acts
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act2(self.bn2(self.conv2(self.act1(self.bn1(self.conv1(x))))) + x)
+
+
+@pytest.mark.parametrize("acts", [(nn.ReLU(), nn.SiLU()), (nn.SiLU(), nn.ReLU()), (nn.ReLU(), nn.ReLU())], ids=str)
+def test_each_link_of_a_chain_has_a_relu(acts):
+    model, x = _randomised(_Ends(*acts)), torch.randn(1, 8, 4, 3)
+    with implementation("triton"):
+        frozen = optimize_for_inference(model)
+        _check(frozen, model, x)
+    chained = any(isinstance(m, inference.TritonChain) for m in frozen.modules())
+    assert chained == all(type(act) is nn.ReLU for act in acts)
+
+
+def _timm(name: str, **options) -> nn.Module:
+    return timm.create_model(name, num_classes=5, **options)
+
+
+def _frozen_norm(channels: int) -> nn.Module:
+    return torchvision.ops.FrozenBatchNorm2d(channels, eps=1e-3)
+
+
+def _frozen_in(model: nn.Module) -> nn.Module:
+    return timm.layers.freeze_batch_norm_2d(model)
+
+
+def _drawn(model: nn.Module) -> nn.Module:
+    """As :func:`_randomised`, for frozen norms too."""
+    for module in _randomised(model).modules():
+        if eligible.is_norm(module) and eligible.is_frozen(module):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 2)
+            module.weight.uniform_(-0.3, 1)
+            module.bias.normal_(0, 0.1)
+    return model.eval()
+
+
+OTHERS = {
+    "SiLU": lambda: _timm("resnet18", act_layer="silu"),
+    "GELU by tanh": lambda: _timm("resnet18", act_layer="gelu_tanh"),
+    "LeakyReLU": lambda: _timm("resnet26d", act_layer="leaky_relu"),
+    "ReLU6": lambda: torchvision.models.resnet18(num_classes=5),
+    "Hardswish": lambda: _timm("resnet18", act_layer="hard_swish"),
+    "Hardswish of PyTorch": lambda: resnet_fused.resnet20(),
+    "torchvision's FrozenBatchNorm2d": lambda: torchvision.models.resnet50(norm_layer=_frozen_norm, num_classes=5),
+    "timm's FrozenBatchNorm2d": lambda: _frozen_in(_timm("resnet18")),
+}
+SWAPPED = {"ReLU6": nn.ReLU6, "Hardswish of PyTorch": nn.Hardswish}
+
+
+def _swapped(model: nn.Module, kind: type[nn.Module]) -> nn.Module:
+    for module in model.modules():
+        for name, child in module.named_children():
+            if isinstance(child, nn.ReLU):
+                setattr(module, name, kind())
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", OTHERS)
+def test_models_of_other_activations_and_norms_are_fully_fused(name, dtype):
+    torch.manual_seed(0)
+    model = OTHERS[name]()
+    model = _drawn(_swapped(model, SWAPPED[name]) if name in SWAPPED else model)
+    frozen = optimize_for_inference(model, dtype=dtype)
+    _check(frozen, model, torch.randn(2, 3, 64, 64), dtype)
+    assert len(_units(frozen)) == sum(isinstance(m, nn.Conv2d) for m in model.modules())
+    assert not [m for m in frozen.modules() if isinstance(m, nn.Conv2d) or eligible.is_norm(m)]
+    assert not [m for m in frozen.modules() if eligible.activation_of(m) is not None]
+
+
+NORMS = {
+    "BatchNormAct2d": lambda c: timm.layers.BatchNormAct2d(c, act_layer=nn.SiLU),
+    "BatchNormAct2d without": lambda c: timm.layers.BatchNormAct2d(c, apply_act=False),
+    "SyncBatchNormAct": lambda c: timm.layers.convert_sync_batchnorm(timm.layers.BatchNormAct2d(c)),
+    "FrozenBatchNorm2d": _frozen_norm,
+    "FrozenBatchNormAct2d": lambda c: _frozen_in(timm.layers.BatchNormAct2d(c, act_layer=nn.GELU, eps=1e-3)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("name", NORMS)
+def test_norms_of_other_libraries_fold_with_what_is_in_them(name, road, dtype):
+    torch.manual_seed(0)
+    model, x = _drawn(_Activated(nn.ReLU(), norm=NORMS[name])), torch.randn(1, 8, 5, 4).to(dtype)
+    with implementation(road):
+        frozen = optimize_for_inference(model, dtype=dtype)
+        _check(frozen, model, x, dtype)
+        units = [m for m in frozen.modules() if isinstance(m, FoldedConv | TritonConv)]
+        copied = pickle.loads(pickle.dumps(frozen))
+        assert torch.equal(copied(x), frozen(x))
+    assert len(units) == 2 and not any(eligible.is_norm(m) for m in frozen.modules())
+    inside = name in ("BatchNormAct2d", "SyncBatchNormAct", "FrozenBatchNormAct2d")
+    assert bool(_left(frozen)) == inside, "what follows an activation of the norm's stays"
+
+
+class _Dropping(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 0.5
+
+
+def _with(norm: nn.Module, **attributes) -> nn.Module:
+    for name, value in attributes.items():
+        setattr(norm, name, value)
+    return norm
+
+
+def _act(**options) -> nn.Module:
+    return timm.layers.BatchNormAct2d(8, **options)
+
+
+def _hooked_act() -> nn.Module:
+    norm = _act()
+    norm.act.register_forward_hook(lambda module, args, out: out * 2)
+    return norm
+
+
+UNFOLDED = {
+    "drop": lambda: _with(_act(), drop=_Dropping()),
+    "another activation": lambda: _act(act_layer=nn.Tanh),
+    "hook in it": _hooked_act,
+    "statistics of the batch": lambda: _act(track_running_stats=False),
+    "without gamma": lambda: _with(_frozen_norm(8), weight=None),
+    "without a mean": lambda: _with(_frozen_norm(8), running_mean=None),
+    "eps of 0": lambda: _with(_frozen_norm(8), eps=0.0),
+    "of another length": lambda: _frozen_norm(4),
+    "in fp64": lambda: _frozen_norm(8).double(),
+}
+
+
+@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("name", UNFOLDED)
+def test_a_norm_with_more_in_it_is_left_as_it_is(name, road):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(8, 8, 3), UNFOLDED[name](), nn.ReLU()).eval()
+    with implementation(road):
+        frozen = optimize_for_inference(model)
+        assert any(eligible.is_norm(m) for m in frozen.modules())
+        _assert_same_outcome(frozen, model, torch.randn(2, 8, 5, 5))
+
+
+def test_a_frozen_norm_in_fp32_makes_fp32_of_16_bits():
+    model = nn.Sequential(nn.Conv2d(8, 8, 3).bfloat16(), _frozen_norm(8), nn.ReLU()).eval()
+    frozen, x = optimize_for_inference(model), torch.randn(2, 8, 5, 5).bfloat16()
+    _assert_same_outcome(frozen, model, x)
+    assert frozen(x).dtype == torch.float32
+
+
+@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("norm", ["BatchNormAct2d", "FrozenBatchNorm2d", "FrozenBatchNormAct2d"])
+@pytest.mark.parametrize("name", ["one image", "no batch", "too small", "meta", "integers", "other channels"])
+def test_norms_of_other_libraries_take_and_refuse_what_eager_does(name, norm, road):
+    model = _drawn(nn.Sequential(nn.Conv2d(8, 8, 3), NORMS[norm](8), nn.ReLU()))
+    with implementation(road):
+        frozen = optimize_for_inference(model)
+        assert any(isinstance(m, FoldedConv | TritonConv) for m in frozen.modules())
+        _assert_same_outcome(frozen, model, INPUTS[name](torch.randn(1, 8, 4, 4)))
+
+
+def test_a_norm_that_stays_reads_its_dtype():
+    """In front of the first convolution, where the input comes as it likes."""
+    model = _drawn(nn.Sequential(timm.layers.BatchNormAct2d(3), nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
+    x = torch.randn(1, 3, 5, 5)
+    frozen = optimize_for_inference(model, dtype=torch.bfloat16)
+    assert frozen(x).dtype == torch.bfloat16
+    _check(frozen, model, x, torch.bfloat16)
+
+
+class _Written(nn.Module):
+    """An activation that writes to what others read, or whose number is computed."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.conv, self.bn, self.kind = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn(self.conv(x))
+        if self.kind == "in place, read before":
+            return y * F.silu(y, inplace=True)
+        if self.kind == "of an alias":
+            return F.hardtanh(y[:, :4], inplace=True) + y[:, 4:]
+        if self.kind == "of a slope that is computed":
+            return F.leaky_relu(y, float(self.conv.out_channels) / x.shape[1])
+        return F.silu(y, inplace=self.kind == "once") * 2
+
+
+@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("kind", ["in place, read before", "of an alias", "of a slope that is computed", "once"])
+def test_what_an_activation_writes_to_stays_what_it_is(kind, road):
+    model, x = _randomised(_Written(kind)), torch.randn(1, 8, 4, 4)
+    with implementation(road):
+        _assert_same_outcome(optimize_for_inference(model), model, x)
