@@ -412,30 +412,29 @@ class TritonConv(nn.Module):
 
     Where that was measured or is predicted to be faster, cuDNN does all of it instead, with batch norm folded into a
     second filter, if the activation is a ReLU.
+
+    ``bn`` None: ``conv(x) + residual``, without a bias. ``stats``: ``x`` is what a :class:`TritonFront` stands in front
+    of, whose activation is ``before``.
     """
 
     weight: Tensor
     affine: Tensor | None
     conv_bias: Tensor | None
-    mean: Tensor
-    var: Tensor
+    mean: Tensor | None
+    var: Tensor | None
     gamma: Tensor | None
     beta: Tensor | None
 
     def __init__(self, conv: nn.Conv2d, bn: Any, geometry: Geometry, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        for name, value in [
-            ("weight", conv.weight.to(dtype or conv.weight.dtype)),
-            ("conv_bias", conv.bias),
-            ("mean", bn.running_mean),
-            ("var", bn.running_var),
-            ("gamma", bn.weight),
-            ("beta", bn.bias),
-        ]:
+        vectors = (None,) * 4 if bn is None else (bn.running_mean, bn.running_var, bn.weight, bn.bias)
+        held = conv.weight.to(dtype or conv.weight.dtype), conv.bias, *vectors
+        for name, value in zip(("weight", "conv_bias", "mean", "var", "gamma", "beta"), held, strict=True):
             self.register_buffer(name, None if value is None else _laid_out(value))
-        self.eps = bn.eps
+        self.eps = 0.0 if bn is None else bn.eps
         self.geometry = geometry
-        self.norm = type(bn).__name__
+        self.norm = None if bn is None else type(bn).__name__
+        self.before = IDENTITY
         self.casts = True
         self.accumulates = False
         self.activation = IDENTITY
@@ -444,11 +443,13 @@ class TritonConv(nn.Module):
         self.register_buffer("affine", None, persistent=False)
         self._made_of: tuple[Any, ...] = ()
 
-    def forward(self, x: Tensor, residual: Any = None) -> Tensor:
+    def forward(self, x: Tensor, residual: Any = None, stats: Tensor | None = None) -> Tensor:
         if self.pooled:
             return self._pool(x) if self._launches(x, residual) else self._aten(_cast(x, self.weight), residual)
         x = _cast(x, self.weight) if self.casts else x
         if not self._launches(x, residual):
+            if stats is not None:
+                x = ops.join_forward(x, stats, None, None, 1, 0, self.before.code, x.dtype)
             return self._aten(x, residual)
         x = channels_last(x.resolve_neg())
         if residual is not None:
@@ -460,11 +461,14 @@ class TritonConv(nn.Module):
             self.geometry,
             *target,
             residual=residual is not None,
-            relu=self.activation == RELU,
+            relu=self.activation == RELU and stats is None,
         )
-        if implementation == "eager":
+        if implementation == "eager" and stats is None:
             return self._aten(x, residual)
         norm = self.mean, self.var, self.gamma, self.beta, self.eps
+        if stats is not None or self.norm is None:
+            after = self.activation.code, residual, code
+            return ops.preact_conv(x, stats, self.weight, self.before.code, *norm, *after)
         if implementation == "cudnn" and (residual is None or residual.dtype == x.dtype):
             if self._folded is None or self._folded[0].device != x.device:  # a replica's is that of the original
                 self._folded = self._fold()
@@ -472,14 +476,14 @@ class TritonConv(nn.Module):
             return forward.cudnn_conv_relu(x, folded, shift, residual, self.geometry)
         keeps = residual is None or self.accumulates
         out_dtype = x.dtype if keeps else torch.promote_types(x.dtype, residual.dtype)
-        after = residual, 1, 0, code, self.activation.code, out_dtype
-        return ops.conv_bn_act(x, self.weight, self.conv_bias, *norm, *after)
+        act = self.activation.code
+        return ops.conv_bn_act(x, self.weight, self.conv_bias, *norm, residual, 1, 0, code, act, out_dtype)
 
-    def why_eager(self, x: Tensor, *residual: Any) -> str | None:
+    def why_eager(self, x: Tensor, residual: Any = None, *_: Any) -> str | None:
         """Why PyTorch's operators run on ``x`` as things stand, or None."""
         if (reason := eligible.why_not_here(x)) is not None:
             return reason
-        fits = self._launches(_cast(x, self.weight) if self.casts else x, *(residual or (None,)))
+        fits = self._launches(_cast(x, self.weight) if self.casts else x, residual)
         return None if fits else f"no launch takes {tuple(x.shape)}, {x.dtype}, with what is added"
 
     def _pool(self, x: Tensor) -> Tensor:
@@ -489,8 +493,7 @@ class TritonConv(nn.Module):
         )
         if implementation == "eager":
             return self._aten(_cast(x, self.weight), None)
-        norm = self.mean, self.var, self.gamma, self.beta, self.eps
-        return ops.conv_bn_act_pool(x.resolve_neg(), self.weight, self.conv_bias, *norm, code)
+        return ops.conv_bn_act_pool(x.resolve_neg(), self.weight, self.conv_bias, *self._norm(), code)
 
     def _launches(self, x: Tensor, residual: Any) -> bool:
         """Whether a launch takes ``x`` and ``residual``; what it does not take, PyTorch is to judge."""
@@ -502,7 +505,7 @@ class TritonConv(nn.Module):
         shape = _output_shape(x.shape, self.weight, self.geometry)
         if residual is None or shape is None or x.shape[0] == 0:
             return residual is None and shape is not None and x.shape[0] > 0
-        return _is_like(residual, x, FLOATS) and tuple(residual.shape) == shape
+        return _is_like(residual, x, () if self.norm is None else FLOATS) and tuple(residual.shape) == shape
 
     def link(self) -> Link:
         """What a chain is told of it: its constants anew, where batch norm's are not those that they were made of."""
@@ -541,21 +544,58 @@ class TritonConv(nn.Module):
         return {**super().__getstate__(), "_folded": None, "_made_of": ()}
 
     def _constants(self) -> Tensor:
-        vectors = self.conv_bias, self.mean, self.var, self.gamma, self.beta, self.eps
-        return torch.stack(reference.affine(*vectors)).float()
+        return torch.stack(reference.affine(self.conv_bias, *self._norm())).float()
+
+    def _norm(self) -> Norm:
+        assert self.mean is not None and self.var is not None
+        return Norm(self.mean, self.var, self.gamma, self.beta, self.eps)
 
     def _fold(self) -> tuple[Tensor, Tensor]:
-        norm = Norm(self.mean, self.var, self.gamma, self.beta, self.eps)
+        norm = self._norm()
         return forward.fold(self.weight, self.conv_bias, norm)
 
     def _aten(self, x: Tensor, residual: Any) -> Tensor:
         _check_input(x, self.weight, self.geometry)
         bias = None if self.conv_bias is None else self.conv_bias.to(self.weight.dtype)
         y = F.conv2d(x, self.weight, bias, *self.geometry)
-        y = _normalisable(y, x, self.weight, self.geometry, self.norm)
-        y = F.batch_norm(y, self.mean, self.var, self.gamma, self.beta, eps=self.eps)
+        if self.norm is not None:
+            y = _normalisable(y, x, self.weight, self.geometry, self.norm)
+            y = F.batch_norm(y, self.mean, self.var, self.gamma, self.beta, eps=self.eps)
         y = _finish(y, residual, self.accumulates, self.activation)
         return F.max_pool2d(y, *POOL) if self.pooled else y
+
+
+class TritonFront(nn.Module):
+    """Batch norm, with an activation in it or behind it, of which 1x1 convolutions alone read the result.
+
+    Returns what they are to read, and the stats [5, C] by which they compute it on the way in: ``x`` itself; or, where
+    no launch takes it, what the modules make of it, and None. The norm is a child of the graph that calls this, under
+    the name that it has without it. ``activation``: the one behind it.
+    """
+
+    def __init__(self, norm: nn.Module, activation: Activation) -> None:
+        super().__init__()
+        self.training = False
+        self.named: tuple[Any] = (norm,)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        (norm,) = self.named
+        if not self._launches(x, norm):
+            return reference.activate(norm(x), self.activation, inplace=True), None
+        vectors = norm.weight, norm.bias, norm.running_mean, norm.running_var
+        vectors = (None if t is None else t.resolve_neg().contiguous() for t in vectors)
+        x = channels_last(x.resolve_neg())
+        return x, ops.norm_forward(x, *vectors, None, None, norm.eps, False, "")
+
+    def _launches(self, x: Any, norm: Any) -> bool:
+        """Whether the kernels take ``x`` and, behind it, what the ``norm`` holds."""
+        if isinstance(x, fx.Proxy) or torch.compiler.is_compiling() or _runs_hooks(norm):
+            return False
+        mean = norm.running_mean
+        if not _is_like(x, mean, FLOATS if mean.dtype == torch.float32 else ()) or x.dtype not in FLOATS:
+            return False
+        return x.dim() == 4 and x.shape[1] == len(mean) and x.numel() > 0 and eligible.why_not_here(x) is None
 
 
 class TritonChain(nn.Module):
@@ -788,7 +828,7 @@ def _augmented(name: str, a: Any, b: Any) -> Any:
 
 
 _ADD = (operator.add, torch.add, "add")
-_READERS = (*_UNITS, TritonChain, nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
+_READERS = (*_UNITS, TritonChain, TritonFront, nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
 """Modules that, like norms, neither write to their input nor return an alias of it."""
 _PURE = (operator.getitem, operator.sub, operator.floordiv, getattr, F.pad)
 """Functions of which the same holds, or that only move views about."""
@@ -908,16 +948,22 @@ def _fused(graph: fx.GraphModule, dtype: torch.dtype | None) -> fx.GraphModule:
                 node.update_arg(0, graph.graph.call_method("contiguous", node.args[:1]))
     convolutions = [node for node in graph.graph.nodes if _calls(graph, node, nn.Conv2d)]
     units = [(node, _fuse_unit(graph, node, dtype)) for node in convolutions]
+    left = [node for node, unit in reversed(units) if unit is None]  # of a sum of two, the last one adds
+    units += [(node, _fuse_sum(graph, node, dtype)) for node in left]
     for node, unit in units:
         if isinstance(unit, FoldedConv):
             unit.in_place = _owns_residual(graph, node)
-    names = {str(node.target): unit for node, unit in units if isinstance(unit, TritonConv)}
+    kept: dict[str, nn.Module] = {str(node.target): unit for node, unit in units if isinstance(unit, TritonConv)}
     for node, unit in units:
         if isinstance(unit, TritonConv):
             _fuse_chain(graph, node, unit)
+    for node in list(graph.graph.nodes):
+        norm = _norm(graph, node)
+        if norm is not None and _fuse_front(graph, node, norm, dtype):
+            kept[str(node.target)] = norm
     graph.delete_all_unused_submodules()
-    for name, unit in names.items():
-        graph.add_submodule(name, unit)
+    for name, part in kept.items():
+        graph.add_submodule(name, part)
     graph.graph.lint()
     graph.recompile()
     return graph
@@ -939,8 +985,6 @@ def _fuse_unit(graph: fx.GraphModule, node: fx.Node, dtype: torch.dtype | None) 
         unit = TritonConv(conv, bn, geometry, dtype)
     else:
         return None
-    node.target = f"{node.name}_unit"
-    graph.add_submodule(node.target, unit)
     if bn is not None:
         _absorb(norm, node)
         unit.activation = cast(Activation, eligible.activation_in(bn))
@@ -949,7 +993,35 @@ def _fuse_unit(graph: fx.GraphModule, node: fx.Node, dtype: torch.dtype | None) 
         _fuse_activation(graph, node, unit)
     if isinstance(unit, TritonConv):
         _fuse_pool(graph, node, unit)
+    _call(graph, node, unit)
     return unit
+
+
+def _call(graph: fx.GraphModule, node: fx.Node, unit: FoldedConv | TritonConv) -> None:
+    node.target = f"{node.name}_unit"
+    graph.add_submodule(node.target, unit)
+
+
+def _fuse_sum(graph: fx.GraphModule, node: fx.Node, dtype: torch.dtype | None) -> TritonConv | None:
+    """Make a unit of a convolution that an addition alone follows, on a GPU."""
+    conv = _called(graph, node)
+    geometry = _geometry_alone(conv)
+    if geometry is None:
+        return None
+    unit = TritonConv(cast(nn.Conv2d, conv), None, geometry, dtype)
+    _fuse_residual(graph, node, unit)
+    if len(node.args) == 1:
+        return None
+    _call(graph, node, unit)
+    return unit
+
+
+def _geometry_alone(conv: Any) -> Geometry | None:
+    """That of a convolution without bias, which kernels compute by itself; None if they do not."""
+    if type(conv) is not nn.Conv2d or conv.bias is not None or (geometry := _geometry(conv)) is None:
+        return None
+    taken = max(conv.weight.shape[2:]) <= eligible.MAX_FILTER and eligible.why_not_here(conv.weight) is None
+    return geometry if taken else None
 
 
 def _fuse_activation(graph: fx.GraphModule, node: fx.Node, unit: FoldedConv | TritonConv) -> None:
@@ -1030,6 +1102,51 @@ def _unit(graph: fx.GraphModule, node: Any) -> TritonConv | None:
         return None
     unit: Any = graph.get_submodule(str(node.target))
     return unit if unit.activation == RELU and not unit.pooled and unit.geometry.groups == 1 else None
+
+
+def _fuse_front(graph: fx.GraphModule, node: fx.Node, norm: nn.Module, dtype: torch.dtype | None) -> bool:
+    """Have 1x1 convolutions compute what the ``norm`` at ``node``, and an activation behind it, make of their input.
+
+    Where nothing else reads that, see :class:`TritonFront`; returns whether it is so.
+    """
+    inside, following, last = cast(Activation, eligible.activation_in(norm)), IDENTITY, node
+    after = _only_user(node)
+    if inside == IDENTITY and after is not None and (found := _activation(graph, after)) is not None:
+        following, last = found, after
+    readers = list(last.users)
+    if not readers or not all(_reads_behind(graph, reader, last, norm) for reader in readers):
+        return False
+    spans = [(last, reader) for reader in readers] + ([] if last is node else [(node, last)])
+    if not all(_pure_between(graph, *span) for span in spans):
+        return False
+    name = f"{node.name}_front"
+    graph.add_submodule(name, TritonFront(norm, following))
+    with graph.graph.inserting_before(node):
+        both = graph.graph.call_module(name, node.args)
+        x, stats = (graph.graph.call_function(operator.getitem, (both, i)) for i in (0, 1))
+    for reader in readers:
+        unit: Any = graph.get_submodule(str(reader.target))
+        if not isinstance(unit, TritonConv):
+            unit = TritonConv(unit, None, cast(Geometry, _geometry_alone(unit)), dtype)
+            _call(graph, reader, unit)
+        unit.before = following if inside == IDENTITY else inside
+        reader.args = (x, *(reader.args[1:] or (None,)), stats)
+    for old in dict.fromkeys((last, node)):
+        graph.graph.erase_node(old)
+    return True
+
+
+def _reads_behind(graph: fx.GraphModule, reader: fx.Node, read: fx.Node, norm: nn.Module) -> bool:
+    """Whether ``reader`` is a 1x1 convolution of ``read`` alone that can compute the ``norm`` of its input."""
+    if not _calls(graph, reader, nn.Conv2d, TritonConv) or reader.args[0] is not read or read in reader.args[1:]:
+        return False
+    part: Any = graph.get_submodule(str(reader.target))
+    geometry = _geometry_alone(part)
+    if isinstance(part, TritonConv) and part.conv_bias is None and (part.norm is None or len(reader.args) == 1):
+        geometry = part.geometry
+    if geometry is None or geometry.groups > 1 or part.weight.shape[2:] != (1, 1):
+        return False
+    return not eligible.is_frozen(norm) and _folds(norm, part.weight[0, :, 0, 0])
 
 
 def _is_pointwise(unit: TritonConv) -> bool:

@@ -1528,10 +1528,11 @@ def _frozen_in(model: nn.Module) -> nn.Module:
     return timm.layers.freeze_batch_norm_2d(model)
 
 
+@torch.no_grad()
 def _drawn(model: nn.Module) -> nn.Module:
-    """As :func:`_randomised`, for frozen norms too."""
-    for module in _randomised(model).modules():
-        if eligible.is_norm(module) and eligible.is_frozen(module):
+    """As :func:`_randomised`, for the norms of other libraries too."""
+    for module in model.modules():
+        if eligible.is_norm(module):
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 2)
             module.weight.uniform_(-0.3, 1)
@@ -1695,3 +1696,210 @@ def test_what_an_activation_writes_to_stays_what_it_is(kind, road):
     model, x = _randomised(_Written(kind)), torch.randn(1, 8, 4, 4)
     with implementation(road):
         _assert_same_outcome(optimize_for_inference(model), model, x)
+
+
+# Pre-activation: batch norm and activation in front of a convolution.
+
+
+class _PreActivated(nn.Module):
+    """A bottleneck without a projection and one with it; timm's norms, whose activation is in them, or PyTorch's."""
+
+    def __init__(self, act=nn.ReLU, norm=None) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 16, 1)
+        kinds = {
+            "act_layer": act,
+            "norm_layer": norm or timm.layers.BatchNormAct2d,
+            "conv_layer": timm.layers.create_conv2d,
+        }
+        block, projection = timm.models.resnetv2.PreActBottleneck, timm.models.resnetv2.DownsampleConv
+        self.blocks = nn.Sequential(
+            block(16, 16, **kinds),
+            block(16, 16, stride=2, proj_layer=projection, **kinds),
+        )
+        self.norm = timm.layers.BatchNormAct2d(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.blocks(self.conv(x)))
+
+
+def _own_v2() -> nn.Module:
+    blocks = resnet_fused.PreActBottleneck(16, 16), resnet_fused.PreActBottleneck(16, 16, 2)
+    return nn.Sequential(nn.Conv2d(8, 16, 1), *blocks, nn.BatchNorm2d(16), nn.ReLU())
+
+
+PREACT = {
+    "timm's": _PreActivated,
+    "timm's with SiLU": lambda: _PreActivated(nn.SiLU),
+    "timm's, synchronised": lambda: timm.layers.convert_sync_batchnorm(_PreActivated()),
+    "ours": _own_v2,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", PREACT)
+def test_pre_activation_on_the_cpu(name, dtype):
+    """Norms behind a convolution fold; those behind an addition are PyTorch's."""
+    torch.manual_seed(0)
+    model, x = _drawn(PREACT[name]()), torch.randn(1, 8, 6, 5).to(dtype)
+    frozen = optimize_for_inference(model, dtype=dtype)
+    assert len(_units(frozen)) == 8 and sum(eligible.is_norm(m) for m in frozen.modules()) == 3
+    with resnet_fused.trace() as trace:
+        frozen(x)
+    names = [launch.name for launch in trace.launches]
+    assert names.count("mkldnn._convolution_pointwise") + names.count("mkldnn._convolution_pointwise_") == 8
+    _check(frozen, model, x, dtype)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", PREACT)
+def test_norms_in_front_go_into_the_convolutions_that_read_them(name, dtype):
+    torch.manual_seed(0)
+    model, x = _drawn(PREACT[name]()), torch.randn(2, 8, 5, 4).to(dtype)
+    with implementation("triton"):
+        frozen = optimize_for_inference(model, dtype=dtype)
+        with resnet_fused.trace() as trace:
+            frozen(x)
+        names = [launch.name for launch in trace.launches]
+        block, projected = (["batch_norm_stats", *["conv_forward"] * convolutions] for convolutions in (3, 4))
+        assert [n for n in names if not n.startswith("aten")] == [*block, *projected]
+        assert names.count("aten.convolution") == 1 and not any("add" in n for n in names)
+        _check(frozen, model, x, dtype)
+        assert torch.equal(pickle.loads(pickle.dumps(frozen))(x), frozen(x))
+        assert torch.equal(copy.deepcopy(frozen)(x), frozen(x))
+        counts = []
+        for network in (copy.deepcopy(model).to(dtype), frozen):
+            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                network(x)
+            counts.append(counter.get_total_flops())
+        assert counts[0] == counts[1] > 0
+    _check(frozen, model, x, dtype)
+
+
+@interpreted
+def test_a_norm_in_front_keeps_its_keys_and_takes_new_weights():
+    models = [_drawn(_own_v2()) for _ in range(2)]
+    x = torch.randn(1, 8, 4, 3)
+    with implementation("triton"):
+        frozen, other = (optimize_for_inference(model) for model in models)
+        assert {"1.norm1.weight", "1.norm1.running_var", "2.norm1.num_batches_tracked"} <= {
+            name.removeprefix("network.") for name in frozen.state_dict()
+        }
+        state = {name: torch._neg_view(-value) for name, value in other.state_dict().items()}
+        frozen.load_state_dict(state, assign=True)
+        _check(frozen, models[1], x)
+
+
+@interpreted
+@pytest.mark.parametrize("tracer", ["compile", "export", "jit.trace", "fx of the network", "make_fx"])
+def test_tracers_see_norms_in_front(tracer):
+    torch._dynamo.reset()
+    model, x = _drawn(_own_v2()), torch.randn(1, 8, 4, 3)
+    with implementation("triton"):
+        frozen = optimize_for_inference(model)
+        with torch.no_grad():
+            traced = TRACERS[tracer](frozen, x)
+    with torch.no_grad():
+        torch.testing.assert_close(traced(x), model(x))
+
+
+@interpreted
+@pytest.mark.parametrize("name", INPUTS)
+def test_what_eager_refuses_in_front_of_a_convolution_is_refused(name):
+    model = _drawn(nn.Sequential(nn.BatchNorm2d(8), nn.SiLU(), nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8)))
+    with implementation("triton"):
+        frozen = optimize_for_inference(model)
+        assert any(isinstance(m, inference.TritonFront) for m in frozen.modules())
+        _assert_same_outcome(frozen, model, INPUTS[name](torch.randn(1, 8, 4, 4)))
+
+
+class _Fronts(nn.Module):
+    """Batch norm and activation in front, and something in the way of computing them on the way in."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.norm = kind, nn.BatchNorm2d(8)
+        options = {"wide": {"kernel_size": 3, "padding": 1}, "groups": {"groups": 2}, "bias": {"bias": True}}
+        made = {"kernel_size": 1, "bias": False, **options.get(kind, {})}
+        self.conv, self.bn = nn.Conv2d(8, 8, **made), nn.BatchNorm2d(8)
+        if kind == "frozen":
+            self.norm = _frozen_norm(8)
+        if kind == "inside and behind":
+            self.norm = timm.layers.BatchNormAct2d(8, act_layer=nn.SiLU)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 1.5
+        y = self.norm(x)
+        if self.kind == "written between":
+            x.mul_(2)
+        y = F.relu(y, inplace=True)
+        if self.kind == "written behind":
+            x.mul_(2)
+        z = self.bn(self.conv(y))
+        if self.kind == "residual":
+            return z + y[:, :1]
+        return z + y if self.kind == "read elsewhere" else z
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "kind", ["wide", "groups", "bias", "frozen", "read elsewhere", "written between", "written behind"]
+)
+def test_what_cannot_go_into_a_prologue_stays_in_front(kind):
+    torch.manual_seed(0)
+    model, x = _drawn(_Fronts(kind)), torch.randn(1, 8, 4, 3)
+    with implementation("triton"):
+        frozen = optimize_for_inference(model)
+        assert not any(isinstance(m, inference.TritonFront) for m in frozen.modules())
+        _assert_same_outcome(frozen, model, x)
+
+
+@interpreted
+@pytest.mark.parametrize("kind", ["", "inside and behind"])
+def test_an_activation_that_is_read_as_it_comes_goes_along(kind):
+    torch.manual_seed(0)
+    model, x = _drawn(_Fronts(kind)), torch.randn(1, 8, 4, 3)
+    with implementation("triton"):
+        frozen = optimize_for_inference(model)
+        assert any(isinstance(m, inference.TritonFront) for m in frozen.modules()) == (kind == "")
+        _check(frozen, model, x)
+
+
+class _Joined(nn.Module):
+    """One convolution behind its norm, to which something is added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.conv = nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1, bias=False)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.conv(F.silu(self.norm(x))) + residual
+
+
+@interpreted
+@pytest.mark.parametrize("name", RESIDUALS)
+def test_what_is_added_behind_a_norm_in_front_is_added_as_eager_does(name):
+    model, x = _drawn(_Joined()), torch.randn(1, 8, 4, 4)
+    with implementation("triton"):
+        frozen = optimize_for_inference(model)
+        assert any(isinstance(m, inference.TritonFront) for m in frozen.modules())
+        want, got = (_outcome(lambda m=m: m(x, RESIDUALS[name])) for m in (model, frozen))
+        torch.testing.assert_close(frozen(x, x), model(x, x).detach())
+    if isinstance(want, Exception):
+        assert type(got) is type(want)
+    else:
+        torch.testing.assert_close(got, want)
+
+
+def test_a_plan_that_leaves_a_unit_to_pytorch_is_mixed_behind_a_front(monkeypatch):
+    choose = functional.choose
+    monkeypatch.setattr(functional, "choose", lambda *args, **options: ("eager", choose(*args[:-1], "eager")[1]))
+    model, x = _drawn(_own_v2()), torch.randn(1, 8, 4, 3)
+    with implementation("triton"):
+        frozen = optimize_for_inference(model)
+        with resnet_fused.trace() as trace:
+            frozen(x)
+        _check(frozen, model, x)
+    names = [launch.name for launch in trace.launches]
+    assert "conv_forward" not in names and names.count("batch_norm_apply") == 5
