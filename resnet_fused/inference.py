@@ -208,10 +208,14 @@ class FrozenModel(nn.Module):
 
 
 def called(model: FrozenModel) -> dict[str, Called]:
-    """All that the graphs of ``model`` call, by the names that it has in the network."""
-    parts = {name: part for name, part in model.network.named_modules() if isinstance(part, Called)}
-    inside = [unit for part in parts.values() if isinstance(part, TritonChain) for unit in part.links]
-    return {name: part for name, part in parts.items() if part not in inside}
+    """All that the graphs of ``model`` call, in order, by the names that it has in the network."""
+    found: dict[str, Called] = {}
+    for name, graph in model.network.named_modules():
+        for node in graph.graph.nodes if isinstance(graph, fx.GraphModule) else ():
+            part = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+            if isinstance(part, Called):
+                found[f"{name}.{node.target}".lstrip(".")] = part
+    return found
 
 
 def _data(module: nn.Module) -> dict[str, Any]:
@@ -585,8 +589,8 @@ class TritonFront(nn.Module):
             return reference.activate(norm(x), self.activation, inplace=True), None
         vectors = norm.weight, norm.bias, norm.running_mean, norm.running_var
         vectors = (None if t is None else t.resolve_neg().contiguous() for t in vectors)
-        x = channels_last(x.resolve_neg())
-        return x, ops.norm_forward(x, *vectors, None, None, norm.eps, False, "")
+        read = channels_last(x.resolve_neg())
+        return read, ops.norm_forward(read, *vectors, None, None, norm.eps, False, "")
 
     def _launches(self, x: Any, norm: Any) -> bool:
         """Whether the kernels take ``x`` and, behind it, what the ``norm`` holds."""

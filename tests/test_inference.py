@@ -1786,9 +1786,20 @@ def test_a_norm_in_front_keeps_its_keys_and_takes_new_weights():
         assert {"1.norm1.weight", "1.norm1.running_var", "2.norm1.num_batches_tracked"} <= {
             name.removeprefix("network.") for name in frozen.state_dict()
         }
-        state = {name: torch._neg_view(-value) for name, value in other.state_dict().items()}
-        frozen.load_state_dict(state, assign=True)
+        wide = {name: torch.stack([-value, value], -1) for name, value in other.state_dict().items()}
+        frozen.load_state_dict({name: torch._neg_view(value[..., 0]) for name, value in wide.items()}, assign=True)
         _check(frozen, models[1], x)
+
+
+@interpreted
+def test_hooks_of_a_norm_in_front_are_run():
+    model, x, seen = _drawn(_own_v2()), torch.randn(1, 8, 4, 3), []
+    with implementation("triton"):
+        frozen = optimize_for_inference(model)
+        norm = frozen.network.get_submodule("1.norm1")
+        norm.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+        _check(frozen, model, x)
+    assert seen == [(1, 16, 4, 3)]
 
 
 @interpreted
@@ -1838,13 +1849,13 @@ class _Fronts(nn.Module):
             x.mul_(2)
         z = self.bn(self.conv(y))
         if self.kind == "residual":
-            return z + y[:, :1]
+            return z + x
         return z + y if self.kind == "read elsewhere" else z
 
 
 @interpreted
 @pytest.mark.parametrize(
-    "kind", ["wide", "groups", "bias", "frozen", "read elsewhere", "written between", "written behind"]
+    "kind", ["wide", "groups", "bias", "frozen", "residual", "read elsewhere", "written between", "written behind"]
 )
 def test_what_cannot_go_into_a_prologue_stays_in_front(kind):
     torch.manual_seed(0)
@@ -1892,9 +1903,23 @@ def test_what_is_added_behind_a_norm_in_front_is_added_as_eager_does(name):
         torch.testing.assert_close(got, want)
 
 
+@interpreted
+def test_a_wider_residual_behind_a_norm_in_front_promotes():
+    model, x = _drawn(_Joined()).half(), torch.randn(1, 8, 4, 4)
+    with implementation("triton"):
+        got = optimize_for_inference(model)(x.half(), x)
+    torch.testing.assert_close(got, model(x.half(), x).detach(), rtol=1e-2, atol=1e-2)
+
+
+@interpreted
 def test_a_plan_that_leaves_a_unit_to_pytorch_is_mixed_behind_a_front(monkeypatch):
-    choose = functional.choose
-    monkeypatch.setattr(functional, "choose", lambda *args, **options: ("eager", choose(*args[:-1], "eager")[1]))
+    told, choose = [], functional.choose
+
+    def eager(*arguments, **options):
+        told.extend([options["relu"]] if arguments[4] == "frozen" else [])
+        return "eager", choose(*arguments[:-1], "eager")[1]
+
+    monkeypatch.setattr(functional, "choose", eager)
     model, x = _drawn(_own_v2()), torch.randn(1, 8, 4, 3)
     with implementation("triton"):
         frozen = optimize_for_inference(model)
@@ -1903,3 +1928,5 @@ def test_a_plan_that_leaves_a_unit_to_pytorch_is_mixed_behind_a_front(monkeypatc
         _check(frozen, model, x)
     names = [launch.name for launch in trace.launches]
     assert "conv_forward" not in names and names.count("batch_norm_apply") == 5
+    block, projected = [False, True, False], [False, False, True, False]
+    assert told[: len(told) // 2] == [*block, *projected], "cuDNN's one call is offered where no norm stands in front"
