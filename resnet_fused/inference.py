@@ -587,19 +587,19 @@ class TritonFront(nn.Module):
         (norm,) = self.named
         if not self._launches(x, norm):
             return reference.activate(norm(x), self.activation, inplace=True), None
-        vectors = norm.weight, norm.bias, norm.running_mean, norm.running_var
-        vectors = (None if t is None else t.resolve_neg().contiguous() for t in vectors)
+        held = norm.weight, norm.bias, norm.running_mean, norm.running_var
+        vectors = (None if t is None else t.resolve_neg().contiguous() for t in held)
         read = channels_last(x.resolve_neg())
         return read, ops.norm_forward(read, *vectors, None, None, norm.eps, False, "")
 
     def _launches(self, x: Any, norm: Any) -> bool:
         """Whether the kernels take ``x`` and, behind it, what the ``norm`` holds."""
-        if isinstance(x, fx.Proxy) or torch.compiler.is_compiling() or _runs_hooks(norm):
+        if torch.compiler.is_compiling() or eligible.why_not_here(x) is not None or _runs_hooks(norm):
             return False
         mean = norm.running_mean
         if not _is_like(x, mean, FLOATS if mean.dtype == torch.float32 else ()) or x.dtype not in FLOATS:
             return False
-        return x.dim() == 4 and x.shape[1] == len(mean) and x.numel() > 0 and eligible.why_not_here(x) is None
+        return x.dim() == 4 and x.shape[1] == mean.shape[0] and x.numel() > 0
 
 
 class TritonChain(nn.Module):
@@ -1148,9 +1148,9 @@ def _reads_behind(graph: fx.GraphModule, reader: fx.Node, read: fx.Node, norm: n
     geometry = _geometry_alone(part)
     if isinstance(part, TritonConv) and part.conv_bias is None and (part.norm is None or len(reader.args) == 1):
         geometry = part.geometry
-    if geometry is None or geometry.groups > 1 or part.weight.shape[2:] != (1, 1):
+    if geometry is None or part.weight.shape[2:] != (1, 1) or eligible.is_frozen(norm):
         return False
-    return not eligible.is_frozen(norm) and _folds(norm, part.weight[0, :, 0, 0])
+    return _folds(norm, part.weight[0, :, 0, 0])  # of a filter in groups, these are not all channels
 
 
 def _is_pointwise(unit: TritonConv) -> bool:

@@ -1932,20 +1932,14 @@ MUTATIONS = [
     ),
     Mutation(
         "resnet_fused/inference.py",
-        "return not eligible.is_frozen(norm) and _folds(",
-        "return _folds(",
+        "(1, 1) or eligible.is_frozen(norm):",
+        "(1, 1):",
         "tests/test_inference.py -k stays_in_front",
     ),
     Mutation(
         "resnet_fused/inference.py",
-        "geometry.groups > 1 or part.weight.shape[2:] != (1, 1):",
-        "geometry.groups > 1:",
-        "tests/test_inference.py -k stays_in_front",
-    ),
-    Mutation(
-        "resnet_fused/inference.py",
-        "if geometry is None or geometry.groups > 1 or part",
-        "if geometry is None or part",
+        "part.weight.shape[2:] != (1, 1) or ",
+        "",
         "tests/test_inference.py -k stays_in_front",
     ),
     Mutation(
@@ -1986,20 +1980,20 @@ MUTATIONS = [
     ),
     Mutation(
         "resnet_fused/inference.py",
-        "x.shape[1] == len(mean) and x.numel() > 0 and",
-        "x.shape[1] == len(mean) and",
-        "tests/test_inference.py -k in_front_of_a_convolution",
+        "x.shape[1] == mean.shape[0] and x.numel() > 0",
+        "x.shape[1] == mean.shape[0]",
+        "tests/test_inference.py -k norms_in_front_go",
     ),
     Mutation(
         "resnet_fused/inference.py",
-        "torch.compiler.is_compiling() or _runs_hooks(norm):",
-        "torch.compiler.is_compiling():",
+        "why_not_here(x) is not None or _runs_hooks(norm):",
+        "why_not_here(x) is not None:",
         "tests/test_inference.py -k hooks_of_a_norm",
     ),
     Mutation(
         "resnet_fused/inference.py",
-        "None if t is None else t.resolve_neg().contiguous() for t in vectors",
-        "t for t in vectors",
+        "None if t is None else t.resolve_neg().contiguous() for t in held",
+        "t for t in held",
         "tests/test_inference.py -k takes_new_weights",
     ),
     Mutation(

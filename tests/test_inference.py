@@ -1765,6 +1765,9 @@ def test_norms_in_front_go_into_the_convolutions_that_read_them(name, dtype):
         block, projected = (["batch_norm_stats", *["conv_forward"] * convolutions] for convolutions in (3, 4))
         assert [n for n in names if not n.startswith("aten")] == [*block, *projected]
         assert names.count("aten.convolution") == 1 and not any("add" in n for n in names)
+        with resnet_fused.trace() as trace:
+            frozen(x[:0])
+        assert all(launch.name.startswith("aten") for launch in trace.launches)
         _check(frozen, model, x, dtype)
         assert torch.equal(pickle.loads(pickle.dumps(frozen))(x), frozen(x))
         assert torch.equal(copy.deepcopy(frozen)(x), frozen(x))
