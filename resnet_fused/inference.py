@@ -49,8 +49,8 @@ def optimize_for_inference(
     Freeze it on the device where it will run. The copy is in eval mode and takes what ``model`` takes. Convolution,
     batch norm, residual addition and activation run as one call: on a CPU as a oneDNN convolution with folded batch
     norm, in channels_last, its weights packed for the input shape that comes (PyTorch's own operators where oneDNN is
-    missing; another activation than a ReLU behind an addition runs in place, behind the call); on a GPU as a Triton
-    launch, or as ``resnet_fused.tune`` measured. Parts that are not recognised run as they are.
+    missing; another activation than a ReLU behind an addition runs behind the call); on a GPU as a Triton launch, or as
+    ``resnet_fused.tune`` measured. Parts that are not recognised run as they are.
 
     ``example``: an input [N, C, H, W] of the shape to expect. It is run once, so that the first request finds
     everything packed; on a GPU, inputs of its shape and dtype then replay one CUDA graph. Other shapes work too, and
@@ -832,7 +832,7 @@ def _augmented(name: str, a: Any, b: Any) -> Any:
 
 
 _ADD = (operator.add, torch.add, "add")
-_READERS = (*_UNITS, TritonChain, TritonFront, nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
+_READERS = (*_UNITS, TritonChain, nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
 """Modules that, like norms, neither write to their input nor return an alias of it."""
 _PURE = (operator.getitem, operator.sub, operator.floordiv, getattr, F.pad)
 """Functions of which the same holds, or that only move views about."""
