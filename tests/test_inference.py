@@ -1751,6 +1751,17 @@ def test_pre_activation_on_the_cpu(name, dtype):
     _check(frozen, model, x, dtype)
 
 
+@pytest.mark.parametrize("name", ["resnetv2_18", "ours"])
+def test_a_whole_pre_activation_network_on_the_cpu(name):
+    """Nine norms stand behind a pool or an addition."""
+    torch.manual_seed(0)
+    model = _drawn(_timm("resnetv2_18") if name == "resnetv2_18" else resnet_fused.resnet18_v2(num_classes=5))
+    frozen = optimize_for_inference(model)
+    assert len(_units(frozen)) == sum(isinstance(m, nn.Conv2d) for m in model.modules()) == 21
+    assert sum(eligible.is_norm(m) for m in frozen.modules()) == 9
+    _check(frozen, model, torch.randn(1, 3, 32, 32))
+
+
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", PREACT)
