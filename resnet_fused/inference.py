@@ -27,7 +27,7 @@ from resnet_fused.engine.ops import channels_last
 from resnet_fused.engine.request import requested
 from resnet_fused.engine.trace import is_watched
 from resnet_fused.functional import conv_bn_act, conv_bn_act_pool
-from resnet_fused.kernels.activation import IDENTITY, RELU
+from resnet_fused.kernels.activation import IDENTITY, RELU, Activation
 from resnet_fused.kernels.chain_forward import Link
 from resnet_fused.kernels.conv import Geometry, output_size
 from resnet_fused.kernels.conv_pool import POOL
@@ -47,9 +47,10 @@ def optimize_for_inference(
     """A frozen copy of ``model`` for serving; ``model`` itself is left as it is.
 
     Freeze it on the device where it will run. The copy is in eval mode and takes what ``model`` takes. Convolution,
-    batch norm, residual addition and ReLU run as one call: on a CPU as a oneDNN convolution with folded batch norm, in
-    channels_last, its weights packed for the input shape that comes (PyTorch's own operators where oneDNN is missing);
-    on a GPU as a Triton launch, or as ``resnet_fused.tune`` measured. Parts that are not recognised run as they are.
+    batch norm, residual addition and activation run as one call: on a CPU as a oneDNN convolution with folded batch
+    norm, in channels_last, its weights packed for the input shape that comes (PyTorch's own operators where oneDNN is
+    missing; another activation than a ReLU behind an addition runs behind the call); on a GPU as a Triton launch, or as
+    ``resnet_fused.tune`` measured. Parts that are not recognised run as they are.
 
     ``example``: an input [N, C, H, W] of the shape to expect. It is run once, so that the first request finds
     everything packed; on a GPU, inputs of its shape and dtype then replay one CUDA graph. Other shapes work too, and
@@ -60,9 +61,10 @@ def optimize_for_inference(
     with weights does so with whatever it reads. Nothing else is cast: masks and second inputs reach the model as they
     came. Convolutions keep their dtype under autocast.
 
-    oneDNN's ReLU turns NaN into 0, as ``torch.compile`` with freezing does. oneDNN keeps what it made for the last 1024
-    convolutions and layouts that it saw, here as in eager PyTorch: some 100 MB where hundreds of input shapes come. The
-    environment variables ``ONEDNN_PRIMITIVE_CACHE_CAPACITY`` and ``LRU_CACHE_CAPACITY``, set to 16 say, bound it.
+    oneDNN's ReLU and Hardtanh turn NaN into their least value, as ``torch.compile`` with freezing does. oneDNN keeps
+    what it made for the last 1024 convolutions and layouts that it saw, here as in eager PyTorch: some 100 MB where
+    hundreds of input shapes come. The environment variables ``ONEDNN_PRIMITIVE_CACHE_CAPACITY`` and
+    ``LRU_CACHE_CAPACITY``, set to 16 say, bound it.
 
     Raises TypeError if ``model`` is not a module (or is TorchScript) or ``example`` not a tensor, ValueError for
     another ``dtype``.
@@ -206,10 +208,14 @@ class FrozenModel(nn.Module):
 
 
 def called(model: FrozenModel) -> dict[str, Called]:
-    """All that the graphs of ``model`` call, by the names that it has in the network."""
-    parts = {name: part for name, part in model.network.named_modules() if isinstance(part, Called)}
-    inside = [unit for part in parts.values() if isinstance(part, TritonChain) for unit in part.links]
-    return {name: part for name, part in parts.items() if part not in inside}
+    """All that the graphs of ``model`` call, in order, by the names that it has in the network."""
+    found: dict[str, Called] = {}
+    for name, graph in model.network.named_modules():
+        for node in graph.graph.nodes if isinstance(graph, fx.GraphModule) else ():
+            part = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+            if isinstance(part, Called):
+                found[f"{name}.{node.target}".lstrip(".")] = part
+    return found
 
 
 def _data(module: nn.Module) -> dict[str, Any]:
@@ -262,7 +268,7 @@ def _settle(module: nn.Module, dtype: torch.dtype | None, casts: bool) -> None:
     if dtype is not None:
         module._apply(lambda t: t.to(dtype) if t.is_floating_point() else t, recurse=False)
     own = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
-    layer = not module._modules and any(t.is_floating_point() for t in own)
+    layer = (not module._modules or eligible.is_norm(module)) and any(t.is_floating_point() for t in own)
     if casts and (isinstance(module, _ConvNd) or (dtype is not None and layer)):
         module.register_forward_pre_hook(_cast_input, with_kwargs=True)
 
@@ -290,9 +296,10 @@ def _conv2d(x: Tensor, weight: Tensor, *rest: Any, **named: Any) -> Tensor:
 
 
 class FoldedConv(nn.Module):
-    """``relu(conv(x) + residual)``, batch norm folded into the convolution; the residual and the ReLU are optional.
+    """``act(conv(x) + residual)``, batch norm folded into the convolution; the residual is optional.
 
-    One oneDNN call where oneDNN takes the tensors and nothing traces them, else PyTorch's operators.
+    One oneDNN call where oneDNN takes the tensors and nothing traces them, else PyTorch's operators. Behind a residual
+    oneDNN has a ReLU alone: another activation is a second call.
     ``x``: [N, CI, H, W]; ``residual``: of the output's shape [N, CO, P, Q], overwritten if ``in_place``. What has
     another shape or dtype is added as PyTorch does: by ``+=``, which keeps those of the branch, if it ``accumulates``.
     """
@@ -300,19 +307,17 @@ class FoldedConv(nn.Module):
     weight: Tensor
     bias: Tensor | None
 
-    def __init__(
-        self, conv: nn.Conv2d, bn: nn.BatchNorm2d | None, geometry: Geometry, dtype: torch.dtype | None
-    ) -> None:
+    def __init__(self, conv: nn.Conv2d, bn: Any, geometry: Geometry, dtype: torch.dtype | None) -> None:
         super().__init__()
         weight, bias = _folded(conv, bn)
         dtype = dtype or conv.weight.dtype
         self.register_buffer("weight", _laid_out(weight.to(dtype)))
         self.register_buffer("bias", None if bias is None else _laid_out(bias.to(dtype)))
         self.geometry = geometry
-        self.normalised = bn is not None
+        self.norm = None if bn is None else type(bn).__name__
         self.casts = True
         self.accumulates = False
-        self.relu = False
+        self.activation = IDENTITY
         self.in_place = False
         self._packed: dict[torch.Size, tuple[Tensor, tuple[int, ...]]] = {}
 
@@ -327,15 +332,19 @@ class FoldedConv(nn.Module):
         x = channels_last(x)
         mkldnn, geometry = torch.ops.mkldnn, _for_onednn(self.geometry)
         if residual is None:
-            relu = "relu" if self.relu else "none"
-            return mkldnn._convolution_pointwise.default(x, packed, self.bias, *geometry, relu, [], "")
+            name, algorithm = _POINTWISE[self.activation.name]
+            after: tuple[Any, ...] = name, [*self.activation.numbers], algorithm
+            return mkldnn._convolution_pointwise.default(x, packed, self.bias, *geometry, *after)
         if not _is_like(residual, x) or residual.shape != shape:
             return self._aten(x, residual)
         residual = channels_last(residual)
-        after: tuple[Any, ...] = "add", 1.0, "relu" if self.relu else None, [], ""
+        relu = self.activation == RELU
+        after = "add", 1.0, "relu" if relu else None, [], ""
         if self.in_place:
-            return mkldnn._convolution_pointwise_.binary(residual, x, packed, self.bias, *geometry, *after)
-        return mkldnn._convolution_pointwise.binary(x, residual, packed, self.bias, *geometry, *after)
+            y = mkldnn._convolution_pointwise_.binary(residual, x, packed, self.bias, *geometry, *after)
+        else:
+            y = mkldnn._convolution_pointwise.binary(x, residual, packed, self.bias, *geometry, *after)
+        return y if relu else reference.activate(y, self.activation, inplace=True)
 
     def why_eager(self, x: Tensor, *_: Any) -> str | None:
         """Why PyTorch's operators run on ``x`` as things stand, or None."""
@@ -346,9 +355,9 @@ class FoldedConv(nn.Module):
         x = _cast(x, self.weight) if self.casts else x
         _check_input(x, self.weight, self.geometry)
         y = F.conv2d(x, self.weight, self.bias, *self.geometry)
-        if self.normalised:
-            _check_normalised(y, x, self.weight, self.geometry)
-        return _finish(y, residual, self.accumulates, self.relu)
+        if self.norm is not None:
+            y = _normalisable(y, x, self.weight, self.geometry, self.norm)
+        return _finish(y, residual, self.accumulates, self.activation)
 
     def _packing(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]] | None:
         """The weights as oneDNN wants them for ``x``, and the output's shape; None where PyTorch is to judge ``x``."""
@@ -381,6 +390,19 @@ class FoldedConv(nn.Module):
         return {**super().__getstate__(), "_packed": {}}
 
 
+_POINTWISE = {
+    "identity": ("none", ""),
+    "relu": ("relu", ""),
+    "leaky_relu": ("leaky_relu", ""),
+    "hardtanh": ("hardtanh", ""),
+    "hardswish": ("hardswish", ""),
+    "silu": ("swish", ""),
+    "gelu": ("gelu", "none"),
+    "gelu_tanh": ("gelu", "tanh"),
+}
+"""By an activation's name, what oneDNN's operators call it, and its algorithm."""
+
+
 def _for_onednn(geometry: Geometry) -> tuple[Any, ...]:
     """``geometry`` in the order in which oneDNN's operators take it."""
     stride, padding, dilation, groups = geometry
@@ -388,50 +410,50 @@ def _for_onednn(geometry: Geometry) -> tuple[Any, ...]:
 
 
 class TritonConv(nn.Module):
-    """``relu(bn(conv(x)) + residual)`` as one Triton launch with every argument at hand; see :class:`FoldedConv`.
+    """``act(bn(conv(x)) + residual)`` as one Triton launch with every argument at hand; see :class:`FoldedConv`.
 
     ``pooled``: ``max_pool(relu(bn(conv(x))), 3, stride=2, padding=1)`` as two; see :func:`functional.conv_bn_act_pool`.
 
     Where that was measured or is predicted to be faster, cuDNN does all of it instead, with batch norm folded into a
-    second filter.
+    second filter, if the activation is a ReLU.
+
+    ``bn`` None: ``conv(x) + residual``, without a bias. ``stats``: ``x`` is what a :class:`TritonFront` stands in front
+    of, whose activation is ``before``.
     """
 
     weight: Tensor
     affine: Tensor | None
     conv_bias: Tensor | None
-    mean: Tensor
-    var: Tensor
+    mean: Tensor | None
+    var: Tensor | None
     gamma: Tensor | None
     beta: Tensor | None
 
-    def __init__(
-        self, conv: nn.Conv2d, bn: nn.BatchNorm2d, geometry: Geometry, dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, conv: nn.Conv2d, bn: Any, geometry: Geometry, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        for name, value in [
-            ("weight", conv.weight.to(dtype or conv.weight.dtype)),
-            ("conv_bias", conv.bias),
-            ("mean", bn.running_mean),
-            ("var", bn.running_var),
-            ("gamma", bn.weight),
-            ("beta", bn.bias),
-        ]:
+        vectors = (None,) * 4 if bn is None else (bn.running_mean, bn.running_var, bn.weight, bn.bias)
+        held = conv.weight.to(dtype or conv.weight.dtype), conv.bias, *vectors
+        for name, value in zip(("weight", "conv_bias", "mean", "var", "gamma", "beta"), held, strict=True):
             self.register_buffer(name, None if value is None else _laid_out(value))
-        self.eps = bn.eps
+        self.eps = 0.0 if bn is None else bn.eps
         self.geometry = geometry
+        self.norm = None if bn is None else type(bn).__name__
+        self.before = IDENTITY
         self.casts = True
         self.accumulates = False
-        self.relu = False
+        self.activation = IDENTITY
         self.pooled = False
         self._folded: tuple[Tensor, Tensor] | None = None
         self.register_buffer("affine", None, persistent=False)
         self._made_of: tuple[Any, ...] = ()
 
-    def forward(self, x: Tensor, residual: Any = None) -> Tensor:
+    def forward(self, x: Tensor, residual: Any = None, stats: Tensor | None = None) -> Tensor:
         if self.pooled:
             return self._pool(x) if self._launches(x, residual) else self._aten(_cast(x, self.weight), residual)
         x = _cast(x, self.weight) if self.casts else x
         if not self._launches(x, residual):
+            if stats is not None:
+                x = ops.join_forward(x, stats, None, None, 1, 0, self.before.code, x.dtype)
             return self._aten(x, residual)
         x = channels_last(x.resolve_neg())
         if residual is not None:
@@ -443,11 +465,14 @@ class TritonConv(nn.Module):
             self.geometry,
             *target,
             residual=residual is not None,
-            relu=self.relu,
+            relu=self.activation == RELU and stats is None,
         )
-        if implementation == "eager":
+        if implementation == "eager" and stats is None:
             return self._aten(x, residual)
         norm = self.mean, self.var, self.gamma, self.beta, self.eps
+        if stats is not None or self.norm is None:
+            after = self.activation.code, residual, code
+            return ops.preact_conv(x, stats, self.weight, self.before.code, *norm, *after)
         if implementation == "cudnn" and (residual is None or residual.dtype == x.dtype):
             if self._folded is None or self._folded[0].device != x.device:  # a replica's is that of the original
                 self._folded = self._fold()
@@ -455,14 +480,14 @@ class TritonConv(nn.Module):
             return forward.cudnn_conv_relu(x, folded, shift, residual, self.geometry)
         keeps = residual is None or self.accumulates
         out_dtype = x.dtype if keeps else torch.promote_types(x.dtype, residual.dtype)
-        act = RELU if self.relu else IDENTITY
-        return ops.conv_bn_act(x, self.weight, self.conv_bias, *norm, residual, 1, 0, code, act.code, out_dtype)
+        act = self.activation.code
+        return ops.conv_bn_act(x, self.weight, self.conv_bias, *norm, residual, 1, 0, code, act, out_dtype)
 
-    def why_eager(self, x: Tensor, *residual: Any) -> str | None:
+    def why_eager(self, x: Tensor, residual: Any = None, *_: Any) -> str | None:
         """Why PyTorch's operators run on ``x`` as things stand, or None."""
         if (reason := eligible.why_not_here(x)) is not None:
             return reason
-        fits = self._launches(_cast(x, self.weight) if self.casts else x, *(residual or (None,)))
+        fits = self._launches(_cast(x, self.weight) if self.casts else x, residual)
         return None if fits else f"no launch takes {tuple(x.shape)}, {x.dtype}, with what is added"
 
     def _pool(self, x: Tensor) -> Tensor:
@@ -472,8 +497,7 @@ class TritonConv(nn.Module):
         )
         if implementation == "eager":
             return self._aten(_cast(x, self.weight), None)
-        norm = self.mean, self.var, self.gamma, self.beta, self.eps
-        return ops.conv_bn_act_pool(x.resolve_neg(), self.weight, self.conv_bias, *norm, code)
+        return ops.conv_bn_act_pool(x.resolve_neg(), self.weight, self.conv_bias, *self._norm(), code)
 
     def _launches(self, x: Tensor, residual: Any) -> bool:
         """Whether a launch takes ``x`` and ``residual``; what it does not take, PyTorch is to judge."""
@@ -485,7 +509,7 @@ class TritonConv(nn.Module):
         shape = _output_shape(x.shape, self.weight, self.geometry)
         if residual is None or shape is None or x.shape[0] == 0:
             return residual is None and shape is not None and x.shape[0] > 0
-        return _is_like(residual, x, FLOATS) and tuple(residual.shape) == shape
+        return _is_like(residual, x, () if self.norm is None else FLOATS) and tuple(residual.shape) == shape
 
     def link(self) -> Link:
         """What a chain is told of it: its constants anew, where batch norm's are not those that they were made of."""
@@ -524,21 +548,58 @@ class TritonConv(nn.Module):
         return {**super().__getstate__(), "_folded": None, "_made_of": ()}
 
     def _constants(self) -> Tensor:
-        vectors = self.conv_bias, self.mean, self.var, self.gamma, self.beta, self.eps
-        return torch.stack(reference.affine(*vectors)).float()
+        return torch.stack(reference.affine(self.conv_bias, *self._norm())).float()
+
+    def _norm(self) -> Norm:
+        assert self.mean is not None and self.var is not None
+        return Norm(self.mean, self.var, self.gamma, self.beta, self.eps)
 
     def _fold(self) -> tuple[Tensor, Tensor]:
-        norm = Norm(self.mean, self.var, self.gamma, self.beta, self.eps)
+        norm = self._norm()
         return forward.fold(self.weight, self.conv_bias, norm)
 
     def _aten(self, x: Tensor, residual: Any) -> Tensor:
         _check_input(x, self.weight, self.geometry)
         bias = None if self.conv_bias is None else self.conv_bias.to(self.weight.dtype)
         y = F.conv2d(x, self.weight, bias, *self.geometry)
-        _check_normalised(y, x, self.weight, self.geometry)
-        y = F.batch_norm(y, self.mean, self.var, self.gamma, self.beta, eps=self.eps)
-        y = _finish(y, residual, self.accumulates, self.relu)
+        if self.norm is not None:
+            y = _normalisable(y, x, self.weight, self.geometry, self.norm)
+            y = F.batch_norm(y, self.mean, self.var, self.gamma, self.beta, eps=self.eps)
+        y = _finish(y, residual, self.accumulates, self.activation)
         return F.max_pool2d(y, *POOL) if self.pooled else y
+
+
+class TritonFront(nn.Module):
+    """Batch norm, with an activation in it or behind it, of which 1x1 convolutions alone read the result.
+
+    Returns what they are to read, and the stats [5, C] by which they compute it on the way in: ``x`` itself; or, where
+    no launch takes it, what the modules make of it, and None. The norm is a child of the graph that calls this, under
+    the name that it has without it. ``activation``: the one behind it.
+    """
+
+    def __init__(self, norm: nn.Module, activation: Activation) -> None:
+        super().__init__()
+        self.training = False
+        self.named: tuple[Any] = (norm,)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        (norm,) = self.named
+        if not self._launches(x, norm):
+            return reference.activate(norm(x), self.activation, inplace=True), None
+        held = norm.weight, norm.bias, norm.running_mean, norm.running_var
+        vectors = (None if t is None else t.resolve_neg().contiguous() for t in held)
+        read = channels_last(x.resolve_neg())
+        return read, ops.norm_forward(read, *vectors, None, None, norm.eps, False, "")
+
+    def _launches(self, x: Any, norm: Any) -> bool:
+        """Whether the kernels take ``x`` and, behind it, what the ``norm`` holds."""
+        if torch.compiler.is_compiling() or eligible.why_not_here(x) is not None or _runs_hooks(norm):
+            return False
+        mean = norm.running_mean
+        if not _is_like(x, mean, FLOATS if mean.dtype == torch.float32 else ()) or x.dtype not in FLOATS:
+            return False
+        return x.dim() == 4 and x.shape[1] == mean.shape[0] and x.numel() > 0
 
 
 class TritonChain(nn.Module):
@@ -611,12 +672,24 @@ def _check_input(x: Any, weight: Tensor, geometry: Geometry) -> None:
         raise RuntimeError(_unfit(x, weight, geometry))
 
 
-def _check_normalised(y: Any, x: Any, weight: Tensor, geometry: Geometry) -> None:
-    """Refuse the output ``y`` of a convolution that batch norm would refuse."""
-    if isinstance(y, Tensor) and y.dim() != 4:
-        raise ValueError(_unfit(x, weight, geometry))
-    if isinstance(y, Tensor) and y.device != weight.device:
+def _normalisable(y: Any, x: Any, weight: Tensor, geometry: Geometry, norm: str) -> Any:
+    """The output ``y`` of a convolution as the norm of that name takes it, or its refusal."""
+    if not isinstance(y, Tensor):
+        return y
+    if y.dim() != 4 and norm in _REFUSALS:
+        raise _REFUSALS[norm](_unfit(x, weight, geometry))
+    if y.device != weight.device:
         raise RuntimeError(_unfit(x, weight, geometry))
+    return y if y.dim() == 4 else y[None]
+
+
+_REFUSALS: dict[str, type[Exception]] = {
+    "BatchNorm2d": ValueError,
+    "SyncBatchNorm": ValueError,
+    "SyncBatchNormAct": ValueError,
+    "BatchNormAct2d": AssertionError,
+}
+"""What norms raise for an image without a batch; the others take it for a batch of one."""
 
 
 def _unfit(x: Tensor, weight: Tensor, geometry: Geometry) -> str:
@@ -626,10 +699,10 @@ def _unfit(x: Tensor, weight: Tensor, geometry: Geometry) -> str:
     )
 
 
-def _finish(y: Tensor, residual: Any, accumulates: bool, relu: bool) -> Tensor:
+def _finish(y: Tensor, residual: Any, accumulates: bool, activation: Activation) -> Tensor:
     if residual is not None:
         y = y.add_(residual) if accumulates else y + residual
-    return y.relu_() if relu else y
+    return reference.activate(y, activation, inplace=True)
 
 
 _UNITS = (FoldedConv, TritonConv)
@@ -744,12 +817,11 @@ if _onednn_takes(torch.float32):
     register_flop_formula(_onednn, get_raw=True)(_onednn_flops)
 
 
-def _folded(conv: nn.Conv2d, bn: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor | None]:
+def _folded(conv: nn.Conv2d, bn: Any) -> tuple[Tensor, Tensor | None]:
     """Weight and bias in fp64 of the convolution that equals ``bn(conv(x))``."""
     weight, bias = conv.weight.detach(), None if conv.bias is None else conv.bias.detach()
     if bn is None:
         return weight.double(), None if bias is None else bias.double()
-    assert bn.running_mean is not None and bn.running_var is not None
     gamma, beta = (None if t is None else t.detach() for t in (bn.weight, bn.bias))
     return reference.fold(weight, bias, bn.running_mean, bn.running_var, gamma, beta, bn.eps)
 
@@ -760,9 +832,8 @@ def _augmented(name: str, a: Any, b: Any) -> Any:
 
 
 _ADD = (operator.add, torch.add, "add")
-_RELU = (F.relu, F.relu_, torch.relu, torch.relu_)
-_READERS = (*_UNITS, TritonChain, nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d)
-"""Modules that neither write to their input nor return an alias of it."""
+_READERS = (*_UNITS, TritonChain, nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
+"""Modules that, like norms, neither write to their input nor return an alias of it."""
 _PURE = (operator.getitem, operator.sub, operator.floordiv, getattr, F.pad)
 """Functions of which the same holds, or that only move views about."""
 
@@ -862,7 +933,7 @@ class _FreezingTracer(fx.Tracer):
         return super().create_proxy(kind, target, args, kwargs, *rest, **named)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        leaf = isinstance(m, _UNITS) or eligible.hooked(m)
+        leaf = isinstance(m, _UNITS) or eligible.is_norm(m) or eligible.hooked(m)
         return leaf or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -881,16 +952,22 @@ def _fused(graph: fx.GraphModule, dtype: torch.dtype | None) -> fx.GraphModule:
                 node.update_arg(0, graph.graph.call_method("contiguous", node.args[:1]))
     convolutions = [node for node in graph.graph.nodes if _calls(graph, node, nn.Conv2d)]
     units = [(node, _fuse_unit(graph, node, dtype)) for node in convolutions]
+    left = [node for node, unit in reversed(units) if unit is None]  # of a sum of two, the last one adds
+    units += [(node, _fuse_sum(graph, node, dtype)) for node in left]
     for node, unit in units:
         if isinstance(unit, FoldedConv):
             unit.in_place = _owns_residual(graph, node)
-    names = {str(node.target): unit for node, unit in units if isinstance(unit, TritonConv)}
+    kept: dict[str, nn.Module] = {str(node.target): unit for node, unit in units if isinstance(unit, TritonConv)}
     for node, unit in units:
         if isinstance(unit, TritonConv):
             _fuse_chain(graph, node, unit)
+    for node in list(graph.graph.nodes):
+        norm = _norm(graph, node)
+        if norm is not None and _fuse_front(graph, node, norm, dtype):
+            kept[str(node.target)] = norm
     graph.delete_all_unused_submodules()
-    for name, unit in names.items():
-        graph.add_submodule(name, unit)
+    for name, part in kept.items():
+        graph.add_submodule(name, part)
     graph.graph.lint()
     graph.recompile()
     return graph
@@ -902,10 +979,9 @@ def _fuse_unit(graph: fx.GraphModule, node: fx.Node, dtype: torch.dtype | None) 
     if geometry is None:
         return None
     norm = _only_user(node)
-    bn: Any = None
-    if norm is not None and _calls(graph, norm, nn.BatchNorm2d, nn.SyncBatchNorm):
-        bn = graph.get_submodule(str(norm.target))
-        bn = bn if _folds(bn, conv.weight) else None
+    bn: Any = None if norm is None else _norm(graph, norm)
+    if bn is not None and not _folds(bn, conv.weight):
+        bn = None
     unit: FoldedConv | TritonConv
     if eligible.why_not_here(conv.weight) is not None:
         unit = FoldedConv(conv, bn, geometry, dtype)
@@ -913,23 +989,56 @@ def _fuse_unit(graph: fx.GraphModule, node: fx.Node, dtype: torch.dtype | None) 
         unit = TritonConv(conv, bn, geometry, dtype)
     else:
         return None
-    node.target = f"{node.name}_unit"
-    graph.add_submodule(node.target, unit)
     if bn is not None:
         _absorb(norm, node)
-    _fuse_residual(graph, node, unit)
-    after = _only_user(node)
-    if after is not None and _is_relu(graph, after):
-        unit.relu = True
-        _absorb(after, node)
-        if isinstance(unit, TritonConv) and len(node.args) == 1:
-            _fuse_pool(graph, node, unit)
+        unit.activation = cast(Activation, eligible.activation_in(bn))
+    if unit.activation == IDENTITY:
+        _fuse_residual(graph, node, unit)
+        _fuse_activation(graph, node, unit)
+    if isinstance(unit, TritonConv):
+        _fuse_pool(graph, node, unit)
+    _call(graph, node, unit)
     return unit
+
+
+def _call(graph: fx.GraphModule, node: fx.Node, unit: FoldedConv | TritonConv) -> None:
+    node.target = f"{node.name}_unit"
+    graph.add_submodule(node.target, unit)
+
+
+def _fuse_sum(graph: fx.GraphModule, node: fx.Node, dtype: torch.dtype | None) -> TritonConv | None:
+    """Make a unit of a convolution that an addition alone follows, on a GPU."""
+    conv = _called(graph, node)
+    geometry = _geometry_alone(conv)
+    if geometry is None:
+        return None
+    unit = TritonConv(cast(nn.Conv2d, conv), None, geometry, dtype)
+    _fuse_residual(graph, node, unit)
+    if len(node.args) == 1:
+        return None
+    _call(graph, node, unit)
+    return unit
+
+
+def _geometry_alone(conv: Any) -> Geometry | None:
+    """That of a convolution without bias, which kernels compute by itself; None if they do not."""
+    if type(conv) is not nn.Conv2d or conv.bias is not None or (geometry := _geometry(conv)) is None:
+        return None
+    taken = max(conv.weight.shape[2:]) <= eligible.MAX_FILTER and eligible.why_not_here(conv.weight) is None
+    return geometry if taken else None
+
+
+def _fuse_activation(graph: fx.GraphModule, node: fx.Node, unit: FoldedConv | TritonConv) -> None:
+    after = _only_user(node)
+    found = None if after is None else _activation(graph, after)
+    if found is not None:
+        unit.activation = found
+        _absorb(after, node)
 
 
 def _fuse_pool(graph: fx.GraphModule, node: fx.Node, unit: TritonConv) -> None:
     pool = _only_user(node)
-    if pool is None or not _calls(graph, pool, nn.MaxPool2d):
+    if pool is None or unit.activation != RELU or len(node.args) != 1 or not _calls(graph, pool, nn.MaxPool2d):
         return
     if eligible.why_not_pooled(graph.get_submodule(str(pool.target))) is None:
         unit.pooled = True
@@ -959,7 +1068,7 @@ def _fuse_residual(graph: fx.GraphModule, node: fx.Node, unit: FoldedConv | Trit
 
 def _fuse_chain(graph: fx.GraphModule, node: fx.Node, expand: TritonConv) -> None:
     """Make one module of the 1x1 convolution ``node`` and those next to it, as :class:`TritonChain` has them."""
-    if len(node.args) < 2 or not (expand.relu and _is_pointwise(expand) and expand.geometry.groups == 1):
+    if len(node.args) < 2 or not (expand.activation == RELU and _is_pointwise(expand) and expand.geometry.groups == 1):
         return
     before: Any = node.args[0]
     after = _following(graph, node)
@@ -996,7 +1105,52 @@ def _unit(graph: fx.GraphModule, node: Any) -> TritonConv | None:
     if not (isinstance(node, fx.Node) and _calls(graph, node, TritonConv)) or len(node.args) != 1:
         return None
     unit: Any = graph.get_submodule(str(node.target))
-    return unit if unit.relu and not unit.pooled and unit.geometry.groups == 1 else None
+    return unit if unit.activation == RELU and not unit.pooled and unit.geometry.groups == 1 else None
+
+
+def _fuse_front(graph: fx.GraphModule, node: fx.Node, norm: nn.Module, dtype: torch.dtype | None) -> bool:
+    """Have 1x1 convolutions compute what the ``norm`` at ``node``, and an activation behind it, make of their input.
+
+    Where nothing else reads that, see :class:`TritonFront`; returns whether it is so.
+    """
+    inside, following, last = cast(Activation, eligible.activation_in(norm)), IDENTITY, node
+    after = _only_user(node)
+    if inside == IDENTITY and after is not None and (found := _activation(graph, after)) is not None:
+        following, last = found, after
+    readers = list(last.users)
+    if not readers or not all(_reads_behind(graph, reader, last, norm) for reader in readers):
+        return False
+    spans = [(last, reader) for reader in readers] + ([] if last is node else [(node, last)])
+    if not all(_pure_between(graph, *span) for span in spans):
+        return False
+    name = f"{node.name}_front"
+    graph.add_submodule(name, TritonFront(norm, following))
+    with graph.graph.inserting_before(node):
+        both = graph.graph.call_module(name, node.args)
+        x, stats = (graph.graph.call_function(operator.getitem, (both, i)) for i in (0, 1))
+    for reader in readers:
+        unit: Any = graph.get_submodule(str(reader.target))
+        if not isinstance(unit, TritonConv):
+            unit = TritonConv(unit, None, cast(Geometry, _geometry_alone(unit)), dtype)
+            _call(graph, reader, unit)
+        unit.before = following if inside == IDENTITY else inside
+        reader.args = (x, *(reader.args[1:] or (None,)), stats)
+    for old in dict.fromkeys((last, node)):
+        graph.graph.erase_node(old)
+    return True
+
+
+def _reads_behind(graph: fx.GraphModule, reader: fx.Node, read: fx.Node, norm: nn.Module) -> bool:
+    """Whether ``reader`` is a 1x1 convolution of ``read`` alone that can compute the ``norm`` of its input."""
+    if not _calls(graph, reader, nn.Conv2d, TritonConv) or reader.args[0] is not read or read in reader.args[1:]:
+        return False
+    part: Any = graph.get_submodule(str(reader.target))
+    geometry = _geometry_alone(part)
+    if isinstance(part, TritonConv) and part.conv_bias is None and (part.norm is None or len(reader.args) == 1):
+        geometry = part.geometry
+    if geometry is None or part.weight.shape[2:] != (1, 1) or eligible.is_frozen(norm):
+        return False
+    return _folds(norm, part.weight[0, :, 0, 0])  # of a filter in groups, these are not all channels
 
 
 def _is_pointwise(unit: TritonConv) -> bool:
@@ -1007,7 +1161,7 @@ def _pure_between(graph: fx.GraphModule, first: fx.Node, last: fx.Node) -> bool:
     """Whether no node between the two writes to a tensor, so that either may run where the other does."""
     node = first.next
     while node is not last:
-        if not (_calls(graph, node, *_READERS) or node.op == "get_attr" or node.target in _PURE):
+        if not (_reads(graph, node) or node.op == "get_attr" or node.target in _PURE):
             return False
         node = node.next
     return True
@@ -1018,9 +1172,9 @@ def _owns_residual(graph: fx.GraphModule, node: fx.Node) -> bool:
     if len(node.args) < 2:
         return False
     x, residual = node.args
-    if residual is x or not isinstance(residual, fx.Node) or not _calls(graph, residual, *_READERS):
+    if residual is x or not isinstance(residual, fx.Node) or not _reads(graph, residual):
         return False
-    return all(user <= node and _calls(graph, user, *_READERS) for user in residual.users)
+    return all(user <= node and _reads(graph, user) for user in residual.users)
 
 
 def _absorb(node: Any, by: Any) -> None:
@@ -1032,19 +1186,41 @@ def _only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def _calls(graph: fx.GraphModule, node: fx.Node, *kinds: type[nn.Module]) -> bool:
-    """Whether ``node`` calls a module of exactly one of ``kinds``, as its class has it, on positional arguments."""
+def _called(graph: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    """The module that ``node`` calls, as its class has it, on positional arguments; None if it does something else."""
     if node.op != "call_module" or node.kwargs or not all(isinstance(arg, fx.Node) for arg in node.args):
-        return False
+        return None
     module = graph.get_submodule(str(node.target))
     replaced = any(callable(getattr(type(module), name, None)) for name in vars(module))
-    return type(module) in kinds and not replaced and not eligible.hooked(module)
+    return None if replaced or eligible.hooked(module) else module
 
 
-def _is_relu(graph: fx.GraphModule, node: fx.Node) -> bool:
-    if node.op == "call_function":
-        return node.target in _RELU
-    return node.target in ("relu", "relu_") if node.op == "call_method" else _calls(graph, node, nn.ReLU)
+def _calls(graph: fx.GraphModule, node: fx.Node, *kinds: type[nn.Module]) -> bool:
+    """Whether ``node`` calls a module of exactly one of ``kinds``; see :func:`_called`."""
+    return type(_called(graph, node)) in kinds
+
+
+def _norm(graph: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    """The batch norm that ``node`` calls, which has an activation of its own at the most, or None."""
+    module = _called(graph, node)
+    if module is None or not eligible.is_norm(module) or eligible.why_inside(module) is not None:
+        return None
+    return module
+
+
+def _reads(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether ``node`` calls a module that neither writes to its input nor returns an alias of it."""
+    return _calls(graph, node, *_READERS) or _norm(graph, node) is not None
+
+
+def _activation(graph: fx.GraphModule, node: fx.Node) -> Activation | None:
+    """That which ``node`` is of the only value that it reads, or None."""
+    if node.op == "call_module":
+        module = _called(graph, node)
+        return None if module is None else eligible.activation_of(module)
+    if node.op in ("call_function", "call_method") and len(node.all_input_nodes) == 1:
+        return eligible.activation_of_call(node.target, node.args, node.kwargs)
+    return None
 
 
 def _geometry(conv: Any) -> Geometry | None:
@@ -1078,9 +1254,10 @@ def _pair(sizes: Any, least: int) -> tuple[int, int] | None:
 
 def _folds(bn: Any, weight: Tensor) -> bool:
     """Whether ``bn`` normalises each channel of ``weight``'s output by constants, in dtypes that PyTorch takes."""
+    frozen = eligible.is_frozen(bn)
     constants = [getattr(bn, name, _MISSING) for name in ("running_mean", "running_var")]
     affine = [getattr(bn, name, _MISSING) for name in ("weight", "bias")]
-    vectors = constants + [t for t in affine if t is not None]
+    vectors = constants + [t for t in affine if t is not None or frozen]
     if (
         bn.training
         or type(bn.eps) not in (int, float)
@@ -1088,7 +1265,7 @@ def _folds(bn: Any, weight: Tensor) -> bool:
         or not all(_is_vector(t, weight) for t in vectors)
     ):
         return False
-    mixed = torch.float32 if weight.dtype in (torch.float16, torch.bfloat16) else weight.dtype
+    mixed = torch.float32 if weight.dtype in (torch.float16, torch.bfloat16) and not frozen else weight.dtype
     return len({t.dtype for t in vectors}) == 1 and vectors[0].dtype in (weight.dtype, mixed)
 
 

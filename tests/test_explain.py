@@ -11,7 +11,7 @@ import torch
 import torchvision
 from torch import nn
 
-from resnet_fused import explain, fuse, implementation, optimize_for_inference
+from resnet_fused import PreActBottleneck, explain, fuse, implementation, optimize_for_inference
 from resnet_fused.__main__ import main
 from resnet_fused.engine.trace import trace
 from resnet_fused.explain import Total
@@ -333,6 +333,19 @@ def test_a_frozen_model_shows_its_units_and_chains():
     planned, fused, *_ = explanation.totals()
     assert (planned.launches, fused.launches) == (51, 56)
     assert planned.seconds < fused.seconds
+
+
+def test_a_frozen_pre_activation_network_shows_its_units_in_order():
+    blocks = PreActBottleneck(64, 64), PreActBottleneck(64, 64, 2)
+    with implementation("triton"):
+        frozen = optimize_for_inference(nn.Sequential(nn.Conv2d(16, 64, 1), *blocks).eval(), dtype=torch.bfloat16)
+    explanation = explain(frozen, torch.empty(2, 16, 14, 14, dtype=torch.bfloat16), arch=90)
+    convolutions = [f"1_conv{i}" for i in (1, 2, 3)], ["2_downsample_conv", *(f"2_conv{i}" for i in (1, 2, 3))]
+    names = [f"network._{name}_unit" for names in convolutions for name in names]
+    assert [row.name for row in explanation.rows] == names
+    assert [len(row.launches) for row in explanation.rows] == [1] * 7
+    _, fused, *_ = explanation.totals()
+    assert fused.launches == 7 + 2 + 1, "the units, the vectors of two norms and the first convolution"
 
 
 def test_looking_takes_no_chain_apart_and_changes_no_value():

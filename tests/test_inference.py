@@ -28,6 +28,7 @@ import resnet_fused
 from resnet_fused import BasicBlock, functional, implementation, inference, optimize_for_inference
 from resnet_fused.engine import eligible, forward
 from resnet_fused.inference import FoldedConv, TritonConv
+from resnet_fused.kernels.activation import IDENTITY, RELU
 from resnet_fused.models import ResNet
 from tests.rule import assert_within_rule
 from tests.test_tune import conv_relu
@@ -325,12 +326,12 @@ def test_a_unit_that_was_measured_faster_by_cudnn(residual, monkeypatch):
     layer = _randomised(nn.Sequential(nn.Conv2d(12, 16, 3, 2, 1, groups=2), nn.BatchNorm2d(16)))
     x, other = torch.randn(2, 12, 7, 6), torch.randn(2, 16, 4, 3) if residual else None
     unit = TritonConv(layer[0], layer[1], eligible.geometry(layer[0]))
-    unit.relu = True
+    unit.activation = RELU
 
     def expected(dtype):
         y = copy.deepcopy(layer).to(dtype)(x.to(dtype))
         y = y if other is None else y + other.to(dtype)
-        return torch.relu(y) if unit.relu else y
+        return torch.relu(y) if unit.activation == RELU else y
 
     with torch.inference_mode(), implementation("triton"):
         for _ in range(2):
@@ -341,7 +342,7 @@ def test_a_unit_that_was_measured_faster_by_cudnn(residual, monkeypatch):
     unit.load_state_dict(TritonConv(layer[0], layer[1], eligible.geometry(layer[0])).state_dict())
     with torch.inference_mode(), implementation("triton"):
         assert_within_rule(unit(x, other), expected(torch.float32), expected(torch.float64), sums=2)
-        unit.relu = False
+        unit.activation = IDENTITY
         assert_within_rule(unit(x, other), expected(torch.float32), expected(torch.float64), sums=2)
     assert len(calls) == 3
     assert directions == ["frozen"] * 4
@@ -349,7 +350,7 @@ def test_a_unit_that_was_measured_faster_by_cudnn(residual, monkeypatch):
     unit.load_state_dict(unit.state_dict())
     assert [t.data_ptr() for t in unit._folded] == addresses
     unit._folded = tuple(t.to("meta") for t in unit._folded)  # as in a replica on another device
-    unit.relu = True
+    unit.activation = RELU
     with torch.inference_mode(), implementation("triton"):
         assert_within_rule(unit(x, other), expected(torch.float32), expected(torch.float64), sums=2)
 
@@ -1346,3 +1347,600 @@ def test_an_attribute_that_is_set_is_that_of_the_network():
     assert frozen.device == torch.device("cpu")
     frozen.device = "mine"
     assert frozen.device == "mine" and not frozen.training
+
+
+# Activations and norms: all that the kernels have is folded, however it is written.
+
+
+ACTIVATIONS = {
+    "identity": nn.Identity(),
+    "relu": nn.ReLU(),
+    "relu6": nn.ReLU6(),
+    "relu6 in place": nn.ReLU6(inplace=True),
+    "leaky relu": nn.LeakyReLU(0.2),
+    "leaky relu of another sign": nn.LeakyReLU(-0.5),
+    "silu in place": nn.SiLU(inplace=True),
+    "gelu": nn.GELU(),
+    "gelu by tanh": nn.GELU("tanh"),
+    "timm's gelu": timm.layers.GELU(),
+    "timm's gelu by tanh": timm.layers.GELUTanh(),
+    "hardswish": nn.Hardswish(),
+    "hardtanh": nn.Hardtanh(-0.4, 0.7, inplace=True),
+    "torch.relu_": torch.relu_,
+    "method": lambda v: v.relu(),
+    "F.relu6": F.relu6,
+    "F.leaky_relu_": lambda v: F.leaky_relu_(v, 0.3),
+    "F.hardtanh": lambda v: F.hardtanh(v, -0.3, max_val=0.5),
+    "F.hardswish": lambda v: F.hardswish(v, inplace=True),
+    "F.silu": F.silu,
+    "F.gelu": lambda v: F.gelu(v, approximate="tanh"),
+}
+
+
+class _Activated(nn.Module):
+    """An activation behind batch norm, and behind the addition."""
+
+    def __init__(self, act, channels: int = 8, norm=nn.BatchNorm2d) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False), norm(channels)
+        self.conv2, self.bn2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False), norm(channels)
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.act(self.bn1(self.conv1(x)))
+        return self.act(self.bn2(self.conv2(y)) + x)
+
+
+def _left(frozen: nn.Module) -> list[str]:
+    """What the graph of a frozen model calls but for units."""
+    graph = frozen.network.graph
+    inside = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
+    return [str(node.target) for node in inside if not str(node.target).endswith("_unit")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_every_activation_is_folded_on_the_cpu(name, dtype):
+    torch.manual_seed(0)
+    model, x = _randomised(_Activated(ACTIVATIONS[name])), torch.randn(2, 8, 7, 6).to(dtype)
+    frozen = optimize_for_inference(model, dtype=dtype)
+    assert _left(frozen) == [] and len(_units(frozen)) == 2
+    kept = x.clone()
+    _check(frozen, model, x, dtype)
+    assert torch.equal(x, kept)
+    with torch.no_grad():
+        torch.testing.assert_close(frozen(x[:0]), model(x[:0].float()), check_dtype=False)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_every_activation_is_folded_by_the_kernels(name, dtype):
+    torch.manual_seed(0)
+    model, x = _randomised(_Activated(ACTIVATIONS[name])), torch.randn(1, 8, 4, 3).to(dtype)
+    with implementation("triton"):
+        frozen = optimize_for_inference(model, dtype=dtype)
+        with resnet_fused.trace() as trace:
+            frozen(x)
+        assert [launch.name for launch in trace.launches if launch.name.startswith("conv")] == ["conv_forward"] * 2
+        _check(frozen, model, x, dtype)
+
+
+@pytest.mark.parametrize("name", ["relu", "silu in place", "gelu", "leaky relu", "hardtanh", "identity"])
+def test_what_onednn_is_called_for(name):
+    """Once for a unit; behind an addition it has a ReLU alone, and others run in place."""
+    model, x = _randomised(_Activated(ACTIVATIONS[name])), torch.randn(2, 8, 7, 6)
+    frozen = optimize_for_inference(model, x)
+    with resnet_fused.trace() as trace:
+        frozen(x)
+    first, second, *rest = [launch.name for launch in trace.launches]
+    assert (first, second) == ("mkldnn._convolution_pointwise", "mkldnn._convolution_pointwise")
+    assert len(rest) == (name not in ("relu", "identity")), rest
+
+
+@pytest.mark.parametrize("name", ["silu in place", "hardtanh", "gelu"])
+@pytest.mark.parametrize("tracer", ["compile", "export", "jit.trace", "fx of the network", "make_fx"])
+def test_tracers_see_pytorchs_activations(tracer, name):
+    torch._dynamo.reset()
+    model, x = _randomised(_Activated(ACTIVATIONS[name])), torch.randn(2, 8, 7, 6)
+    frozen = optimize_for_inference(model)
+    with torch.no_grad():
+        torch.testing.assert_close(TRACERS[tracer](frozen, x)(x), model(x))
+
+
+@pytest.mark.parametrize("road", ROADS)
+def test_infinities_and_nan_pass_activations_as_eager(road):
+    """But for oneDNN's ReLU and Hardtanh."""
+    x = torch.randn(1, 8, 4, 4)
+    x[0, :, 1, 1], x[0, :, 2, 2] = float("nan"), float("inf")
+    for name in ("leaky relu", "silu in place", "gelu", "hardswish"):
+        model = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), ACTIVATIONS[name]).eval()
+        with implementation(road), torch.no_grad():
+            got, want = optimize_for_inference(model)(x), model(x)
+        torch.testing.assert_close(got[..., 1, 1], want[..., 1, 1], equal_nan=True)
+        assert got[..., 2, 2].isfinite().logical_not().equal(want[..., 2, 2].isfinite().logical_not())
+
+
+def test_a_unit_with_another_activation_is_never_cudnns(monkeypatch):
+    told = []
+
+    def choose(*arguments, **options):
+        told.append(options["relu"])
+        return "cudnn" if options["relu"] else "eager", ()
+
+    monkeypatch.setattr(forward, "cudnn_conv_relu", conv_relu)
+    monkeypatch.setattr(functional, "choose", choose)
+    for name in ("silu in place", "relu6", "relu"):
+        model, x = _randomised(_Activated(ACTIVATIONS[name])), torch.randn(1, 8, 4, 3)
+        with implementation("triton"):
+            _check(optimize_for_inference(model), model, x)
+    assert told == [False] * 4 + [True] * 2
+
+
+def test_a_pool_and_a_chain_stand_behind_relus_alone():
+    torch.manual_seed(0)
+    bottleneck = torchvision.models.resnet.Bottleneck
+    for act, chained in ((nn.ReLU(), True), (nn.SiLU(), False)):
+        stem = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), act, nn.MaxPool2d(3, 2, 1))
+        model = nn.Sequential(stem, bottleneck(16, 4), bottleneck(16, 4))
+        for block in model[1:]:
+            block.relu = act
+        x = torch.randn(1, 3, 12, 10)
+        with implementation("triton"):
+            frozen = optimize_for_inference(_randomised(model))
+            _check(frozen, model, x)
+        assert any(isinstance(m, inference.TritonChain) for m in frozen.modules()) == chained
+        assert any(isinstance(m, nn.MaxPool2d) for m in frozen.modules()) == (not chained)
+
+
+class _Ends(nn.Module):
+    """A 3x3 and a 1x1 convolution, with an activation of its own behind each."""
+
+    def __init__(self, *acts: nn.Module) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
+        self.act1, self.act2 = acts
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act2(self.bn2(self.conv2(self.act1(self.bn1(self.conv1(x))))) + x)
+
+
+@pytest.mark.parametrize("acts", [(nn.ReLU(), nn.SiLU()), (nn.SiLU(), nn.ReLU()), (nn.ReLU(), nn.ReLU())], ids=str)
+def test_each_link_of_a_chain_has_a_relu(acts):
+    model, x = _randomised(_Ends(*acts)), torch.randn(1, 8, 4, 3)
+    with implementation("triton"):
+        frozen = optimize_for_inference(model)
+        _check(frozen, model, x)
+    chained = any(isinstance(m, inference.TritonChain) for m in frozen.modules())
+    assert chained == all(type(act) is nn.ReLU for act in acts)
+
+
+def _timm(name: str, **options) -> nn.Module:
+    return timm.create_model(name, num_classes=5, **options)
+
+
+def _frozen_norm(channels: int) -> nn.Module:
+    return torchvision.ops.FrozenBatchNorm2d(channels, eps=1e-3)
+
+
+def _frozen_in(model: nn.Module) -> nn.Module:
+    return timm.layers.freeze_batch_norm_2d(model)
+
+
+@torch.no_grad()
+def _drawn(model: nn.Module) -> nn.Module:
+    """As :func:`_randomised`, for the norms of other libraries too."""
+    for module in model.modules():
+        if eligible.is_norm(module):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 2)
+            module.weight.uniform_(-0.3, 1)
+            module.bias.normal_(0, 0.1)
+    return model.eval()
+
+
+OTHERS = {
+    "SiLU": lambda: _timm("resnet18", act_layer="silu"),
+    "GELU by tanh": lambda: _timm("resnet18", act_layer="gelu_tanh"),
+    "LeakyReLU": lambda: _timm("resnet26d", act_layer="leaky_relu"),
+    "ReLU6": lambda: torchvision.models.resnet18(num_classes=5),
+    "Hardswish": lambda: _timm("resnet18", act_layer="hard_swish"),
+    "Hardswish of PyTorch": lambda: resnet_fused.resnet20(),
+    "torchvision's FrozenBatchNorm2d": lambda: torchvision.models.resnet50(norm_layer=_frozen_norm, num_classes=5),
+    "timm's FrozenBatchNorm2d": lambda: _frozen_in(_timm("resnet18")),
+}
+SWAPPED = {"ReLU6": nn.ReLU6, "Hardswish of PyTorch": nn.Hardswish}
+
+
+def _swapped(model: nn.Module, kind: type[nn.Module]) -> nn.Module:
+    for module in model.modules():
+        for name, child in module.named_children():
+            if isinstance(child, nn.ReLU):
+                setattr(module, name, kind())
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", OTHERS)
+def test_models_of_other_activations_and_norms_are_fully_fused(name, dtype):
+    torch.manual_seed(0)
+    model = OTHERS[name]()
+    model = _drawn(_swapped(model, SWAPPED[name]) if name in SWAPPED else model)
+    frozen = optimize_for_inference(model, dtype=dtype)
+    _check(frozen, model, torch.randn(2, 3, 64, 64), dtype)
+    assert len(_units(frozen)) == sum(isinstance(m, nn.Conv2d) for m in model.modules())
+    assert not [m for m in frozen.modules() if isinstance(m, nn.Conv2d) or eligible.is_norm(m)]
+    assert not [m for m in frozen.modules() if eligible.activation_of(m) is not None]
+
+
+NORMS = {
+    "BatchNormAct2d": lambda c: timm.layers.BatchNormAct2d(c, act_layer=nn.SiLU),
+    "BatchNormAct2d without": lambda c: timm.layers.BatchNormAct2d(c, apply_act=False),
+    "SyncBatchNormAct": lambda c: timm.layers.convert_sync_batchnorm(timm.layers.BatchNormAct2d(c)),
+    "FrozenBatchNorm2d": _frozen_norm,
+    "FrozenBatchNormAct2d": lambda c: _frozen_in(timm.layers.BatchNormAct2d(c, act_layer=nn.GELU, eps=1e-3)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("name", NORMS)
+def test_norms_of_other_libraries_fold_with_what_is_in_them(name, road, dtype):
+    torch.manual_seed(0)
+    model, x = _drawn(_Activated(nn.ReLU(), norm=NORMS[name])), torch.randn(1, 8, 5, 4).to(dtype)
+    with implementation(road):
+        frozen = optimize_for_inference(model, dtype=dtype)
+        _check(frozen, model, x, dtype)
+        units = [m for m in frozen.modules() if isinstance(m, FoldedConv | TritonConv)]
+        copied = pickle.loads(pickle.dumps(frozen))
+        assert torch.equal(copied(x), frozen(x))
+    assert len(units) == 2 and not any(eligible.is_norm(m) for m in frozen.modules())
+    inside = name in ("BatchNormAct2d", "SyncBatchNormAct", "FrozenBatchNormAct2d")
+    assert bool(_left(frozen)) == inside, "what follows an activation of the norm's stays"
+
+
+class _Dropping(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 0.5
+
+
+def _with(norm: nn.Module, **attributes) -> nn.Module:
+    for name, value in attributes.items():
+        setattr(norm, name, value)
+    return norm
+
+
+def _act(**options) -> nn.Module:
+    return timm.layers.BatchNormAct2d(8, **options)
+
+
+def _hooked_act() -> nn.Module:
+    norm = _act()
+    norm.act.register_forward_hook(lambda module, args, out: out * 2)
+    return norm
+
+
+UNFOLDED = {
+    "drop": lambda: _with(_act(), drop=_Dropping()),
+    "another activation": lambda: _act(act_layer=nn.Tanh),
+    "hook in it": _hooked_act,
+    "statistics of the batch": lambda: _act(track_running_stats=False),
+    "without gamma": lambda: _with(_frozen_norm(8), weight=None),
+    "without a mean": lambda: _with(_frozen_norm(8), running_mean=None),
+    "eps of 0": lambda: _with(_frozen_norm(8), eps=0.0),
+    "of another length": lambda: _frozen_norm(4),
+    "in fp64": lambda: _frozen_norm(8).double(),
+}
+
+
+@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("name", UNFOLDED)
+def test_a_norm_with_more_in_it_is_left_as_it_is(name, road):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(8, 8, 3), UNFOLDED[name](), nn.ReLU()).eval()
+    with implementation(road):
+        frozen = optimize_for_inference(model)
+        assert any(eligible.is_norm(m) for m in frozen.modules())
+        _assert_same_outcome(frozen, model, torch.randn(2, 8, 5, 5))
+
+
+def test_a_frozen_norm_in_fp32_makes_fp32_of_16_bits():
+    model = nn.Sequential(nn.Conv2d(8, 8, 3).bfloat16(), _frozen_norm(8), nn.ReLU()).eval()
+    frozen, x = optimize_for_inference(model), torch.randn(2, 8, 5, 5).bfloat16()
+    _assert_same_outcome(frozen, model, x)
+    assert frozen(x).dtype == torch.float32
+
+
+@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("norm", ["BatchNormAct2d", "FrozenBatchNorm2d", "FrozenBatchNormAct2d"])
+@pytest.mark.parametrize("name", ["one image", "no batch", "too small", "meta", "integers", "other channels"])
+def test_norms_of_other_libraries_take_and_refuse_what_eager_does(name, norm, road):
+    model = _drawn(nn.Sequential(nn.Conv2d(8, 8, 3), NORMS[norm](8), nn.ReLU()))
+    with implementation(road):
+        frozen = optimize_for_inference(model)
+        assert any(isinstance(m, FoldedConv | TritonConv) for m in frozen.modules())
+        _assert_same_outcome(frozen, model, INPUTS[name](torch.randn(1, 8, 4, 4)))
+
+
+def test_a_norm_that_stays_reads_its_dtype():
+    """In front of the first convolution, where the input comes as it likes."""
+    model = _drawn(nn.Sequential(timm.layers.BatchNormAct2d(3), nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
+    x = torch.randn(1, 3, 5, 5)
+    frozen = optimize_for_inference(model, dtype=torch.bfloat16)
+    assert frozen(x).dtype == torch.bfloat16
+    _check(frozen, model, x, torch.bfloat16)
+
+
+class _Written(nn.Module):
+    """An activation that writes to what others read, or whose number is computed."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.conv, self.bn, self.kind = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn(self.conv(x))
+        if self.kind == "in place, read before":
+            return y * F.silu(y, inplace=True)
+        if self.kind == "of an alias":
+            return F.hardtanh(y[:, :4], inplace=True) + y[:, 4:]
+        if self.kind == "of a slope that is computed":
+            return F.leaky_relu(y, float(self.conv.out_channels) / x.shape[1])
+        return F.silu(y, inplace=self.kind == "once") * 2
+
+
+@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("kind", ["in place, read before", "of an alias", "of a slope that is computed", "once"])
+def test_what_an_activation_writes_to_stays_what_it_is(kind, road):
+    model, x = _randomised(_Written(kind)), torch.randn(1, 8, 4, 4)
+    with implementation(road):
+        _assert_same_outcome(optimize_for_inference(model), model, x)
+
+
+# Pre-activation: batch norm and activation in front of a convolution.
+
+
+class _PreActivated(nn.Module):
+    """A bottleneck without a projection and one with it; timm's norms, whose activation is in them, or PyTorch's."""
+
+    def __init__(self, act=nn.ReLU, norm=None) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 16, 1)
+        kinds = {
+            "act_layer": act,
+            "norm_layer": norm or timm.layers.BatchNormAct2d,
+            "conv_layer": timm.layers.create_conv2d,
+        }
+        block, projection = timm.models.resnetv2.PreActBottleneck, timm.models.resnetv2.DownsampleConv
+        self.blocks = nn.Sequential(
+            block(16, 16, **kinds),
+            block(16, 16, stride=2, proj_layer=projection, **kinds),
+        )
+        self.norm = timm.layers.BatchNormAct2d(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.blocks(self.conv(x)))
+
+
+def _own_v2() -> nn.Module:
+    blocks = resnet_fused.PreActBottleneck(16, 16), resnet_fused.PreActBottleneck(16, 16, 2)
+    return nn.Sequential(nn.Conv2d(8, 16, 1), *blocks, nn.BatchNorm2d(16), nn.ReLU())
+
+
+PREACT = {
+    "timm's": _PreActivated,
+    "timm's with SiLU": lambda: _PreActivated(nn.SiLU),
+    "timm's, synchronised": lambda: timm.layers.convert_sync_batchnorm(_PreActivated()),
+    "ours": _own_v2,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", PREACT)
+def test_pre_activation_on_the_cpu(name, dtype):
+    """Norms behind a convolution fold; those behind an addition are PyTorch's."""
+    torch.manual_seed(0)
+    model, x = _drawn(PREACT[name]()), torch.randn(1, 8, 6, 5).to(dtype)
+    frozen = optimize_for_inference(model, dtype=dtype)
+    assert len(_units(frozen)) == 8 and sum(eligible.is_norm(m) for m in frozen.modules()) == 3
+    with resnet_fused.trace() as trace:
+        frozen(x)
+    names = [launch.name for launch in trace.launches]
+    assert names.count("mkldnn._convolution_pointwise") + names.count("mkldnn._convolution_pointwise_") == 8
+    _check(frozen, model, x, dtype)
+
+
+@pytest.mark.parametrize("name", ["resnetv2_18", "ours"])
+def test_a_whole_pre_activation_network_on_the_cpu(name):
+    """Nine norms stand behind a pool or an addition."""
+    torch.manual_seed(0)
+    model = _drawn(_timm("resnetv2_18") if name == "resnetv2_18" else resnet_fused.resnet18_v2(num_classes=5))
+    frozen = optimize_for_inference(model)
+    assert len(_units(frozen)) == sum(isinstance(m, nn.Conv2d) for m in model.modules()) == 21
+    assert sum(eligible.is_norm(m) for m in frozen.modules()) == 9
+    _check(frozen, model, torch.randn(1, 3, 32, 32))
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", PREACT)
+def test_norms_in_front_go_into_the_convolutions_that_read_them(name, dtype):
+    torch.manual_seed(0)
+    model, x = _drawn(PREACT[name]()), torch.randn(2, 8, 5, 4).to(dtype)
+    with implementation("triton"):
+        frozen = optimize_for_inference(model, dtype=dtype)
+        with resnet_fused.trace() as trace:
+            frozen(x)
+        names = [launch.name for launch in trace.launches]
+        block, projected = (["batch_norm_stats", *["conv_forward"] * convolutions] for convolutions in (3, 4))
+        assert [n for n in names if not n.startswith("aten")] == [*block, *projected]
+        assert names.count("aten.convolution") == 1 and not any("add" in n for n in names)
+        with resnet_fused.trace() as trace:
+            frozen(x[:0])
+        assert all(launch.name.startswith("aten") for launch in trace.launches)
+        _check(frozen, model, x, dtype)
+        assert torch.equal(pickle.loads(pickle.dumps(frozen))(x), frozen(x))
+        assert torch.equal(copy.deepcopy(frozen)(x), frozen(x))
+        counts = []
+        for network in (copy.deepcopy(model).to(dtype), frozen):
+            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                network(x)
+            counts.append(counter.get_total_flops())
+        assert counts[0] == counts[1] > 0
+    _check(frozen, model, x, dtype)
+
+
+@interpreted
+def test_a_norm_in_front_keeps_its_keys_and_takes_new_weights():
+    models = [_drawn(_own_v2()) for _ in range(2)]
+    x = torch.randn(1, 8, 4, 3)
+    with implementation("triton"):
+        frozen, other = (optimize_for_inference(model) for model in models)
+        assert {"1.norm1.weight", "1.norm1.running_var", "2.norm1.num_batches_tracked"} <= {
+            name.removeprefix("network.") for name in frozen.state_dict()
+        }
+        wide = {name: torch.stack([-value, value], -1) for name, value in other.state_dict().items()}
+        frozen.load_state_dict({name: torch._neg_view(value[..., 0]) for name, value in wide.items()}, assign=True)
+        _check(frozen, models[1], x)
+
+
+@interpreted
+def test_hooks_of_a_norm_in_front_are_run():
+    model, x, seen = _drawn(_own_v2()), torch.randn(1, 8, 4, 3), []
+    with implementation("triton"):
+        frozen = optimize_for_inference(model)
+        norm = frozen.network.get_submodule("1.norm1")
+        norm.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+        _check(frozen, model, x)
+    assert seen == [(1, 16, 4, 3)]
+
+
+@interpreted
+@pytest.mark.parametrize("tracer", ["compile", "export", "jit.trace", "fx of the network", "make_fx"])
+def test_tracers_see_norms_in_front(tracer):
+    torch._dynamo.reset()
+    model, x = _drawn(_own_v2()), torch.randn(1, 8, 4, 3)
+    with implementation("triton"):
+        frozen = optimize_for_inference(model)
+        with torch.no_grad():
+            traced = TRACERS[tracer](frozen, x)
+    with torch.no_grad():
+        torch.testing.assert_close(traced(x), model(x))
+
+
+@interpreted
+@pytest.mark.parametrize("name", INPUTS)
+def test_what_eager_refuses_in_front_of_a_convolution_is_refused(name):
+    model = _drawn(nn.Sequential(nn.BatchNorm2d(8), nn.SiLU(), nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8)))
+    with implementation("triton"):
+        frozen = optimize_for_inference(model)
+        assert any(isinstance(m, inference.TritonFront) for m in frozen.modules())
+        _assert_same_outcome(frozen, model, INPUTS[name](torch.randn(1, 8, 4, 4)))
+
+
+class _Fronts(nn.Module):
+    """Batch norm and activation in front, and something in the way of computing them on the way in."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.norm = kind, nn.BatchNorm2d(8)
+        options = {"wide": {"kernel_size": 3, "padding": 1}, "groups": {"groups": 2}, "bias": {"bias": True}}
+        made = {"kernel_size": 1, "bias": False, **options.get(kind, {})}
+        self.conv, self.bn = nn.Conv2d(8, 8, **made), nn.BatchNorm2d(8)
+        if kind == "frozen":
+            self.norm = _frozen_norm(8)
+        if kind == "inside and behind":
+            self.norm = timm.layers.BatchNormAct2d(8, act_layer=nn.SiLU)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 1.5
+        y = self.norm(x)
+        if self.kind == "written between":
+            x.mul_(2)
+        y = F.relu(y, inplace=True)
+        if self.kind == "written behind":
+            x.mul_(2)
+        z = self.bn(self.conv(y))
+        if self.kind == "residual":
+            return z + x
+        return z + y if self.kind == "read elsewhere" else z
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "kind", ["wide", "groups", "bias", "frozen", "residual", "read elsewhere", "written between", "written behind"]
+)
+def test_what_cannot_go_into_a_prologue_stays_in_front(kind):
+    torch.manual_seed(0)
+    model, x = _drawn(_Fronts(kind)), torch.randn(1, 8, 4, 3)
+    with implementation("triton"):
+        frozen = optimize_for_inference(model)
+        assert not any(isinstance(m, inference.TritonFront) for m in frozen.modules())
+        _assert_same_outcome(frozen, model, x)
+
+
+@interpreted
+@pytest.mark.parametrize("kind", ["", "inside and behind"])
+def test_an_activation_that_is_read_as_it_comes_goes_along(kind):
+    torch.manual_seed(0)
+    model, x = _drawn(_Fronts(kind)), torch.randn(1, 8, 4, 3)
+    with implementation("triton"):
+        frozen = optimize_for_inference(model)
+        assert any(isinstance(m, inference.TritonFront) for m in frozen.modules()) == (kind == "")
+        _check(frozen, model, x)
+
+
+class _Joined(nn.Module):
+    """One convolution behind its norm, to which something is added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.conv = nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1, bias=False)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.conv(F.silu(self.norm(x))) + residual
+
+
+@interpreted
+@pytest.mark.parametrize("name", RESIDUALS)
+def test_what_is_added_behind_a_norm_in_front_is_added_as_eager_does(name):
+    model, x = _drawn(_Joined()), torch.randn(1, 8, 4, 4)
+    with implementation("triton"):
+        frozen = optimize_for_inference(model)
+        assert any(isinstance(m, inference.TritonFront) for m in frozen.modules())
+        want, got = (_outcome(lambda m=m: m(x, RESIDUALS[name])) for m in (model, frozen))
+        torch.testing.assert_close(frozen(x, x), model(x, x).detach())
+    if isinstance(want, Exception):
+        assert type(got) is type(want)
+    else:
+        torch.testing.assert_close(got, want)
+
+
+@interpreted
+def test_a_wider_residual_behind_a_norm_in_front_promotes():
+    model, x = _drawn(_Joined()).half(), torch.randn(1, 8, 4, 4)
+    with implementation("triton"):
+        got = optimize_for_inference(model)(x.half(), x)
+    torch.testing.assert_close(got, model(x.half(), x).detach(), rtol=1e-2, atol=1e-2)
+
+
+@interpreted
+def test_a_plan_that_leaves_a_unit_to_pytorch_is_mixed_behind_a_front(monkeypatch):
+    told, choose = [], functional.choose
+
+    def eager(*arguments, **options):
+        told.extend([options["relu"]] if arguments[4] == "frozen" else [])
+        return "eager", choose(*arguments[:-1], "eager")[1]
+
+    monkeypatch.setattr(functional, "choose", eager)
+    model, x = _drawn(_own_v2()), torch.randn(1, 8, 4, 3)
+    with implementation("triton"):
+        frozen = optimize_for_inference(model)
+        with resnet_fused.trace() as trace:
+            frozen(x)
+        _check(frozen, model, x)
+    names = [launch.name for launch in trace.launches]
+    assert "conv_forward" not in names and names.count("batch_norm_apply") == 5
+    block, projected = [False, True, False], [False, False, True, False]
+    assert told[: len(told) // 2] == [*block, *projected], "cuDNN's one call is offered where no norm stands in front"

@@ -531,7 +531,7 @@ def _why_kind(conv: nn.Module, bn: nn.Module) -> str | None:
     if type(bn) is not nn.BatchNorm2d and type(bn) is not nn.SyncBatchNorm:
         if _name(type(bn)) not in NORMS:
             return f"the normalisation is {_named(bn)}, not torch.nn.BatchNorm2d or SyncBatchNorm itself"
-        if (reason := _why_inside(bn)) is not None:
+        if (reason := why_inside(bn)) is not None:
             return reason
     if conv.padding_mode != "zeros":
         return f"the convolution has padding_mode={conv.padding_mode!r}"
@@ -579,7 +579,7 @@ def _behind(layer: Layer) -> Activation | None:
     return following if inside == IDENTITY else None
 
 
-def _why_inside(bn: nn.Module) -> str | None:
+def why_inside(bn: nn.Module) -> str | None:
     """Why a norm of :data:`NORMS` does not do what is known of it, and an activation at the most, or None."""
     parts = [part for part in bn._modules.values() if part is not None]
     if hooked(*parts):

@@ -610,7 +610,9 @@ gate_forward = _register("gate_forward", _gate_forward, _gate_forward_fake)
 pool_forward = _register("pool_forward", _pool_forward, _pool_forward_fake)
 join_forward = _register("join_forward", _join_forward, _join_forward_fake)
 norm_forward = _register("norm_forward", _norm_forward, _norm_forward_fake)
-preact_conv = _register("preact_conv", _preact_conv, _preact_conv_fake)
+preact_conv = _register(
+    "preact_conv", _preact_conv, _preact_conv_fake, lambda x, x_stats, w, *rest: _flops(x, w, rest[8])
+)
 
 
 def _batchable(name: str, call: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:

@@ -40,20 +40,20 @@ class PaddedIdentity(NamedTuple):
 
 
 _ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
-    "identity": lambda v: v,
+    "identity": lambda v, inplace: v,
     "relu": F.relu,
     "leaky_relu": F.leaky_relu,
     "hardtanh": F.hardtanh,
     "hardswish": F.hardswish,
     "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda v: F.gelu(v, approximate="tanh"),
+    "gelu": lambda v, inplace: F.gelu(v),
+    "gelu_tanh": lambda v, inplace: F.gelu(v, approximate="tanh"),
 }
 
 
-def activate(v: Tensor, activation: Activation) -> Tensor:
-    """The activation of ``v``, of any shape, in its dtype."""
-    return _ACTIVATIONS[activation.name](v, *activation.numbers)
+def activate(v: Tensor, activation: Activation, inplace: bool = False) -> Tensor:
+    """The activation of ``v``, of any shape, in its dtype; ``inplace``: ``v`` may be overwritten."""
+    return _ACTIVATIONS[activation.name](v, *activation.numbers, inplace=inplace)
 
 
 def in_front(g: Tensor, v: Tensor, activation: Activation) -> Tensor:

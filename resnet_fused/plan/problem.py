@@ -45,9 +45,9 @@ class Problem(ConvProblem):
     that batch norm may be folded into them; or "training": the forward and both gradients.
     ``prologue``: in training, the input is the raw output of the unit before, which is normalised on the way in.
     ``residual``: in inference, one is added. ``relu``: in a frozen model, one follows, which cuDNN's one call of all of
-    it cannot leave out. ``pooled``: a ReLU and a 3x3/2 max pool with padding 1 follow, as in a
-    network's stem, and nobody wants the gradient of the input. ``gpu``: its name as PyTorch gives it, or "" for any of
-    that architecture.
+    it cannot leave out, and nothing stands in front, which that call lacks. ``pooled``: a ReLU and a 3x3/2 max pool
+    with padding 1 follow, as in a network's stem, and nobody wants the gradient of the input. ``gpu``: its name as
+    PyTorch gives it, or "" for any of that architecture.
     """
 
     direction: str
