@@ -143,11 +143,13 @@ class ConvertedUnits(Converted):
         try:
             passed: list[Any] = [descendant(self, name) for name, _ in piece.passed]
             units: list[Any] = [descendant(self, name) for unit in piece.layout.all_units() for name in unit[:2]]
-            units += [descendant(self, name) for name in piece.pools]
+            pools: list[Any] = [descendant(self, name) for name in piece.pools]
         except KeyError as missing:
             return f"it has no submodule {missing} any more"
-        if eligible.hooked(*passed, *units):
+        if eligible.hooked(*passed, *units, *pools):
             return "hooks are registered on a submodule"
+        if not all(map(eligible.takes_means, pools)):
+            return "a pool does not take the means of images any more"
         for part, (name, activation) in zip(passed, piece.passed, strict=True):
             if eligible.activation_of(part) != activation:
                 return f"{name} is {part}, which is not {activation}"

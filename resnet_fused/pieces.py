@@ -185,8 +185,7 @@ class Graph:
     def is_squeeze(self, node: fx.Node) -> bool:
         """Whether ``node`` is the mean of each image of its input."""
         if node.op == "call_module":
-            part = self.part(node)
-            return type(part) is nn.AdaptiveAvgPool2d and part.output_size in (1, (1, 1)) and _is_alone(node)
+            return eligible.takes_means(self.part(node)) and _is_alone(node)
         if node.target is F.adaptive_avg_pool2d:
             return len(node.args) == 2 and node.args[1] in (1, (1, 1), [1, 1]) and not node.kwargs
         if node.target not in ("mean", torch.mean) or len(node.args) < 2 or not isinstance(node.args[1], tuple | list):

@@ -62,7 +62,7 @@ class Gated(nn.Module):
             conv = nn.Conv2d(ci, co, taps, stride if taps == 3 else 1, taps // 2, bias=False)
             self.add_module(f"conv{i}", conv)
             self.add_module(f"bn{i}", nn.BatchNorm2d(co))
-        self.se = torchvision.ops.SqueezeExcitation(planes, width)
+        self.se = torchvision.ops.SqueezeExcitation(planes, width, activation=nn.SiLU)
         self.act = act or nn.ReLU()
         self.downsample = None
         if stride > 1 or inplanes != planes:

@@ -594,6 +594,11 @@ def _name(kind: type) -> tuple[str, str]:
     return kind.__module__, kind.__qualname__
 
 
+def takes_means(module: nn.Module) -> bool:
+    """Whether ``module`` returns the mean of each image, [N, C, 1, 1]."""
+    return type(module) is nn.AdaptiveAvgPool2d and module.output_size in (1, (1, 1))
+
+
 def why_not_pooled(pool: nn.Module) -> str | None:
     """Why ``pool`` is not the one that kernels do behind a unit, or None."""
     if type(pool) is not nn.MaxPool2d:

@@ -616,7 +616,7 @@ preact_conv = _register(
 
 
 def _batchable(name: str, call: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
-    """``call``, which calls the operator; for a gradient that is several at once, which ``is_grads_batched`` makes,
+    """``call``, which calls the operator; for gradients that are several at once, which ``is_grads_batched`` makes,
     one by one.
 
     PyTorch batches those by an older vmap, for which an operator cannot have a rule; for ``torch.vmap`` it has.
@@ -636,19 +636,27 @@ def _batchable(name: str, call: Callable[..., list[Tensor]]) -> Callable[..., li
 
     torch.library.register_vmap(f"resnet_fused::{name}", rule, lib=_library)
 
-    def gradients_of(dz: Tensor, *arguments: Any) -> list[Tensor]:
+    def gradients_of(*arguments: Any) -> list[Tensor]:
         functorch = torch._C._functorch
-        batched, legacy = functorch.is_batchedtensor, functorch.is_legacy_batchedtensor
-        if torch.compiler.is_compiling() or not (legacy(dz) or batched(dz)):
-            return call(dz, *arguments)
-        if batched(dz):
-            return cast(list[Tensor], getattr(torch.ops.resnet_fused, name)(dz, *arguments))
+        tensors = [] if torch.compiler.is_compiling() else [a for a in arguments if isinstance(a, Tensor)]
+        if any(map(functorch.is_batchedtensor, tensors)):
+            return cast(list[Tensor], getattr(torch.ops.resnet_fused, name)(*arguments))
+        if not any(map(functorch.is_legacy_batchedtensor, tensors)):
+            return call(*arguments)
         level = max(torch._C._vmapmode_increment_nesting() - 1, 1)  # autograd's own threads are at no level
         torch._C._vmapmode_decrement_nesting()
-        each = torch._remove_batch_dim(dz, level, 0, 0).unbind()
-        if legacy(each[0]):
+        legacy = [isinstance(a, Tensor) and functorch.is_legacy_batchedtensor(a) for a in arguments]
+        several = [
+            torch._remove_batch_dim(a, level, 0, 0).unbind() if among else None
+            for a, among in zip(arguments, legacy, strict=True)
+        ]
+        each = [
+            [a if parts is None else parts[i] for a, parts in zip(arguments, several, strict=True)]
+            for i in range(next(len(parts) for parts in several if parts is not None))
+        ]
+        if any(functorch.is_legacy_batchedtensor(a) for a in each[0] if isinstance(a, Tensor)):
             raise NotImplementedError("fused residual blocks take batched gradients at one level, not nested ones")
-        return [torch._add_batch_dim(gradients, 0, level) for gradients in one_by_one([[g, *arguments] for g in each])]
+        return [torch._add_batch_dim(gradients, 0, level) for gradients in one_by_one(each)]
 
     return gradients_of
 
