@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import timm
@@ -11,14 +13,26 @@ import torch
 from timm.layers import BatchNormAct2d, create_conv2d
 from timm.models.resnetv2 import DownsampleConv, PreActBasic
 from timm.models.resnetv2 import PreActBottleneck as TheirBottleneck
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import FrozenBatchNorm2d
 
 import resnet_fused
-from resnet_fused import PreActBlock, PreActBottleneck, explain, fuse, implementation, models_v2, trace, unfuse
-from resnet_fused.convert import ConvertedBlock, ConvertedUnits
+from resnet_fused import (
+    BasicBlock,
+    PreActBlock,
+    PreActBottleneck,
+    explain,
+    fuse,
+    implementation,
+    models_v2,
+    trace,
+    unfuse,
+)
+from resnet_fused.convert import ConvertedBlock, ConvertedBlocks, ConvertedUnits
 from resnet_fused.engine import ops
+from resnet_fused.engine.eligible import Onlooker
 from resnet_fused.engine.forward import Convolution
 from resnet_fused.kernels.conv import Geometry
 from resnet_fused.kernels.launch import dry_run
@@ -240,9 +254,11 @@ def test_operators_keep_their_promises():
     w = torch.randn(12, 16, 1, 1).contiguous(**channels_last)
     mean, var, gamma, beta = torch.randn(16), torch.rand(16), torch.rand(16), torch.rand(16)
     batches = torch.zeros((), dtype=torch.int64)
-    arguments = (x, gamma, beta, mean, var, batches, 0.1, 1e-5, True, "")
-    torch.library.opcheck(operators.norm_forward.default, arguments, test_utils=tests)
-    stats = ops.norm_forward(*arguments)
+    others = (gamma, beta, mean, var, batches, 0.1, 1e-5, True, "")
+    taken = torch.stack([x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0) * 40])[:, None]
+    for moments in ([], [taken], [taken, torch.tensor([40.0])]):
+        torch.library.opcheck(operators.norm_forward.default, (x, moments, 40, *others), test_utils=tests)
+    stats = ops.norm_forward(x, [], 0, *others)
     convolution = Convolution(Geometry(), True, Tiles()).encode()
     none = (None, None, None, None, 0.0, "identity")
     norm = (torch.randn(12), torch.rand(12), None, None, 1e-5, "relu")
@@ -250,6 +266,8 @@ def test_operators_keep_their_promises():
     torch.library.opcheck(
         operators.preact_conv.default, (x, None, w, "relu", *norm, None, convolution), test_utils=tests
     )
+    mixed = Convolution(Geometry(), False, Tiles()).encode()  # which takes no moments, as the fake does not
+    torch.library.opcheck(operators.raw_sum.default, (x, stats, w, "relu", p, mixed), test_utils=tests)
     for needs in ([True] * 5, [False, True, False, True, False], [True, False, True, False, False]):
         arguments = (
             *(torch.randn_like(p), [w, w], [x], [stats], [*convolution, *convolution], [*w.stride()] * 2, [False]),
@@ -375,6 +393,187 @@ def test_a_small_network(road):
         losses.append([loss.detach(), twin.norm.running_mean, *(p.grad for p in twin.parameters())])
     for eager, ours in zip(*losses, strict=True):
         torch.testing.assert_close(ours, eager, rtol=1e-3, atol=1e-3 * eager.abs().max().item())
+
+
+def row(*blocks: nn.Module) -> nn.Sequential:
+    """Of pre-activation blocks, with 16 channels between them."""
+    model = fuse(nn.Sequential(*(blocks or [PreActBottleneck(16, 16) for _ in range(3)])), strict=True)
+    assert isinstance(model, ConvertedBlocks)
+    return model
+
+
+def passes_for_moments(model: Callable[[Tensor], Tensor], x: Tensor, road: str = "triton") -> int:
+    """Over the inputs of the blocks in a step: the statistics of all others are taken in the convolutions that write."""
+    with implementation(road), trace() as t:
+        z = model(x)
+        if z.requires_grad:
+            z.sum().backward()
+    return sum(launch.name == "channel_moments" for launch in t.launches)
+
+
+ROWS = {
+    "identities": lambda: row(),
+    "a projection": lambda: row(PreActBottleneck(16, 16), PreActBottleneck(16, 24, 2), PreActBlock(24, 24)),
+    "timm's": lambda: row(theirs(PreActBasic, 16), theirs(TheirBottleneck, 16, 32, proj_layer=DownsampleConv)),
+    "other activations": lambda: row(with_activation(PreActBlock(16, 16), nn.SiLU()), PreActBlock(16, 16)),
+    "momentum": lambda: row(PreActBlock(16, 16), cumulative(PreActBlock(16, 16))),
+}
+
+
+def cumulative(block: nn.Module) -> nn.Module:
+    block.norm1.momentum = None
+    return block
+
+
+@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("name", ROWS)
+def test_blocks_in_a_row_leave_what_eager_leaves(name, road):
+    check(*draw(ROWS[name], (2, 16, 4, 5), torch.float32), road, sums=32)
+
+
+def test_blocks_in_a_row_in_fp16():
+    build = lambda: row(PreActBottleneck(16, 16), PreActBlock(16, 16))  # noqa: E731
+    check(*draw(build, (2, 16, 4, 5), torch.float16), "triton", sums=32)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("name", ROWS)
+def test_a_block_hands_the_moments_of_its_output_to_the_next(name, grad):
+    model, x = ROWS[name](), torch.randn(2, 16, 4, 5)
+    with torch.set_grad_enabled(grad):
+        assert passes_for_moments(model, x) == 1
+        assert passes_for_moments(nn.Sequential(*model), x) == len(model)
+        assert passes_for_moments(model, x) == 1, "again"
+
+
+def test_moments_are_those_of_what_was_rounded():
+    """Where the values are so large beside their deviations that fp16 keeps few of their digits."""
+    model, x = row(PreActBlock(16, 16), PreActBlock(16, 16)).half(), 100 + torch.rand(2, 16, 5, 5).half()
+    found = []
+    for each in (model, nn.Sequential(*model)):
+        for norm in (block.norm1 for block in model):
+            norm.reset_running_stats()
+        with implementation("triton"):
+            each(x)
+        found.append(model[1].norm1.running_var.clone())
+    torch.testing.assert_close(*found, rtol=1e-5, atol=0)
+
+
+def hook(change: Callable[[Tensor], Tensor | None]) -> Callable[[nn.Module], object]:
+    return lambda model: model[0].register_forward_hook(lambda module, args, z: change(z))
+
+
+BETWEEN = {
+    "a hook": hook(lambda z: None),
+    "a hook that returns something else": hook(lambda z: 2 * z),
+    "a hook that writes": hook(lambda z: z.mul_(2) and None),
+    "a hook that writes behind autograd's back": hook(lambda z: z.data.mul_(2) and None),
+    "a hook in front": lambda model: model[1].register_forward_pre_hook(lambda module, args: (args[0].detach() + 1,)),
+    "a module": lambda model: model.insert(1, nn.ReLU(inplace=True)),
+    "another block": lambda model: model.insert(1, BasicBlock(16, 16)),
+    "a block that was compiled": lambda model: setattr(model[1], "_compiled_call_impl", model[1].forward),
+    "a forward of its own": lambda model: setattr(model[0], "forward", lambda x, own=model[0].forward: 3 * own(x)),
+}
+"""What sees or changes the output of the first of two blocks."""
+
+
+@pytest.mark.parametrize("name", BETWEEN)
+def test_what_somebody_may_change_has_its_own_moments(name):
+    model, x = row(PreActBlock(16, 16), PreActBlock(16, 16)), torch.randn(2, 16, 4, 5, requires_grad=True)
+    BETWEEN[name](model)
+    assert passes_for_moments(copy.deepcopy(model), x) == 2
+    found = []
+    for road in ("triton", "eager"):
+        with implementation(road):
+            z = model(x)
+            found.append([z, *torch.autograd.grad(z.square().sum(), x), model[-1].norm1.running_mean.clone()])
+            model[-1].norm1.reset_running_stats()
+    for ours, eager in zip(*found, strict=True):
+        torch.testing.assert_close(ours, eager, rtol=1e-3, atol=1e-3 * eager.abs().max().item())
+
+
+def test_no_moments_are_taken_that_nobody_reads():
+    x = torch.randn(2, 16, 4, 5)
+    channels_last = {"memory_format": torch.channels_last}
+
+    def written(model: nn.Module, road: str = "triton") -> list[int]:
+        """By the first block's last launch, and how many passes take moments."""
+        with implementation(road), trace() as t:
+            model(x.contiguous(**channels_last))
+        convolutions = [launch for launch in t.launches if "conv" in launch.name]
+        passes = sum(launch.name == "channel_moments" for launch in t.launches)
+        return [convolutions[1].bytes_written - 4 * x.numel(), passes]
+
+    model = row(PreActBlock(16, 16), PreActBlock(16, 16)).to(**channels_last)
+    vectors = 4 * 2 * 16  # of one tile
+    assert written(model) == [vectors, 1]
+    assert written(model, "mixed") == [0, 4]
+    model[1].norm1.eval()
+    assert written(model) == [0, 1], "fixed statistics behind those of the batch"
+    model[0].eval()
+    model[1].train()
+    assert written(model) == [vectors, 0], "and before them"
+    assert written(model.eval()) == [0, 0]
+
+
+def test_a_block_that_does_not_fit_drops_what_it_was_handed():
+    model, x = row(PreActBlock(16, 16), PreActBlock(16, 16)), torch.randn(2, 16, 4, 5)
+    model[1].norm2 = nn.GroupNorm(4, 16)
+    assert passes_for_moments(model, x) == 1
+    with implementation("triton"):
+        assert "GroupNorm" in model[1].why_eager(x)
+    assert model[1].norm1.num_batches_tracked == 1
+
+
+def test_rows_under_checkpointing_and_copied():
+    model, x, dz = draw(row, (2, 16, 4, 4), torch.float32)
+    ours = step(model, x, dz, "triton")
+    for reentrant in (False, True):
+        again = step(model, x, dz, "triton", lambda b, r=reentrant: lambda x: checkpoint(b, x, use_reentrant=r))
+        for name, value in ours.items():
+            if name.endswith("grad") or name == "z":
+                assert torch.equal(value, again[name]), name
+    assert passes_for_moments(pickle.loads(pickle.dumps(model)), x) == 1
+
+
+def test_rows_under_autocast_and_in_inference_mode():
+    model, x = row(), torch.randn(2, 16, 4, 5)
+    with torch.autocast(DEVICE, torch.float16):
+        assert passes_for_moments(model, x.half()) == 1
+        assert passes_for_moments(model, x) == 0, "eager, which returns what autocast makes of the sum"
+    with torch.inference_mode():
+        assert passes_for_moments(model, x) == 1
+
+
+def test_compilers_and_tracers_see_the_blocks_of_a_row():
+    torch._dynamo.reset()
+    model, x = row(PreActBlock(16, 16), PreActBlock(16, 16)), torch.randn(2, 16, 4, 5)
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph.code)
+        return graph
+
+    with implementation("triton"), torch.no_grad():
+        want = copy.deepcopy(model)(x)
+        torch.testing.assert_close(torch.compile(model, fullgraph=True, backend=backend)(x), want)
+        assert sum(code.count("norm_forward") for code in graphs) == 2
+        assert not any("raw_sum" in code for code in graphs)
+        torch.testing.assert_close(fx.symbolic_trace(model)(x), want, rtol=1e-4, atol=1e-4)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            assert copy.deepcopy(model)(x).shape == x.shape
+
+
+def test_in_evaluation_the_blocks_of_a_row_are_called_by_themselves():
+    """Each of which then repeats its launches."""
+    model, x = row().eval(), torch.randn(2, 16, 4, 5)
+    called = []
+    with implementation("triton"), torch.no_grad():
+        want = model(x)
+        for block in model:
+            block.register_forward_hook(Onlooker(lambda module, args, z: called.append(z)))
+        assert torch.equal(model(x), want) and len(called) == 3
+    assert passes_for_moments(model.train(), x) == 1
 
 
 def test_layers_and_channels_are_checked():

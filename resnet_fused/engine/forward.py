@@ -325,23 +325,42 @@ def unit_forward(
     """
     moments: Moments | None = None
     if batch_stats and conv.fused:
-        y, moments = conv_forward_moments(
-            x,
-            w,
-            geometry=conv.geometry,
-            prologue=_prologue(before),
-            bias=bias,
-            tf32=decide.tf32(x.dtype),
-            config=conv.tiles.forward,
-        )
+        y, moments = _convolve_moments(x, before, w, bias, conv)
     else:
         y = convolve(x, before, w, bias, conv)
         moments = channel_moments(y) if batch_stats else None
     return y, _stats(moments, gamma, beta, running, eps, group)
 
 
+class Taken(NamedTuple):
+    """The :class:`Moments` of a tensor, as operators hand them on: values, and counts if any; or no tensors, if none.
+
+    How many ``pixels`` there are, the tensor itself tells.
+    """
+
+    tensors: list[Tensor]
+    rows: int
+
+    def of(self, x: Tensor) -> Moments:
+        """Those of ``x``, which take a pass over it where they were not taken."""
+        if not self.tensors:
+            return channel_moments(x)
+        values, *counts = self.tensors
+        return Moments(values, self.rows, x.numel() // x.shape[1], *counts)
+
+
+def raw_sum(x: Tensor, before: Before, w: Tensor, residual: Tensor, conv: Convolution) -> tuple[Tensor, Taken]:
+    """What :func:`convolve` returns, and its moments where the same launch takes them."""
+    if not conv.fused:
+        return convolve(x, before, w, None, conv, residual), Taken([], 0)
+    z, moments = _convolve_moments(x, before, w, None, conv, Residual(residual))
+    counts = [] if moments.counts is None else [moments.counts]
+    return z, Taken([moments.values, *counts], moments.rows)
+
+
 def norm_forward(
     x: Tensor,
+    taken: Taken,
     gamma: Tensor | None,
     beta: Tensor | None,
     running: Running,
@@ -349,8 +368,11 @@ def norm_forward(
     batch_stats: bool,
     group: str,
 ) -> Tensor:
-    """What batch norm does to ``x`` (stats [5, C]), in front of a convolution. ``group``: see :func:`unit_forward`."""
-    return _stats(channel_moments(x) if batch_stats else None, gamma, beta, running, eps, group)
+    """What batch norm does to ``x`` (stats [5, C]), in front of a convolution.
+
+    ``taken``: the moments of ``x``, as far as they are known. ``group``: see :func:`unit_forward`.
+    """
+    return _stats(taken.of(x) if batch_stats else None, gamma, beta, running, eps, group)
 
 
 def _stats(
@@ -400,6 +422,27 @@ def convolve(
     y = torch.convolution(x, w, bias, stride, padding, dilation, False, (0, 0), groups)
     y = y.contiguous(memory_format=torch.channels_last)
     return y if residual is None else y.add_(residual)
+
+
+def _convolve_moments(
+    x: Tensor,
+    before: Before | None,
+    w: Tensor,
+    bias: Tensor | None,
+    conv: Convolution,
+    residual: Residual | None = None,
+) -> tuple[Tensor, Moments]:
+    """What :func:`convolve` returns where it is fused, and its moments."""
+    return conv_forward_moments(
+        x,
+        w,
+        geometry=conv.geometry,
+        prologue=_prologue(before),
+        bias=bias,
+        residual=residual,
+        tf32=decide.tf32(x.dtype),
+        config=conv.tiles.forward,
+    )
 
 
 def _gather(moments: Moments, group: str) -> Moments:
