@@ -679,18 +679,61 @@ class Frozen(Written):
         self.bn_a, self.bn_b = FrozenBatchNorm2d(12), FrozenBatchNorm2d(8)
 
 
+class OtherNorm(Written):
+    """Whose shortcut reads what another norm makes of the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn_c = nn.BatchNorm2d(12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.b(torch.relu(self.bn_b(self.a(torch.relu(self.bn_a(x))))))
+        return out + self.short(torch.relu(self.bn_c(x)))
+
+
+class OneChannel(nn.Module):
+    """Which is added to all channels of its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn, self.conv = nn.BatchNorm2d(12), nn.Conv2d(12, 1, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(torch.relu(self.bn(x))) + x
+
+
+class Reflecting(Written):
+    def __init__(self) -> None:
+        super().__init__()
+        self.b = nn.Conv2d(8, 24, 3, 1, 1, bias=False, padding_mode="reflect")
+
+
 class ActivatedTwice(Written):
     def __init__(self) -> None:
         super().__init__()
         self.bn_a = BatchNormAct2d(12, act_layer=nn.SiLU)
 
 
-@pytest.mark.parametrize("kind", [Twice, Aside, NormTwice, OfItself, OfTheInput, Frozen, ActivatedTwice])
+SOMETHING_ELSE = [
+    Twice,
+    Aside,
+    NormTwice,
+    OfItself,
+    OfTheInput,
+    Frozen,
+    OtherNorm,
+    OneChannel,
+    Reflecting,
+    ActivatedTwice,
+]
+
+
+@pytest.mark.parametrize("kind", [Twice, Aside, OfItself, OneChannel, *OTHER_UNITS])
 def test_what_computes_something_else_is_not_recognised(kind):
     assert not isinstance(recognise(kind()), BlockLayout)
 
 
-@pytest.mark.parametrize("kind", [NormTwice, OfTheInput, Frozen, ActivatedTwice])
+@pytest.mark.parametrize("kind", OTHER_UNITS)
 def test_the_units_of_what_computes_something_else_are_fused(kind):
     block, x, dz = draw(lambda: fuse(kind(), strict=True), (2, 12, 5, 4), torch.float32)
     assert isinstance(block, ConvertedUnits)
