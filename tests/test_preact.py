@@ -714,18 +714,7 @@ class ActivatedTwice(Written):
         self.bn_a = BatchNormAct2d(12, act_layer=nn.SiLU)
 
 
-SOMETHING_ELSE = [
-    Twice,
-    Aside,
-    NormTwice,
-    OfItself,
-    OfTheInput,
-    Frozen,
-    OtherNorm,
-    OneChannel,
-    Reflecting,
-    ActivatedTwice,
-]
+OTHER_UNITS = [NormTwice, OfTheInput, Frozen, OtherNorm, Reflecting, ActivatedTwice]
 
 
 @pytest.mark.parametrize("kind", [Twice, Aside, OfItself, OneChannel, *OTHER_UNITS])
