@@ -225,13 +225,13 @@ MUTATIONS = [
     Mutation("resnet_fused/commands/env.py", " if name.startswith(VARIABLES)}", "}", "tests/test_env.py -k in_force"),
     Mutation(
         "resnet_fused/commands/explain.py",
-        "options.size or models.MODELS[options.model]",
+        "options.size or NETWORKS[options.model]",
         "options.size or 224",
         "tests/test_commands.py -k images_of_its_own",
     ),
     Mutation(
         "resnet_fused/commands/tune.py",
-        "options.size or MODELS[name]",
+        "options.size or NETWORKS[name]",
         "options.size or 224",
         "tests/test_commands.py -k images_of_its_own",
     ),

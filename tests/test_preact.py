@@ -748,4 +748,5 @@ def test_a_norm_of_timms_with_another_activation_or_a_drop_layer():
 
 def test_every_model_is_public():
     made = [name for name in vars(models_v2) if name.startswith("resnet")]
-    assert made == [f"resnet{depth}_v2" for depth in NAMES] and set(made) <= set(resnet_fused.__all__)
+    assert made == list(models_v2.MODELS) == [f"resnet{depth}_v2" for depth in NAMES]
+    assert set(made) <= set(resnet_fused.__all__)
