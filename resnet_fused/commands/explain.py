@@ -26,7 +26,7 @@ def main(options: argparse.Namespace) -> int:
     """Print the plan of a model; returns 0."""
     dtype, side = getattr(torch, options.dtype), options.size or NETWORKS[options.model]
     with torch.device("meta"), implementation(options.implementation):
-        model = network(options.model).to(dtype, memory_format=torch.channels_last)
+        model = network(options.model).to(dtype).to(memory_format=torch.channels_last)
         x = torch.empty(options.batch, 3, side, side, dtype=dtype)
         with chosen_input():
             explanation = explain(model, x, arch=pick_arch(options.arch), training=options.train)
