@@ -254,7 +254,10 @@ def _attributes(module: nn.Module) -> tuple[Any, ...]:
 
 def is_norm_first(module: nn.Module | None) -> bool:
     """Whether the forward of ``module`` is that of a pre-activation block."""
-    return runs_fused(module) and cast(FusedBlock, module).described()[0].norm_first
+    if not runs_fused(module):
+        return False
+    layout: BlockLayout | None = cast(FusedBlock, module).described()[0]
+    return layout is not None and layout.norm_first
 
 
 def _takes_moments(block: FusedBlock) -> bool:
@@ -265,15 +268,15 @@ def _takes_moments(block: FusedBlock) -> bool:
         norm = descendant(block, block.described()[0].units[0].norm)
     except KeyError:
         return False
-    return bool(norm.training)
+    return isinstance(norm, nn.Module) and norm.training
 
 
 def _first_layer(x: Tensor, block: FusedBlock) -> eligible.Layer | None:
     """The layer that reads what ``block`` does, which lies as ``x``; None if it is not to be computed by itself."""
-    layout, _ = block.described()
-    first, *others = layout.units
-    if layout.norm_first:
+    layout: BlockLayout | None = block.described()[0]  # None: it was never recognised
+    if layout is None or layout.norm_first:
         return None
+    first, *others = layout.units
     try:
         layer = block._layer(first)
     except KeyError:

@@ -2109,7 +2109,7 @@ MUTATIONS = [
     ),
     Mutation(
         "resnet_fused/modules.py",
-        "return bool(norm.training)",
+        "return isinstance(norm, nn.Module) and norm.training",
         "return True",
         f"{PREACT} -k nobody_reads",
     ),

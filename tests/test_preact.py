@@ -533,6 +533,16 @@ def test_a_block_that_does_not_fit_drops_what_it_was_handed():
     assert model[1].norm1.num_batches_tracked == 1
 
 
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_block_that_was_never_recognised_runs_eager_in_a_row(at):
+    model, x = row(*(theirs(PreActBasic, 16) for _ in range(2))), torch.randn(2, 16, 4, 5)
+    parts = {"conv_layer": create_conv2d, "norm_layer": BatchNormAct2d, "act_layer": nn.ReLU}
+    model[at] = type(model[at])(16, bottle_ratio=1.0, **parts)
+    assert passes_for_moments(model, x) == 1
+    with torch.no_grad():
+        assert passes_for_moments(model, x) == 1
+
+
 def test_rows_under_checkpointing_and_copied():
     model, x, dz = draw(row, (2, 16, 4, 4), torch.float32)
     ours = step(model, x, dz, "triton")
