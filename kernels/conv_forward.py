@@ -542,25 +542,26 @@ def conv_forward_moments(
     geometry: Geometry = Geometry(),
     prologue: Prologue | None = None,
     bias: Tensor | None = None,
+    residual: Residual | None = None,
     tf32: bool = False,
     by_image: bool = False,
     config: TileConfig | None = None,
 ) -> tuple[Tensor, Moments]:
-    """``y = conv(prologue(x)) + bias`` [N, CO, P, Q] as it is, and the moments of its channels, in one launch.
+    """``y = conv(prologue(x)) + bias + residual`` [N, CO, P, Q] as it is, and its channels' moments, in one launch.
 
     Arguments as for :func:`conv_forward`, but that ``config`` may not split the sum. The moments are those of the
     rounded values. ``by_image``: no tile of them crosses images; a ``config`` with a box that does is left.
     """
     if config is not None and config.splits != 1:
         raise ValueError(f"config.splits must be 1 where moments are taken; got {config.splits}")
-    epilogue = Epilogue(out=x.dtype)
+    epilogue = Epilogue(added(residual), out=x.dtype)
     chosen = conv_box.loadable(config, x, w)
     launches = _launches(
         layout(x), layout(w), geometry, _before(prologue), epilogue, tf32, target_arch(), chosen, by_image
     )
     y = _output(launches.product, x, w, x.dtype)
     moments = _moments(launches.product, y, by_image)
-    _run(launches, x, w, prologue, bias, None, None, y, moments)
+    _run(launches, x, w, prologue, bias, None, residual, y, moments)
     return y, moments
 
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from inspect import signature
+from itertools import pairwise
 from types import FunctionType
 from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
@@ -21,7 +22,16 @@ from resnet_fused.engine import eligible
 from resnet_fused.engine.request import requested
 from resnet_fused.kernels.activation import IDENTITY
 from resnet_fused.kernels.launch import KEPT_LAYOUTS
-from resnet_fused.modules import BlockLayout, FusedBlock, StemLayout, descendant, descendants, in_range, runs_fused
+from resnet_fused.modules import (
+    BlockLayout,
+    FusedBlock,
+    StemLayout,
+    descendant,
+    descendants,
+    in_range,
+    is_norm_first,
+    runs_fused,
+)
 from resnet_fused.pieces import Piece, UnitsLayout
 from resnet_fused.plan import checked
 from resnet_fused.recognise import has_units, is_container, recognise, recognise_stem
@@ -347,13 +357,15 @@ class ConvertedSequential(Converted):
 class ConvertedBlocks(Converted):
     """A converted ``nn.Sequential`` of blocks: the end of one and the beginning of the next share launches, as planned.
 
-    Without gradients, and where nobody looks at what is between them.
+    Without gradients, or of pre-activation blocks; and where nobody looks at what is between them.
     """
 
     def forward(self, input: Tensor) -> Tensor:
         tracing = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-        if torch.is_grad_enabled() or tracing or not isinstance(input, Tensor):
+        if tracing or not isinstance(input, Tensor):
             return self.eager_forward(input)
+        if torch.is_grad_enabled():
+            return self._run(input)[0] if any(map(is_norm_first, self._modules.values())) else self.eager_forward(input)
         situation = functional.situation(input)
         known = _apart.get(self)
         if known is not None and situation in known:
@@ -371,7 +383,8 @@ class ConvertedBlocks(Converted):
     def _run(self, x: Tensor) -> tuple[Tensor, bool]:
         """What the blocks return, one behind the other, and whether the plan has each unit of theirs by itself."""
         children = cast(list[Any], list(self._modules.values()))
-        blocks = [child if runs_fused(child) and not eligible.answered(child) else None for child in children]
+        known = is_norm_first if torch.is_grad_enabled() else runs_fused
+        blocks = [child if known(child) and not eligible.answered(child) else None for child in children]
         ran, apart = functional.Ran(x), True
         for child, block, following in zip(children, blocks, [*blocks[1:], None], strict=True):
             if block is None:
@@ -697,8 +710,12 @@ def _become(module: nn.Module, kind: type[Converted], state: _Conversion) -> Non
 
 def _holds_chains(module: nn.Module) -> bool:
     """Whether ``module`` is a plain sequence of which a block may share a launch with what comes behind it."""
-    plain = type(module).forward is nn.Sequential.forward and not any(hasattr(module, name) for name in _CLAIMED)
-    return plain and any(map(_ends_pointwise, module._modules.values()))
+    if type(module).forward is not nn.Sequential.forward or any(hasattr(module, name) for name in _CLAIMED):
+        return False
+    children = list(module._modules.values())
+    return any(map(_ends_pointwise, children)) or any(
+        is_norm_first(child) and is_norm_first(following) for child, following in pairwise(children)
+    )
 
 
 def _ends_pointwise(block: nn.Module | None) -> bool:

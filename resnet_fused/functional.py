@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from resnet_fused.engine.autograd import (
     laid_out,
 )
 from resnet_fused.engine.eligible import Layer, Unit, plain, process_group_name, why_foreign, why_unfit
-from resnet_fused.engine.forward import Choice, choose, choose_chain, settings, undecided
+from resnet_fused.engine.forward import Choice, Taken, choose, choose_chain, settings, undecided
 from resnet_fused.engine.ops import channels_last
 from resnet_fused.engine.reference import PaddedIdentity
 from resnet_fused.engine.request import requested
@@ -338,11 +338,12 @@ def _is_fixed(units: Sequence[Unit], *inputs: Tensor | None) -> bool:
 class Ran(NamedTuple):
     """The output ``z`` of a block, and what the next block's first unit makes of it, if that came ``ahead``.
 
-    ``apart``: the plan has each unit by itself, whenever the :func:`situation` is the same.
+    Or, for a pre-activation block in training, the moments of ``z``. ``apart``: nothing is shared by blocks whenever
+    the :func:`situation` is the same.
     """
 
     z: Tensor
-    ahead: Tensor | None = None
+    ahead: Tensor | Taken | None = None
     apart: bool = False
 
 
@@ -579,7 +580,14 @@ class PreAct(NamedTuple):
 
     def run(self) -> Tensor:
         """``units(x) + shortcut``, raw, channels_last."""
-        return _infer_preact(self) if self.fixed else _train_preact(self)
+        return _infer_preact(self) if self.fixed else cast(Tensor, _train_preact(self, None, False))
+
+    def run_ahead(self, taken: Taken | None, hands_on: bool) -> Ran:
+        """What :meth:`run` returns, and its moments, if it ``hands_on`` those. ``taken``: the moments of ``x``."""
+        if self.fixed:
+            return Ran(_infer_preact(self), apart=True)
+        found = _train_preact(self, taken, hands_on)
+        return Ran(*found) if isinstance(found, tuple) else Ran(found)
 
 
 def resolve_preact(x: Tensor, layers: Sequence[Layer], projection: Layer | None, *, request: Request) -> PreAct | str:
@@ -617,11 +625,11 @@ def resolve_preact(x: Tensor, layers: Sequence[Layer], projection: Layer | None,
     return PreAct(x, planned[: len(layers)], None if projection is None else planned[-1], fixed)
 
 
-def _train_preact(block: PreAct) -> Tensor:
+def _train_preact(block: PreAct, taken: Taken | None, hands_on: bool) -> Tensor | tuple[Tensor, Taken]:
     projection = block.projection
-    spec = PreActSpec(tuple(map(_spec, block.units)), None if projection is None else projection.code)
+    spec = PreActSpec(tuple(map(_spec, block.units)), None if projection is None else projection.code, hands_on)
     tensors = [t for unit, *_ in block.units for t in unit[1:8]]
-    return PreActFunction.apply(spec, block.x, None if projection is None else projection.unit.w, *tensors)
+    return PreActFunction.apply(spec, block.x, None if projection is None else projection.unit.w, taken, *tensors)
 
 
 def _infer_preact(block: PreAct) -> Tensor:
@@ -633,7 +641,7 @@ def _infer_preact(block: PreAct) -> Tensor:
     first = block.units[0].unit
     act, none = first.activation.code, (None, None, None, None, 0.0, IDENTITY.code)
     vectors = first.gamma, first.beta, first.mean, first.var, None, None
-    stats: Tensor | None = ops.norm_forward(a, *vectors, first.eps, False, "")
+    stats: Tensor | None = ops.norm_forward(a, [], 0, *vectors, first.eps, False, "")
     if first.w.shape[2:] != (1, 1):
         a, stats = ops.join_forward(a, stats, None, None, 1, 0, act, dtype), None
     shortcut = block.x

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from resnet_fused.modules import PreActBlock, PreActBottleneck
 
+MODELS = dict.fromkeys([f"resnet{depth}_v2" for depth in (18, 34, 50, 101, 152)], 224)
+"""The names of all models, each with the side of the images that it is made for."""
+
 
 class ResNetV2(nn.Module):
     """A pre-activation ResNet for large images, with the state-dict keys of timm's ``resnetv2_*`` with batch norm.

@@ -13,7 +13,7 @@ from torch.autograd import profiler
 
 from resnet_fused import functional
 from resnet_fused.engine import eligible
-from resnet_fused.engine.forward import settings
+from resnet_fused.engine.forward import Taken, settings
 from resnet_fused.engine.ops import channels_last
 from resnet_fused.engine.reference import PaddedIdentity
 from resnet_fused.engine.replay import Repetition, can_repeat
@@ -177,20 +177,22 @@ class FusedBlock(nn.Module):
         except (AttributeError, KeyError, TypeError):  # of submodules that are gone, or sizes that are no pairs
             return None
 
-    def forward_ahead(self, x: Tensor, ahead: Tensor | None, following: nn.Module | None) -> functional.Ran:
-        """What ``forward`` returns without gradients, and what the first unit of ``following`` makes of it, or None.
+    def forward_ahead(self, x: Tensor, ahead: Tensor | Taken | None, following: FusedBlock | None) -> functional.Ran:
+        """What ``forward`` returns, and what the first unit of ``following`` makes of it, or its moments, or None.
 
-        ``ahead``: what the block's own first unit makes of ``x``, if that came along with ``x``. ``following``: another
-        block that :func:`runs_fused`.
+        ``ahead``: such of ``x``, if that came along with it. ``following``: another block that :func:`runs_fused`. With
+        gradients, pre-activation blocks alone.
         """
         found = self._resolve(x)
         if isinstance(found, str):
             eligible.report_once(found)
             return functional.Ran(self.eager_forward(x))
         if isinstance(found, functional.PreAct):
-            return functional.Ran(in_range(self, found.run))
+            taken = ahead if isinstance(ahead, Taken) else None
+            return in_range(self, found.run_ahead, taken, following is not None and _takes_moments(following))
+        unit = ahead if isinstance(ahead, Tensor) else None
         return in_range(
-            self, functional.run_ahead, found, ahead, None if following is None else _first_layer(x, following)
+            self, functional.run_ahead, found, unit, None if following is None else _first_layer(x, following)
         )
 
     def _resolve(self, x: Tensor) -> functional.Chain | functional.PreAct | str:
@@ -250,13 +252,31 @@ def _attributes(module: nn.Module) -> tuple[Any, ...]:
     return type(module), *[(name, repr(value)) for name, value in vars(module).items() if name[0] != "_"]
 
 
-def _first_layer(x: Tensor, block: nn.Module) -> eligible.Layer | None:
+def is_norm_first(module: nn.Module | None) -> bool:
+    """Whether the forward of ``module`` is that of a pre-activation block."""
+    if not runs_fused(module):
+        return False
+    layout: BlockLayout | None = cast(FusedBlock, module).described()[0]
+    return layout is not None and layout.norm_first
+
+
+def _takes_moments(block: FusedBlock) -> bool:
+    """Whether ``block`` is to normalise its input by the statistics of the batch."""
+    if not is_norm_first(block):
+        return False
+    try:
+        norm = descendant(block, block.described()[0].units[0].norm)
+    except KeyError:
+        return False
+    return isinstance(norm, nn.Module) and norm.training
+
+
+def _first_layer(x: Tensor, block: FusedBlock) -> eligible.Layer | None:
     """The layer that reads what ``block`` does, which lies as ``x``; None if it is not to be computed by itself."""
-    assert isinstance(block, FusedBlock)
-    layout, _ = block.described()
-    first, *others = layout.units
-    if layout.norm_first:
+    layout: BlockLayout | None = block.described()[0]  # None: it was never recognised
+    if layout is None or layout.norm_first:
         return None
+    first, *others = layout.units
     try:
         layer = block._layer(first)
     except KeyError:

@@ -61,6 +61,10 @@ MODELS = {
     "small model": (small_model, (3, 6, 5)),
     "stem": (Stem, (3, 14, 11)),
     "pre-activation": (lambda: PreActBottleneck(6, 16, 2), (6, 5, 4)),
+    "pre-activation, in a row": (
+        lambda: fuse(nn.Sequential(PreActBottleneck(6, 16, 2), PreActBottleneck(16, 16))),
+        (6, 5, 4),
+    ),
 }
 
 

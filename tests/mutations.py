@@ -225,13 +225,13 @@ MUTATIONS = [
     Mutation("resnet_fused/commands/env.py", " if name.startswith(VARIABLES)}", "}", "tests/test_env.py -k in_force"),
     Mutation(
         "resnet_fused/commands/explain.py",
-        "options.size or models.MODELS[options.model]",
+        "options.size or NETWORKS[options.model]",
         "options.size or 224",
         "tests/test_commands.py -k images_of_its_own",
     ),
     Mutation(
         "resnet_fused/commands/tune.py",
-        "options.size or MODELS[name]",
+        "options.size or NETWORKS[name]",
         "options.size or 224",
         "tests/test_commands.py -k images_of_its_own",
     ),
@@ -2133,8 +2133,8 @@ MUTATIONS = [
     Mutation("resnet_fused/functional.py", "or reduce.batch_stats or", "or", f"{LIVE_CHAINS} -k of_the_batch"),
     Mutation(
         "resnet_fused/convert.py",
-        "runs_fused(child) and not eligible.answered(child)",
-        "runs_fused(child)",
+        "known(child) and not eligible.answered(child)",
+        "known(child)",
         f"{LIVE_CHAINS} -k hooks_see",
     ),
     Mutation(
@@ -2250,5 +2250,53 @@ MUTATIONS = [
         " or IDENTITY not in (activation, eligible.activation_in(parts[1])):",
         ":",
         f"{PREACT} -k something_else",
+    ),
+    Mutation(
+        "resnet_fused/recognise_preact.py",
+        "if more or projection[1:] != first[1:] or",
+        "if more or",
+        f"{PREACT} -k something_else",
+    ),
+    Mutation(
+        "resnet_fused/recognise_preact.py",
+        " or others or _channels(graph, branch[-1])[1] != _added(graph, branch, shortcut):",
+        " or others:",
+        f"{PREACT} -k something_else",
+    ),
+    Mutation(
+        "resnet_fused/recognise_preact.py",
+        "if eligible.why_unfusable(*parts) is not None or",
+        "if",
+        f"{PREACT} -k something_else",
+    ),
+    Mutation(
+        "resnet_fused/modules.py",
+        "return isinstance(norm, nn.Module) and norm.training",
+        "return True",
+        f"{PREACT} -k nobody_reads",
+    ),
+    Mutation(
+        "resnet_fused/functional.py",
+        "return Ran(_infer_preact(self), apart=True)",
+        "return Ran(_infer_preact(self))",
+        f"{PREACT} -k as_they_are",
+    ),
+    Mutation(
+        "resnet_fused/engine/forward.py",
+        "if not self.tensors:",
+        "if True:",
+        f"{PREACT} -k hands_the_moments",
+    ),
+    Mutation(
+        "resnet_fused/convert.py",
+        "self._run(input)[0] if any(map(is_norm_first, self._modules.values())) else self",
+        "self",
+        f"{PREACT} -k hands_the_moments",
+    ),
+    Mutation(
+        "kernels/conv_forward.py",
+        "epilogue = Epilogue(added(residual), out=x.dtype)",
+        "epilogue = Epilogue(out=x.dtype)",
+        "tests/kernels/test_conv_forward.py -k moments_of_what",
     ),
 ]

@@ -531,12 +531,12 @@ def test_the_host_is_not_timed_in_the_interpreter(capsys):
 
 
 def test_the_family_is_counted_without_running_it():
-    rows = [family.planned(name) for name in ("resnet18", "resnetv2_18")]
+    rows = [family.planned(name) for name in ("resnet18", "resnetv2_18d")]
     assert rows[0][1:] == (1.0, 1.0, ())
-    assert all(0.9 < share < 1 for share in rows[1][1:3])
-    assert rows[1].rest[0][0] == "stem.conv is in no block"
+    assert all(0.6 < share < 0.8 for share in rows[1][1:3])
+    assert rows[1].rest[0][0] == "conv2: what follows is add, not a batch norm"
     assert sum(share for _, share in rows[1].rest) == pytest.approx(1 - rows[1].inference)
     text = family.table(rows)
-    assert "At least 95%: 1 of 2 in inference, 2 in a training step." in text
+    assert "At least 95%: 1 of 2 in inference, 1 in a training step." in text
     assert "| resnet18 | 100.0% | 100.0% |  |" in text
     assert "resnet50" in family.names()

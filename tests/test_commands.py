@@ -90,7 +90,14 @@ def test_the_largest_numbers_are_planned(capsys):
     assert "65536x1024x1024" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("model", "layer"), [("resnet20", "16->16 of 32x32x32"), ("resnet18", "64->64 of 32x56x56")])
+OWN_SIZES = [
+    ("resnet20", "16->16 of 32x32x32"),
+    ("resnet18", "64->64 of 32x56x56"),
+    ("resnet50_v2", "256->64 of 32x56x56"),
+]
+
+
+@pytest.mark.parametrize(("model", "layer"), OWN_SIZES)
 def test_without_a_size_a_model_is_planned_for_images_of_its_own(model, layer, capsys):
     assert main(["explain", "--model", model, "--arch", "sm_90"]) == 0
     assert layer in capsys.readouterr().out
@@ -100,7 +107,7 @@ def test_without_a_size_every_model_is_tuned_for_images_of_its_own(monkeypatch):
     seen = []
     tune = sys.modules["resnet_fused.commands.tune"]
     monkeypatch.setattr(tune, "tune", lambda model, *shapes, **_: seen.extend(shapes))
-    assert main(["tune", "--model", "resnet20", "resnet18", "--batch", "1", "8"]) == 0
+    assert main(["tune", "--model", "resnet20", "resnet18_v2", "--batch", "1", "8"]) == 0
     assert seen == [(n, 3, side, side) for side in (32, 224) for n in (1, 8)]
 
 

@@ -416,6 +416,16 @@ def test_a_block_that_was_compiled_is_called():
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_a_block_that_was_never_recognised_is_called(training):
+    _, fused, x = fused_pair()
+    fused[1] = type(fused[1])(16, 4)
+    fused.train(training)
+    with implementation("triton"), torch.set_grad_enabled(training), trace() as log:
+        fused(x)
+    assert [launch.name for launch in log.launches].count("aten.convolution") == 3
+
+
 def test_a_sequence_tells_why_its_first_block_runs_eager():
     network, x = fuse(nn.Sequential(BOTTLENECK(16, 4), BOTTLENECK(16, 4))).eval(), torch.randn(2, 16, 6, 5)
     assert network.why_eager(x) == "the input is not on a CUDA GPU"

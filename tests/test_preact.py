@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import timm
@@ -11,19 +13,32 @@ import torch
 from timm.layers import BatchNormAct2d, create_conv2d
 from timm.models.resnetv2 import DownsampleConv, PreActBasic
 from timm.models.resnetv2 import PreActBottleneck as TheirBottleneck
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_compiler
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import FrozenBatchNorm2d
 
 import resnet_fused
-from resnet_fused import PreActBlock, PreActBottleneck, explain, fuse, implementation, models_v2, trace, unfuse
-from resnet_fused.convert import ConvertedBlock, ConvertedUnits
+from resnet_fused import (
+    BasicBlock,
+    PreActBlock,
+    PreActBottleneck,
+    explain,
+    fuse,
+    implementation,
+    models_v2,
+    trace,
+    unfuse,
+)
+from resnet_fused.convert import ConvertedBlock, ConvertedBlocks, ConvertedUnits
 from resnet_fused.engine import ops
 from resnet_fused.engine.forward import Convolution
 from resnet_fused.kernels.conv import Geometry
 from resnet_fused.kernels.launch import dry_run
 from resnet_fused.models_v2 import ResNetV2
-from resnet_fused.modules import BlockLayout, FusedBlock
+from resnet_fused.modules import BlockLayout, FusedBlock, runs_fused
 from resnet_fused.plan.problem import Tiles
 from resnet_fused.recognise import recognise
 from tests.rule import assert_within_rule
@@ -240,9 +255,11 @@ def test_operators_keep_their_promises():
     w = torch.randn(12, 16, 1, 1).contiguous(**channels_last)
     mean, var, gamma, beta = torch.randn(16), torch.rand(16), torch.rand(16), torch.rand(16)
     batches = torch.zeros((), dtype=torch.int64)
-    arguments = (x, gamma, beta, mean, var, batches, 0.1, 1e-5, True, "")
-    torch.library.opcheck(operators.norm_forward.default, arguments, test_utils=tests)
-    stats = ops.norm_forward(*arguments)
+    others = (gamma, beta, mean, var, batches, 0.1, 1e-5, True, "")
+    taken = torch.stack([x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0) * 40])[:, None]
+    for moments in ([], [taken], [taken, torch.tensor([40.0])]):
+        torch.library.opcheck(operators.norm_forward.default, (x, moments, 40, *others), test_utils=tests)
+    stats = ops.norm_forward(x, [], 0, *others)
     convolution = Convolution(Geometry(), True, Tiles()).encode()
     none = (None, None, None, None, 0.0, "identity")
     norm = (torch.randn(12), torch.rand(12), None, None, 1e-5, "relu")
@@ -250,6 +267,8 @@ def test_operators_keep_their_promises():
     torch.library.opcheck(
         operators.preact_conv.default, (x, None, w, "relu", *norm, None, convolution), test_utils=tests
     )
+    mixed = Convolution(Geometry(), False, Tiles()).encode()  # which takes no moments, as the fake does not
+    torch.library.opcheck(operators.raw_sum.default, (x, stats, w, "relu", p, mixed), test_utils=tests)
     for needs in ([True] * 5, [False, True, False, True, False], [True, False, True, False, False]):
         arguments = (
             *(torch.randn_like(p), [w, w], [x], [stats], [*convolution, *convolution], [*w.stride()] * 2, [False]),
@@ -302,10 +321,11 @@ def test_passes_of_training():
     assert own["batch_norm_backward"] == 1
 
 
-@pytest.mark.parametrize(("training", "batch", "limit", "launches"), [(False, 32, 52.2, 68), (True, 256, 219, 327)])
+@pytest.mark.parametrize(("training", "batch", "limit", "launches"), [(False, 32, 52.2, 68), (True, 256, 211, 315)])
 def test_bytes_and_launches_of_resnet50(training, batch, limit, launches):
     with torch.device("meta"):
-        model = resnet_fused.resnet50_v2().to(torch.bfloat16, memory_format=torch.channels_last).train(training)
+        model = fuse(resnet_fused.resnet50_v2())
+        model.to(torch.bfloat16, memory_format=torch.channels_last).train(training)
         x = torch.empty(batch, 64, 56, 56, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
     found = {}
     for road in ("eager", "triton"):
@@ -377,6 +397,208 @@ def test_a_small_network(road):
         torch.testing.assert_close(ours, eager, rtol=1e-3, atol=1e-3 * eager.abs().max().item())
 
 
+def row(*blocks: nn.Module) -> nn.Sequential:
+    """Of pre-activation blocks, with 16 channels between them."""
+    model = fuse(nn.Sequential(*(blocks or [PreActBottleneck(16, 16) for _ in range(3)])), strict=True)
+    assert isinstance(model, ConvertedBlocks)
+    return model
+
+
+def passes_for_moments(model: Callable[[Tensor], Tensor], x: Tensor, road: str = "triton") -> int:
+    """In a step, over inputs of blocks: all other moments are taken by the convolutions that write."""
+    with implementation(road), trace() as t:
+        z = model(x)
+        if z.requires_grad:
+            z.sum().backward()
+    return sum(launch.name == "channel_moments" for launch in t.launches)
+
+
+ROWS = {
+    "identities": lambda: row(),
+    "a projection": lambda: row(PreActBottleneck(16, 16), PreActBottleneck(16, 24, 2), PreActBlock(24, 24)),
+    "timm's": lambda: row(theirs(PreActBasic, 16), theirs(TheirBottleneck, 16, 32, proj_layer=DownsampleConv)),
+    "other activations": lambda: row(with_activation(PreActBlock(16, 16), nn.SiLU()), PreActBlock(16, 16)),
+    "momentum": lambda: row(PreActBlock(16, 16), cumulative(PreActBlock(16, 16))),
+}
+
+
+def cumulative(block: nn.Module) -> nn.Module:
+    block.norm1.momentum = None
+    return block
+
+
+@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("name", ROWS)
+def test_blocks_in_a_row_leave_what_eager_leaves(name, road):
+    check(*draw(ROWS[name], (2, 16, 4, 5), torch.float32), road, sums=32)
+
+
+def test_blocks_in_a_row_in_fp16():
+    build = lambda: row(PreActBottleneck(16, 16), PreActBlock(16, 16))  # noqa: E731
+    check(*draw(build, (2, 16, 4, 5), torch.float16), "triton", sums=32)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("name", ROWS)
+def test_a_block_hands_the_moments_of_its_output_to_the_next(name, grad):
+    model, x = ROWS[name](), torch.randn(2, 16, 4, 5)
+    with torch.set_grad_enabled(grad):
+        assert passes_for_moments(model, x) == 1
+        assert passes_for_moments(nn.Sequential(*model), x) == len(model)
+        assert passes_for_moments(model, x) == 1, "again"
+
+
+def test_moments_are_those_of_what_was_rounded():
+    """Where the values are so large beside their deviations that fp16 keeps few of their digits."""
+    model, x = row(PreActBlock(16, 16), PreActBlock(16, 16)).half(), 100 + torch.rand(2, 16, 5, 5).half()
+    found = []
+    for each in (model, nn.Sequential(*model)):
+        for norm in (block.norm1 for block in model):
+            norm.reset_running_stats()
+        with implementation("triton"):
+            each(x)
+        found.append(model[1].norm1.running_var.clone())
+    torch.testing.assert_close(*found, rtol=1e-5, atol=0)
+
+
+def hook(function: Callable[[Tensor], Tensor], returns: bool = False) -> Callable[[nn.Module], object]:
+    """Behind the first block."""
+
+    def called(module: nn.Module, args: tuple[Tensor, ...], z: Tensor) -> Tensor | None:
+        found = function(z)
+        return found if returns else None
+
+    return lambda model: model[0].register_forward_hook(called)
+
+
+BETWEEN = {
+    "a hook": hook(torch.sum),
+    "a hook that returns something else": hook(lambda z: 2 * z, returns=True),
+    "a hook that writes": hook(lambda z: z.mul_(2)),
+    "a hook that writes behind autograd's back": hook(lambda z: z.data.mul_(2)),
+    "a hook in front": lambda model: model[1].register_forward_pre_hook(lambda module, args: (2 * args[0],)),
+    "a module": lambda model: model.insert(1, nn.ReLU(inplace=True)),
+    "another block": lambda model: model.insert(1, BasicBlock(16, 16)),
+    "a block that was compiled": lambda model: setattr(model[1], "_compiled_call_impl", model[1].forward),
+    "a forward of its own": lambda model: setattr(model[0], "forward", lambda x, own=model[0].forward: 3 * own(x)),
+}
+"""What sees or changes the output of the first of two blocks."""
+
+
+@pytest.mark.parametrize("name", BETWEEN)
+def test_what_somebody_may_change_has_its_own_moments(name):
+    model, x = row(PreActBlock(16, 16), PreActBlock(16, 16)), torch.randn(2, 16, 4, 5, requires_grad=True)
+    BETWEEN[name](model)
+    assert passes_for_moments(model, x) == 2
+    found = []
+    for road in ("triton", "eager"):
+        model[-1].norm1.reset_running_stats()
+        with implementation(road):
+            z = model(x)
+        found.append([z, *torch.autograd.grad(z.square().sum(), x), model[-1].norm1.running_mean.clone()])
+    for ours, eager in zip(*found, strict=True):
+        torch.testing.assert_close(ours, eager, rtol=1e-3, atol=1e-3 * eager.abs().max().item())
+
+
+def test_no_moments_are_taken_that_nobody_reads():
+    x = torch.randn(2, 16, 4, 5)
+    channels_last = {"memory_format": torch.channels_last}
+
+    def written(model: nn.Module, road: str = "triton") -> list[int]:
+        """By the first block's last launch, and how many passes take moments."""
+        with implementation(road), trace() as t:
+            model(x.contiguous(**channels_last))
+        convolutions = [launch for launch in t.launches if "conv" in launch.name]
+        passes = sum(launch.name == "channel_moments" for launch in t.launches)
+        return [convolutions[1].bytes_written - 4 * x.numel(), passes]
+
+    model = row(PreActBlock(16, 16), PreActBlock(16, 16)).to(**channels_last)
+    vectors = 4 * 2 * 16  # of one tile
+    assert written(model) == [vectors, 1]
+    assert written(model, "mixed") == [0, 4]
+    model[1].norm1.eval()
+    assert written(model) == [0, 1], "fixed statistics behind those of the batch"
+    model[0].eval()
+    model[1].train()
+    assert written(model) == [vectors, 0], "and before them"
+    assert written(model.eval()) == [0, 0]
+
+
+def test_a_block_that_does_not_fit_drops_what_it_was_handed():
+    model, x = row(PreActBlock(16, 16), PreActBlock(16, 16)), torch.randn(2, 16, 4, 5)
+    model[1].norm2 = nn.GroupNorm(4, 16)
+    assert passes_for_moments(model, x) == 1
+    with implementation("triton"):
+        assert "GroupNorm" in model[1].why_eager(x)
+    assert model[1].norm1.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_block_that_was_never_recognised_runs_eager_in_a_row(at):
+    model, x = row(*(theirs(PreActBasic, 16) for _ in range(2))), torch.randn(2, 16, 4, 5)
+    parts = {"conv_layer": create_conv2d, "norm_layer": BatchNormAct2d, "act_layer": nn.ReLU}
+    model[at] = type(model[at])(16, bottle_ratio=1.0, **parts)
+    assert passes_for_moments(model, x) == 1
+    with torch.no_grad():
+        assert passes_for_moments(model, x) == 1
+
+
+def test_rows_under_checkpointing_and_copied():
+    model, x, dz = draw(row, (2, 16, 4, 4), torch.float32)
+    ours = step(model, x, dz, "triton")
+    for reentrant in (False, True):
+        again = step(model, x, dz, "triton", lambda b, r=reentrant: lambda x: checkpoint(b, x, use_reentrant=r))
+        for name, value in ours.items():
+            if name.endswith("grad") or name == "z":
+                assert torch.equal(value, again[name]), name
+    assert passes_for_moments(pickle.loads(pickle.dumps(model)), x) == 1
+
+
+def test_rows_under_autocast_and_in_inference_mode():
+    model, x = row(), torch.randn(2, 16, 4, 5)
+    with torch.autocast(DEVICE, torch.float16):
+        assert passes_for_moments(model, x.half()) == 1
+        assert passes_for_moments(model, x) == 0, "eager, which returns what autocast makes of the sum"
+    with torch.inference_mode():
+        assert passes_for_moments(model, x) == 1
+
+
+def test_compilers_and_tracers_see_the_blocks_of_a_row():
+    torch._dynamo.reset()
+    model, called = row(PreActBlock(16, 16), PreActBlock(16, 16)), []
+    apart = nn.Sequential(*copy.deepcopy(model))
+
+    def backend(graph: fx.GraphModule, inputs: list[Tensor]) -> fx.GraphModule:
+        called.extend(node.target for node in graph.graph.nodes)
+        return graph
+
+    compiled = torch.compile(model, fullgraph=True, backend=aot_autograd(fw_compiler=make_boxed_compiler(backend)))
+    leaves = [torch.randn(2, 16, 4, 5, requires_grad=True)]
+    leaves.append(leaves[0].detach().clone().requires_grad_())
+    with implementation("triton"):
+        for function, x in zip((compiled, apart), leaves, strict=True):
+            function(x).square().sum().backward()
+        assert torch.equal(*(x.grad for x in leaves))
+        operators = torch.ops.resnet_fused
+        assert called.count(operators.preact_conv.default) == 2 and operators.raw_sum.default not in called
+        with torch.no_grad():
+            torch.testing.assert_close(fx.symbolic_trace(model)(x), apart(x), rtol=1e-4, atol=1e-4)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            assert model(x).shape == x.shape
+
+
+def test_in_evaluation_the_blocks_of_a_row_are_called_as_they_are(monkeypatch):
+    """So that each repeats its launches."""
+    model, x, asked = row().eval(), torch.randn(2, 16, 4, 5), []
+    ahead = FusedBlock.forward_ahead
+    monkeypatch.setattr(FusedBlock, "forward_ahead", lambda *arguments: asked.append(1) or ahead(*arguments))
+    with implementation("triton"), torch.no_grad():
+        want = model(x)
+        assert len(asked) == 3
+        assert torch.equal(model(x), want) and len(asked) == 3
+    assert passes_for_moments(model.train(), x) == 1 and len(asked) == 6
+
+
 def test_layers_and_channels_are_checked():
     with pytest.raises(ValueError, match=r"layers and channels must have as many elements; got \[1\] and \[8, 16\]"):
         ResNetV2(PreActBlock, [1], [8, 16])
@@ -388,7 +610,7 @@ def test_timms_models_are_recognised(name, blocks):
         model = timm.create_model(name)
     before = [(n, type(m)) for n, m in model.named_modules()]
     fuse(model)
-    found = [m for m in model.modules() if isinstance(m, FusedBlock)]
+    found = [m for m in model.modules() if runs_fused(m)]
     assert len(found) == blocks
     assert [row.implementation for row in explain(model).rows] == ["fused"] * blocks
     assert [(n, type(m)) for n, m in unfuse(model).named_modules()] == before
@@ -467,18 +689,50 @@ class Frozen(Written):
         self.bn_a, self.bn_b = FrozenBatchNorm2d(12), FrozenBatchNorm2d(8)
 
 
+class OtherNorm(Written):
+    """Whose shortcut reads what another norm makes of the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn_c = nn.BatchNorm2d(12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.b(torch.relu(self.bn_b(self.a(torch.relu(self.bn_a(x))))))
+        return out + self.short(torch.relu(self.bn_c(x)))
+
+
+class OneChannel(nn.Module):
+    """Which is added to all channels of its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn, self.conv = nn.BatchNorm2d(12), nn.Conv2d(12, 1, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(torch.relu(self.bn(x))) + x
+
+
+class Reflecting(Written):
+    def __init__(self) -> None:
+        super().__init__()
+        self.b = nn.Conv2d(8, 24, 3, 1, 1, bias=False, padding_mode="reflect")
+
+
 class ActivatedTwice(Written):
     def __init__(self) -> None:
         super().__init__()
         self.bn_a = BatchNormAct2d(12, act_layer=nn.SiLU)
 
 
-@pytest.mark.parametrize("kind", [Twice, Aside, NormTwice, OfItself, OfTheInput, Frozen, ActivatedTwice])
+OTHER_UNITS = [NormTwice, OfTheInput, Frozen, OtherNorm, Reflecting, ActivatedTwice]
+
+
+@pytest.mark.parametrize("kind", [Twice, Aside, OfItself, OneChannel, *OTHER_UNITS])
 def test_what_computes_something_else_is_not_recognised(kind):
     assert not isinstance(recognise(kind()), BlockLayout)
 
 
-@pytest.mark.parametrize("kind", [NormTwice, OfTheInput, Frozen, ActivatedTwice])
+@pytest.mark.parametrize("kind", OTHER_UNITS)
 def test_the_units_of_what_computes_something_else_are_fused(kind):
     block, x, dz = draw(lambda: fuse(kind(), strict=True), (2, 12, 5, 4), torch.float32)
     assert isinstance(block, ConvertedUnits)
@@ -504,4 +758,5 @@ def test_a_norm_of_timms_with_another_activation_or_a_drop_layer():
 
 def test_every_model_is_public():
     made = [name for name in vars(models_v2) if name.startswith("resnet")]
-    assert made == [f"resnet{depth}_v2" for depth in NAMES] and set(made) <= set(resnet_fused.__all__)
+    assert made == list(models_v2.MODELS) == [f"resnet{depth}_v2" for depth in NAMES]
+    assert set(made) <= set(resnet_fused.__all__)

@@ -132,6 +132,7 @@ CONV_MOMENTS = (
     *(("stem", ""), ("reduce", ""), ("projection", ""), ("middle", "prologue"), ("expand", "prologue")),
     *(("groups", "prologue"), ("wide groups", "prologue"), ("strided", "prologue"), ("deep", "prologue")),
     *(("last", "prologue"), ("middle", "prologue, silu"), ("expand", "prologue, hardswish")),
+    *(("middle", "prologue, residual"), ("expand", "prologue, residual")),
 )
 SQUEEZE = (
     *(("expand", ""), ("deep", ""), ("projection", ""), ("last", "prologue"), ("expand", "prologue")),
@@ -474,18 +475,20 @@ def _wide_tiles(problem: ConvProblem) -> list[TileConfig]:
 
 
 def _check_conv_moments(layer: CheckLayer, variant: str, draw: Draw) -> Comparison:
-    """Training, forward: the raw output and the moments of its channels."""
+    """Training, forward: the raw output, with a residual if there is one, and the moments of its channels."""
     x, stats = draw.normalised(layer.input) if variant else (draw.activations(layer.input), None)
-    w = draw.filter(layer)
+    w, residual = draw.filter(layer), _residual(layer, variant, draw)
 
     def ours() -> Results:
         prologue = None if stats is None else Prologue(stats[2], stats[3], _act(variant))
-        y, moments = conv_forward_moments(x, w, geometry=layer.geometry, prologue=prologue, tf32=draw.tf32)
+        options: dict[str, Any] = {"geometry": layer.geometry, "tf32": draw.tf32}
+        y, moments = conv_forward_moments(x, w, prologue=prologue, residual=residual, **options)
         return {"y": y, **dict(zip(("mean", "squared deviations"), merge_moments(moments), strict=True))}
 
     def expected(t: torch.dtype, ours: Results) -> Results:
-        a = _activated(x, stats, t, _act(variant))
-        return {"y": F.conv2d(a, w.to(t), None, *layer.geometry), **_moments(ours["y"], t)}
+        y = F.conv2d(_activated(x, stats, t, _act(variant)), w.to(t), None, *layer.geometry)
+        y = y if residual is None else y + residual.tensor.to(t)
+        return {"y": y, **_moments(ours["y"], t)}
 
     return Comparison(ours, expected)
 

@@ -19,10 +19,17 @@ from typing import Any, cast
 
 import torch
 
-from resnet_fused import models
 from resnet_fused.commands import cost_inductor, cost_machine_code
 from resnet_fused.commands.cost_machine_code import MachineCode, Occupancy, occupancy
-from resnet_fused.commands.shared import UserError, add_network_arguments, chosen_input, pick_arch, tracked
+from resnet_fused.commands.shared import (
+    NETWORKS,
+    UserError,
+    add_network_arguments,
+    chosen_input,
+    network,
+    pick_arch,
+    tracked,
+)
 from resnet_fused.commands.tune import find_problems
 from resnet_fused.commands.tune_trial import Candidate, ChainCandidate, rehearse
 from resnet_fused.engine.trace import Launch
@@ -275,10 +282,10 @@ def _elsewhere() -> Iterator[None]:
 
 def report(options: argparse.Namespace, arch: int) -> CostReport:
     """The report on the model and its input that ``options`` name."""
-    dtype, side = getattr(torch, options.dtype), options.size or models.MODELS[options.model]
+    dtype, side = getattr(torch, options.dtype), options.size or NETWORKS[options.model]
     shape = options.batch, 3, side, side
     with torch.device("meta"):
-        model = getattr(models, options.model)().to(dtype)
+        model = network(options.model).to(dtype)
     direction = "training" if options.train else "inference"
     gpu = decide.present_gpu(arch)
     with chosen_input():

@@ -12,14 +12,17 @@ from pathlib import Path
 from typing import NoReturn, TypeVar
 
 import torch
+from torch import nn
 
+from resnet_fused import models, models_v2
 from resnet_fused.kernels.gpus import ARCHITECTURES
 from resnet_fused.kernels.launch import interpreting
-from resnet_fused.models import MODELS
 from resnet_fused.plan.decide import arch_of
 from resnet_fused.plan.problem import DTYPES
 
 T = TypeVar("T")
+NETWORKS = models.MODELS | models_v2.MODELS
+"""The names of all that :func:`network` makes, each with the side of the images that it is made for."""
 MAX_IMAGES, MAX_PIXELS, MAX_ROUNDS = 2**16, 2**12, 10**6
 """The largest batch, side of an image, and number of calls that a command takes."""
 
@@ -100,11 +103,17 @@ def add_size_argument(parser: argparse.ArgumentParser) -> None:
 def add_network_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that name a network, its input and what is done with it."""
     add = parser.add_argument
-    add("--model", default="resnet50", choices=MODELS, metavar="NAME", help=f"one of {', '.join(MODELS)}")
+    add("--model", default="resnet50", choices=NETWORKS, metavar="NAME", help=f"one of {', '.join(NETWORKS)}")
     add("--batch", type=images, default=32, metavar="N", help="images (default: 32)")
     add_size_argument(parser)
     add("--dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16")
     add("--train", action="store_true", help="a training step, not inference")
+
+
+def network(name: str) -> nn.Module:
+    """The one of :data:`NETWORKS` with this name."""
+    made: nn.Module = getattr(models if name in models.MODELS else models_v2, name)()
+    return made
 
 
 def pick_device(name: str | None) -> torch.device:

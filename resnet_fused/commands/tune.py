@@ -24,15 +24,23 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import nn
 
-from resnet_fused import models
-from resnet_fused.commands.shared import DTYPES, UserError, add_size_argument, chosen_input, images, python, tracked
+from resnet_fused.commands.shared import (
+    DTYPES,
+    NETWORKS,
+    UserError,
+    add_size_argument,
+    chosen_input,
+    images,
+    network,
+    python,
+    tracked,
+)
 from resnet_fused.commands.tune_trial import Candidate, ChainCandidate, candidates, chain_candidates
 from resnet_fused.convert import fuse
 from resnet_fused.engine.request import implementation
 from resnet_fused.inference import optimize_for_inference
 from resnet_fused.kernels.chain_forward import Chain
 from resnet_fused.kernels.launch import dry_run, interpreting
-from resnet_fused.models import MODELS
 from resnet_fused.plan import decide, tuned
 from resnet_fused.plan.constants import ASSUMED, Constants
 from resnet_fused.plan.problem import Problem, Tiles, on_gpu, shown, units_of
@@ -509,7 +517,7 @@ def _beats(one: CandidateTime, other: CandidateTime) -> bool:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``python -m resnet_fused tune``."""
     add = parser.add_argument
-    add("--model", nargs="+", default=["resnet50"], choices=MODELS, metavar="NAME", help=f"of {', '.join(MODELS)}")
+    add("--model", nargs="+", default=["resnet50"], choices=NETWORKS, metavar="NAME", help=f"of {', '.join(NETWORKS)}")
     add("--batch", nargs="+", type=images, default=[32], metavar="N", help="numbers of images (default: 32)")
     add_size_argument(parser)
     add("--dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16")
@@ -527,10 +535,10 @@ def main(options: argparse.Namespace) -> int:
     torch.backends.cudnn.benchmark = True
     try:
         for name in options.model:
-            side = options.size or MODELS[name]
+            side = options.size or NETWORKS[name]
             shapes = [(batch, 3, side, side) for batch in options.batch]
             with torch.device("meta"):
-                model = getattr(models, name)().to(getattr(torch, options.dtype))
+                model = network(name).to(getattr(torch, options.dtype))
             with chosen_input():
                 print(tune(model, *shapes, direction=options.direction, device=options.device))
     except KeyboardInterrupt:

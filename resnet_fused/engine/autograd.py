@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused.engine import eligible, ops
+from resnet_fused.engine.forward import Taken
 from resnet_fused.kernels.activation import IDENTITY, RELU, Activation
 
 
@@ -260,29 +261,39 @@ class PreActSpec(NamedTuple):
     """What is constant about a pre-activation block.
 
     ``units``: of each, batch norm and activation stand in front of its convolution. ``projection``: its convolution
-    (see :class:`UnitSpec`), or None for the identity.
+    (see :class:`UnitSpec`), or None for the identity. ``hands_on``: whoever reads the result wants its moments.
     """
 
     units: tuple[UnitSpec, ...]
     projection: tuple[int, ...] | None
+    hands_on: bool
 
 
 class PreActFunction(torch.autograd.Function):
     """``units(x) + shortcut``, each unit batch norm, activation and convolution; the raw sum is the result.
 
-    ``apply(spec, x, projection, *tensors)``: ``x`` is channels_last; ``projection``: the filter through which the first
-    unit's activations are the shortcut, or None where that is x; ``tensors`` are TENSORS_PER_UNIT for each unit of
-    ``spec``, without biases. Saved for the backward are x, the raw outputs of all convolutions but the last, and
-    vectors: nothing that is to be recomputed for less memory. First derivatives only.
+    ``apply(spec, x, projection, taken, *tensors)``: ``x`` is channels_last; ``projection``: the filter through which
+    the first unit's activations are the shortcut, or None where that is x; ``taken``: the moments of x, or None;
+    ``tensors`` are TENSORS_PER_UNIT for each unit of ``spec``, without biases. Returns the sum, and behind it, if
+    ``spec`` hands them on, its moments. Saved for the backward are x, the raw outputs of all convolutions but the last,
+    and vectors: nothing that is to be recomputed for less memory. First derivatives only.
     """
 
     @staticmethod
-    def forward(ctx: Any, spec: PreActSpec, x: Tensor, projection: Tensor | None, *tensors: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        spec: PreActSpec,
+        x: Tensor,
+        projection: Tensor | None,
+        taken: Taken | None,
+        *tensors: Tensor | None,
+    ) -> Tensor | tuple[Tensor, Taken]:
         units = [tensors[i : i + TENSORS_PER_UNIT] for i in range(0, len(tensors), TENSORS_PER_UNIT)]
         filters = [cast(Tensor, unit[0]) for unit in units] + ([] if projection is None else [projection])
         weights = [laid_out(w, x.dtype) for w in filters]
         (first, *others), ys = zip(spec.units, units, strict=True), [x]
-        stats = [ops.norm_forward(x, *first[1][2:], *_numbers(first[0]), first[0].group)]
+        moments = ([], 0) if taken is None else taken
+        stats = [ops.norm_forward(x, *moments, *first[1][2:], *_numbers(first[0]), first[0].group)]
         for i, (unit, held) in enumerate(others):
             y, s = ops.unit_forward(
                 *(ys[i], stats[i], weights[i], spec.units[i].activation.code, None, *held[2:], *_numbers(unit)),
@@ -294,19 +305,21 @@ class PreActFunction(torch.autograd.Function):
         if spec.projection is not None:
             residual = _summand(x, stats[0], weights[-1], spec.units[0], None, spec.projection)
         last, w = spec.units[-1], weights[len(units) - 1]
-        z = _summand(ys[-1], stats[-1], w, last, residual, last.convolution)
         ctx.save_for_backward(*weights, *ys, *stats, *_watched(filters, weights, units, spec.units))
         ctx.spec, ctx.dtypes = spec, _dtypes(x, units)
         ctx.weight_strides = [step for w in filters for step in _gradient_stride(w)]
-        return z
+        if not spec.hands_on:
+            return _summand(ys[-1], stats[-1], w, last, residual, last.convolution)
+        z, *found = ops.raw_sum(ys[-1], stats[-1], w, last.activation.code, residual, last.convolution)
+        return z, Taken(*found)
 
     @staticmethod
-    def backward(ctx: Any, dz: Tensor) -> Any:
+    def backward(ctx: Any, dz: Tensor, *_: None) -> Any:
         _require_first_derivative()
-        units, projection = ctx.spec
+        units, projection, _ = ctx.spec
         n, saved = len(units), ctx.saved_tensors
         filters = n if projection is None else n + 1
-        each = [3 + i * TENSORS_PER_UNIT for i in range(n)]  # where the tensors of the units begin
+        each = [4 + i * TENSORS_PER_UNIT for i in range(n)]  # where the tensors of the units begin
         wanted = [1, *(i + j for i in each for j in (0, 2, 3)), *([] if projection is None else [2])]
         found = iter(
             ops.preact_backward(

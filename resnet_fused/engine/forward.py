@@ -351,27 +351,35 @@ def squeezed_forward(
     return y, stats, *squeeze(moments, stats, y.dtype)
 
 
-def _with_moments(
-    x: Tensor, before: Before | None, w: Tensor, bias: Tensor | None, conv: Convolution, by_image: bool = False
-) -> tuple[Tensor, Moments]:
-    """The raw output of a unit's convolution, and its moments."""
+class Taken(NamedTuple):
+    """The :class:`Moments` of a tensor, as operators hand them on: values, and counts if any; or no tensors, if none.
+
+    How many ``pixels`` there are, the tensor itself tells.
+    """
+
+    tensors: list[Tensor]
+    rows: int
+
+    def of(self, x: Tensor) -> Moments:
+        """Those of ``x``, which take a pass over it where they were not taken."""
+        if not self.tensors:
+            return channel_moments(x)
+        values, *counts = self.tensors
+        return Moments(values, self.rows, x.numel() // x.shape[1], *counts)
+
+
+def raw_sum(x: Tensor, before: Before, w: Tensor, residual: Tensor, conv: Convolution) -> tuple[Tensor, Taken]:
+    """What :func:`convolve` returns, and its moments where the same launch takes them."""
     if not conv.fused:
-        y = convolve(x, before, w, bias, conv)
-        return y, channel_moments(y, by_image=by_image)
-    return conv_forward_moments(
-        x,
-        w,
-        geometry=conv.geometry,
-        prologue=_prologue(before),
-        bias=bias,
-        tf32=decide.tf32(x.dtype),
-        by_image=by_image,
-        config=conv.tiles.forward,
-    )
+        return convolve(x, before, w, None, conv, residual), Taken([], 0)
+    z, moments = _with_moments(x, before, w, None, conv, residual=Residual(residual))
+    counts = [] if moments.counts is None else [moments.counts]
+    return z, Taken([moments.values, *counts], moments.rows)
 
 
 def norm_forward(
     x: Tensor,
+    taken: Taken,
     gamma: Tensor | None,
     beta: Tensor | None,
     running: Running,
@@ -379,8 +387,11 @@ def norm_forward(
     batch_stats: bool,
     group: str,
 ) -> Tensor:
-    """What batch norm does to ``x`` (stats [5, C]), in front of a convolution. ``group``: see :func:`unit_forward`."""
-    return _stats(channel_moments(x) if batch_stats else None, gamma, beta, running, eps, group)
+    """What batch norm does to ``x`` (stats [5, C]), in front of a convolution.
+
+    ``taken``: the moments of ``x``, as far as they are known. ``group``: see :func:`unit_forward`.
+    """
+    return _stats(taken.of(x) if batch_stats else None, gamma, beta, running, eps, group)
 
 
 def _stats(
@@ -430,6 +441,32 @@ def convolve(
     y = torch.convolution(x, w, bias, stride, padding, dilation, False, (0, 0), groups)
     y = y.contiguous(memory_format=torch.channels_last)
     return y if residual is None else y.add_(residual)
+
+
+def _with_moments(
+    x: Tensor,
+    before: Before | None,
+    w: Tensor,
+    bias: Tensor | None,
+    conv: Convolution,
+    residual: Residual | None = None,
+    by_image: bool = False,
+) -> tuple[Tensor, Moments]:
+    """What :func:`convolve` returns, and its moments: of the same launch, or, where that is a library's, of a pass."""
+    if not conv.fused:
+        y = convolve(x, before, w, bias, conv, None if residual is None else residual.tensor)
+        return y, channel_moments(y, by_image=by_image)
+    return conv_forward_moments(
+        x,
+        w,
+        geometry=conv.geometry,
+        prologue=_prologue(before),
+        bias=bias,
+        residual=residual,
+        tf32=decide.tf32(x.dtype),
+        by_image=by_image,
+        config=conv.tiles.forward,
+    )
 
 
 def _gather(moments: Moments, group: str) -> Moments:

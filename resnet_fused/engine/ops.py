@@ -55,8 +55,12 @@ _library.define(
     "str activation, ScalarType out_dtype) -> Tensor"
 )
 _library.define(
-    "norm_forward(Tensor x, Tensor? gamma, Tensor? beta, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
-    "Tensor(c!)? batches, float? momentum, float eps, bool batch_stats, str group) -> Tensor"
+    "norm_forward(Tensor x, Tensor[] moments, int rows, Tensor? gamma, Tensor? beta, Tensor(a!)? running_mean, "
+    "Tensor(b!)? running_var, Tensor(c!)? batches, float? momentum, float eps, bool batch_stats, str group) -> Tensor"
+)
+_library.define(
+    "raw_sum(Tensor x, Tensor x_stats, Tensor w, str before, Tensor residual, int[] convolution) -> "
+    "(Tensor, Tensor[], int)"
 )
 _library.define(
     "preact_conv(Tensor x, Tensor? x_stats, Tensor w, str before, Tensor? mean, Tensor? var, Tensor? gamma, "
@@ -231,6 +235,8 @@ def _squeezed_forward_fake(x: Tensor, x_stats: Tensor | None, w: Tensor, *argume
 
 def _norm_forward(
     x: Tensor,
+    moments: list[Tensor],
+    rows: int,
     gamma: Tensor | None,
     beta: Tensor | None,
     running_mean: Tensor | None,
@@ -243,7 +249,7 @@ def _norm_forward(
 ) -> Tensor:
     running = forward.Running(running_mean, running_var, batches, momentum)
     with torch.cuda.device_of(x):
-        return forward.norm_forward(x, gamma, beta, running, eps, batch_stats, group)
+        return forward.norm_forward(x, forward.Taken(moments, rows), gamma, beta, running, eps, batch_stats, group)
 
 
 def _norm_forward_fake(x: Tensor, *arguments: Any) -> Tensor:
@@ -281,6 +287,22 @@ def _preact_conv_fake(x: Tensor, x_stats: Tensor | None, w: Tensor, *arguments: 
         return _preact_conv(x, x_stats, w, *arguments)
     shape = _output_shape(x, w, arguments[8])
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _raw_sum(
+    x: Tensor, x_stats: Tensor, w: Tensor, before: str, residual: Tensor, convolution: list[int]
+) -> tuple[Tensor, list[Tensor], int]:
+    conv = forward.decided(convolution, x, w, "training", prologue=True)
+    with torch.cuda.device_of(x):
+        z, taken = forward.raw_sum(x, forward.Before(x_stats, decode(before)), w, residual, conv)
+    return z, *taken
+
+
+def _raw_sum_fake(x: Tensor, x_stats: Tensor, w: Tensor, *arguments: Any) -> tuple[Tensor, list[Tensor], int]:
+    """Without moments, which depend on the tile: who finds none takes them."""
+    if dry_target() is not None:
+        return _raw_sum(x, x_stats, w, *arguments)
+    return torch.empty_like(arguments[1], memory_format=torch.channels_last), [], 0
 
 
 def _join_forward(
@@ -613,6 +635,7 @@ norm_forward = _register("norm_forward", _norm_forward, _norm_forward_fake)
 preact_conv = _register(
     "preact_conv", _preact_conv, _preact_conv_fake, lambda x, x_stats, w, *rest: _flops(x, w, rest[8])
 )
+raw_sum = _register("raw_sum", _raw_sum, _raw_sum_fake)
 
 
 def _batchable(name: str, call: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:

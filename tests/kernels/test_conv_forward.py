@@ -521,6 +521,15 @@ def test_moments_with_prologue_and_bias(bias, prologue, config):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("config", [*TILES, TileConfig(16, 256, 16)])
+@pytest.mark.parametrize("placed", [(1, 0), (2, 24)], ids=["whole", "strided and padded"])
+def test_moments_of_what_a_residual_was_added_to(placed, config):
+    step, before = placed
+    x, w = random(2, 16, 7, 5, dtype=torch.float16), random(200, 16, 1, 1, dtype=torch.float16)
+    residual = Residual(random(2, 200 - 2 * before, 7 * step, 5 * step, dtype=torch.float16), step, before)
+    check_moments(x, w, config=config, prologue=Prologue(random(16), random(16)), residual=residual)
+
+
 def test_moments_far_from_zero():
     x, w = random(2, 16, 9, 7), random(20, 16, 3, 3) * 0.01
     check_moments(x, w, bias=torch.full((20,), 100.0, device=DEVICE), config=TILES[1])
