@@ -2307,12 +2307,6 @@ MUTATIONS = [
     ),
     Mutation(
         "kernels/squeeze.py",
-        "counts_ptr += image * T",
-        "counts_ptr += 0",
-        'tests/kernels/test_squeeze.py -k "epilogue and box"',
-    ),
-    Mutation(
-        "kernels/squeeze.py",
         "dgate = tl.fma(sum_gy, scale, center * sum_g)",
         "dgate = sum_gy * scale",
         "tests/kernels/test_squeeze.py -k gate_and_squeeze",
