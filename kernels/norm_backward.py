@@ -62,7 +62,10 @@ def batch_norm_reduce_kernel(
     sum_g = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     sum_gy = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     sum_gy2 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    first, end = first_and_end(pid, span, steps * BLOCK_M, OFFSET)
+    if gate_ptr is not None:
+        first, end = first_and_end(pid, span, steps * BLOCK_M, OFFSET)
+    else:
+        first, end = pid.to(OFFSET) * (steps * BLOCK_M), span
     offs_m = first + tl.arange(0, BLOCK_M)
     for _ in range(bound(steps)):
         mask = (offs_m < end)[:, None] & mask_c[None, :]
