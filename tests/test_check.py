@@ -35,6 +35,7 @@ from resnet_fused.kernels import (
     dgrad_box,
     norm_backward,
     norm_pool,
+    squeeze,
 )
 from resnet_fused.kernels.launch import Call, dry_run, observe
 from resnet_fused.plan import checked
@@ -100,17 +101,19 @@ def test_every_kernel_is_checked_in_every_number_format():
         "conv_dgrad",
         "conv_dgrad, boxes",
         "conv_wgrad",
+        "squeeze",
         "block (triton)",
         "block (mixed)",
     }
     passes = ("stats", "apply", "pool", "reduce", "coefs", "backward")
     wanted = set(product(convolutions, check_cases.FORMATS))
-    wanted |= set(product((f"batch_norm_{name}" for name in passes), {*check_cases.FORMATS} - {"tf32"}))
+    passes = *(f"batch_norm_{name}" for name in passes), "gate_gradient"
+    wanted |= set(product(passes, {*check_cases.FORMATS} - {"tf32"}))
     assert {(case.kernel, case.number_format) for case in every} == wanted
     keys = [(case.kernel, case.name, case.number_format) for case in every]
     assert len(keys) == len(set(keys))
     kernels = {call.kernel.__name__ for call in launched(90).values()}
-    norms = batch_norm, norm_backward, norm_pool
+    norms = batch_norm, norm_backward, norm_pool, squeeze
     modules = *norms, chain_forward, conv_box, conv_forward, conv_pool, conv_dgrad, dgrad_box, conv_wgrad
     assert kernels == {name for module in modules for name in vars(module) if name.endswith("_kernel")}
 
