@@ -19,6 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from resnet_fused import functional
 from resnet_fused.engine import eligible
+from resnet_fused.engine.replay import Repetition
 from resnet_fused.engine.request import requested
 from resnet_fused.kernels.activation import IDENTITY
 from resnet_fused.kernels.launch import KEPT_LAYOUTS
@@ -30,6 +31,7 @@ from resnet_fused.modules import (
     descendants,
     in_range,
     is_norm_first,
+    may_repeat,
     runs_fused,
 )
 from resnet_fused.pieces import Piece, UnitsLayout
@@ -46,7 +48,7 @@ _STATE = ("_conversion", "memory")
 _CLAIMED = (
     *(*_STATE, "original", "described", "why_eager", "why_unfusable", "is_stale", "eager_forward"),
     *("title", "forward_ahead", "_infer", "_launched", "_repetition", "_run", "_resolve", "_chain", "_piece"),
-    *("_resolved", "_layer", "_shortcut", "_unit", "_why_here", "_why_stale"),
+    *("_repeated", "_repetition_of", "_why_apart", "_layer", "_shortcut", "_unit", "_why_here", "_why_stale"),
 )
 
 
@@ -139,15 +141,34 @@ class ConvertedUnits(Converted):
         """The result of a piece on ``x``, and on ``source``, which its shortcut reads."""
         layout = cast(UnitsLayout, self._conversion.layout)
         piece = layout.pieces[number]
-        found = self._resolved(piece, x, source)
+        reason = self._why_apart(piece, x, source)
+        if reason is None and piece.gate is None:
+            repetition = self._repetition_of(piece.layout, x, source)
+            if repetition is not None and repetition.is_known:
+                return cast(Tensor, repetition.play())
+        else:
+            repetition = None
+        read = x if source is None else source
+        found = reason or self._chain(piece.layout, x, read, requested(self))
         if isinstance(found, str):
             eligible.report_once(found)
             return cast(Tensor, layout.program.functions[number + 1](self, x, source))
+        if repetition is not None:
+            return cast(Tensor, repetition.run(partial(self._infer, piece.layout, x, read)))
         if piece.gate is None or not isinstance(found, functional.Chain):
             return self._launched(found)
         return functional.run_gated(found, partial(layout.program.functions[piece.gate], self))
 
-    def _resolved(self, piece: Piece, x: Tensor, source: Tensor | None) -> functional.Chain | functional.PreAct | str:
+    def _repetition_of(self, layout: BlockLayout, x: Tensor, source: Tensor | None) -> Repetition | None:
+        """The call of a piece without a gate, if it may be one that was seen before."""
+        inputs = (x,) if source is None else (x, source)
+        if not may_repeat(*inputs):
+            return None
+        # Of each piece by itself, however many there are; what its convolution is in besides counts in the call.
+        return self._repeated(descendant(self, layout.units[0].conv), layout, requested(self), *inputs)
+
+    def _why_apart(self, piece: Piece, x: Tensor, source: Tensor | None) -> str | None:
+        """Why the modules of ``piece`` are called one by one, as they are now, or None."""
         if not isinstance(x, Tensor) or not isinstance(source, Tensor | None):
             return "a unit reads something else than a tensor"
         try:
@@ -163,7 +184,7 @@ class ConvertedUnits(Converted):
         for part, (name, activation) in zip(passed, piece.passed, strict=True):
             if eligible.activation_of(part) != activation:
                 return f"{name} is {part}, which is not {activation}"
-        return self._chain(piece.layout, x, x if source is None else source, requested(self))
+        return None
 
     def _why_stale(self) -> str | None:
         if not self._conversion.seen:

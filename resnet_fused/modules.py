@@ -147,7 +147,7 @@ class FusedBlock(nn.Module):
             eligible.report_once(found)
             return self.eager_forward(x)
         if repetition is not None:
-            return in_range(self, repetition.run, partial(self._infer, x))
+            return in_range(self, repetition.run, partial(self._infer, self.described()[0], x, x))
         return in_range(self, self._launched, found)
 
     def _launched(self, found: functional.Chain | functional.PreAct) -> Tensor:
@@ -155,25 +155,29 @@ class FusedBlock(nn.Module):
             return found.run()
         return functional.run(found, recompute=self.described()[1] == "recompute")
 
-    def _infer(self, x: Tensor) -> Tensor:
-        """:meth:`forward` without gradients, of an ``x`` that is not to run eager."""
-        return self._launched(cast(functional.Chain | functional.PreAct, self._resolve(x)))
+    def _infer(self, layout: BlockLayout, x: Tensor, source: Tensor) -> Tensor:
+        """``layout`` on ``x``, and its shortcut on ``source``, without gradients, where they are not to run eager."""
+        found = self._chain(layout, x, source, requested(self))
+        return self._launched(cast(functional.Chain | functional.PreAct, found))
 
     def _repetition(self, x: Tensor) -> Repetition | None:
         """The call on ``x``, if it may be one that was seen before: in evaluation, without gradients and onlookers."""
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not isinstance(x, Tensor) or not can_repeat(x):
+        if not isinstance(x, Tensor) or not may_repeat(x):
             return None
         request = requested(self)
         if eligible.why_not_here(x, request) is not None or self.why_unfusable() is not None:
             return None
-        layout, _ = self.described()
-        tensors: list[Tensor | None] = [x]
+        return self._repeated(self, self.described()[0], request, x)
+
+    def _repeated(self, owner: nn.Module, layout: BlockLayout, request: Request, *inputs: Tensor) -> Repetition | None:
+        """The call of ``layout`` on ``inputs`` that :func:`may_repeat`, kept with ``owner``; None if not evaluated."""
+        tensors: list[Tensor | None] = [*inputs]
         try:
             constants = [eligible.constants(self._layer(unit), tensors) for unit in layout.all_units()]
             others = [_attributes(self.get_submodule(name)) for name in _others(layout)]
-            if x.layout is not torch.strided or None in constants:
+            if any(x.layout is not torch.strided for x in inputs) or None in constants:
                 return None
-            return Repetition(self, (request, settings(x.device), layout, *constants, *others), tensors)
+            return Repetition(owner, (request, settings(inputs[0].device), layout, *constants, *others), tensors)
         except (AttributeError, KeyError, TypeError):  # of submodules that are gone, or sizes that are no pairs
             return None
 
@@ -237,6 +241,11 @@ class FusedBlock(nn.Module):
         if layout.pool is not None:
             x = self.get_submodule(layout.pool)(x)
         return x if layout.shortcut is None else functional.Projection(x, *projection[:2])
+
+
+def may_repeat(*inputs: Tensor) -> bool:
+    """Whether a call on ``inputs`` may be one that was seen before: without gradients and onlookers."""
+    return not (torch.compiler.is_compiling() or torch.is_grad_enabled()) and can_repeat(*inputs)
 
 
 def _others(layout: BlockLayout) -> Iterator[str]:

@@ -2413,4 +2413,10 @@ MUTATIONS = [
         "if False:",
         "tests/test_squeeze.py -k hook_saw",
     ),
+    Mutation(
+        "resnet_fused/convert.py",
+        "inputs = (x,) if source is None else (x, source)",
+        "inputs = (x,)",
+        "tests/test_replay.py -k units_are_repeated",
+    ),
 ]

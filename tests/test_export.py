@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from timm.layers import SEModule
+from timm.models import resnet as timm
 from torch import nn
 from torch.ao.quantization import get_default_qconfig_mapping
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
@@ -38,8 +41,20 @@ def _small() -> nn.Module:
     )
 
 
+def _gated() -> nn.Module:
+    """Units with a squeeze and excitation behind them."""
+    gate = partial(SEModule, rd_channels=8)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 1),
+        timm.BasicBlock(8, 8, attn_layer=gate),
+        timm.BasicBlock(8, 16, 2, timm.downsample_avg(8, 16, 1, 2), attn_layer=gate),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4)),
+    )
+
+
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "blocks": _small,
+    "gates and units": _gated,
     "torchvision's, with its stem": lambda: resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=4),
     "ours": lambda: ResNet(BasicBlock, [1, 1, 1, 1], num_classes=4),
     "ours for small images": lambda: CifarResNet(8),

@@ -396,7 +396,7 @@ def restored(block, x):
 
 def directly(block, x):
     'The same, without having been there before.'
-    modules.can_repeat = lambda x: False
+    modules.can_repeat = lambda *inputs: False
     try:
         learn(lambda: restored(block, x))
         return restored(block, x)
@@ -556,3 +556,133 @@ with torch.no_grad(), implementation("triton"):
 print(len(replay._repeated))
 """
     assert lines(INFERENCE + code) == ["4 4", "3", "True 1", "True", "1 [0]", "0", "TypeError", "0 True", "0"]
+
+
+UNITS = (
+    INFERENCE
+    + """
+from resnet_fused import convert
+
+class Doubled(torchvision.models.resnet.Bottleneck):
+    'More than a block: the units of its branch, and its last one with the projection.'
+
+    def forward(self, x):
+        out = 2 * self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        return self.relu(self.bn3(self.conv3(out)) + self.downsample(x))
+
+def units(stride=1):
+    torch.manual_seed(0)
+    block = fuse(nn.Sequential(ready(Doubled(16, 8, stride, projected(16, 32, stride)))))[0]
+    assert isinstance(block, convert.ConvertedUnits)
+    return block
+
+def played(block):
+    kept = [tape for conv in block.modules() for tape in replay._repeated.get(conv, {}).values()]
+    return sum(isinstance(tape, replay._Tape) for tape in kept)
+"""
+)
+
+
+def test_units_are_repeated_to_the_bit():
+    code = """
+for stride in (1, 2):
+    for road in ("triton", "mixed"):
+        for dtype in (None, torch.bfloat16):
+            block = units(stride)
+            x = input_of(block)
+            with implementation(road), torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype is not None):
+                want = directly(block, x)
+                launched.clear()
+                results = [restored(block, x) for _ in range(4)]
+            names = list(map(name, launched))
+            once = len(names) // 4
+            print(
+                all(torch.equal(want, z) and z.stride() == want.stride() and z.dtype == want.dtype for z in results),
+                names == names[:once] * 4 and once > 0,
+                played(block) == 2,
+            )
+"""
+    assert lines(UNITS + code) == ["True True True"] * 8
+
+
+def test_units_after_a_change_are_those_of_the_changed_module():
+    code = """
+def in_place(block):
+    block.conv2.weight.add_(1)
+
+def swapped(block):
+    block.conv3.weight.data = block.conv3.weight.data * 2
+
+def statistics(block):
+    block.bn2.running_var.mul_(4)
+
+def eps(block):
+    block.downsample[1].eps = 0.5
+
+def dilated(block):
+    block.conv2.padding = block.conv2.dilation = (2, 2)
+
+def biased(block):
+    block.conv1.bias = nn.Parameter(torch.ones(block.conv1.out_channels))
+
+def half(block):
+    block.half()
+
+def exchanged(block):
+    block.bn3 = ready(nn.BatchNorm2d(32, eps=0.5))
+
+def hooked(block):
+    block.bn2.register_forward_hook(lambda module, inputs, z: 2 * z)
+
+def activated(block):
+    block.relu = nn.SiLU()
+
+def training(block):
+    block.bn2.train()
+
+changes = [
+    in_place, swapped, statistics, eps, dilated, biased, half, exchanged, hooked, activated, training,
+]
+for change in changes:
+    block = units()
+    x = input_of(block)
+    with torch.no_grad(), implementation("triton"):
+        want = directly(block, x)
+        assert all(torch.equal(restored(block, x), want) for _ in range(3)) and played(block) == 2
+        change(block)
+        x = x.to(block.conv1.weight.dtype)
+        now = directly(block, x)
+        print(change.__name__, all(torch.equal(restored(block, x), now) for _ in range(4)), torch.equal(now, want))
+"""
+    changed = ["in_place", "swapped", "statistics", "eps", "dilated", "biased", "half", "exchanged", "hooked"]
+    changed += ["activated", "training"]
+    assert lines(UNITS + code) == [f"{name} True False" for name in changed]
+
+
+def test_units_that_are_not_to_be_repeated():
+    code = """
+block = units()
+x = input_of(block)
+with torch.no_grad(), implementation("triton"):
+    for _ in range(3):
+        block(x)
+    assert played(block) == 2
+    with torch.enable_grad():
+        print(block(x).requires_grad)
+    with implementation("eager"):
+        block(x)
+        launched.clear()
+        block(x)
+    print(len(launched))
+    calls = []
+    with observe(calls.append):
+        block(x)
+    with trace() as traced:
+        block(x)
+    print(len(calls), sum(not launch.name.startswith("aten.") for launch in traced.launches))
+    print(played(block), played(copy.deepcopy(block)))
+del block
+print(len(replay._repeated))
+"""
+    assert lines(UNITS + code) == ["True", "0", "4 4", "2 0", "0"]

@@ -91,9 +91,12 @@ _NEW, _MET = "new", "met once"
 _repeated: WeakKeyDictionary[Any, dict[tuple[Any, ...], Any]] = WeakKeyDictionary()
 
 
-def can_repeat(x: Tensor) -> bool:
-    """Whether calls on ``x`` may be written down and played: no one watches, and launches are no more than that."""
-    return not is_watched((x,)) and only_launches() and torch._C._len_torch_function_stack() == 0
+def can_repeat(*inputs: Tensor) -> bool:
+    """Whether calls on ``inputs`` may be written down and played: no one watches, and launches are no more than that.
+
+    There are three of them at most.
+    """
+    return not is_watched(inputs) and only_launches() and torch._C._len_torch_function_stack() == 0
 
 
 PLAIN = (Tensor, torch.nn.Parameter)
