@@ -125,11 +125,11 @@ def squeeze(moments: Moments, stats: Tensor, dtype: torch.dtype) -> tuple[Tensor
     images, channels = moments.images, moments.values.shape[2]
     like = moments.values
     means = like.new_empty(images, channels)
-    squeezed = like.new_empty(images, channels, dtype=dtype)
+    squeezed = like.new_empty(images, channels, 1, 1, dtype=dtype)
     _squeeze_recipe(images, like.shape[1] // images, channels, moments.rows, moments.span).run(
         values_ptr=like, counts_ptr=moments.counts, stats_ptr=stats, means_ptr=means, squeeze_ptr=squeezed
     )
-    return squeezed[:, :, None, None], means
+    return squeezed, means
 
 
 def gate_gradient(sums: Tensor, stats: Tensor, images: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

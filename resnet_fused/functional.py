@@ -281,11 +281,15 @@ def _run_inner(chain: Chain, parts: Sequence[Sequence[_Planned]]) -> Tensor:
 def run_gated(chain: Chain, excite: Callable[[Tensor], Tensor]) -> Tensor:
     """``act(units(x) * gate + shortcut)``, the gate what ``excite`` makes of the mean of ``units(x)``, image by image.
 
-    ``excite``: from [N, CO, 1, 1] to what broadcasts to that. Returns channels_last. Hu et al. 2017 (arXiv:1709.01507).
+    ``excite``: from [N, CO, 1, 1] to a tensor of that shape. Returns channels_last. Hu et al. 2017 (arXiv:1709.01507).
     """
+    *inner, unit = chain.units
+    x = chain.x
+    if unit.out[0] == 0:
+        for before in inner:
+            x = reference.conv_bn_act(x, *before.layer[:2], activation=before.activation)
+        return _gate_eager(x, unit, chain, excite)
     if _is_fixed(chain.all_units, chain.x, chain.source):
-        *inner, unit = chain.units
-        x = chain.x
         for before in inner:
             x = _infer_unit(x, before, chain.request, chain.dtype)
         last = [_Planned(unit, *_plan(tuple(x.shape), unit, chain.dtype, chain.request, "inference"))]
@@ -301,7 +305,7 @@ def run_gated(chain: Chain, excite: Callable[[Tensor], Tensor]) -> Tensor:
     gate = excite(squeeze)
     spec = replace(spec, dtype=torch.promote_types(spec.dtype, gate.dtype))
     residual = None if chain.source is None or y_p is not None else chain.source.detach()
-    gate = gate.expand(squeeze.shape).flatten(1).contiguous()
+    gate = gate.view(squeeze.shape[:2]).contiguous()
     return GateFunction.apply(spec, y, gate, *carriers, stats, y_p, stats_p, residual)
 
 

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
@@ -166,7 +167,7 @@ class Graph:
         if not isinstance(result, fx.Node) or result is value:
             return None
         expansion = result if (result.op, result.target, result.args[1:]) == (*_EXPANSION, (value,)) else None
-        gate = Gate(value, result if expansion is None else result.args[0], product, expansion)
+        gate = Gate(value, result if expansion is None else cast(fx.Node, result.args[0]), product, expansion)
         pending = [gate.result]
         while pending:
             node = pending.pop()
@@ -316,6 +317,11 @@ def units_of(graph: Graph, through: Sequence[str]) -> UnitsLayout | str:
         chain.parts = chain.split()
     every = [*chains, *(part for chain in chains for part in chain.parts)]
     numbers = {chain: i for i, chain in enumerate(every)}
+    inside = {node for chain in chains for node in chain.all_nodes()}
+    ends = frozenset(chain.end for chain in chains)
+    for node in graph.nodes:
+        if node.target == "view" and graph.roots(node) & ends and not graph.is_safe(node, inside):
+            return "its forward writes to a view of what a unit returns"
     sources = [_source(graph, graph.nodes, chains, numbers), *(_piece_source(graph, chain, numbers) for chain in every)]
     gates = list(dict.fromkeys(chain.gate for chain in every if chain.gate is not None))
     where = {gate: len(sources) + i for i, gate in enumerate(gates)}
@@ -368,8 +374,26 @@ def _chains(graph: Graph) -> tuple[list[Chain], list[tuple[str, str]]]:
 
 
 def _gate(graph: Graph, norm: fx.Node) -> Gate | None:
-    """That behind ``norm``, if its result is multiplied with one."""
-    return graph.gate(graph.unread(norm)[-1])
+    """That behind ``norm``, if its result is multiplied with one: a number for each image and channel, in its dtype.
+
+    What the layers of the gate make of means is found out on tensors without data.
+    """
+    gate, conv = graph.gate(graph.unread(norm)[-1]), graph.behind(norm.all_input_nodes[0])
+    if gate is None or graph.kind(conv) != "conv":
+        return None
+    parts = [part for node in gate.nodes if node.op == "call_module" for part in graph.part(node).modules()]
+    known = all(type(part).__module__.startswith(("torch.nn.modules.", "timm.layers.activations")) for part in parts)
+    if not known or eligible.hooked(*parts):
+        return None
+    like = cast(Tensor, graph.part(conv).weight)
+    shape = 3, like.shape[0], 1, 1
+    function = _made(*_gate_source(graph, gate))
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            found = function(graph.module, torch.empty(shape, dtype=like.dtype, device=like.device))
+    except Exception:  # whatever layers say of means that they do not take
+        return None
+    return gate if isinstance(found, Tensor) and (found.shape, found.dtype) == (shape, like.dtype) else None
 
 
 def _gated(graph: Graph, chain: Chain, gates: Mapping[fx.Node, Gate]) -> Chain:

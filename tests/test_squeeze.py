@@ -300,7 +300,38 @@ class ReadTwice(Gated):
         return self.act(out * gate + x) + gate
 
 
-@pytest.mark.parametrize("kind", [OfEachPixel, OfTheInput, OfRows, ReadTwice])
+class Excited(Gated):
+    """Another gate, of the means."""
+
+    def gate(self, means: Tensor) -> Tensor:
+        return self.se.scale_activation(means)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn3(self.conv3(self.act(self.bn1(self.conv1(x)))))
+        return self.act(out * self.gate(out.mean((2, 3), keepdim=True)) + x)
+
+
+class InFp64(Excited):
+    def gate(self, means: Tensor) -> Tensor:
+        return means.double().sigmoid()
+
+
+class OfBools(Excited):
+    def gate(self, means: Tensor) -> Tensor:
+        return means > 0
+
+
+class OfEveryPlace(Excited):
+    def gate(self, means: Tensor) -> Tensor:
+        return means.sigmoid().expand(-1, -1, 5, 4)
+
+
+class OfARow(Excited):
+    def gate(self, means: Tensor) -> Tensor:
+        return means.flatten(1)[:1, :4].sigmoid()
+
+
+@pytest.mark.parametrize("kind", [OfEachPixel, OfTheInput, OfRows, ReadTwice, InFp64, OfBools, OfEveryPlace, OfARow])
 def test_what_is_no_gate_is_computed_as_it_is(kind):
     torch.manual_seed(0)
     block = fuse(kind(16, 16), strict=True).eval()
@@ -311,6 +342,55 @@ def test_what_is_no_gate_is_computed_as_it_is(kind):
     names = [launch.name for launch in t.launches]
     assert "squeeze" not in names
     assert "conv_forward" in names
+
+
+class Overwritten(Excited):
+    """Writes to the means."""
+
+    def gate(self, means: Tensor) -> Tensor:
+        return means.mul_(2).sigmoid_()
+
+
+class Dropped(Excited):
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.drop = nn.Dropout(0.5, inplace=True)
+
+    def gate(self, means: Tensor) -> Tensor:
+        return self.se.scale_activation(self.drop(means))
+
+
+@pytest.mark.parametrize("kind", [Overwritten, Dropped])
+def test_a_gate_that_writes_in_place(kind):
+    block, x, dz = draw(lambda: fused(lambda: kind(16, 16)), (2, 16, 5, 4), torch.float32)
+    assert gated_pieces(block) == 1
+    found = []
+    for road in ("eager", "triton"):
+        torch.manual_seed(0)
+        found.append(step(block, x, dz, road))
+    for name, eager in found[0].items():
+        torch.testing.assert_close(found[1][name], eager, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_no_image(gradients):
+    block = fused(BLOCKS["projection"]).eval()
+    with torch.set_grad_enabled(gradients), implementation("triton"):
+        assert block(torch.randn(0, 16, 6, 4)).shape == (0, 32, 3, 2)
+
+
+class WrittenView(Gated):
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn1(self.conv1(x))
+        v = out.view(-1)
+        z = self.act(self.bn2(self.conv2(self.act(out))))
+        v.mul_(2)
+        return z + out
+
+
+def test_what_writes_to_a_view_of_a_units_result_is_left_as_it_is():
+    with pytest.raises(ValueError, match="writes to a view"):
+        fuse(WrittenView(16, 16), strict=True)
 
 
 def test_under_autocast():

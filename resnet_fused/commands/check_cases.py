@@ -547,7 +547,7 @@ def _check_gate(layer: CheckLayer, variant: str, draw: Draw) -> Comparison:
         v = z
         if v is None:
             other = (y2.to(wide), stats2.to(wide)) if second is not None else (None, None)
-            v = reference.batch_norm_apply(y.to(wide), stats.to(wide), *other, IDENTITY, gate.to(wide))
+            v = reference.batch_norm_apply(y.to(wide), stats.to(wide), other[0], other[1], IDENTITY, gate.to(wide))
         g = ours["g"].to(wide)
         normal = reference.batch_norm_apply(y.to(wide), stats.to(wide), activation=IDENTITY)
         offset = dsqueeze.to(wide) / (p * q)

@@ -365,7 +365,7 @@ class Taken(NamedTuple):
         if not self.tensors:
             return channel_moments(x)
         values, *counts = self.tensors
-        return Moments(values, self.rows, x.numel() // x.shape[1], *counts)
+        return Moments(values, self.rows, x.numel() // x.shape[1], counts[0] if counts else None)
 
 
 def raw_sum(x: Tensor, before: Before, w: Tensor, residual: Tensor, conv: Convolution) -> tuple[Tensor, Taken]:
