@@ -20,7 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import register_flop_formula
 
-from resnet_fused import functional
+from resnet_fused import functional, pieces
 from resnet_fused.convert import unfuse
 from resnet_fused.engine import chains, eligible, forward, ops, reference
 from resnet_fused.engine.ops import channels_last
@@ -417,6 +417,8 @@ class TritonConv(nn.Module):
     Where that was measured or is predicted to be faster, cuDNN does all of it instead, with batch norm folded into a
     second filter, if the activation is a ReLU.
 
+    ``squeezes``: returns what :class:`TritonGate` reads, and the mean of each image of ``bn(conv(x))``, [N, CO, 1, 1].
+
     ``bn`` None: ``conv(x) + residual``, without a bias. ``stats``: ``x`` is what a :class:`TritonFront` stands in front
     of, whose activation is ``before``.
     """
@@ -442,12 +444,14 @@ class TritonConv(nn.Module):
         self.casts = True
         self.accumulates = False
         self.activation = IDENTITY
-        self.pooled = False
+        self.pooled = self.squeezes = False
         self._folded: tuple[Tensor, Tensor] | None = None
         self.register_buffer("affine", None, persistent=False)
         self._made_of: tuple[Any, ...] = ()
 
-    def forward(self, x: Tensor, residual: Any = None, stats: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, residual: Any = None, stats: Tensor | None = None) -> Any:
+        if self.squeezes:
+            return self._squeeze(_cast(x, self.weight) if self.casts else x)
         if self.pooled:
             return self._pool(x) if self._launches(x, residual) else self._aten(_cast(x, self.weight), residual)
         x = _cast(x, self.weight) if self.casts else x
@@ -498,6 +502,19 @@ class TritonConv(nn.Module):
         if implementation == "eager":
             return self._aten(_cast(x, self.weight), None)
         return ops.conv_bn_act_pool(x.resolve_neg(), self.weight, self.conv_bias, *self._norm(), code)
+
+    def _squeeze(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The raw output and stats, or batch norm's output and None; and the means."""
+        if self._launches(x, None):
+            x = channels_last(x.resolve_neg())
+            target = x.dtype, "frozen", x.device, requested()
+            sizes = tuple(x.shape), tuple(self.weight.shape), self.geometry
+            implementation, code = functional.choose(*sizes, *target, relu=False)
+            if implementation != "eager":
+                norm = self.conv_bias, self.gamma, self.beta, self.mean, self.var, None, None, self.eps, False
+                return ops.squeezed_forward(x, None, self.weight, IDENTITY.code, *norm, code, "")[:3]
+        v = self._aten(x, None)
+        return v, None, v.mean((2, 3), keepdim=True)
 
     def _launches(self, x: Tensor, residual: Any) -> bool:
         """Whether a launch takes ``x`` and ``residual``; what it does not take, PyTorch is to judge."""
@@ -569,6 +586,36 @@ class TritonConv(nn.Module):
         return F.max_pool2d(y, *POOL) if self.pooled else y
 
 
+class TritonGate(nn.Module):
+    """``act(bn(y) * gate + residual)`` in one pass; the residual is optional.
+
+    ``y`` and ``stats`` are what a :class:`TritonConv` that squeezes returns, whose batch norm they stand for; ``gate``,
+    [N, CO, 1, 1], is made of its means.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.training = self.accumulates = False
+        self.activation = IDENTITY
+
+    def forward(self, y: Tensor, stats: Tensor | None, gate: Any, residual: Any = None) -> Tensor:
+        if stats is None or not self._fits(y, gate, residual):
+            v = y if stats is None else ops.join_forward(y, stats, None, None, 1, 0, IDENTITY.code, y.dtype)
+            return _finish(v * gate, residual, self.accumulates, self.activation)
+        dtype = torch.promote_types(y.dtype, gate.dtype)
+        if residual is not None:
+            dtype = dtype if self.accumulates else torch.promote_types(dtype, residual.dtype)
+            residual = channels_last(residual.resolve_neg())
+        times = gate.resolve_neg().view(y.shape[:2]).contiguous()
+        return ops.gate_forward(y, stats, times, residual, None, 1, 0, self.activation.code, dtype)
+
+    def _fits(self, y: Tensor, gate: Any, residual: Any) -> bool:
+        """Whether the pass takes these."""
+        if not _is_like(gate, y, FLOATS) or gate.shape != (*y.shape[:2], 1, 1):
+            return False
+        return residual is None or (_is_like(residual, y, FLOATS) and residual.shape == y.shape)
+
+
 class TritonFront(nn.Module):
     """Batch norm, with an activation in it or behind it, of which 1x1 convolutions alone read the result.
 
@@ -590,7 +637,7 @@ class TritonFront(nn.Module):
         held = norm.weight, norm.bias, norm.running_mean, norm.running_var
         vectors = (None if t is None else t.resolve_neg().contiguous() for t in held)
         read = channels_last(x.resolve_neg())
-        return read, ops.norm_forward(read, *vectors, None, None, norm.eps, False, "")
+        return read, ops.norm_forward(read, [], 0, *vectors, None, None, norm.eps, False, "")
 
     def _launches(self, x: Any, norm: Any) -> bool:
         """Whether the kernels take ``x`` and, behind it, what the ``norm`` holds."""
@@ -832,7 +879,7 @@ def _augmented(name: str, a: Any, b: Any) -> Any:
 
 
 _ADD = (operator.add, torch.add, "add")
-_READERS = (*_UNITS, TritonChain, nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
+_READERS = (*_UNITS, TritonChain, TritonGate, nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
 """Modules that, like norms, neither write to their input nor return an alias of it."""
 _PURE = (operator.getitem, operator.sub, operator.floordiv, getattr, F.pad)
 """Functions of which the same holds, or that only move views about."""
@@ -919,7 +966,7 @@ class _FreezingTracer(fx.Tracer):
     """Traces the modules of this package through their eager roads."""
 
     def __init__(self) -> None:
-        super().__init__(autowrap_modules=(math, functional))  # type: ignore[arg-type]
+        super().__init__(autowrap_functions=(conv_bn_act, conv_bn_act_pool, functional.residual_block))
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _FreezingProxy(node, self)
@@ -958,6 +1005,9 @@ def _fused(graph: fx.GraphModule, dtype: torch.dtype | None) -> fx.GraphModule:
         if isinstance(unit, FoldedConv):
             unit.in_place = _owns_residual(graph, node)
     kept: dict[str, nn.Module] = {str(node.target): unit for node, unit in units if isinstance(unit, TritonConv)}
+    for node, unit in units:
+        if isinstance(unit, TritonConv):
+            _fuse_gate(graph, node, unit)
     for node, unit in units:
         if isinstance(unit, TritonConv):
             _fuse_chain(graph, node, unit)
@@ -1028,7 +1078,49 @@ def _geometry_alone(conv: Any) -> Geometry | None:
     return geometry if taken else None
 
 
-def _fuse_activation(graph: fx.GraphModule, node: fx.Node, unit: FoldedConv | TritonConv) -> None:
+def _fuse_gate(graph: fx.GraphModule, node: fx.Node, unit: TritonConv) -> None:
+    """Where the output of ``unit`` is multiplied with what the means of its images make, see :class:`TritonGate`."""
+    if unit.norm is None or unit.activation != IDENTITY or len(node.args) != 1:
+        return
+    seen = pieces.Graph(graph, graph.graph)
+    gate = seen.gate(node)
+    if gate is None or not pieces.gives_gates(seen, gate, _means_like(seen, gate, unit.weight)):
+        return
+    unit.squeezes, last, outputs = True, node, []
+    for i in range(3):
+        with graph.graph.inserting_after(last):
+            outputs.append(last := graph.graph.call_function(operator.getitem, (node, i)))
+    y, stats, squeeze = outputs
+    result = gate.result
+    for reader in [reader for reader in gate.nodes if node in reader.all_input_nodes]:
+        reader.replace_input_with(node, squeeze)
+        if seen.is_squeeze(reader):
+            read = squeeze
+            if not pieces.keeps_dimensions(reader):
+                with graph.graph.inserting_before(reader):
+                    read = graph.graph.call_method("flatten", (squeeze, 1))
+            result = read if reader is result else result
+            _absorb(reader, read)
+    part = TritonGate()
+    name = f"{node.name}_gate"
+    graph.add_submodule(name, part)
+    with graph.graph.inserting_before(gate.product):
+        joined = graph.graph.call_module(name, (y, stats, result))
+    _absorb(gate.product, joined)
+    if gate.expansion is not None:
+        graph.graph.erase_node(gate.expansion)
+    _fuse_residual(graph, joined, part)
+    _fuse_activation(graph, joined, part)
+
+
+def _means_like(seen: pieces.Graph, gate: pieces.Gate, weight: Tensor) -> Tensor:
+    """As many channels as ``weight`` has filters, in the dtype that the layers of the ``gate`` still have."""
+    parts = [seen.part(node) for node in gate.nodes if node.op == "call_module"]
+    held = [t for part in parts for t in part.parameters() if t.is_floating_point()]
+    return weight.to(held[0].dtype) if held else weight
+
+
+def _fuse_activation(graph: fx.GraphModule, node: fx.Node, unit: FoldedConv | TritonConv | TritonGate) -> None:
     after = _only_user(node)
     found = None if after is None else _activation(graph, after)
     if found is not None:
@@ -1045,7 +1137,7 @@ def _fuse_pool(graph: fx.GraphModule, node: fx.Node, unit: TritonConv) -> None:
         _absorb(pool, node)
 
 
-def _fuse_residual(graph: fx.GraphModule, node: fx.Node, unit: FoldedConv | TritonConv) -> None:
+def _fuse_residual(graph: fx.GraphModule, node: fx.Node, unit: FoldedConv | TritonConv | TritonGate) -> None:
     add = _only_user(node)
     if add is None or add.kwargs:
         return
@@ -1061,7 +1153,7 @@ def _fuse_residual(graph: fx.GraphModule, node: fx.Node, unit: FoldedConv | Trit
     if not _pure_between(graph, node, add):
         return
     add.prepend(node)
-    node.args = (node.args[0], others[0])
+    node.args = (*node.args, others[0])
     unit.accumulates = in_place
     _absorb(add, node)
 

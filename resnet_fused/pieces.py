@@ -181,7 +181,9 @@ class Graph:
             pending += node.all_input_nodes
         nodes = {value, *gate.all_nodes()}
         apart = all(user in nodes or user is product for node in nodes for user in node.users)
-        return gate if apart and any(map(self.is_squeeze, gate.nodes)) else None
+        # Of several, each might be written to.
+        squeezes = [node for node in gate.nodes if value in node.all_input_nodes and self.is_squeeze(node)]
+        return gate if apart and len(squeezes) == 1 else None
 
     def is_squeeze(self, node: fx.Node) -> bool:
         """Whether ``node`` is the mean of each image of its input."""
@@ -374,26 +376,30 @@ def _chains(graph: Graph) -> tuple[list[Chain], list[tuple[str, str]]]:
 
 
 def _gate(graph: Graph, norm: fx.Node) -> Gate | None:
-    """That behind ``norm``, if its result is multiplied with one: a number for each image and channel, in its dtype.
-
-    What the layers of the gate make of means is found out on tensors without data.
-    """
+    """That behind ``norm``, if what it makes of a convolution's output is multiplied with one."""
     gate, conv = graph.gate(graph.unread(norm)[-1]), graph.behind(norm.all_input_nodes[0])
     if gate is None or graph.kind(conv) != "conv":
         return None
+    return gate if gives_gates(graph, gate, cast(Tensor, graph.part(conv).weight)) else None
+
+
+def gives_gates(graph: Graph, gate: Gate, like: Tensor) -> bool:
+    """Whether a gate is a number for each image and channel, in the dtype of the means.
+
+    ``like`` has that dtype, and as many channels in its first dimension. What the layers of the gate make of means is
+    found out on tensors without data.
+    """
     parts = [part for node in gate.nodes if node.op == "call_module" for part in graph.part(node).modules()]
     known = all(type(part).__module__.startswith(("torch.nn.modules.", "timm.layers.activations")) for part in parts)
     if not known or eligible.hooked(*parts):
-        return None
-    like = cast(Tensor, graph.part(conv).weight)
-    shape = 3, like.shape[0], 1, 1
-    function = _made(*_gate_source(graph, gate))
+        return False
+    shape, function = (3, like.shape[0], 1, 1), _made(*_gate_source(graph, gate))
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
             found = function(graph.module, torch.empty(shape, dtype=like.dtype, device=like.device))
     except Exception:  # whatever layers say of means that they do not take
-        return None
-    return gate if isinstance(found, Tensor) and (found.shape, found.dtype) == (shape, like.dtype) else None
+        return False
+    return isinstance(found, Tensor) and (found.shape, found.dtype) == (shape, like.dtype)
 
 
 def _gated(graph: Graph, chain: Chain, gates: Mapping[fx.Node, Gate]) -> Chain:
@@ -528,8 +534,7 @@ def _gate_source(graph: Graph, gate: Gate) -> tuple[str, dict[str, Any]]:
     values = {gate.value: means}
     for node in sorted(gate.nodes, key=graph.place.__getitem__):
         if gate.value in node.all_input_nodes and graph.is_squeeze(node):
-            keeps = node.op == "call_module" or node.target is F.adaptive_avg_pool2d or _keepdim(node)
-            values[node] = means if keeps else made.call_method("flatten", (means, 1))
+            values[node] = means if keeps_dimensions(node) else made.call_method("flatten", (means, 1))
         else:
             values[node] = made.node_copy(node, values.__getitem__)
             values[node].type = None
@@ -537,9 +542,11 @@ def _gate_source(graph: Graph, gate: Gate) -> tuple[str, dict[str, Any]]:
     return _text_of(made)
 
 
-def _keepdim(node: fx.Node) -> bool:
-    """Whether a mean keeps the dimensions that it is taken of."""
-    return bool(node.kwargs.get("keepdim", node.args[2] if len(node.args) > 2 else False))
+def keeps_dimensions(squeeze: fx.Node) -> bool:
+    """Whether the mean of each image that ``squeeze`` takes is [N, C, 1, 1], and not [N, C]."""
+    if squeeze.op == "call_module" or squeeze.target is F.adaptive_avg_pool2d:
+        return True
+    return bool(squeeze.kwargs.get("keepdim", squeeze.args[2] if len(squeeze.args) > 2 else False))
 
 
 def _piece_source(graph: Graph, chain: Chain, numbers: dict[Chain, int]) -> tuple[str, dict[str, Any]]:

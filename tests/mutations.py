@@ -2419,4 +2419,46 @@ MUTATIONS = [
         "inputs = (x,)",
         "tests/test_replay.py -k units_are_repeated",
     ),
+    Mutation(
+        "resnet_fused/inference.py",
+        "unit.squeezes, last, outputs = True, node, []",
+        "unit.squeezes, last, outputs = False, node, []",
+        "tests/test_inference.py -k gate",
+    ),
+    Mutation(
+        "resnet_fused/inference.py",
+        "node.args = (*node.args, others[0])",
+        "node.args = (node.args[0], others[0])",
+        "tests/test_inference.py -k gates_go",
+    ),
+    Mutation(
+        "resnet_fused/inference.py",
+        "return residual is None or (_is_like(residual, y, FLOATS) and residual.shape == y.shape)",
+        "return True",
+        "tests/test_inference.py -k is_no_gate_stays",
+    ),
+    Mutation(
+        "resnet_fused/inference.py",
+        "return weight.to(held[0].dtype) if held else weight",
+        "return weight",
+        "tests/test_inference.py -k under_another_dtype",
+    ),
+    Mutation(
+        "resnet_fused/pieces.py",
+        "return gate if apart and len(squeezes) == 1 else None",
+        "return gate if apart and squeezes else None",
+        "tests/test_squeeze.py -k no_gate",
+    ),
+    Mutation(
+        "resnet_fused/pieces.py",
+        "(found.shape, found.dtype) == (shape, like.dtype)",
+        "found.numel() > 0",
+        "tests/test_squeeze.py -k no_gate",
+    ),
+    Mutation(
+        "resnet_fused/functional.py",
+        "if unit.out[0] == 0:",
+        "if False:",
+        "tests/test_squeeze.py -k no_image",
+    ),
 ]

@@ -9,6 +9,7 @@ import random
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from unittest.mock import MagicMock
 
@@ -25,11 +26,12 @@ from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
 
 import resnet_fused
-from resnet_fused import BasicBlock, functional, implementation, inference, optimize_for_inference
+from resnet_fused import BasicBlock, functional, implementation, inference, optimize_for_inference, trace
 from resnet_fused.engine import eligible, forward
 from resnet_fused.inference import FoldedConv, TritonConv
 from resnet_fused.kernels.activation import IDENTITY, RELU
 from resnet_fused.models import ResNet
+from tests import zoo
 from tests.rule import assert_within_rule
 from tests.test_tune import conv_relu
 
@@ -1944,3 +1946,125 @@ def test_a_plan_that_leaves_a_unit_to_pytorch_is_mixed_behind_a_front(monkeypatc
     assert "conv_forward" not in names and names.count("batch_norm_apply") == 5
     block, projected = [False, True, False], [False, False, True, False]
     assert told[: len(told) // 2] == [*block, *projected], "cuDNN's one call is offered where no norm stands in front"
+
+
+class _Gates(nn.Sequential):
+    """Two blocks with squeeze and excitation, one with a projection."""
+
+    def __init__(self, kind: str) -> None:
+        kinds: dict[str, Callable[..., nn.Module]] = {
+            "own": lambda: (zoo.Gated(8, 16, 2), zoo.Gated(16, 16)),
+            "silu": lambda: (zoo.Gated(8, 16, 2, nn.SiLU()), zoo.Gated(16, 16, act=nn.SiLU())),
+            "timm": lambda: [timm.models.resnet.Bottleneck(16, 4, attn_layer=timm.layers.SEModule) for _ in range(2)],
+            "eca": lambda: [timm.models.resnet.Bottleneck(16, 4, attn_layer=timm.layers.EcaModule) for _ in range(2)],
+        }
+        super().__init__(*kinds[kind]())
+
+
+GATES = {"own": 8, "silu": 8, "timm": 16, "eca": 16}
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", GATES)
+def test_gates_go_into_the_pass_that_adds(kind, dtype):
+    torch.manual_seed(0)
+    model, x = _drawn(_Gates(kind)).to(dtype), torch.randn(2, GATES[kind], 4, 6, dtype=dtype)
+    with implementation("triton"):
+        frozen = optimize_for_inference(model)
+        assert sum(isinstance(m, inference.TritonGate) for m in frozen.modules()) == 2
+        with trace() as t:
+            got = frozen(x)
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(x.double())
+        assert_within_rule(got, model(x), exact, sums=16)
+    names = [launch.name for launch in t.launches]
+    assert names.count("squeeze") == names.count("batch_norm_apply") == 2
+    assert names.count("conv_forward") == (7 if GATES[kind] == 8 else 6)
+    large = [launch.name for launch in t.launches if launch.bytes_written >= got.nbytes]
+    assert not {"aten.mean", "aten.mul", "aten.add", "aten.add_"} & set(large)
+
+
+@interpreted
+def test_a_model_with_gates_keeps_its_keys_and_takes_new_weights():
+    models, x = [_drawn(_Gates("own")) for _ in range(2)], torch.randn(1, 8, 4, 4)
+    with implementation("triton"):
+        frozen, other = (optimize_for_inference(model) for model in models)
+        names = set(frozen.state_dict())
+        assert {"network.0.se.fc1.weight", "network.1.se.fc2.bias"} <= names
+        _check(pickle.loads(pickle.dumps(frozen)), models[0], x)
+        frozen.load_state_dict(other.state_dict())
+        _check(frozen, models[1], x)
+        _check(copy.deepcopy(frozen), models[1], x)
+        assert set(frozen.state_dict()) == names
+
+
+@interpreted
+def test_a_gate_under_another_dtype_and_on_inputs_that_no_launch_takes():
+    model = _drawn(_Gates("own"))
+    with implementation("triton"):
+        frozen = optimize_for_inference(model, dtype=torch.bfloat16)
+        assert sum(isinstance(m, inference.TritonGate) for m in frozen.modules()) == 2
+        x = torch.randn(2, 8, 4, 4)
+        with torch.no_grad():
+            torch.testing.assert_close(frozen(x).float(), model(x), rtol=0.1, atol=0.1)
+        plain = optimize_for_inference(model)
+        for name in INPUTS:
+            _assert_same_outcome(plain, model, INPUTS[name](torch.randn(2, 8, 4, 4)))
+    with implementation("eager"):
+        _check(plain, model, x)
+
+
+@interpreted
+@pytest.mark.parametrize("tracer", ["compile", "export", "jit.trace", "fx of the network", "make_fx"])
+def test_tracers_see_gates(tracer):
+    torch._dynamo.reset()
+    model, x = _drawn(_Gates("own")), torch.randn(2, 8, 4, 4)
+    with implementation("triton"):
+        frozen = optimize_for_inference(model)
+        with torch.no_grad():
+            traced = TRACERS[tracer](frozen, x)
+    with torch.no_grad():
+        torch.testing.assert_close(traced(x), model(x))
+
+
+@interpreted
+def test_hooks_of_the_layers_of_a_gate_and_of_its_unit_are_run():
+    model, x, seen = _drawn(_Gates("own")), torch.randn(1, 8, 4, 4), []
+    with implementation("triton"):
+        frozen = optimize_for_inference(model)
+        units = [m for m in frozen.modules() if isinstance(m, TritonConv) and m.squeezes]
+        for part in (frozen.network.get_submodule("0.se.fc2"), units[1]):
+            part.register_forward_hook(lambda module, args, out: seen.append(type(module).__name__))
+        _check(frozen, model, x)
+    assert len(seen) == 2
+
+
+@interpreted
+def test_what_is_added_and_what_is_no_gate_stays():
+    torch.manual_seed(0)
+
+    class Added(zoo.Gated):
+        def forward(self, x: Tensor, other: Tensor) -> Tensor:
+            return self.se(self.bn1(self.conv1(x))) + other
+
+    class Peaks(zoo.Gated):
+        def forward(self, x: Tensor) -> Tensor:
+            out = self.bn1(self.conv1(x))
+            return out * (out.mean((2, 3), keepdim=True) + out.amax((2, 3), keepdim=True)).sigmoid()
+
+    model, x = _drawn(Peaks(8, 32)), torch.randn(2, 8, 4, 4)
+    with implementation("triton"):
+        frozen = optimize_for_inference(model)
+        assert not any(isinstance(m, inference.TritonGate) for m in frozen.modules())
+        _check(frozen, model, x)
+        model = _drawn(Added(8, 32))
+        model.se = torchvision.ops.SqueezeExcitation(8, 4)
+        frozen = optimize_for_inference(model.eval())
+        assert any(isinstance(m, inference.TritonGate) for m in frozen.modules())
+        for name in RESIDUALS:
+            want, got = (_outcome(lambda m=m, r=RESIDUALS[name]: m(x, r)) for m in (model, frozen))
+            if isinstance(want, Exception):
+                assert type(got) is type(want), name
+            else:
+                torch.testing.assert_close(got, want)

@@ -331,7 +331,16 @@ class OfARow(Excited):
         return means.flatten(1)[:1, :4].sigmoid()
 
 
-@pytest.mark.parametrize("kind", [OfEachPixel, OfTheInput, OfRows, ReadTwice, InFp64, OfBools, OfEveryPlace, OfARow])
+class OfTwoMeans(Gated):
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn3(self.conv3(self.act(self.bn1(self.conv1(x)))))
+        one, other = out.mean((2, 3), keepdim=True), out.mean((2, 3), keepdim=True)
+        return self.act(out * (one.mul_(2) + other).sigmoid() + x)
+
+
+@pytest.mark.parametrize(
+    "kind", [OfTwoMeans, OfEachPixel, OfTheInput, OfRows, ReadTwice, InFp64, OfBools, OfEveryPlace, OfARow]
+)
 def test_what_is_no_gate_is_computed_as_it_is(kind):
     torch.manual_seed(0)
     block = fuse(kind(16, 16), strict=True).eval()

@@ -627,7 +627,13 @@ conv_bn_act_pool = _register(
 affine = _register("affine", _affine, _affine_fake)
 chain = _register("chain", _chain, _chain_fake)
 unit_forward = _register("unit_forward", _unit_forward, _unit_forward_fake, repeated=True)
-squeezed_forward = _register("squeezed_forward", _squeezed_forward, _squeezed_forward_fake, repeated=True)
+squeezed_forward = _register(
+    "squeezed_forward",
+    _squeezed_forward,
+    _squeezed_forward_fake,
+    lambda x, x_stats, w, *rest: _flops(x, w, rest[10]),
+    repeated=True,
+)
 gate_forward = _register("gate_forward", _gate_forward, _gate_forward_fake)
 pool_forward = _register("pool_forward", _pool_forward, _pool_forward_fake)
 join_forward = _register("join_forward", _join_forward, _join_forward_fake)
