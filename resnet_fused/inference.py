@@ -462,15 +462,8 @@ class TritonConv(nn.Module):
         x = channels_last(x.resolve_neg())
         if residual is not None:
             residual = channels_last(residual.resolve_neg())
-        target = x.dtype, "frozen", x.device, requested()
-        implementation, code = functional.choose(
-            tuple(x.shape),
-            tuple(self.weight.shape),
-            self.geometry,
-            *target,
-            residual=residual is not None,
-            relu=self.activation == RELU and stats is None,
-        )
+        relu = self.activation == RELU and stats is None
+        implementation, code = self._planned(x, residual=residual is not None, relu=relu)
         if implementation == "eager" and stats is None:
             return self._aten(x, residual)
         norm = self.mean, self.var, self.gamma, self.beta, self.eps
@@ -503,16 +496,19 @@ class TritonConv(nn.Module):
             return self._aten(_cast(x, self.weight), None)
         return ops.conv_bn_act_pool(x.resolve_neg(), self.weight, self.conv_bias, *self._norm(), code)
 
+    def _planned(self, x: Tensor, **options: bool) -> forward.Choice:
+        """Who convolves ``x``; ``options``: see :func:`functional.choose`."""
+        target = x.dtype, "frozen", x.device, requested()
+        return functional.choose(tuple(x.shape), tuple(self.weight.shape), self.geometry, *target, **options)
+
     def _squeeze(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """The raw output and stats, or batch norm's output and None; and the means."""
         if self._launches(x, None):
-            x = channels_last(x.resolve_neg())
-            target = x.dtype, "frozen", x.device, requested()
-            sizes = tuple(x.shape), tuple(self.weight.shape), self.geometry
-            implementation, code = functional.choose(*sizes, *target, relu=False)
+            read = channels_last(x.resolve_neg())
+            implementation, code = self._planned(read, relu=False)
             if implementation != "eager":
                 norm = self.conv_bias, self.gamma, self.beta, self.mean, self.var, None, None, self.eps, False
-                return ops.squeezed_forward(x, None, self.weight, IDENTITY.code, *norm, code, "")[:3]
+                return ops.squeezed_forward(read, None, self.weight, IDENTITY.code, *norm, code, "")[:3]
         v = self._aten(x, None)
         return v, None, v.mean((2, 3), keepdim=True)
 
