@@ -1848,8 +1848,8 @@ MUTATIONS = [
     ),
     Mutation(
         "resnet_fused/inference.py",
-        "relu=self.activation == RELU and stats is None,",
-        "relu=stats is None,",
+        "relu = self.activation == RELU and stats is None",
+        "relu = stats is None",
         "tests/test_inference.py -k never_cudnns",
     ),
     Mutation(
@@ -1962,8 +1962,8 @@ MUTATIONS = [
     ),
     Mutation(
         "resnet_fused/inference.py",
-        "self.activation == RELU and stats is None,",
-        "self.activation == RELU,",
+        "self.activation == RELU and stats is None\n",
+        "self.activation == RELU\n",
         "tests/test_inference.py -k mixed_behind_a_front",
     ),
     Mutation(
