@@ -496,10 +496,11 @@ class TritonConv(nn.Module):
             return self._aten(_cast(x, self.weight), None)
         return ops.conv_bn_act_pool(x.resolve_neg(), self.weight, self.conv_bias, *self._norm(), code)
 
-    def _planned(self, x: Tensor, **options: bool) -> forward.Choice:
-        """Who convolves ``x``; ``options``: see :func:`functional.choose`."""
+    def _planned(self, x: Tensor, relu: bool, residual: bool = False) -> functional.Choice:
+        """Who convolves ``x``, and how."""
         target = x.dtype, "frozen", x.device, requested()
-        return functional.choose(tuple(x.shape), tuple(self.weight.shape), self.geometry, *target, **options)
+        sizes = tuple(x.shape), tuple(self.weight.shape), self.geometry
+        return functional.choose(*sizes, *target, residual=residual, relu=relu)
 
     def _squeeze(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """The raw output and stats, or batch norm's output and None; and the means."""
