@@ -499,8 +499,9 @@ class TritonConv(nn.Module):
     def _planned(self, x: Tensor, relu: bool, residual: bool = False) -> functional.Choice:
         """Who convolves ``x``, and how."""
         target = x.dtype, "frozen", x.device, requested()
-        sizes = tuple(x.shape), tuple(self.weight.shape), self.geometry
-        return functional.choose(*sizes, *target, residual=residual, relu=relu)
+        return functional.choose(
+            tuple(x.shape), tuple(self.weight.shape), self.geometry, *target, residual=residual, relu=relu
+        )
 
     def _squeeze(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """The raw output and stats, or batch norm's output and None; and the means."""

@@ -319,11 +319,6 @@ def units_of(graph: Graph, through: Sequence[str]) -> UnitsLayout | str:
         chain.parts = chain.split()
     every = [*chains, *(part for chain in chains for part in chain.parts)]
     numbers = {chain: i for i, chain in enumerate(every)}
-    inside = {node for chain in chains for node in chain.all_nodes()}
-    ends = frozenset(chain.end for chain in chains)
-    for node in graph.nodes:
-        if node.target == "view" and graph.roots(node) & ends and not graph.is_safe(node, inside):
-            return "its forward writes to a view of what a unit returns"
     sources = [_source(graph, graph.nodes, chains, numbers), *(_piece_source(graph, chain, numbers) for chain in every)]
     gates = list(dict.fromkeys(chain.gate for chain in every if chain.gate is not None))
     where = {gate: len(sources) + i for i, gate in enumerate(gates)}

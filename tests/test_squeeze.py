@@ -388,20 +388,6 @@ def test_no_image(gradients):
         assert block(torch.randn(0, 16, 6, 4)).shape == (0, 32, 3, 2)
 
 
-class WrittenView(Gated):
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.bn1(self.conv1(x))
-        v = out.view(-1)
-        z = self.act(self.bn2(self.conv2(self.act(out))))
-        v.mul_(2)
-        return z + out
-
-
-def test_what_writes_to_a_view_of_a_units_result_is_left_as_it_is():
-    with pytest.raises(ValueError, match="writes to a view"):
-        fuse(WrittenView(16, 16), strict=True)
-
-
 def test_under_autocast():
     block, x, dz = draw(lambda: fused(BLOCKS["projection"]), (2, 16, 6, 4), torch.float32)
     found = []
