@@ -267,7 +267,7 @@ class CountingInABuffer(BasicBlock):
         (Uncast, "switches gradients, autocast"),
         (Gradual, "its forward in training is not that"),
         (FrozenToo, "with batch norm in evaluation"),
-        (Checkpointed, "cannot be traced|switches"),
+        (Checkpointed, "cannot be traced|switches|computes with tensors of its own"),
         (Collecting, "writes to the module"),
         (CountingInABuffer, "computes with tensors of its own"),
     ],
