@@ -546,8 +546,8 @@ def fuse(
 
     ``filter_fn(name, module)``: return False to leave a block alone. ``strict``: raise ValueError, changing nothing, if
     any block cannot be fused, or there is none. ``memory``: ``"default"`` keeps the raw output of each convolution for
-    the backward; ``"recompute"`` computes the last one of each block, and its projection, again. Warns (UserWarning) if
-    nothing was fused.
+    the backward; ``"recompute"`` computes the last one of each block, and its projection, again, but for those that a
+    gate of squeeze and excitation multiplies. Warns (UserWarning) if nothing was fused.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__qualname__}")

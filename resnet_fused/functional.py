@@ -281,7 +281,8 @@ def _run_inner(chain: Chain, parts: Sequence[Sequence[_Planned]]) -> Tensor:
 def run_gated(chain: Chain, excite: Callable[[Tensor], Tensor]) -> Tensor:
     """``act(units(x) * gate + shortcut)``, the gate what ``excite`` makes of the mean of ``units(x)``, image by image.
 
-    ``excite``: from [N, CO, 1, 1] to a tensor of that shape. Returns channels_last. Hu et al. 2017 (arXiv:1709.01507).
+    ``excite``: from [N, CO, 1, 1] to a tensor that expands to that. Returns channels_last. Hu et al. 2017
+    (arXiv:1709.01507).
     """
     *inner, unit = chain.units
     x = chain.x
@@ -303,10 +304,12 @@ def run_gated(chain: Chain, excite: Callable[[Tensor], Tensor]) -> Tensor:
     spec = replace(spec, keep_projection_y=True)  # the gate's backward reads it anyway
     y, squeeze, *carriers, stats, y_p, stats_p = SqueezeFunction.apply(spec, *arguments)
     gate = excite(squeeze)
-    spec = replace(spec, dtype=torch.promote_types(spec.dtype, gate.dtype))
+    times = gate if gate.dtype in FLOATS else gate.float()
+    spec = replace(spec, dtype=torch.promote_types(spec.dtype, times.dtype))
     residual = None if chain.source is None or y_p is not None else chain.source.detach()
-    gate = gate.view(squeeze.shape[:2]).contiguous()
-    return GateFunction.apply(spec, y, gate, *carriers, stats, y_p, stats_p, residual)
+    times = times.expand(squeeze.shape).flatten(1).contiguous()
+    z = GateFunction.apply(spec, y, times, *carriers, stats, y_p, stats_p, residual)
+    return z.to(torch.promote_types(z.dtype, gate.dtype))
 
 
 def _gate_eager(x: Tensor, unit: Unit, chain: Chain, excite: Callable[[Tensor], Tensor]) -> Tensor:
@@ -647,7 +650,7 @@ def _infer_preact(block: PreAct) -> Tensor:
     vectors = first.gamma, first.beta, first.mean, first.var, None, None
     stats: Tensor | None = ops.norm_forward(a, [], 0, *vectors, first.eps, False, "")
     if first.w.shape[2:] != (1, 1):
-        a, stats = ops.join_forward(a, stats, None, None, 1, 0, act, dtype), None
+        a, stats = ops.join_forward(a, stats, None, None, None, 1, 0, act, dtype), None
     shortcut = block.x
     if block.projection is not None:
         w = laid_out(block.projection.unit.w, dtype)

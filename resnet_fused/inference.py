@@ -457,7 +457,7 @@ class TritonConv(nn.Module):
         x = _cast(x, self.weight) if self.casts else x
         if not self._launches(x, residual):
             if stats is not None:
-                x = ops.join_forward(x, stats, None, None, 1, 0, self.before.code, x.dtype)
+                x = ops.join_forward(x, stats, None, None, None, 1, 0, self.before.code, x.dtype)
             return self._aten(x, residual)
         x = channels_last(x.resolve_neg())
         if residual is not None:
@@ -598,14 +598,14 @@ class TritonGate(nn.Module):
 
     def forward(self, y: Tensor, stats: Tensor | None, gate: Any, residual: Any = None) -> Tensor:
         if stats is None or not self._fits(y, gate, residual):
-            v = y if stats is None else ops.join_forward(y, stats, None, None, 1, 0, IDENTITY.code, y.dtype)
+            v = y if stats is None else ops.join_forward(y, stats, None, None, None, 1, 0, IDENTITY.code, y.dtype)
             return _finish(v * gate, residual, self.accumulates, self.activation)
         dtype = torch.promote_types(y.dtype, gate.dtype)
         if residual is not None:
             dtype = dtype if self.accumulates else torch.promote_types(dtype, residual.dtype)
             residual = channels_last(residual.resolve_neg())
         times = gate.resolve_neg().view(y.shape[:2]).contiguous()
-        return ops.gate_forward(y, stats, times, residual, None, 1, 0, self.activation.code, dtype)
+        return ops.join_forward(y, stats, times, residual, None, 1, 0, self.activation.code, dtype)
 
     def _fits(self, y: Tensor, gate: Any, residual: Any) -> bool:
         """Whether the pass takes these."""

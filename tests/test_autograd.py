@@ -603,7 +603,7 @@ def test_operators_pass_opcheck():
     torch.library.opcheck(operators.unit_forward.default, arguments, test_utils=tests)
     y, stats = ops.unit_forward(*arguments)
     residual = torch.randn_like(y)
-    arguments = (y, stats, residual, None, 1, 0, "relu", torch.float32)
+    arguments = (y, stats, None, residual, None, 1, 0, "relu", torch.float32)
     torch.library.opcheck(operators.join_forward.default, arguments, test_utils=tests)
     z = ops.join_forward(*arguments)
     needs = [True, True, True, False, True, True]

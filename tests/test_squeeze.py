@@ -250,6 +250,21 @@ def another_gate(block: Any) -> None:
     block.se.scale_activation = nn.Tanh()
 
 
+def one_gate_for_all_channels(block: Any) -> None:
+    block.se.fc2 = nn.Conv2d(block.se.fc2.in_channels, 1, 1)
+    nn.init.constant_(block.se.fc2.weight, 0.5)
+    nn.init.constant_(block.se.fc2.bias, 0.1)
+
+
+class Wide(nn.Sigmoid):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.double())
+
+
+def a_gate_in_fp64(block: Any) -> None:
+    block.se.scale_activation = Wide()
+
+
 def no_gate(block: Any) -> None:
     block.se = nn.Identity()
 
@@ -258,7 +273,10 @@ def a_pool_of_more(block: Any) -> None:
     block.se.avgpool.output_size = (None, None)
 
 
-CHANGES = [hook_on_the_gate, hook_on_its_pool, hook_on_the_norm, another_gate, no_gate, a_pool_of_more]
+CHANGES = [
+    *(hook_on_the_gate, hook_on_its_pool, hook_on_the_norm, another_gate, one_gate_for_all_channels, a_gate_in_fp64),
+    *(no_gate, a_pool_of_more),
+]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -468,7 +486,7 @@ def test_operators_keep_their_promises():
     gate = torch.rand(2, 12)
     for residual, residual_stats in ((None, None), (z, None), (z, stats)):
         joined = (y, stats, gate, residual, residual_stats, 1, 0, "relu", torch.float32)
-        torch.library.opcheck(operators.gate_forward.default, joined, test_utils=tests)
+        torch.library.opcheck(operators.join_forward.default, joined, test_utils=tests)
         second = (None, None) if residual_stats is None else (residual, residual_stats)
         arguments = (torch.randn_like(y), z.relu(), y, stats, gate, *second, 1, 0, "relu")
         torch.library.opcheck(operators.gate_backward.default, arguments, test_utils=tests)

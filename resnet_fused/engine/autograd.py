@@ -144,7 +144,7 @@ class GateFunction(torch.autograd.Function):
     ) -> Tensor:
         act = spec.units[spec.branch - 1].activation
         residual = source if y_p is None else y_p
-        z = ops.gate_forward(y, stats, gate, residual, stats_p, spec.step, spec.before, act.code, spec.dtype)
+        z = ops.join_forward(y, stats, gate, residual, stats_p, spec.step, spec.before, act.code, spec.dtype)
         recomputed = act not in (RELU, IDENTITY)
         ctx.save_for_backward(y, gate, stats, z if act == RELU else None, y_p, stats_p, source if recomputed else None)
         ctx.spec = spec
@@ -164,7 +164,7 @@ class GateFunction(torch.autograd.Function):
 class _Convolved(NamedTuple):
     """The units of a chain, each with its tensors; their filters as they were read; what came of them.
 
-    ``squeezed``: of the last unit of the branch, if it was squeezed, the means of :func:`forward.squeezed_forward`.
+    ``squeezed``: of the last unit of the branch, if it was squeezed, the means of :func:`forward.unit_forward`.
     """
 
     units: list[tuple[Tensor | None, ...]]
@@ -398,7 +398,7 @@ def _joined(
     if spec.kind == "projection":
         last, residual, residual_stats = -2, ys[-1], stats[-1]
     act = spec.units[last].activation.code
-    z = ops.join_forward(ys[last], stats[last], residual, residual_stats, spec.step, spec.before, act, spec.dtype)
+    z = ops.join_forward(ys[last], stats[last], None, residual, residual_stats, spec.step, spec.before, act, spec.dtype)
     return z, None, None
 
 

@@ -318,37 +318,21 @@ def unit_forward(
     batch_stats: bool,
     conv: Convolution,
     group: str,
-) -> tuple[Tensor, Tensor]:
+    squeezes: bool = False,
+) -> tuple[Tensor, ...]:
     """The raw output ``y`` of a unit's convolution, and what its batch norm does to it (stats [5, CO]).
 
     ``before``: the input is the raw output of the unit before, behind which this stands. ``group``: the process group
-    that shares the statistics of the batch, or "".
+    that shares the statistics of the batch, or "". ``squeezes``: returns the means of each image too, of batch norm's
+    output [N, CO, 1, 1], in the dtype of ``x``, and of ``y``, fp32 [N, CO].
     """
-    if batch_stats:
-        y, moments = _with_moments(x, before, w, bias, conv)
+    moments: Moments | None = None
+    if batch_stats or squeezes:
+        y, moments = _with_moments(x, before, w, bias, conv, by_image=squeezes)
     else:
-        y, moments = convolve(x, before, w, bias, conv), None
-    return y, _stats(moments, gamma, beta, running, eps, group)
-
-
-def squeezed_forward(
-    x: Tensor,
-    before: Before | None,
-    w: Tensor,
-    bias: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    running: Running,
-    eps: float,
-    batch_stats: bool,
-    conv: Convolution,
-    group: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What :func:`unit_forward` returns, and the means of each image: of batch norm's output [N, CO, 1, 1], in the
-    dtype of ``x``, and of ``y``, fp32 [N, CO]."""
-    y, moments = _with_moments(x, before, w, bias, conv, by_image=True)
+        y = convolve(x, before, w, bias, conv)
     stats = _stats(moments if batch_stats else None, gamma, beta, running, eps, group)
-    return y, stats, *squeeze(moments, stats, y.dtype)
+    return (y, stats, *squeeze(moments, stats, y.dtype)) if squeezes and moments is not None else (y, stats)
 
 
 class Taken(NamedTuple):

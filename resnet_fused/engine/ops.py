@@ -43,16 +43,12 @@ _UNIT = (
 _library.define(f"unit_forward({_UNIT}) -> (Tensor, Tensor)")
 _library.define(f"squeezed_forward({_UNIT}) -> (Tensor, Tensor, Tensor, Tensor)")
 _library.define(
-    "gate_forward(Tensor y, Tensor stats, Tensor gate, Tensor? residual, Tensor? residual_stats, int step, int before, "
-    "str activation, ScalarType out_dtype) -> Tensor"
-)
-_library.define(
     "gate_backward(Tensor dz, Tensor? z, Tensor y, Tensor stats, Tensor gate, Tensor? residual, "
     "Tensor? residual_stats, int step, int before, str activation) -> Tensor[]"
 )
 _library.define(
-    "join_forward(Tensor y, Tensor stats, Tensor? residual, Tensor? residual_stats, int step, int before, "
-    "str activation, ScalarType out_dtype) -> Tensor"
+    "join_forward(Tensor y, Tensor stats, Tensor? gate, Tensor? residual, Tensor? residual_stats, int step, "
+    "int before, str activation, ScalarType out_dtype) -> Tensor"
 )
 _library.define(
     "norm_forward(Tensor x, Tensor[] moments, int rows, Tensor? gamma, Tensor? beta, Tensor(a!)? running_mean, "
@@ -184,15 +180,15 @@ def _output_shape(x: Tensor, w: Tensor, convolution: Sequence[int]) -> tuple[int
 
 
 def _unit_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    return _unit(forward.unit_forward, x, *arguments)
+    return _unit(False, x, *arguments)
 
 
 def _squeezed_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    return _unit(forward.squeezed_forward, x, *arguments)
+    return _unit(True, x, *arguments)
 
 
 def _unit(
-    run: Callable[..., tuple[Tensor, ...]],
+    squeezes: bool,
     x: Tensor,
     x_stats: Tensor | None,
     w: Tensor,
@@ -209,12 +205,12 @@ def _unit(
     convolution: list[int],
     group: str,
 ) -> tuple[Tensor, ...]:
-    """What ``run`` does for the arguments of an operator on a unit."""
+    """What an operator on a unit does; ``squeezes``: see :func:`forward.unit_forward`."""
     raw = None if x_stats is None else forward.Before(x_stats, decode(before))
     running = forward.Running(running_mean, running_var, batches, momentum)
     conv = forward.decided(convolution, x, w, "training", prologue=x_stats is not None)
     with torch.cuda.device_of(x):
-        return run(x, raw, w, bias, gamma, beta, running, eps, batch_stats, conv, group)
+        return forward.unit_forward(x, raw, w, bias, gamma, beta, running, eps, batch_stats, conv, group, squeezes)
 
 
 def _unit_forward_fake(x: Tensor, x_stats: Tensor | None, w: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -308,31 +304,7 @@ def _raw_sum_fake(x: Tensor, x_stats: Tensor, w: Tensor, *arguments: Any) -> tup
 def _join_forward(
     y: Tensor,
     stats: Tensor,
-    residual: Tensor | None,
-    residual_stats: Tensor | None,
-    step: int,
-    before: int,
-    activation: str,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    added = None if residual is None else Residual(residual, step, before)
-    with torch.cuda.device_of(y):
-        act = decode(activation)
-        return batch_norm_apply(
-            y, stats, residual=added, residual_stats=residual_stats, activation=act, out_dtype=out_dtype
-        )
-
-
-def _join_forward_fake(y: Tensor, *arguments: Any) -> Tensor:
-    if dry_target() is not None:
-        return _join_forward(y, *arguments)
-    return torch.empty_like(y, dtype=arguments[6], memory_format=torch.channels_last)
-
-
-def _gate_forward(
-    y: Tensor,
-    stats: Tensor,
-    gate: Tensor,
+    gate: Tensor | None,
     residual: Tensor | None,
     residual_stats: Tensor | None,
     step: int,
@@ -353,10 +325,10 @@ def _gate_forward(
         )
 
 
-def _gate_forward_fake(y: Tensor, stats: Tensor, gate: Tensor, *arguments: Any) -> Tensor:
+def _join_forward_fake(y: Tensor, *arguments: Any) -> Tensor:
     if dry_target() is not None:
-        return _gate_forward(y, stats, gate, *arguments)
-    return torch.empty_like(y, dtype=arguments[5], memory_format=torch.channels_last)
+        return _join_forward(y, *arguments)
+    return torch.empty_like(y, dtype=arguments[7], memory_format=torch.channels_last)
 
 
 def _gate_backward(
@@ -372,6 +344,8 @@ def _gate_backward(
     activation: str,
 ) -> list[Tensor]:
     dz, z, y, residual = _restored(dz), _restored(z), _restored(y), _restored(residual)
+    stats, gate = (t.resolve_neg().contiguous() for t in (stats, gate))
+    residual_stats = None if residual_stats is None else residual_stats.resolve_neg().contiguous()
     raw = residual is not None and residual_stats is not None
     added = Residual(residual, step, before) if residual is not None and not raw else None
     second = (residual, residual_stats) if residual is not None and residual_stats is not None else None
@@ -634,7 +608,6 @@ squeezed_forward = _register(
     lambda x, x_stats, w, *rest: _flops(x, w, rest[10]),
     repeated=True,
 )
-gate_forward = _register("gate_forward", _gate_forward, _gate_forward_fake)
 pool_forward = _register("pool_forward", _pool_forward, _pool_forward_fake)
 join_forward = _register("join_forward", _join_forward, _join_forward_fake)
 norm_forward = _register("norm_forward", _norm_forward, _norm_forward_fake)
