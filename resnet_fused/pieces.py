@@ -6,8 +6,11 @@ import math
 import operator
 from collections import Counter
 from collections.abc import Container, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
+from functools import reduce
 from inspect import ismodule
+from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -382,7 +385,7 @@ def gives_gates(graph: Graph, gate: Gate, like: Tensor) -> bool:
     """Whether a gate is a number for each image and channel, in the dtype of the means.
 
     ``like`` has that dtype, and as many channels in its first dimension. What the layers of the gate make of means is
-    found out on tensors without data.
+    found out on copies of them, whose tensors have no data.
     """
     parts = [part for node in gate.nodes if node.op == "call_module" for part in graph.part(node).modules()]
     known = all(type(part).__module__.startswith(("torch.nn.modules.", "timm.layers.activations")) for part in parts)
@@ -390,11 +393,29 @@ def gives_gates(graph: Graph, gate: Gate, like: Tensor) -> bool:
         return False
     shape, function = (3, like.shape[0], 1, 1), _made(*_gate_source(graph, gate))
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-            found = function(graph.module, torch.empty(shape, dtype=like.dtype, device=like.device))
+        with FakeTensorMode(), torch.no_grad():
+            layers = SimpleNamespace()
+            for node in gate.nodes:
+                if node.op == "call_module":
+                    *path, name = str(node.target).split(".")
+                    holder = reduce(lambda at, step: vars(at).setdefault(step, SimpleNamespace()), path, layers)
+                    setattr(holder, name, _hollow(graph.part(node)))
+            found = function(layers, torch.empty(shape, dtype=like.dtype, device=like.device))
     except Exception:  # whatever layers say of means that they do not take
         return False
     return isinstance(found, Tensor) and (found.shape, found.dtype) == (shape, like.dtype)
+
+
+def _hollow(module: nn.Module) -> nn.Module:
+    """A copy of ``module`` with empty tensors, whatever kind its own are of."""
+    hollow = copy(module)
+    for name in ("_parameters", "_buffers"):
+        held = vars(module)[name].items()
+        vars(hollow)[name] = {
+            key: None if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device) for key, t in held
+        }
+    vars(hollow)["_modules"] = {key: part if part is None else _hollow(part) for key, part in module._modules.items()}
+    return hollow
 
 
 def _gated(graph: Graph, chain: Chain, gates: Mapping[fx.Node, Gate]) -> Chain:

@@ -20,6 +20,7 @@ from torchvision.models import resnet
 from resnet_fused import BasicBlock, Bottleneck, PreActBottleneck, ResidualBlock, fuse, implementation, unfuse
 from resnet_fused.convert import Converted
 from tests.training import Stem, draw
+from tests.zoo import Gated
 
 Arrays = dict[str, np.ndarray]
 
@@ -29,13 +30,14 @@ def projection(inplanes: int, planes: int, stride: int) -> nn.Module:
 
 
 def small_model() -> nn.Module:
-    """torchvision's blocks behind a stem, for ``fuse`` to convert."""
+    """torchvision's blocks behind a stem, and one with squeeze and excitation, for ``fuse`` to convert."""
     return nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1, bias=False),
         nn.BatchNorm2d(8),
         nn.ReLU(inplace=True),
         resnet.BasicBlock(8, 8),
         resnet.Bottleneck(8, 4, 2, projection(8, 16, 2)),
+        Gated(16, 16),
     )
 
 
@@ -60,6 +62,7 @@ MODELS = {
     "one pixel": (lambda: BasicBlock(6, 6), (6, 1, 1)),
     "small model": (small_model, (3, 6, 5)),
     "stem": (Stem, (3, 14, 11)),
+    "squeeze and excitation": (lambda: fuse(Gated(6, 16, 2)), (6, 5, 4)),
     "pre-activation": (lambda: PreActBottleneck(6, 16, 2), (6, 5, 4)),
     "pre-activation, in a row": (
         lambda: fuse(nn.Sequential(PreActBottleneck(6, 16, 2), PreActBottleneck(16, 16))),
@@ -166,10 +169,10 @@ def shard_step(sharding: str, split: tuple[int, ...], road: str, reverts: bool) 
     """A step of this rank's share of the batch by FSDP2; after ``unfuse`` if ``reverts``."""
     model, x, dz = sample("small model", sum(split))
     model = SHARDINGS[sharding](model)
-    kinds = {False: 3, True: 0}  # a sequence with a run, and its two blocks
+    kinds = {False: 4, True: 0}  # a sequence with a run, and its three blocks
     if reverts:
         unfuse(model)
-        assert [type(part).__name__ for part in model[3:]] == ["FSDPBasicBlock", "FSDPBottleneck"]
+        assert [type(part).__name__ for part in model[3:]] == ["FSDPBasicBlock", "FSDPBottleneck", "FSDPGated"]
     assert sum(isinstance(part, Converted) for part in model.modules()) == kinds[reverts]
     assert all(isinstance(part, FSDPModule) for part in (model, *model[3:]))
     return _step(model, _own(x, split), _own(dz, split), road)

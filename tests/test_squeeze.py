@@ -446,6 +446,17 @@ def test_under_checkpointing():
             assert torch.equal(plain[name], again[name]), name
 
 
+@pytest.mark.parametrize("name", ["identity", "projection", "silu"])
+def test_what_is_saved_may_come_back_in_another_layout(name):
+    block, x, dz = draw(lambda: fused(BLOCKS[name]), (2, 16, 5, 4), torch.float32)
+    found = []
+    for unpack in (lambda t: t, lambda t: t.movedim(-1, 0).contiguous().movedim(0, -1)):
+        twin = copy.deepcopy(block)
+        with implementation("triton"), torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+            found.append(torch.autograd.grad(twin(x), [*twin.parameters()], dz))
+    assert all(map(torch.equal, *found))
+
+
 def test_a_graph_that_is_retained_gives_the_same_again():
     block, x, dz = draw(lambda: fused(BLOCKS["projection"]), (2, 16, 5, 4), torch.float32)
     with implementation("triton"):
