@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Container, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
-from functools import reduce
 from inspect import ismodule
 from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
@@ -394,16 +393,24 @@ def gives_gates(graph: Graph, gate: Gate, like: Tensor) -> bool:
     shape, function = (3, like.shape[0], 1, 1), _made(*_gate_source(graph, gate))
     try:
         with FakeTensorMode(), torch.no_grad():
-            layers = SimpleNamespace()
-            for node in gate.nodes:
-                if node.op == "call_module":
-                    *path, name = str(node.target).split(".")
-                    holder = reduce(lambda at, step: vars(at).setdefault(step, SimpleNamespace()), path, layers)
-                    setattr(holder, name, _hollow(graph.part(node)))
-            found = function(layers, torch.empty(shape, dtype=like.dtype, device=like.device))
+            means = torch.empty(shape, dtype=like.dtype, device=like.device)
+            found = function(_hollow_layers(graph, gate), means)
     except Exception:  # whatever layers say of means that they do not take
         return False
     return isinstance(found, Tensor) and (found.shape, found.dtype) == (shape, like.dtype)
+
+
+def _hollow_layers(graph: Graph, gate: Gate) -> SimpleNamespace:
+    """What holds a copy of each layer of the ``gate`` under its name."""
+    root = SimpleNamespace()
+    for node in gate.nodes:
+        if node.op == "call_module":
+            *path, name = str(node.target).split(".")
+            holder = root
+            for step in path:
+                holder = holder.__dict__.setdefault(step, SimpleNamespace())
+            setattr(holder, name, _hollow(graph.part(node)))
+    return root
 
 
 def _hollow(module: nn.Module) -> nn.Module:
