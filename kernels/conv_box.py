@@ -7,6 +7,7 @@ both factors from shared memory, where TMA put them; the other way round, the pi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from math import prod
 from typing import Any, NamedTuple
@@ -147,6 +148,7 @@ def conv_box_kernel(
     var_ptr,
     gamma_ptr,
     beta_ptr,
+    gate_ptr,
     res_ptr,
     y_ptr,
     moments_ptr,
@@ -202,7 +204,7 @@ def conv_box_kernel(
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     c = co + tl.arange(0, BLOCK_N)
     # Here, so that the program waits for them while it waits for its boxes.
-    bias, mean, scale, beta = bias_ptr, mean_ptr, var_ptr, beta_ptr
+    bias, mean, scale, beta, gate = bias_ptr, mean_ptr, var_ptr, beta_ptr, gate_ptr
     if bias_ptr is not None:
         bias = load_channels(bias_ptr, group * CO + c, c < CO)
     if mean_ptr is not None:
@@ -210,6 +212,8 @@ def conv_box_kernel(
         scale = load_scale(Norm(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps), group * CO + c, c < CO)
         if beta_ptr is not None:
             beta = load_channels(beta_ptr, group * CO + c, c < CO)
+    if gate_ptr is not None:
+        gate = load_channels(gate_ptr + n0 * widths.channels, group * CO + c, c < CO)
     # Of a loop that is known to end after one step nothing would be left, and so no pipeline in which both boxes come
     # at the same time.
     chunks = 1 if form.ONE_CHUNK and R * S > 1 else CI // BLOCK_K
@@ -232,6 +236,8 @@ def conv_box_kernel(
         present = (n < images) & (p < rows) & (q < columns)
         tile = Tile((n.to(OFFSET) * rows + p) * columns + q, group * CO + c, present, c < CO)
         v = affine(tl.trans(parts[i]), Affine(bias, mean, scale, beta))
+        if gate_ptr is not None:
+            v *= gate[None, :]
         v = output(v, tile, res, crop, Size(0, 0, P, Q), form.RES_PADDED, ACT)
         if form.BY_TMA:
             rounded = v.to(y_ptr.dtype)
@@ -338,6 +344,20 @@ def least_waste(problem: ConvProblem, pixels: int) -> Box:
     return covering(_extent(problem), (problem.r, problem.s), pixels)
 
 
+def within_images(problem: ConvProblem, tile: TileConfig) -> TileConfig | None:
+    """``tile`` if its box is of one image, and of hardly more pixels than that has; else the next lower one that is.
+
+    None where there is none of as many channels.
+    """
+    assert tile.box is not None
+    pixels = min(tile.block_m, max(64, triton.next_power_of_2(problem.p * problem.q)))
+    if pixels == tile.block_m and (_pointwise(problem) or tile.box[0] == 1):
+        return tile
+    box = covering((1, problem.p, problem.q), (problem.r, problem.s), pixels)
+    lower = (t for t in tiles(problem) if (t.block_m, t.block_n) == (pixels, tile.block_n))
+    return next((replace(t, box=box) for t in lower if box.n == 1), None)
+
+
 def covering(extent: tuple[int, int, int], taps: tuple[int, int], pixels: int) -> Box:
     """The box of so many pixels, a power of two, that covers ``extent`` with the fewest of them outside.
 
@@ -393,7 +413,8 @@ def recipe(
 ) -> Recipe | None:
     """The launch of a convolution by boxes of ``tile``, or None where TMA does not take its tensors so.
 
-    ``by_image``: nor of boxes that cross images. Raises ValueError for a box that is not of ``block_m`` pixels.
+    ``by_image``: of a 1x1 convolution, no box crosses images. Raises ValueError for a box that is not of ``block_m``
+    pixels.
     """
     box = Box(1, 1, tile.block_m) if _pointwise(problem) else box_of(tile)
     extent = _extent(problem, by_image)
@@ -401,8 +422,6 @@ def recipe(
     ci, co = problem.tile_channels
     fits = pixels.fits(x.dtype.itemsize) and filters.fits(x.dtype.itemsize)
     if problem.prologue or problem.merged > 1 or ci % tile.block_k or not _steps(problem) or not fits:
-        return None
-    if by_image and box.n > 1:
         return None
     res = epilogue.residual.layout
     crop = epilogue.residual.crop(out.shape)

@@ -121,6 +121,7 @@ def conv_forward_kernel(
     var_ptr,
     gamma_ptr,
     beta_ptr,
+    gate_ptr,
     res_ptr,
     y_ptr,
     moments_ptr,
@@ -153,7 +154,7 @@ def conv_forward_kernel(
     MERGED: CI and CO hold several groups of group_ci and group_co channels each, and the filter is block-diagonal.
     SPLIT: the programs of the grid's third axis share a tile's steps through K; each stores its part of the sum, in y
     [splits, M, channels], for conv_forward_sum_kernel.
-    BY_IMAGE: no tile crosses images.
+    BY_IMAGE: no tile crosses images, as where the epilogue multiplies with a gate for each image and channel.
     """
     R: tl.constexpr = form.R
     S: tl.constexpr = form.S
@@ -332,6 +333,8 @@ def conv_forward_kernel(
             )
 
     norm = Norm(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps)
+    if gate_ptr is not None:
+        gate_ptr += first_m // (P * Q) * widths.channels
     res, y = Pixels(res_ptr, widths.res), Pixels(y_ptr, widths.y)
     moments = PerTile(moments_ptr, tiles_m, widths.channels, number)
     # Half a wide tile at a time: one whole would not leave room in the registers for the residual.
@@ -344,7 +347,7 @@ def conv_forward_kernel(
     for i in tl.static_range(PARTS):
         n = pid % tiles_n * BLOCK_N + i * WIDTH + tl.arange(0, WIDTH)
         tile = Tile(offs_m, group * CO + n, offs_m < end_m, n < CO)
-        store_output(parts[i], tile, bias_ptr, norm, res, crop, y, moments, size, RES_PADDED, ACT)
+        store_output(parts[i], tile, bias_ptr, norm, gate_ptr, res, crop, y, moments, size, RES_PADDED, ACT)
 
 
 @triton.jit(do_not_specialize=["M", "P", "Q", "splits"])
@@ -355,6 +358,7 @@ def conv_forward_sum_kernel(
     var_ptr,
     gamma_ptr,
     beta_ptr,
+    gate_ptr,
     res_ptr,
     y_ptr,
     M,
@@ -374,14 +378,20 @@ def conv_forward_sum_kernel(
 ):
     """``y[m, co] = epilogue(sum over splits of partial[split, m, co])``, added in order.
 
-    One program computes BLOCK_M pixels x BLOCK_N output channels.
+    One program computes BLOCK_M pixels x BLOCK_N output channels, with a gate those of one image.
     """
     OFFSET: tl.constexpr = tl.int64 if INT64 else tl.int32
     tiles_n = tl.cdiv(channels, BLOCK_N)
     pid = tl.program_id(0)
-    offs_m = (pid // tiles_n).to(OFFSET) * BLOCK_M + tl.arange(0, BLOCK_M)
+    number = (pid // tiles_n).to(OFFSET)
+    if gate_ptr is not None:
+        first_m, end_m = first_and_end(number, P * Q, BLOCK_M, OFFSET)
+        gate_ptr += first_m // (P * Q) * channels
+    else:
+        first_m, end_m = number * BLOCK_M, M
+    offs_m = first_m + tl.arange(0, BLOCK_M)
     offs_n = pid % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    tile = Tile(offs_m, offs_n, offs_m < M, offs_n < channels)
+    tile = Tile(offs_m, offs_n, offs_m < end_m, offs_n < channels)
     mask = tile_mask(tile)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     # Four loads at a time, since each would wait for memory.
@@ -390,7 +400,10 @@ def conv_forward_sum_kernel(
         acc += load_pixels(part, offs_m, channels, offs_n, mask)
     norm = Norm(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps)
     res, y = Pixels(res_ptr, res_stride), Pixels(y_ptr, y_stride)
-    store_output(acc, tile, bias_ptr, norm, res, crop, y, PerTile(None, 0, 0, 0), Size(0, 0, P, Q), RES_PADDED, ACT)
+    no_moments = PerTile(None, 0, 0, 0)
+    store_output(
+        acc, tile, bias_ptr, norm, gate_ptr, res, crop, y, no_moments, Size(0, 0, P, Q), RES_PADDED, ACT
+    )
 
 
 @lru_cache(maxsize=KEPT_LAYOUTS)
@@ -506,6 +519,7 @@ def conv_forward(
     prologue: Prologue | None = None,
     bias: Tensor | None = None,
     norm: Norm | None = None,
+    gate: Tensor | None = None,
     residual: Residual | None = None,
     activation: Activation = IDENTITY,
     tf32: bool = False,
@@ -513,25 +527,26 @@ def conv_forward(
     out_dtype: torch.dtype | None = None,
     config: TileConfig | None = None,
 ) -> Tensor:
-    """``act(norm(conv(prologue(x)) + bias) + residual)``; every step but the convolution is optional.
+    """``act(norm(conv(prologue(x)) + bias)*gate + residual)``; every step but the convolution is optional.
 
     In one launch; or in two, where ``config`` splits the sum over K: one for its parts, one for what follows them.
 
     ``x`` [N, CI, H, W] and the residual are pixel-linear (channels_last, or a slice of its channels or images), ``w``
     [CO, CI/groups, R, S] is channels_last and has the dtype of ``x``. With a ``prologue``, padding is zero after it.
-    ``out``: a pixel-linear tensor [N, CO, P, Q] to write to. ``config``: the tile; without it, or where it has a box
+    ``gate``: contiguous [N, CO]; no tile crosses images then, and a ``config`` with a box that does is exchanged
+    or left. ``out``: a pixel-linear tensor [N, CO, P, Q] to write to. ``config``: the tile; without it, or where it has a box
     and TMA can not take these tensors, ``default_config``.
 
     Returns [N, CO, P, Q], channels_last, of ``out_dtype`` (that of ``x`` if not given). Raises ValueError for tensors
     that are not laid out so, RuntimeError where nothing can execute the kernel.
     """
     dtype = x.dtype if out_dtype is None else out_dtype
-    epilogue = Epilogue(added(residual), 0.0 if norm is None else norm.eps, activation, layout(out) or dtype)
+    epilogue = Epilogue(added(residual), _eps(norm), activation, layout(out) or dtype, gate is not None)
     chosen = conv_box.loadable(config, x, w, *(() if out is None else (out,)))
     launches = _launches(layout(x), layout(w), geometry, _before(prologue), epilogue, tf32, target_arch(), chosen)
     if out is None:
         out = _output(launches.product, x, w, dtype)
-    _run(launches, x, w, prologue, bias, norm, residual, out, None)
+    _run(launches, x, w, prologue, bias, norm, gate, residual, out, None)
     return out
 
 
@@ -542,27 +557,32 @@ def conv_forward_moments(
     geometry: Geometry = Geometry(),
     prologue: Prologue | None = None,
     bias: Tensor | None = None,
+    norm: Norm | None = None,
     residual: Residual | None = None,
+    activation: Activation = IDENTITY,
     tf32: bool = False,
     by_image: bool = False,
     config: TileConfig | None = None,
 ) -> tuple[Tensor, Moments]:
-    """``y = conv(prologue(x)) + bias + residual`` [N, CO, P, Q] as it is, and its channels' moments, in one launch.
+    """What :func:`conv_forward` returns, in the dtype of ``x``, and its channels' moments, in one launch.
 
-    Arguments as for :func:`conv_forward`, but that ``config`` may not split the sum. The moments are those of the
-    rounded values. ``by_image``: no tile of them crosses images; a ``config`` with a box that does is left.
+    Arguments as there, but that ``config`` may not split the sum. The moments are those of the rounded values. ``by_image``: no tile of them crosses images; a ``config`` with a box that does is exchanged or left.
     """
     if config is not None and config.splits != 1:
         raise ValueError(f"config.splits must be 1 where moments are taken; got {config.splits}")
-    epilogue = Epilogue(added(residual), out=x.dtype)
+    epilogue = Epilogue(added(residual), _eps(norm), activation, out=x.dtype)
     chosen = conv_box.loadable(config, x, w)
     launches = _launches(
         layout(x), layout(w), geometry, _before(prologue), epilogue, tf32, target_arch(), chosen, by_image
     )
     y = _output(launches.product, x, w, x.dtype)
     moments = _moments(launches.product, y, by_image)
-    _run(launches, x, w, prologue, bias, None, residual, y, moments)
+    _run(launches, x, w, prologue, bias, norm, None, residual, y, moments)
     return y, moments
+
+
+def _eps(norm: Norm | None) -> float:
+    return 0.0 if norm is None else norm.eps
 
 
 def _before(prologue: Prologue | None) -> Activation | None:
@@ -592,6 +612,7 @@ def _run(
     prologue: Prologue | None,
     bias: Tensor | None,
     norm: Norm | None,
+    gate: Tensor | None,
     residual: Residual | None,
     y: Tensor,
     moments: Moments | None,
@@ -600,6 +621,7 @@ def _run(
     scale, shift, _ = prologue or (None, None, None)
     epilogue: dict[str, Tensor | None] = {
         **{"bias_ptr": bias, "mean_ptr": mean, "var_ptr": var, "gamma_ptr": gamma, "beta_ptr": beta},
+        "gate_ptr": gate,
         "res_ptr": None if residual is None else residual.tensor,
     }
     product, total = launches
@@ -634,15 +656,18 @@ def _launches(
     co, _, r, s = w.shape
     problem = ConvProblem(n, h, width, ci, co, r, s, *geometry, x.dtype, tf32, before is not None, arch)
     check_geometry(problem)
+    by_image = by_image or epilogue.gated
     out = epilogue.out
     if not isinstance(out, Layout):
         out = channels_last((n, co, problem.p, problem.q), out)
     require_pixel_linear(out=out, residual=epilogue.residual.layout)
     _check(problem, w, out, epilogue.residual)
+    if by_image and config is not None and config.box is not None:
+        config = conv_box.within_images(problem, config)
     if config is not None and config.box is not None:
         if config.splits != 1:
             raise ValueError(f"config.splits must be 1 for a tile of boxes; got {config.splits}")
-        vectors = _vectors(ci, co, prologue=False)
+        vectors = _vectors(problem, prologue=False)
         boxed = conv_box.recipe(problem, x, w, out, epilogue, config, partial(_cost, problem), vectors, by_image)
         if boxed is not None:
             return _Launches(boxed)
@@ -693,7 +718,7 @@ def _product(
     images = problem.n if by_image else 1
     tiles = images * cdiv(problem.m // images, tile.block_m) * cdiv(problem.tile_channels[1], tile.block_n)
     grid = (tiles, problem.groups // problem.merged, *([tile.splits] if tile.splits > 1 else []))
-    vectors = _vectors(problem.ci, problem.co, problem.prologue)
+    vectors = _vectors(problem, problem.prologue)
     return Recipe(conv_forward_kernel, grid, scalars, tile, partial(_cost, problem), vectors)
 
 
@@ -711,8 +736,9 @@ def _total(problem: ConvProblem, out: Layout, epilogue: Epilogue, splits: int) -
         "INT64": _far(tile, out, res),
         **{"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n},
     }
-    grid = (cdiv(problem.m, tile.block_m) * cdiv(problem.co, tile.block_n),)
-    vectors = _vectors(problem.ci, problem.co, prologue=False)
+    images = problem.n if epilogue.gated else 1
+    grid = (images * cdiv(problem.m // images, tile.block_m) * cdiv(problem.co, tile.block_n),)
+    vectors = _vectors(problem, prologue=False)
     return Recipe(conv_forward_sum_kernel, grid, scalars, tile, partial(_total_cost, problem), vectors)
 
 
@@ -759,11 +785,12 @@ def _form(
     )
 
 
-def _vectors(ci: int, co: int, prologue: bool) -> dict[str, Vector]:
-    vectors = {"bias_ptr": Vector("bias", (co,))}
+def _vectors(problem: ConvProblem, prologue: bool) -> dict[str, Vector]:
+    co = problem.co
+    vectors = {"bias_ptr": Vector("bias", (co,)), "gate_ptr": Vector("gate", (problem.n, co))}
     if prologue:
         for i, name in enumerate(("scale_ptr", "shift_ptr")):
-            vectors[name] = Vector(f"prologue[{i}]", (ci,), (torch.float32,))
+            vectors[name] = Vector(f"prologue[{i}]", (problem.ci,), (torch.float32,))
     return vectors | {f"{name}_ptr": Vector(f"norm.{name}", (co,)) for name in ("mean", "var", "gamma", "beta")}
 
 
@@ -801,6 +828,6 @@ def _total_cost(problem: ConvProblem, tensors: Mapping[str, Any]) -> Cost:
 
 
 def _epilogue_reads(problem: ConvProblem, tensors: Mapping[str, Any]) -> int:
-    vectors, res = ("bias_ptr", "mean_ptr", "var_ptr", "gamma_ptr", "beta_ptr"), tensors["res_ptr"]
+    vectors, res = ("bias_ptr", "mean_ptr", "var_ptr", "gamma_ptr", "beta_ptr", "gate_ptr"), tensors["res_ptr"]
     read = sum(tensors[name].nbytes for name in vectors if tensors[name] is not None)
     return read if res is None else read + problem.m * res.shape[1] * res.element_size()

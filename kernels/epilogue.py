@@ -121,6 +121,7 @@ class Epilogue(NamedTuple):
     eps: float = 0.0
     activation: Activation = IDENTITY
     out: Layout | torch.dtype = torch.float32
+    gated: bool = False
 
 
 def require_step(argument: str, residual: Added) -> None:
@@ -227,13 +228,17 @@ def output(v, tile, res, crop, size, RES_PADDED: tl.constexpr, ACT: tl.constexpr
 
 
 @triton.jit
-def store_output(acc, tile, bias_ptr, norm, res, crop, y, moments, size, RES_PADDED: tl.constexpr, ACT: tl.constexpr):
-    """``y`` of :func:`output` for one tile, rounded.
+def store_output(
+    acc, tile, bias_ptr, norm, gate_ptr, res, crop, y, moments, size, RES_PADDED: tl.constexpr, ACT: tl.constexpr
+):
+    """``y = act(affine(acc)*gate + res)`` for one tile, rounded; ``gate_ptr``: of the image that it belongs to, or None.
 
     With ``moments``, also the mean of the tile's rounded values, as far as its rows exist, and the sum of squared
     deviations from it.
     """
     v = load_affine(acc, tile.c, tile.mask_c, bias_ptr, norm)
+    if gate_ptr is not None:
+        v *= load_channels(gate_ptr, tile.c, tile.mask_c)[None, :]
     v = output(v, tile, res, crop, size, RES_PADDED, ACT)
     rounded = v.to(y.ptr.dtype.element_ty)
     tl.store(y.ptr + (tile.m * y.stride)[:, None] + tile.c[None, :], rounded, mask=tile_mask(tile))

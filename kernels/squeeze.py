@@ -38,7 +38,10 @@ def squeeze_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """The mean of one image's y, and of its ``scale*y + shift``, for BLOCK_N channels; T: tiles of an image."""
+    """The mean of one image's y, and of its ``scale*y + shift``, for BLOCK_N channels; T: tiles of an image.
+
+    Without stats, ``squeeze`` is the mean of y too.
+    """
     image = tl.program_id(1)
     c = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_c = c < C
@@ -52,11 +55,13 @@ def squeeze_kernel(
         mean = tl.load(values_ptr + at, mask=(counts > 0)[:, None] & mask_c[None, :], other=0.0)
         acc += mean * (counts / span)[:, None]
     mean = tl.sum(acc, 0)
-    scale = load_channels(stats_ptr + 2 * C, c, mask_c)
-    shift = load_channels(stats_ptr + 3 * C, c, mask_c)
-    tl.store(means_ptr + image * C + c, mean, mask=mask_c)
-    squeezed = tl.fma(mean, scale, shift).to(squeeze_ptr.dtype.element_ty)
-    tl.store(squeeze_ptr + image * C + c, squeezed, mask=mask_c)
+    if means_ptr is not None:
+        tl.store(means_ptr + image * C + c, mean, mask=mask_c)
+    if stats_ptr is not None:
+        scale = load_channels(stats_ptr + 2 * C, c, mask_c)
+        shift = load_channels(stats_ptr + 3 * C, c, mask_c)
+        mean = tl.fma(mean, scale, shift)
+    tl.store(squeeze_ptr + image * C + c, mean.to(squeeze_ptr.dtype.element_ty), mask=mask_c)
 
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
@@ -122,14 +127,21 @@ def squeeze(moments: Moments, stats: Tensor, dtype: torch.dtype) -> tuple[Tensor
 
     ``moments``: of y, by image; ``stats`` [5, C]: scale and shift.
     """
-    images, channels = moments.images, moments.values.shape[2]
-    like = moments.values
-    means = like.new_empty(images, channels)
-    squeezed = like.new_empty(images, channels, 1, 1, dtype=dtype)
-    _squeeze_recipe(images, like.shape[1] // images, channels, moments.rows, moments.span).run(
-        values_ptr=like, counts_ptr=moments.counts, stats_ptr=stats, means_ptr=means, squeeze_ptr=squeezed
-    )
-    return squeezed, means
+    means = moments.values.new_empty(moments.images, moments.values.shape[2])
+    return _squeezed(moments, stats, means, dtype), means
+
+
+def image_means(moments: Moments, dtype: torch.dtype) -> Tensor:
+    """The mean of each image's y, [N, C, 1, 1] in ``dtype``. ``moments``: of y, by image."""
+    return _squeezed(moments, None, None, dtype)
+
+
+def _squeezed(moments: Moments, stats: Tensor | None, means: Tensor | None, dtype: torch.dtype) -> Tensor:
+    values, images, channels = moments.values, moments.images, moments.values.shape[2]
+    squeezed = values.new_empty(images, channels, 1, 1, dtype=dtype)
+    recipe = _squeeze_recipe(images, values.shape[1] // images, channels, moments.rows, moments.span, stats is None)
+    recipe.run(values_ptr=values, counts_ptr=moments.counts, stats_ptr=stats, means_ptr=means, squeeze_ptr=squeezed)
+    return squeezed
 
 
 def gate_gradient(sums: Tensor, stats: Tensor, images: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -167,10 +179,10 @@ _TILE = TileConfig(16, 64, 1, num_stages=1)
 
 
 @lru_cache(maxsize=KEPT_LAYOUTS)
-def _squeeze_recipe(images: int, tiles: int, channels: int, rows: int, span: int) -> Recipe:
+def _squeeze_recipe(images: int, tiles: int, channels: int, rows: int, span: int, raw: bool) -> Recipe:
     scalars = {"T": tiles, "C": channels, "rows": rows, "span": span}
     vectors = moments_vectors(channels, images * tiles) | _vectors(channels)
-    more = VECTOR * channels * (images * tiles + 2)  # of moments the means, of stats scale and shift
+    more = VECTOR * channels * (images * tiles + (0 if raw else 2))  # of moments the means, of stats scale and shift
     return _recipe(squeeze_kernel, images, scalars, ["counts_ptr"], ["means_ptr", "squeeze_ptr"], vectors, more)
 
 

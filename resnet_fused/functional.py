@@ -291,6 +291,8 @@ def run_gated(chain: Chain, excite: Callable[[Tensor], Tensor]) -> Tensor:
             x = reference.conv_bn_act(x, *before.layer[:2], activation=before.activation)
         return _gate_eager(x, unit, chain, excite)
     if _is_fixed(chain.all_units, chain.x, chain.source):
+        if takes_means(unit.w, unit.geometry) and not torch.is_grad_enabled():
+            return _infer_gated(chain, excite)
         for before in inner:
             x = _infer_unit(x, before, chain.request, chain.dtype)
         last = [_Planned(unit, *_plan(tuple(x.shape), unit, chain.dtype, chain.request, "inference"))]
@@ -304,12 +306,49 @@ def run_gated(chain: Chain, excite: Callable[[Tensor], Tensor]) -> Tensor:
     spec = replace(spec, keep_projection_y=True)  # the gate's backward reads it anyway
     y, squeeze, *carriers, stats, y_p, stats_p = SqueezeFunction.apply(spec, *arguments)
     gate = excite(squeeze)
-    times = gate if gate.dtype in FLOATS else gate.float()
+    times = _times(gate, squeeze)
     spec = replace(spec, dtype=torch.promote_types(spec.dtype, times.dtype))
     residual = None if chain.source is None or y_p is not None else chain.source.detach()
-    times = times.expand(squeeze.shape).flatten(1).contiguous()
     z = GateFunction.apply(spec, y, times, *carriers, stats, y_p, stats_p, residual)
     return z.to(torch.promote_types(z.dtype, gate.dtype))
+
+
+def takes_means(w: Tensor, geometry: Geometry) -> bool:
+    """Whether a convolution reads each pixel for itself: the mean of its output is what it makes of that of its input.
+
+    So it is behind batch norm with fixed statistics, too.
+    """
+    return w.shape[2:] == (1, 1) and geometry.stride == (1, 1) and geometry.padding == (0, 0)
+
+
+def _infer_gated(chain: Chain, excite: Callable[[Tensor], Tensor]) -> Tensor:
+    """What :func:`run_gated` returns, of a chain whose last unit :func:`takes_means`.
+
+    The means come along with what that unit reads, so that the gate is there when it runs, in whose one launch it is.
+    """
+    *inner, last = chain.units
+    x, request, dtype = chain.x.to(chain.dtype), chain.request, chain.dtype
+    for unit in inner[:-1]:
+        x = _infer_unit(x, unit, request, dtype)
+    x, means = _infer_means(x, inner[-1], request, dtype) if inner else (x, x.mean((2, 3), keepdim=True))
+    residual = _infer_shortcut(chain)
+    way, code = _plan(tuple(x.shape), last, dtype, request, "inference", residual=residual is not None)
+    if way == "eager":
+        return _gate_eager(x, last, chain._replace(source=residual, projection=None), excite)
+    alone = last._replace(layer=last.layer._replace(activation=IDENTITY), activation=IDENTITY)
+    squeeze = _infer_unit(means, alone, request, dtype)
+    gate = excite(squeeze)
+    times = _times(gate, squeeze)
+    added = times, residual, chain.step, chain.before
+    out_dtype = torch.promote_types(chain.out_dtype, times.dtype)
+    z = ops.conv_bn_act(x, *_constants(last, dtype), *added, code, last.activation.code, out_dtype)
+    return z.to(torch.promote_types(z.dtype, gate.dtype))
+
+
+def _times(gate: Tensor, squeeze: Tensor) -> Tensor:
+    """The ``gate`` as launches read it, a number for each that was squeezed, contiguous [N, CO]."""
+    times = gate if gate.dtype in FLOATS else gate.float()
+    return times.expand(squeeze.shape).flatten(1).contiguous()
 
 
 def _gate_eager(x: Tensor, unit: Unit, chain: Chain, excite: Callable[[Tensor], Tensor]) -> Tensor:
@@ -460,22 +499,22 @@ def _infer_unit(
         if residual is not None and residual.shape != unit.out:
             added = PaddedIdentity(residual, step, before)
         return channels_last(reference.conv_bn_act(x, conv, bn, added, activation=activation)).to(out_dtype or dtype)
-    return ops.conv_bn_act(
-        x.to(dtype),
-        laid_out(unit.w, dtype),
-        unit.bias,
-        unit.mean,
-        unit.var,
-        unit.gamma,
-        unit.beta,
-        unit.eps,
-        residual,
-        step,
-        before,
-        code,
-        unit.activation.code,
-        out_dtype or dtype,
-    )
+    after = None, residual, step, before, code, unit.activation.code, out_dtype or dtype
+    return ops.conv_bn_act(x.to(dtype), *_constants(unit, dtype), *after)
+
+
+def _infer_means(x: Tensor, unit: Unit, request: Request, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What :func:`_infer_unit` returns, and the mean of each image of it, [N, CO, 1, 1]."""
+    implementation, code = _plan(tuple(x.shape), unit, dtype, request, "inference")
+    if implementation == "eager":
+        z = _infer_unit(x, unit, request, dtype)
+        return z, z.mean((2, 3), keepdim=True)
+    return ops.conv_bn_act_means(x.to(dtype), *_constants(unit, dtype), code, unit.activation.code)
+
+
+def _constants(unit: Unit, dtype: torch.dtype) -> tuple[Any, ...]:
+    """What the operators of inference read of a unit."""
+    return laid_out(unit.w, dtype), unit.bias, unit.mean, unit.var, unit.gamma, unit.beta, unit.eps
 
 
 class _Planned(NamedTuple):

@@ -478,7 +478,7 @@ class TritonConv(nn.Module):
         keeps = residual is None or self.accumulates
         out_dtype = x.dtype if keeps else torch.promote_types(x.dtype, residual.dtype)
         act = self.activation.code
-        return ops.conv_bn_act(x, self.weight, self.conv_bias, *norm, residual, 1, 0, code, act, out_dtype)
+        return ops.conv_bn_act(x, self.weight, self.conv_bias, *norm, None, residual, 1, 0, code, act, out_dtype)
 
     def why_eager(self, x: Tensor, residual: Any = None, *_: Any) -> str | None:
         """Why PyTorch's operators run on ``x`` as things stand, or None."""

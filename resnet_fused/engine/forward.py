@@ -27,7 +27,7 @@ from resnet_fused.kernels.conv import ConvProblem, Geometry
 from resnet_fused.kernels.conv_forward import conv_forward, conv_forward_moments
 from resnet_fused.kernels.epilogue import Moments, Norm, Prologue, Residual
 from resnet_fused.kernels.launch import KEPT_LAYOUTS, dry_target, target_arch
-from resnet_fused.kernels.squeeze import squeeze
+from resnet_fused.kernels.squeeze import image_means, squeeze
 from resnet_fused.plan import decide, tuned
 from resnet_fused.plan.problem import REQUESTS, Problem, Request, Tiles, Way
 
@@ -205,15 +205,16 @@ def inference(
     w: Tensor,
     bias: Tensor | None,
     norm: Norm,
+    gate: Tensor | None,
     residual: Residual | None,
     conv: Convolution,
     activation: Activation,
     out_dtype: torch.dtype,
     before: Before | None = None,
 ) -> Tensor:
-    """``act(norm(conv(x)) + residual)``: one launch if fused, else PyTorch's convolution and one launch behind it.
+    """``act(norm(conv(x))*gate + residual)``: one launch if fused, else PyTorch's convolution and one launch behind it.
 
-    ``before``: what stands between ``x`` and the convolution.
+    ``gate``: contiguous [N, CO]; ``before``: what stands between ``x`` and the convolution.
     """
     if conv.fused:
         return conv_forward(
@@ -223,6 +224,7 @@ def inference(
             prologue=_prologue(before),
             bias=bias,
             norm=norm,
+            gate=gate,
             residual=residual,
             activation=activation,
             tf32=decide.tf32(x.dtype),
@@ -230,7 +232,33 @@ def inference(
             config=conv.tiles.forward,
         )
     y = convolve(x, before, w, bias, conv)
-    return batch_norm_apply(y, norm, residual=residual, activation=activation, out_dtype=out_dtype)
+    return batch_norm_apply(y, norm, gate=gate, residual=residual, activation=activation, out_dtype=out_dtype)
+
+
+def inference_means(
+    x: Tensor, w: Tensor, bias: Tensor | None, norm: Norm, conv: Convolution, activation: Activation
+) -> tuple[Tensor, Tensor]:
+    """``act(norm(conv(x)))``, and the mean of each image of it [N, CO, 1, 1], both in the dtype of ``x``.
+
+    The means are those of the launch that convolves, or, where that is a library's or splits its sum, of a pass.
+    """
+    tile = conv.tiles.forward
+    if conv.fused and (tile is None or tile.splits == 1):
+        z, moments = conv_forward_moments(
+            x,
+            w,
+            geometry=conv.geometry,
+            bias=bias,
+            norm=norm,
+            activation=activation,
+            tf32=decide.tf32(x.dtype),
+            by_image=True,
+            config=tile,
+        )
+    else:
+        z = inference(x, w, bias, norm, None, None, conv, activation, x.dtype)
+        moments = channel_moments(z, by_image=True)
+    return z, image_means(moments, z.dtype)
 
 
 def chain(x: Tensor, links: Sequence[Link | None], residual: Tensor, conv: Convolution) -> list[Tensor]:
@@ -265,7 +293,7 @@ def inference_pooled(x: Tensor, w: Tensor, bias: Tensor | None, norm: Norm, conv
         if conv_pool.why_not(problem) is None:
             return conv_pool.conv_pool(x, w, geometry=conv.geometry, bias=bias, norm=norm, tf32=tf32)
     x = x.to(w.dtype).contiguous(memory_format=torch.channels_last)
-    return F.max_pool2d(inference(x, w, bias, norm, None, conv, RELU, w.dtype), *conv_pool.POOL)
+    return F.max_pool2d(inference(x, w, bias, norm, None, None, conv, RELU, w.dtype), *conv_pool.POOL)
 
 
 def fold(w: Tensor, bias: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:

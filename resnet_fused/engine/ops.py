@@ -26,8 +26,12 @@ from resnet_fused.kernels.squeeze import gate_gradient
 _library = torch.library.Library("resnet_fused", "DEF")
 _library.define(
     "conv_bn_act(Tensor x, Tensor w, Tensor? bias, Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, float eps, "
-    "Tensor? residual, int residual_step, int residual_before, int[] convolution, str activation, "
+    "Tensor? gate, Tensor? residual, int residual_step, int residual_before, int[] convolution, str activation, "
     "ScalarType out_dtype) -> Tensor"
+)
+_library.define(
+    "conv_bn_act_means(Tensor x, Tensor w, Tensor? bias, Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, "
+    "float eps, int[] convolution, str activation) -> (Tensor, Tensor)"
 )
 _library.define(
     "conv_bn_act_pool(Tensor x, Tensor w, Tensor? bias, Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, "
@@ -92,6 +96,7 @@ def _conv_bn_act(
     gamma: Tensor | None,
     beta: Tensor | None,
     eps: float,
+    gate: Tensor | None,
     residual: Tensor | None,
     residual_step: int,
     residual_before: int,
@@ -103,14 +108,39 @@ def _conv_bn_act(
     added = None if residual is None else Residual(residual, residual_step, residual_before)
     conv = forward.decided(convolution, x, w, "inference", residual=residual is not None)
     with torch.cuda.device_of(x):
-        return forward.inference(x, w, bias, norm, added, conv, decode(activation), out_dtype)
+        return forward.inference(x, w, bias, norm, gate, added, conv, decode(activation), out_dtype)
 
 
 def _conv_bn_act_fake(x: Tensor, w: Tensor, *arguments: Any) -> Tensor:
     if dry_target() is not None:
         return _conv_bn_act(x, w, *arguments)
-    shape = _output_shape(x, w, arguments[9])
-    return torch.empty(shape, dtype=arguments[11], device=x.device, memory_format=torch.channels_last)
+    shape = _output_shape(x, w, arguments[10])
+    return torch.empty(shape, dtype=arguments[12], device=x.device, memory_format=torch.channels_last)
+
+
+def _conv_bn_act_means(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    convolution: list[int],
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    conv = forward.decided(convolution, x, w, "inference")
+    with torch.cuda.device_of(x):
+        return forward.inference_means(x, w, bias, Norm(mean, var, gamma, beta, eps), conv, decode(activation))
+
+
+def _conv_bn_act_means_fake(x: Tensor, w: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    if dry_target() is not None:
+        return _conv_bn_act_means(x, w, *arguments)
+    shape = _output_shape(x, w, arguments[6])
+    z = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return z, x.new_empty(*shape[:2], 1, 1)
 
 
 def _conv_bn_act_pool(
@@ -275,7 +305,7 @@ def _preact_conv(
         if mean is None or var is None:
             return forward.convolve(x, raw, w, None, conv, residual)
         norm = Norm(mean, var, gamma, beta, eps)
-        return forward.inference(x, w, None, norm, None, conv, decode(activation), x.dtype, raw)
+        return forward.inference(x, w, None, norm, None, None, conv, decode(activation), x.dtype, raw)
 
 
 def _preact_conv_fake(x: Tensor, x_stats: Tensor | None, w: Tensor, *arguments: Any) -> Tensor:
@@ -594,7 +624,10 @@ def _register(
     return call
 
 
-conv_bn_act = _register("conv_bn_act", _conv_bn_act, _conv_bn_act_fake, lambda x, w, *rest: _flops(x, w, rest[9]))
+conv_bn_act = _register("conv_bn_act", _conv_bn_act, _conv_bn_act_fake, lambda x, w, *rest: _flops(x, w, rest[10]))
+conv_bn_act_means = _register(
+    "conv_bn_act_means", _conv_bn_act_means, _conv_bn_act_means_fake, lambda x, w, *rest: _flops(x, w, rest[6])
+)
 conv_bn_act_pool = _register(
     "conv_bn_act_pool", _conv_bn_act_pool, _conv_bn_act_pool_fake, lambda x, w, *rest: _flops(x, w, rest[6])
 )
