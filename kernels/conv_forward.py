@@ -533,9 +533,9 @@ def conv_forward(
 
     ``x`` [N, CI, H, W] and the residual are pixel-linear (channels_last, or a slice of its channels or images), ``w``
     [CO, CI/groups, R, S] is channels_last and has the dtype of ``x``. With a ``prologue``, padding is zero after it.
-    ``gate``: contiguous [N, CO]; no tile crosses images then, and a ``config`` with a box that does is exchanged
-    or left. ``out``: a pixel-linear tensor [N, CO, P, Q] to write to. ``config``: the tile; without it, or where it has a box
-    and TMA can not take these tensors, ``default_config``.
+    ``gate``: contiguous [N, CO]. ``out``: a pixel-linear tensor [N, CO, P, Q] to write to. ``config``: the tile; without
+    it, or where it has a box and TMA can not take these tensors, ``default_config``; with a ``gate`` cut down to one
+    that does not cross images.
 
     Returns [N, CO, P, Q], channels_last, of ``out_dtype`` (that of ``x`` if not given). Raises ValueError for tensors
     that are not laid out so, RuntimeError where nothing can execute the kernel.
@@ -566,7 +566,8 @@ def conv_forward_moments(
 ) -> tuple[Tensor, Moments]:
     """What :func:`conv_forward` returns, in the dtype of ``x``, and its channels' moments, in one launch.
 
-    Arguments as there, but that ``config`` may not split the sum. The moments are those of the rounded values. ``by_image``: no tile of them crosses images; a ``config`` with a box that does is exchanged or left.
+    Arguments as there, but that ``config`` may not split the sum. The moments are those of the rounded values.
+    ``by_image``: no tile of them crosses images, to which the ``config`` is cut down.
     """
     if config is not None and config.splits != 1:
         raise ValueError(f"config.splits must be 1 where moments are taken; got {config.splits}")

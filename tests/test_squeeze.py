@@ -134,18 +134,16 @@ def test_inference(name, road, dtype):
 
 
 def test_launches_and_bytes_of_an_inference():
-    """Behind the last convolution two small launches and one pass, that of eager's seven."""
+    """No pass over pixels beside the convolutions': those without a gate, and two small launches for the squeeze."""
     with torch.device("meta"):
         block = fuse(Gated(256, 256)).eval().to(torch.bfloat16, memory_format=torch.channels_last)
         x = torch.empty(32, 256, 56, 56, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
     with torch.no_grad(), implementation("triton"), dry_run(90), trace() as t:
         block(x)
     own = [launch for launch in t.launches if not launch.name.startswith("aten.")]
-    names = [*["conv_box"] * 3, "batch_norm_stats", "squeeze", "batch_norm_apply"]
-    assert [launch.name for launch in own] == names
-    size = x.nbytes
-    # conv1 reads x, conv3 writes y, the last pass reads both and writes z; the inner units have a quarter.
-    assert sum(launch.bytes_read + launch.bytes_written for launch in own) == pytest.approx(6 * size, rel=0.06)
+    assert [launch.name for launch in own] == ["conv_box", "conv_box", "squeeze", "conv_box", "conv_box"]
+    # conv1 reads x, as conv3 does, which writes z; what is between them has a quarter, written and read twice.
+    assert sum(launch.bytes_read + launch.bytes_written for launch in own) == pytest.approx(4 * x.nbytes, rel=0.02)
 
 
 def passes(block: nn.Module, x: Tensor) -> tuple[float, float]:
