@@ -401,9 +401,7 @@ def conv_forward_sum_kernel(
     norm = Norm(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps)
     res, y = Pixels(res_ptr, res_stride), Pixels(y_ptr, y_stride)
     no_moments = PerTile(None, 0, 0, 0)
-    store_output(
-        acc, tile, bias_ptr, norm, gate_ptr, res, crop, y, no_moments, Size(0, 0, P, Q), RES_PADDED, ACT
-    )
+    store_output(acc, tile, bias_ptr, norm, gate_ptr, res, crop, y, no_moments, Size(0, 0, P, Q), RES_PADDED, ACT)
 
 
 @lru_cache(maxsize=KEPT_LAYOUTS)

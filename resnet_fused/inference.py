@@ -419,6 +419,9 @@ class TritonConv(nn.Module):
 
     ``squeezes``: returns what :class:`TritonGate` reads, and the mean of each image of ``bn(conv(x))``, [N, CO, 1, 1].
 
+    ``averages``: returns the mean of each image of the result too. ``gate``: [N, CO, 1, 1], multiplies with
+    ``bn(conv(x))``. ``alone``: it is ``bn(conv(x))`` that is wanted, of such means, to make a gate of.
+
     ``bn`` None: ``conv(x) + residual``, without a bias. ``stats``: ``x`` is what a :class:`TritonFront` stands in front
     of, whose activation is ``before``.
     """
@@ -444,41 +447,51 @@ class TritonConv(nn.Module):
         self.casts = True
         self.accumulates = False
         self.activation = IDENTITY
-        self.pooled = self.squeezes = False
+        self.pooled = self.squeezes = self.averages = False
         self._folded: tuple[Tensor, Tensor] | None = None
         self.register_buffer("affine", None, persistent=False)
         self._made_of: tuple[Any, ...] = ()
 
-    def forward(self, x: Tensor, residual: Any = None, stats: Tensor | None = None) -> Any:
+    def forward(
+        self, x: Tensor, residual: Any = None, stats: Tensor | None = None, gate: Any = None, alone: bool = False
+    ) -> Any:
         if self.squeezes:
             return self._squeeze(_cast(x, self.weight) if self.casts else x)
         if self.pooled:
-            return self._pool(x) if self._launches(x, residual) else self._aten(_cast(x, self.weight), residual)
+            launches = self._launches(x, residual)
+            return self._pool(x) if launches else self._aten(_cast(x, self.weight), residual, None, self.activation)
+        activation = IDENTITY if alone else self.activation
         x = _cast(x, self.weight) if self.casts else x
-        if not self._launches(x, residual):
+        if not self._launches(x, residual, gate):
             if stats is not None:
                 x = ops.join_forward(x, stats, None, None, None, 1, 0, self.before.code, x.dtype)
-            return self._aten(x, residual)
+            return self._aten(x, residual, gate, activation)
         x = channels_last(x.resolve_neg())
         if residual is not None:
             residual = channels_last(residual.resolve_neg())
-        relu = self.activation == RELU and stats is None
+        relu = activation == RELU and stats is None and gate is None
         implementation, code = self._planned(x, residual=residual is not None, relu=relu)
         if implementation == "eager" and stats is None:
-            return self._aten(x, residual)
+            return self._aten(x, residual, gate, activation)
         norm = self.mean, self.var, self.gamma, self.beta, self.eps
         if stats is not None or self.norm is None:
-            after = self.activation.code, residual, code
+            after = activation.code, residual, code
             return ops.preact_conv(x, stats, self.weight, self.before.code, *norm, *after)
         if implementation == "cudnn" and (residual is None or residual.dtype == x.dtype):
             if self._folded is None or self._folded[0].device != x.device:  # a replica's is that of the original
                 self._folded = self._fold()
             folded, shift = self._folded
-            return forward.cudnn_conv_relu(x, folded, shift, residual, self.geometry)
-        keeps = residual is None or self.accumulates
-        out_dtype = x.dtype if keeps else torch.promote_types(x.dtype, residual.dtype)
-        act = self.activation.code
-        return ops.conv_bn_act(x, self.weight, self.conv_bias, *norm, None, residual, 1, 0, code, act, out_dtype)
+            return self._averaged(forward.cudnn_conv_relu(x, folded, shift, residual, self.geometry))
+        if self.averages:
+            return ops.conv_bn_act_means(x, self.weight, self.conv_bias, *norm, code, activation.code)
+        out_dtype = x.dtype
+        if gate is not None:
+            out_dtype = torch.promote_types(out_dtype, gate.dtype)
+            gate = gate.resolve_neg().view(gate.shape[:2]).contiguous()
+        if residual is not None and not self.accumulates:
+            out_dtype = torch.promote_types(out_dtype, residual.dtype)
+        after = gate, residual, 1, 0, code, activation.code, out_dtype
+        return ops.conv_bn_act(x, self.weight, self.conv_bias, *norm, *after)
 
     def why_eager(self, x: Tensor, residual: Any = None, *_: Any) -> str | None:
         """Why PyTorch's operators run on ``x`` as things stand, or None."""
@@ -493,7 +506,7 @@ class TritonConv(nn.Module):
             tuple(x.shape), tuple(self.weight.shape), self.geometry, *target, pooled=True
         )
         if implementation == "eager":
-            return self._aten(_cast(x, self.weight), None)
+            return self._aten(_cast(x, self.weight), None, None, self.activation)
         return ops.conv_bn_act_pool(x.resolve_neg(), self.weight, self.conv_bias, *self._norm(), code)
 
     def _planned(self, x: Tensor, relu: bool, residual: bool = False) -> functional.Choice:
@@ -511,19 +524,24 @@ class TritonConv(nn.Module):
             if implementation != "eager":
                 norm = self.conv_bias, self.gamma, self.beta, self.mean, self.var, None, None, self.eps, False
                 return ops.squeezed_forward(read, None, self.weight, IDENTITY.code, *norm, code, "")[:3]
-        v = self._aten(x, None)
+        v = self._aten(x, None, None, IDENTITY)
         return v, None, v.mean((2, 3), keepdim=True)
 
-    def _launches(self, x: Tensor, residual: Any) -> bool:
-        """Whether a launch takes ``x`` and ``residual``; what it does not take, PyTorch is to judge."""
+    def _averaged(self, z: Tensor) -> Any:
+        return (z, z.mean((2, 3), keepdim=True)) if self.averages else z
+
+    def _launches(self, x: Tensor, residual: Any, gate: Any = None) -> bool:
+        """Whether a launch takes these; what it does not take, PyTorch is to judge."""
         if isinstance(x, fx.Proxy) or torch.compiler.is_compiling():
             return False
         casts = FLOATS if self.pooled and self.casts else ()
         if not _is_like(x, self.weight, casts) or x.dtype not in FLOATS or eligible.why_not_here(x) is not None:
             return False
         shape = _output_shape(x.shape, self.weight, self.geometry)
-        if residual is None or shape is None or x.shape[0] == 0:
-            return residual is None and shape is not None and x.shape[0] > 0
+        if shape is None or x.shape[0] == 0 or not (gate is None or _is_gate(gate, x, shape)):
+            return False
+        if residual is None:
+            return True
         return _is_like(residual, x, () if self.norm is None else FLOATS) and tuple(residual.shape) == shape
 
     def link(self) -> Link:
@@ -573,15 +591,15 @@ class TritonConv(nn.Module):
         norm = self._norm()
         return forward.fold(self.weight, self.conv_bias, norm)
 
-    def _aten(self, x: Tensor, residual: Any) -> Tensor:
+    def _aten(self, x: Tensor, residual: Any, gate: Any, activation: Activation) -> Any:
         _check_input(x, self.weight, self.geometry)
         bias = None if self.conv_bias is None else self.conv_bias.to(self.weight.dtype)
         y = F.conv2d(x, self.weight, bias, *self.geometry)
         if self.norm is not None:
             y = _normalisable(y, x, self.weight, self.geometry, self.norm)
             y = F.batch_norm(y, self.mean, self.var, self.gamma, self.beta, eps=self.eps)
-        y = _finish(y, residual, self.accumulates, self.activation)
-        return F.max_pool2d(y, *POOL) if self.pooled else y
+        y = _finish(y if gate is None else y * gate, residual, self.accumulates, activation)
+        return F.max_pool2d(y, *POOL) if self.pooled else self._averaged(y)
 
 
 class TritonGate(nn.Module):
@@ -609,7 +627,7 @@ class TritonGate(nn.Module):
 
     def _fits(self, y: Tensor, gate: Any, residual: Any) -> bool:
         """Whether the pass takes these."""
-        if not _is_like(gate, y, FLOATS) or gate.shape != (*y.shape[:2], 1, 1):
+        if not _is_gate(gate, y, y.shape):
             return False
         return residual is None or (_is_like(residual, y, FLOATS) and residual.shape == y.shape)
 
@@ -774,6 +792,11 @@ def _is_like(x: Any, other: Tensor, dtypes: tuple[torch.dtype, ...] = ()) -> boo
         and x.device == other.device
         and (x.dtype == other.dtype or x.dtype in dtypes)
     )
+
+
+def _is_gate(gate: Any, y: Tensor, shape: Sequence[int]) -> bool:
+    """Whether it has a number for each image and channel of a result of ``shape``, and lies where ``y`` does."""
+    return _is_like(gate, y, FLOATS) and gate.shape == (*shape[:2], 1, 1)
 
 
 def _output_shape(shape: torch.Size, weight: Tensor, geometry: Geometry) -> tuple[int, int, int, int] | None:
@@ -1077,18 +1100,26 @@ def _geometry_alone(conv: Any) -> Geometry | None:
 
 
 def _fuse_gate(graph: fx.GraphModule, node: fx.Node, unit: TritonConv) -> None:
-    """Where the output of ``unit`` is multiplied with what the means of its images make, see :class:`TritonGate`."""
+    """Where the output of ``unit`` is multiplied with what the means of its images make, have launches do so.
+
+    Its own, if it :func:`takes_means` and may run behind the gate; else another, see :class:`TritonGate`.
+    """
     if unit.norm is None or unit.activation != IDENTITY or len(node.args) != 1:
         return
     seen = pieces.Graph(graph, graph.graph)
     gate = seen.gate(node)
     if gate is None or not pieces.gives_gates(seen, gate, _means_like(seen, gate, unit.weight)):
         return
-    unit.squeezes, last, outputs = True, node, []
-    for i in range(3):
-        with graph.graph.inserting_after(last):
-            outputs.append(last := graph.graph.call_function(operator.getitem, (node, i)))
-    y, stats, squeeze = outputs
+    late = functional.takes_means(unit.weight, unit.geometry) and _pure_between(
+        graph, node, gate.product, gate.all_nodes()
+    )
+    if late:
+        x, means = _with_means(graph, node)
+        with graph.graph.inserting_before(node):
+            squeeze = graph.graph.call_module(str(node.target), (means,), {"alone": True})
+    else:
+        unit.squeezes = True
+        y, stats, squeeze = _outputs(graph, node, 3)
     result = gate.result
     for reader in [reader for reader in gate.nodes if node in reader.all_input_nodes]:
         reader.replace_input_with(node, squeeze)
@@ -1099,16 +1130,48 @@ def _fuse_gate(graph: fx.GraphModule, node: fx.Node, unit: TritonConv) -> None:
                     read = graph.graph.call_method("flatten", (squeeze, 1))
             result = read if reader is result else result
             _absorb(reader, read)
-    part = TritonGate()
-    name = f"{node.name}_gate"
-    graph.add_submodule(name, part)
+    part = unit if late else TritonGate()
+    name = str(node.target) if late else f"{node.name}_gate"
+    if not late:
+        graph.add_submodule(name, part)
     with graph.graph.inserting_before(gate.product):
-        joined = graph.graph.call_module(name, (y, stats, result))
+        joined = graph.graph.call_module(name, (x,) if late else (y, stats, result))
     _absorb(gate.product, joined)
     if gate.expansion is not None:
         graph.graph.erase_node(gate.expansion)
     _fuse_residual(graph, joined, part)
     _fuse_activation(graph, joined, part)
+    if late:
+        joined.args = (x, *(joined.args[1:] or (None,)), None, result)
+        graph.graph.erase_node(node)
+
+
+def _outputs(graph: fx.GraphModule, node: fx.Node, count: int) -> list[fx.Node]:
+    """So many values that ``node`` returns, each a node behind it."""
+    found: list[fx.Node] = []
+    for i in range(count):
+        with graph.graph.inserting_after(found[-1] if found else node):
+            found.append(graph.graph.call_function(operator.getitem, (node, i)))
+    return found
+
+
+def _with_means(graph: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """What ``node`` reads, and the mean of each image of it, which come along with it where a launch makes it."""
+    read = cast(fx.Node, node.args[0])
+    unit: Any = graph.get_submodule(str(read.target)) if _calls(graph, read, TritonConv) else None
+    if unit is None or unit.norm is None or unit.pooled or unit.squeezes or len(read.args) != 1:
+        with graph.graph.inserting_before(node):
+            return read, graph.graph.call_function(_means, (read,))
+    unit.averages, readers = True, list(read.users)
+    x, means = _outputs(graph, read, 2)
+    for reader in readers:
+        reader.replace_input_with(read, x)
+    return x, means
+
+
+def _means(x: Tensor) -> Tensor:
+    """The mean of each image; what has none is the convolution's to refuse."""
+    return x.mean((2, 3), keepdim=True) if x.dim() == 4 else x
 
 
 def _means_like(seen: pieces.Graph, gate: pieces.Gate, weight: Tensor) -> Tensor:
@@ -1195,7 +1258,8 @@ def _unit(graph: fx.GraphModule, node: Any) -> TritonConv | None:
     if not (isinstance(node, fx.Node) and _calls(graph, node, TritonConv)) or len(node.args) != 1:
         return None
     unit: Any = graph.get_submodule(str(node.target))
-    return unit if unit.activation == RELU and not unit.pooled and unit.geometry.groups == 1 else None
+    plain = not (unit.pooled or unit.averages) and unit.geometry.groups == 1
+    return unit if unit.activation == RELU and plain else None
 
 
 def _fuse_front(graph: fx.GraphModule, node: fx.Node, norm: nn.Module, dtype: torch.dtype | None) -> bool:
@@ -1237,7 +1301,7 @@ def _reads_behind(graph: fx.GraphModule, reader: fx.Node, read: fx.Node, norm: n
     part: Any = graph.get_submodule(str(reader.target))
     geometry = _geometry_alone(part)
     if isinstance(part, TritonConv) and part.conv_bias is None and (part.norm is None or len(reader.args) == 1):
-        geometry = part.geometry
+        geometry = None if part.squeezes or part.averages else part.geometry
     if geometry is None or part.weight.shape[2:] != (1, 1) or eligible.is_frozen(norm):
         return False
     return _folds(norm, part.weight[0, :, 0, 0])  # of a filter in groups, these are not all channels
@@ -1247,11 +1311,11 @@ def _is_pointwise(unit: TritonConv) -> bool:
     return unit.weight.shape[2:] == (1, 1) and unit.geometry == Geometry()
 
 
-def _pure_between(graph: fx.GraphModule, first: fx.Node, last: fx.Node) -> bool:
-    """Whether no node between the two writes to a tensor, so that either may run where the other does."""
+def _pure_between(graph: fx.GraphModule, first: fx.Node, last: fx.Node, but: Sequence[fx.Node] = ()) -> bool:
+    """Whether no node between the two, ``but`` these, writes to a tensor, so that either may run where the other does."""
     node = first.next
     while node is not last:
-        if not (_reads(graph, node) or node.op == "get_attr" or node.target in _PURE):
+        if not (node in but or _reads(graph, node) or node.op == "get_attr" or node.target in _PURE):
             return False
         node = node.next
     return True

@@ -276,7 +276,7 @@ class Trial(_Verified):
             return lambda x, _: forward.inference_pooled(x, self.w, None, norm, conv)
         activation = RELU if p.relu else IDENTITY
         return lambda x, residual: forward.inference(
-            x, self.w, None, norm, None if residual is None else Residual(residual), conv, activation, p.dtype
+            x, self.w, None, norm, None, None if residual is None else Residual(residual), conv, activation, p.dtype
         )
 
     def _training(self, conv: Convolution) -> dict[str, Tensor]:
