@@ -22,7 +22,7 @@ from .epilogue import WHOLE, Affine, Epilogue, Norm, affine, load_scale, output,
 from .gpus import gpu_of
 from .launch import Boxes, Cost, Recipe, TileConfig, Vector, dry_target
 from .memory import Layout, cdiv, span, stride_of
-from .tile import PerTile, Pixels, Tile, bound, dot, load_channels, tile_mask
+from .tile import PerTile, Pixels, Tile, bound, dot, load_channels, rounded_to, tile_mask
 
 
 class Form(NamedTuple):
@@ -240,11 +240,11 @@ def conv_box_kernel(
             v *= gate[None, :]
         v = output(v, tile, res, crop, Size(0, 0, P, Q), form.RES_PADDED, ACT)
         if form.BY_TMA:
-            rounded = v.to(y_ptr.dtype)
+            rounded = rounded_to(v, y_ptr.dtype)
             at_n, at_h, at_w = start_of_part(start, i, PARTS, box)
             y_ptr.store([at_n, at_h, at_w, group * CO + co], tl.reshape(rounded, y_ptr.block_shape))
         else:
-            rounded = v.to(y_ptr.dtype.element_ty)
+            rounded = rounded_to(v, y_ptr.dtype.element_ty)
             tl.store(y_ptr + (tile.m * widths.y)[:, None] + tile.c[None, :], rounded, mask=tile_mask(tile))
         if moments_ptr is not None:
             moments = PerTile(moments_ptr, tiles, widths.channels, number * PARTS + i)

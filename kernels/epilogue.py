@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .activation import IDENTITY, RELU, Activation, activate, in_front
 from .memory import Layout, cdiv, layout
-from .tile import finite, load_channels, load_pixels, rounded_product, store_pixels, tile_mask
+from .tile import finite, load_channels, load_pixels, rounded_product, rounded_to, store_pixels, tile_mask
 
 
 class Norm(NamedTuple):
@@ -240,7 +240,7 @@ def store_output(
     if gate_ptr is not None:
         v *= load_channels(gate_ptr, tile.c, tile.mask_c)[None, :]
     v = output(v, tile, res, crop, size, RES_PADDED, ACT)
-    rounded = v.to(y.ptr.dtype.element_ty)
+    rounded = rounded_to(v, y.ptr.dtype.element_ty)
     tl.store(y.ptr + (tile.m * y.stride)[:, None] + tile.c[None, :], rounded, mask=tile_mask(tile))
     if moments.ptr is not None:
         store_moments_of_tile(rounded, tile, moments)
@@ -275,7 +275,7 @@ def store_gradient(
     if y_in.ptr is not None:
         y = load_pixels(y_in.ptr, tile.m, y_in.stride, tile.c, mask)
         v = in_front(v, normalise(y, stats_ptr, tile.c, tile.mask_c, channels), ACT)
-        rounded = v.to(dx_ptr.dtype.element_ty)
+        rounded = rounded_to(v, dx_ptr.dtype.element_ty)
         store_pixels(dx_ptr, tile.m, channels, tile.c, rounded, mask)
         g = tl.where(mask, rounded.to(tl.float32), 0.0)
         deviation = y - load_channels(stats_ptr, tile.c, tile.mask_c)[None, :]

@@ -68,6 +68,21 @@ def settled(acc):
 
 
 @triton.jit
+def rounded_to(v, dtype: tl.constexpr):
+    """``v``, a tile in fp32, rounded to a type that it is widened from again.
+
+    To fp16 in pairs: where values are rounded one by one and widened again, the assembler of sm_90 reads accumulators
+    while products are under way, and has every product of the kernel wait for the one before.
+    """
+    if INTERPRETING or dtype != tl.float16:
+        return v.to(dtype)
+    else:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [v], dtype=tl.float16, is_pure=True, pack=2
+        )
+
+
+@triton.jit
 def bound(n):
     """``n``, as the end of a ``range``.
 

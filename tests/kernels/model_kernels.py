@@ -89,8 +89,6 @@ class Kernel(NamedTuple):
             return "a factor that is transformed stands in registers, which are written while products run"
         if getattr(self.call.arguments.get("form"), "MERGED", False):
             return "merged groups: a filter that is masked by the element comes through registers"
-        if self.number_format == "float16" and self.call.arguments.get("moments_ptr") is not None:
-            return "the assembler has them wait where moments are taken of values that are rounded to fp16"
         if triton.__version__.startswith("3.6.") and self.name == "conv_box_kernel" and self.call.config.num_warps == 8:
             return "Triton 3.6 writes accumulators of eight warps while products run"
         return ""
