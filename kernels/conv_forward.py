@@ -531,9 +531,9 @@ def conv_forward(
 
     ``x`` [N, CI, H, W] and the residual are pixel-linear (channels_last, or a slice of its channels or images), ``w``
     [CO, CI/groups, R, S] is channels_last and has the dtype of ``x``. With a ``prologue``, padding is zero after it.
-    ``gate``: contiguous [N, CO]. ``out``: a pixel-linear tensor [N, CO, P, Q] to write to. ``config``: the tile; without
-    it, or where it has a box and TMA can not take these tensors, ``default_config``; with a ``gate`` cut down to one
-    that does not cross images.
+    ``gate``: contiguous [N, CO]. ``out``: a pixel-linear tensor [N, CO, P, Q] to write to. ``config``: the tile;
+    without it, or where it has a box and TMA can not take these tensors, ``default_config``; with a ``gate`` cut down
+    to one that does not cross images.
 
     Returns [N, CO, P, Q], channels_last, of ``out_dtype`` (that of ``x`` if not given). Raises ValueError for tensors
     that are not laid out so, RuntimeError where nothing can execute the kernel.

@@ -231,7 +231,7 @@ def output(v, tile, res, crop, size, RES_PADDED: tl.constexpr, ACT: tl.constexpr
 def store_output(
     acc, tile, bias_ptr, norm, gate_ptr, res, crop, y, moments, size, RES_PADDED: tl.constexpr, ACT: tl.constexpr
 ):
-    """``y = act(affine(acc)*gate + res)`` for one tile, rounded; ``gate_ptr``: of the image that it belongs to, or None.
+    """``y = act(affine(acc)*gate + res)`` for one tile, rounded; ``gate_ptr``: of its image, or None.
 
     With ``moments``, also the mean of the tile's rounded values, as far as its rows exist, and the sum of squared
     deviations from it.

@@ -1110,9 +1110,8 @@ def _fuse_gate(graph: fx.GraphModule, node: fx.Node, unit: TritonConv) -> None:
     gate = seen.gate(node)
     if gate is None or not pieces.gives_gates(seen, gate, _means_like(seen, gate, unit.weight)):
         return
-    late = functional.takes_means(unit.weight, unit.geometry) and _pure_between(
-        graph, node, gate.product, gate.all_nodes()
-    )
+    movable = _pure_between(graph, node, gate.product, gate.all_nodes())
+    late = movable and functional.takes_means(unit.weight, unit.geometry)
     if late:
         x, means = _with_means(graph, node)
         with graph.graph.inserting_before(node):
@@ -1312,7 +1311,10 @@ def _is_pointwise(unit: TritonConv) -> bool:
 
 
 def _pure_between(graph: fx.GraphModule, first: fx.Node, last: fx.Node, but: Sequence[fx.Node] = ()) -> bool:
-    """Whether no node between the two, ``but`` these, writes to a tensor, so that either may run where the other does."""
+    """Whether no node between the two writes to a tensor, so that either may run where the other does.
+
+    ``but``: these do not count.
+    """
     node = first.next
     while node is not last:
         if not (node in but or _reads(graph, node) or node.op == "get_attr" or node.target in _PURE):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import cache, partial
 from hashlib import sha256
 from itertools import islice, product
@@ -19,10 +20,12 @@ from benchmarks import shapes
 from resnet_fused import functional
 from resnet_fused.commands.tune_trial import Candidate, rehearse
 from resnet_fused.kernels import chain_forward, conv_box, dgrad_box
+from resnet_fused.kernels.activation import RELU
 from resnet_fused.kernels.chain_forward import Chain, Link, default_config
 from resnet_fused.kernels.conv import ConvProblem, Geometry
-from resnet_fused.kernels.conv_forward import conv_forward_moments, split_tiles, wide_tiles
-from resnet_fused.kernels.epilogue import Prologue, Residual
+from resnet_fused.kernels.conv_forward import conv_forward, conv_forward_moments, split_tiles, wide_tiles
+from resnet_fused.kernels.conv_forward import default_config as conv_tile
+from resnet_fused.kernels.epilogue import Norm, Prologue, Residual
 from resnet_fused.kernels.launch import Call, TileConfig, dry_run, observe
 from resnet_fused.plan.problem import Problem, Tiles
 from tests import zoo
@@ -290,27 +293,37 @@ def _gated(arch: int) -> Iterator[Kernel]:
         resnet_fused.fuse(block)
     yield from _of_blocks(arch, blocks, 256)
     yield from _of_blocks(arch, late, 2048, side=7)
-    for name, (ci, taps), prologue in product(DTYPES, ((64, 1), (64, 3), (512, 3)), (False, True)):
+    for name, (ci, taps), prologue in product(DTYPES, ((64, 1), (64, 3), (512, 1), (512, 3)), (False, True)):
         if name == "float16" and arch not in (80, 90):
             continue
         side = 56 if ci == 64 else 7
         sizes = 32, side, side, ci, 4 * ci if taps == 1 else ci, taps, taps, (1, 1), (taps // 2,) * 2, (1, 1), 1
         unit = ConvProblem(*sizes, DTYPES[name], name == "tf32", prologue, arch)
         for tile in (None, *conv_box.tiles(unit)):
-            yield Kernel(arch, name, _squeezed(unit, tile))
+            yield from (Kernel(arch, name, call) for call in _of_images(unit, tile))
 
 
-def _squeezed(unit: ConvProblem, tile: TileConfig | None) -> Call:
-    """The launch of a convolution whose output is squeezed."""
+def _of_images(unit: ConvProblem, tile: TileConfig | None) -> list[Call]:
+    """Launches of a convolution whose tiles are of single images: for a squeeze, behind a norm too, and with a gate."""
     calls: list[Call] = []
     with torch.device("meta"):
         x = torch.empty(unit.n, unit.ci, unit.h, unit.w, dtype=unit.dtype).to(memory_format=torch.channels_last)
         w = torch.empty(unit.co, unit.ci, unit.r, unit.s, dtype=unit.dtype).to(memory_format=torch.channels_last)
         prologue = Prologue(torch.empty(unit.ci), torch.empty(unit.ci)) if unit.prologue else None
-        geometry = Geometry(unit.stride, unit.padding)
+        options: dict[str, Any] = {"geometry": Geometry(unit.stride, unit.padding), "tf32": unit.tf32}
+        norm, gate = Norm(*torch.empty(4, unit.co), 1e-5), torch.empty(unit.n, unit.co, dtype=unit.dtype)
         with dry_run(unit.arch), observe(calls.append):
-            conv_forward_moments(x, w, geometry=geometry, prologue=prologue, tf32=unit.tf32, by_image=True, config=tile)
-    return calls[0]
+            conv_forward_moments(x, w, prologue=prologue, by_image=True, config=tile, **options)
+            if unit.prologue:
+                return calls
+            options |= {"norm": norm, "activation": RELU}
+            y, _ = conv_forward_moments(x, w, by_image=True, config=tile, **options)
+            if unit.r == 1:
+                options |= {"gate": gate, "residual": Residual(y)}
+                conv_forward(x, w, config=tile, **options)
+                if tile is None and unit.ci > 64:
+                    conv_forward(x, w, config=replace(conv_tile(unit), splits=2), **options)
+    return calls
 
 
 def _activated(arch: int, activation: nn.Module) -> Iterator[Kernel]:
