@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from resnet_fused.engine import reference
+from resnet_fused.kernels import conv_box
 from resnet_fused.kernels.activation import IDENTITY, RELU
 from resnet_fused.kernels.batch_norm import batch_norm_apply, channel_moments, merge_moments
-from resnet_fused.kernels.conv import Geometry
+from resnet_fused.kernels.conv import ConvProblem, Geometry
 from resnet_fused.kernels.conv_forward import conv_forward, conv_forward_moments
-from resnet_fused.kernels.epilogue import Moments
+from resnet_fused.kernels.epilogue import Moments, Norm, Residual
 from resnet_fused.kernels.launch import TileConfig, dry_run, observe
 from resnet_fused.kernels.norm_backward import batch_norm_backward, batch_norm_reduce
-from resnet_fused.kernels.squeeze import gate_gradient, squeeze, squeeze_gradient
+from resnet_fused.kernels.squeeze import gate_gradient, image_means, squeeze, squeeze_gradient
 from tests.kernels.test_batch_norm import moments_of
 from tests.kernels.test_conv_dgrad import _poisoned, random_coefs, random_stats  # noqa: F401
 from tests.kernels.test_conv_forward import DEVICE, DTYPES, random
@@ -146,3 +149,56 @@ def test_errors_name_the_argument():
         batch_norm_reduce(y, y, stats, activation=RELU, z=y, gate=torch.rand(20, 2, device=DEVICE).T)
     with pytest.raises(ValueError, match="dsqueeze must"):
         squeeze_gradient(random(2, 2, 20), random(2, 20), random(2, 4), random(2, 20), stats, 15)
+
+
+def norm_of(channels: int) -> Norm:
+    mean, var, gamma, beta = random_stats(channels)[:4]
+    return Norm(mean, var.abs() + 0.5, gamma, beta, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("groups", "config"),
+    [*((1, tile) for tile in (*TILES, BOXED, TileConfig(16, 16, 16, splits=2))), (2, None)],
+    ids=str,
+)
+def test_a_gate_in_the_epilogue_of_a_convolution(groups, config, dtype):
+    """Its tile of pixels is cut where an image ends, each of which has a gate of its own."""
+    n, ci, co = 3, 32, 40
+    x, w = random(n, ci, 7, 6, dtype=dtype), random(co, ci // groups, 1, 1, dtype=dtype)
+    norm, gate = norm_of(co), torch.rand(n, co, device=DEVICE).to(dtype)
+    for residual in (None, random(n, co, 7, 6, dtype=dtype)):
+        added = None if residual is None else Residual(residual)
+        options = dict(geometry=Geometry(groups=groups), norm=norm, residual=added, activation=RELU, config=config)
+        ours = conv_forward(x, w, gate=gate, **options)
+
+        def exact(t: torch.dtype, residual: Tensor | None = residual) -> Tensor:
+            y = torch.nn.functional.conv2d(x.to(t), w.to(t), groups=groups)
+            v = torch.nn.functional.batch_norm(y, *(v.to(t) for v in norm[:4]), eps=norm.eps)
+            v = v * gate.to(t)[:, :, None, None]
+            return (v if residual is None else v + residual.to(t)).relu()
+
+        assert_within_rule(ours, exact(torch.float32).to(dtype), exact(torch.float64), sums=16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("config", [*TILES, BOXED], ids=str)
+def test_means_of_what_stands_behind_a_norm(config, dtype):
+    x, w, norm = random(3, 32, 7, 6, dtype=dtype), random(40, 32, 3, 3, dtype=dtype), norm_of(40)
+    options = dict(geometry=Geometry((1, 1), (1, 1)), norm=norm, activation=RELU, config=config)
+    z, moments = conv_forward_moments(x, w, by_image=True, **options)
+    torch.testing.assert_close(z, conv_forward(x, w, **options), rtol=2e-3, atol=2e-3)
+    means = image_means(moments, torch.float32)
+    assert means.shape == (3, 40, 1, 1)
+    torch.testing.assert_close(means.double(), z.double().mean((2, 3), keepdim=True), rtol=1e-5, atol=1e-5)
+    assert image_means(moments, dtype).dtype == dtype
+
+
+@pytest.mark.parametrize(("side", "taps", "pixels"), [(7, 1, 64), (7, 3, 64), (14, 3, 128), (56, 1, 128), (56, 3, 128)])
+def test_a_box_of_a_gate_is_of_one_image_and_hardly_larger(side, taps, pixels):
+    sizes = 32, side, side, 64, 256, taps, taps, (1, 1), (taps // 2,) * 2, (1, 1), 1
+    problem = ConvProblem(*sizes, torch.bfloat16, tf32=False, prologue=False, arch=90)
+    tile = next(t for t in conv_box.tiles(problem) if (t.block_m, t.block_n) == (128, 128))
+    found = conv_box.within_images(problem, tile)
+    assert replace(found, box=None) in [replace(t, box=None) for t in conv_box.tiles(problem)]
+    assert (found.block_m, found.block_n, found.box[0]) == (pixels, 128, 1)
