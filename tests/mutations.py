@@ -2295,8 +2295,8 @@ MUTATIONS = [
     ),
     Mutation(
         "kernels/conv_forward.py",
-        "epilogue = Epilogue(added(residual), out=x.dtype)",
-        "epilogue = Epilogue(out=x.dtype)",
+        "epilogue = Epilogue(added(residual), _eps(norm), activation, out=x.dtype)",
+        "epilogue = Epilogue(added(None), _eps(norm), activation, out=x.dtype)",
         "tests/kernels/test_conv_forward.py -k moments_of_what",
     ),
     Mutation(
@@ -2355,9 +2355,69 @@ MUTATIONS = [
     ),
     Mutation(
         "kernels/conv_box.py",
-        "if by_image and box.n > 1:",
-        "if False:",
-        "tests/kernels/test_squeeze.py -k several_images",
+        "if pixels == tile.block_m and (_pointwise(problem) or tile.box[0] == 1):",
+        "if True:",
+        'tests/kernels/test_squeeze.py -k "several_images or hardly_larger"',
+    ),
+    Mutation(
+        "kernels/conv_box.py",
+        "v *= gate[None, :]",
+        "v *= gate[None, :] * 1.5",
+        'tests/kernels/test_squeeze.py -k "a_gate_in_the_epilogue and box"',
+    ),
+    Mutation(
+        "kernels/epilogue.py",
+        "    if gate_ptr is not None:\n        v *=",
+        "    if False:\n        v *=",
+        "tests/kernels/test_squeeze.py -k a_gate_in_the_epilogue",
+    ),
+    Mutation(
+        "kernels/conv_forward.py",
+        "gate_ptr += first_m // (P * Q) * widths.channels",
+        "gate_ptr += 0",
+        "tests/kernels/test_squeeze.py -k a_gate_in_the_epilogue",
+    ),
+    Mutation(
+        "kernels/conv_forward.py",
+        "gate_ptr += first_m // (P * Q) * channels",
+        "gate_ptr += 0",
+        'tests/kernels/test_squeeze.py -k "a_gate_in_the_epilogue and splits=2"',
+    ),
+    Mutation(
+        "kernels/conv_forward.py",
+        "by_image = by_image or epilogue.gated",
+        "by_image = by_image",
+        "tests/kernels/test_squeeze.py -k a_gate_in_the_epilogue",
+    ),
+    Mutation(
+        "resnet_fused/functional.py",
+        "alone = last._replace(layer=last.layer._replace(activation=IDENTITY), activation=IDENTITY)",
+        "alone = last",
+        'tests/test_squeeze.py -k "test_inference"',
+    ),
+    Mutation(
+        "resnet_fused/functional.py",
+        "if takes_means(unit.w, unit.geometry) and not torch.is_grad_enabled():",
+        "if takes_means(unit.w, unit.geometry):",
+        "tests/test_squeeze.py -k gate_alone_is_trained",
+    ),
+    Mutation(
+        "resnet_fused/functional.py",
+        "w.shape[2:] == (1, 1) and geometry.stride == (1, 1) and geometry.padding == (0, 0)",
+        "w.shape[2:] == (1, 1)",
+        "tests/test_squeeze.py -k strided",
+    ),
+    Mutation(
+        "resnet_fused/inference.py",
+        "activation = IDENTITY if alone else self.activation",
+        "activation = self.activation",
+        "tests/test_inference.py -k gates_go",
+    ),
+    Mutation(
+        "resnet_fused/inference.py",
+        "geometry = None if part.squeezes or part.averages else part.geometry",
+        "geometry = part.geometry",
+        "tests/test_inference.py -k front_before_a_gate",
     ),
     Mutation(
         "kernels/conv_box.py",
@@ -2421,8 +2481,8 @@ MUTATIONS = [
     ),
     Mutation(
         "resnet_fused/inference.py",
-        "unit.squeezes, last, outputs = True, node, []",
-        "unit.squeezes, last, outputs = False, node, []",
+        "        unit.squeezes = True",
+        "        unit.squeezes = False",
         "tests/test_inference.py -k gate",
     ),
     Mutation(

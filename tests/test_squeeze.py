@@ -146,6 +146,50 @@ def test_launches_and_bytes_of_an_inference():
     assert sum(launch.bytes_read + launch.bytes_written for launch in own) == pytest.approx(4 * x.nbytes, rel=0.02)
 
 
+class Narrow(Gated):
+    """Its last convolution, of 1x1, leaves pixels out."""
+
+    def __init__(self, inplanes: int, planes: int) -> None:
+        super().__init__(inplanes, planes, 2)
+        self.conv3.stride = (2, 2)
+        self.conv2.stride = (1, 1)
+
+
+class Front(Gated):
+    """The convolution in front of a gate reads what no launch has made."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.se(self.bn3(self.conv3(nn.functional.avg_pool2d(x, 3, 1, 1)))))
+
+
+@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("kind", ["strided", "front"])
+def test_means_of_what_a_last_convolution_reads(kind, road):
+    torch.manual_seed(0)
+    block = fuse(Narrow(16, 32) if kind == "strided" else Front(64, 16), strict=True).eval()
+    randomise(block)
+    twin, x = unfuse(copy.deepcopy(block)), torch.randn(2, 16 if kind == "strided" else 4, 5, 4)
+    with torch.no_grad(), implementation(road), trace() as t:
+        torch.testing.assert_close(block(x), twin(x), rtol=1e-4, atol=1e-4)
+    assert [launch.name for launch in t.launches].count("squeeze") == (kind == "strided")
+
+
+@pytest.mark.parametrize("road", ROADS)
+def test_a_gate_alone_is_trained(road):
+    """Of a block whose statistics and other parameters are fixed."""
+    block, x, dz = draw(lambda: fused(BLOCKS["identity"]).eval(), (2, 16, 5, 4), torch.float32)
+    for name, parameter in block.named_parameters():
+        parameter.requires_grad_(name.startswith("se."))
+    found = []
+    for way in ("eager", road):
+        twin = copy.deepcopy(block)
+        with implementation(way):
+            twin(x.detach()).backward(dz)
+        found.append([p.grad for p in twin.se.parameters()])
+    for ours, eager in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(ours, eager, rtol=1e-3, atol=1e-4)
+
+
 def passes(block: nn.Module, x: Tensor) -> tuple[float, float]:
     """Bytes of a training step, forward and backward, in sizes of x."""
     block.to(torch.bfloat16, memory_format=torch.channels_last)

@@ -37,7 +37,7 @@ from resnet_fused.kernels.norm_backward import (
     merge_sums,
 )
 from resnet_fused.kernels.norm_pool import batch_norm_pool, batch_norm_pool_backward
-from resnet_fused.kernels.squeeze import gate_gradient, squeeze, squeeze_gradient
+from resnet_fused.kernels.squeeze import gate_gradient, image_means, squeeze, squeeze_gradient
 from resnet_fused.modules import BasicBlock, Bottleneck, PaddedShortcut, PreActBlock, PreActBottleneck
 from resnet_fused.plan.problem import Request, Tiles
 
@@ -137,6 +137,10 @@ CONV_MOMENTS = (
 SQUEEZE = (
     *(("expand", ""), ("deep", ""), ("projection", ""), ("last", "prologue"), ("expand", "prologue")),
     *(("expand", "boxes"), ("middle", "boxes"), ("deep", "boxes")),
+)
+CONV_GATE = (
+    *(("expand", "residual"), ("deep", "residual"), ("expand", ""), ("deep", "padded residual")),
+    *(("expand", "residual, silu"), ("groups", ""), ("middle", "")),
 )
 GATE = (("expand", ""), ("deep", "two norms"), ("expand", "two norms, silu"))
 CONV_DGRAD = (
@@ -339,6 +343,44 @@ def _check_conv_forward(layer: CheckLayer, variant: str, draw: Draw) -> Comparis
         if residual is not None:
             z = z + _materialized(residual, layer.co, t)
         return {"y": reference.activate(z, activation)}
+
+    return Comparison(ours, expected)
+
+
+def _check_conv_gate(layer: CheckLayer, variant: str, draw: Draw) -> Comparison:
+    """Inference: convolution, batch norm, gate, residual and activation in one launch, in every kind of tile.
+
+    And the means of images of what there is without gate and residual.
+    """
+    x, w, problem = draw.activations(layer.input), draw.filter(layer), _problem(layer, draw)
+    mean, var = draw.normal(layer.co), draw.uniform(0.5, 1.5, layer.co)
+    norm = Norm(mean, var, draw.normal(layer.co), draw.normal(layer.co), 1e-5)
+    gate, residual = draw.uniform(0.2, 1, layer.n, layer.co).to(draw.dtype), _residual(layer, variant, draw)
+    shared: dict[str, Any] = {"geometry": layer.geometry, "norm": norm, "activation": _act(variant), "tf32": draw.tf32}
+    tiles = [None, *(tile for tile in _box_tiles(problem) if tile.box is not None), *_split_tiles(problem)]
+
+    def ours() -> Results:
+        results: Results = {}
+        for tile in tiles:
+            results[f"z, {tile}"] = conv_forward(x, w, gate=gate, residual=residual, config=tile, **shared)
+            if tile is None or tile.splits == 1:
+                y, moments = conv_forward_moments(x, w, by_image=True, config=tile, **shared)
+                results |= {f"y, {tile}": y, f"means, {tile}": image_means(moments, draw.dtype)}
+        return results
+
+    def expected(t: torch.dtype, ours: Results) -> Results:
+        y = F.conv2d(x.to(t), w.to(t), None, *layer.geometry)
+        mean, var, gamma, beta = (v.to(_wide(t)) for v in norm[:4] if v is not None)
+        v = F.batch_norm(y.to(_wide(t)), mean, var, gamma, beta, eps=norm.eps).to(t)
+        z, y = v * gate.to(t)[:, :, None, None], reference.activate(v, _act(variant))
+        if residual is not None:
+            z = z + _materialized(residual, layer.co, t)
+        z = reference.activate(z, _act(variant))
+        results = {f"{name}, {tile}": value for tile in tiles for name, value in (("z", z), ("y", y))}
+        for tile in tiles:
+            if f"y, {tile}" in ours:
+                results[f"means, {tile}"] = ours[f"y, {tile}"].to(_wide(t)).mean((2, 3), keepdim=True).to(t)
+        return {name: results[name] for name in ours}
 
     return Comparison(ours, expected)
 
@@ -863,6 +905,7 @@ def cases(device_type: str) -> list[CheckCase]:
         ("conv_forward, boxes", partial(_check_conv_tiles, _box_tiles), CONV_BOX, True),
         ("conv_forward, split", partial(_check_conv_tiles, _split_tiles), CONV_SPLIT, True),
         ("conv_forward, wide", partial(_check_conv_tiles, _wide_tiles), CONV_WIDE, True),
+        ("conv_forward, gate", _check_conv_gate, CONV_GATE, True),
         ("conv_pool", _check_conv_pool, [("stem", "")], True),
         ("chain_forward", _check_chain, CHAIN, True),
         ("conv_forward_moments", _check_conv_moments, CONV_MOMENTS, True),
