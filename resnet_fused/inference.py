@@ -466,9 +466,13 @@ class TritonConv(nn.Module):
             if stats is not None:
                 x = ops.join_forward(x, stats, None, None, None, 1, 0, self.before.code, x.dtype)
             return self._aten(x, residual, gate, activation)
-        x = channels_last(x.resolve_neg())
-        if residual is not None:
-            residual = channels_last(residual.resolve_neg())
+        residual = None if residual is None else channels_last(residual.resolve_neg())
+        return self._launched(channels_last(x.resolve_neg()), residual, stats, gate, activation)
+
+    def _launched(
+        self, x: Tensor, residual: Tensor | None, stats: Tensor | None, gate: Tensor | None, activation: Activation
+    ) -> Any:
+        """By whom the plan chooses, of what :meth:`_launches` takes; both are channels_last."""
         relu = activation == RELU and stats is None and gate is None
         implementation, code = self._planned(x, residual=residual is not None, relu=relu)
         if implementation == "eager" and stats is None:

@@ -567,8 +567,8 @@ MUTATIONS = [
     ),
     Mutation(
         "resnet_fused/inference.py",
-        "keeps = residual is None or self.accumulates",
-        "keeps = residual is None",
+        "if residual is not None and not self.accumulates:",
+        "if residual is not None:",
         "tests/test_inference.py -k residual_of_another_kind",
     ),
     Mutation(
@@ -1751,8 +1751,8 @@ MUTATIONS = [
     ),
     Mutation(
         "resnet_fused/inference.py",
-        "return self._pool(x) if self._launches(x, residual) else self._aten(_cast(x, self.weight), residual)",
-        "return self._pool(x)",
+        "launches = self._launches(x, residual)",
+        "launches = True",
         "tests/test_inference.py -k pool_along",
     ),
     Mutation(
@@ -1836,8 +1836,8 @@ MUTATIONS = [
     ),
     Mutation(
         "resnet_fused/inference.py",
-        "return unit if unit.activation == RELU and not unit.pooled",
-        "return unit if not unit.pooled",
+        "return unit if unit.activation == RELU and plain else None",
+        "return unit if plain else None",
         "tests/test_chains.py -k without_a_relu",
     ),
     Mutation(
@@ -1848,8 +1848,8 @@ MUTATIONS = [
     ),
     Mutation(
         "resnet_fused/inference.py",
-        "relu = self.activation == RELU and stats is None",
-        "relu = stats is None",
+        "relu = activation == RELU and stats is None and",
+        "relu = stats is None and",
         "tests/test_inference.py -k never_cudnns",
     ),
     Mutation(
@@ -1962,8 +1962,8 @@ MUTATIONS = [
     ),
     Mutation(
         "resnet_fused/inference.py",
-        "self.activation == RELU and stats is None\n",
-        "self.activation == RELU\n",
+        "activation == RELU and stats is None and gate is None",
+        "activation == RELU and gate is None",
         "tests/test_inference.py -k mixed_behind_a_front",
     ),
     Mutation(
