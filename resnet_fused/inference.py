@@ -479,8 +479,7 @@ class TritonConv(nn.Module):
             return self._aten(x, residual, gate, activation)
         norm = self.mean, self.var, self.gamma, self.beta, self.eps
         if stats is not None or self.norm is None:
-            after = activation.code, residual, code
-            return ops.preact_conv(x, stats, self.weight, self.before.code, *norm, *after)
+            return ops.preact_conv(x, stats, self.weight, self.before.code, *norm, activation.code, residual, code)
         if implementation == "cudnn" and (residual is None or residual.dtype == x.dtype):
             if self._folded is None or self._folded[0].device != x.device:  # a replica's is that of the original
                 self._folded = self._fold()
