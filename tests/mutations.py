@@ -561,8 +561,8 @@ MUTATIONS = [
     ),
     Mutation(
         "resnet_fused/inference.py",
-        " x = channels_last(x.resolve_neg())",
-        " x = channels_last(x)",
+        "return self._launched(channels_last(x.resolve_neg()),",
+        "return self._launched(channels_last(x),",
         "tests/test_inference.py -k negative_bit",
     ),
     Mutation(
