@@ -1986,6 +1986,27 @@ def test_gates_go_into_the_pass_that_adds(kind, dtype):
 
 
 @interpreted
+def test_a_front_before_a_gate_runs_by_itself():
+    """The convolution that reads the norm is squeezed, and does not compute that norm."""
+
+    class Block(nn.Module):
+        def __init__(self, stride: int) -> None:
+            super().__init__()
+            self.bn, self.conv, self.bn2 = nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1, stride, bias=False), nn.BatchNorm2d(8)
+            self.se = timm.layers.SEModule(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.se(self.bn2(self.conv(torch.relu(self.bn(x)))))
+
+    for stride in (1, 2):
+        model, x = _drawn(Block(stride)), torch.randn(2, 8, 4, 6)
+        with implementation("triton"):
+            frozen = optimize_for_inference(model)
+            assert sum(isinstance(m, inference.TritonGate) for m in frozen.modules()) == 1
+            _check(frozen, model, x)
+
+
+@interpreted
 def test_a_model_with_gates_keeps_its_keys_and_takes_new_weights():
     models, x = [_drawn(_Gates("own")) for _ in range(2)], torch.randn(1, 8, 4, 4)
     with implementation("triton"):
