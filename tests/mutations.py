@@ -2521,10 +2521,4 @@ MUTATIONS = [
         "if False:",
         "tests/test_squeeze.py -k no_image",
     ),
-    Mutation(
-        "resnet_fused/inference.py",
-        "geometry = None if part.squeezes else part.geometry",
-        "geometry = part.geometry",
-        "tests/test_inference.py -k front_before_a_gate",
-    ),
 ]
