@@ -35,6 +35,8 @@ class Activation(NamedTuple):
     @property
     def code(self) -> str:
         """As a string, for the schema of an operator; :func:`decode` is the inverse."""
+        if not self.numbers:  # at once, since every launch asks
+            return self.name
         return " ".join([self.name, *[repr(float(number)) for number in self.numbers]])
 
     def require(self) -> None:
