@@ -688,7 +688,8 @@ def _within_images(problem: ConvProblem, tile: TileConfig) -> TileConfig:
     block_m = min(tile.block_m, max(64, triton.next_power_of_2(problem.p * problem.q)))
     products = problem.dtype == torch.float32 and not problem.tf32
     registers = 168 if products and problem.prologue and problem.arch in (86, 89, 120) else tile.max_registers
-    if (problem.arch == 80 or (problem.arch == 90 and products)) and triton.__version__.startswith("3.6."):
+    tight = problem.arch in (80, 86, 89) or (problem.arch == 90 and products)
+    if tight and triton.__version__.startswith("3.6."):
         registers = registers or 255
     return replace(tile, block_m=block_m, max_registers=registers)
 
