@@ -2463,8 +2463,14 @@ MUTATIONS = [
     ),
     Mutation(
         "resnet_fused/inference.py",
-        "geometry = None if part.squeezes else part.geometry",
-        "geometry = part.geometry",
+        "geometry = None if part.squeezes or part.pooled else part.geometry",
+        "geometry = None if part.pooled else part.geometry",
         "tests/test_inference.py -k front_before_a_gate",
+    ),
+    Mutation(
+        "resnet_fused/inference.py",
+        "geometry = None if part.squeezes or part.pooled else part.geometry",
+        "geometry = None if part.squeezes else part.geometry",
+        "tests/test_inference.py -k front_before_a_pool",
     ),
 ]
