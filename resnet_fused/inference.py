@@ -1303,7 +1303,7 @@ def _reads_behind(graph: fx.GraphModule, reader: fx.Node, read: fx.Node, norm: n
     part: Any = graph.get_submodule(str(reader.target))
     geometry = _geometry_alone(part)
     if isinstance(part, TritonConv) and part.conv_bias is None and (part.norm is None or len(reader.args) == 1):
-        geometry = None if part.squeezes or part.averages else part.geometry
+        geometry = None if part.squeezes or part.averages or part.pooled else part.geometry
     if geometry is None or part.weight.shape[2:] != (1, 1) or eligible.is_frozen(norm):
         return False
     return _folds(norm, part.weight[0, :, 0, 0])  # of a filter in groups, these are not all channels

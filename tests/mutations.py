@@ -2415,8 +2415,8 @@ MUTATIONS = [
     ),
     Mutation(
         "resnet_fused/inference.py",
-        "geometry = None if part.squeezes or part.averages else part.geometry",
-        "geometry = part.geometry",
+        "geometry = None if part.squeezes or part.averages or part.pooled else part.geometry",
+        "geometry = None if part.pooled else part.geometry",
         "tests/test_inference.py -k front_before_a_gate",
     ),
     Mutation(
@@ -2520,5 +2520,11 @@ MUTATIONS = [
         "if unit.out[0] == 0:",
         "if False:",
         "tests/test_squeeze.py -k no_image",
+    ),
+    Mutation(
+        "resnet_fused/inference.py",
+        "geometry = None if part.squeezes or part.averages or part.pooled else part.geometry",
+        "geometry = None if part.squeezes or part.averages else part.geometry",
+        "tests/test_inference.py -k front_before_a_pool",
     ),
 ]

@@ -2018,6 +2018,17 @@ def test_a_front_before_a_gate_runs_by_itself():
 
 
 @interpreted
+def test_a_front_before_a_pool_runs_by_itself():
+    """What convolves and pools in one does not compute the norm that it reads."""
+    stem = nn.Conv2d(8, 16, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(3, 2, 1)
+    model, x = _drawn(nn.Sequential(nn.BatchNorm2d(8), nn.ReLU(), *stem)), torch.randn(2, 8, 6, 6)
+    with implementation("triton"):
+        frozen = optimize_for_inference(model)
+        assert [unit.pooled for unit in frozen.modules() if isinstance(unit, TritonConv)] == [True]
+        _check(frozen, model, x)
+
+
+@interpreted
 def test_means_that_two_gates_read_and_a_unit_that_something_else_reads_too():
     class Block(nn.Module):
         def __init__(self) -> None:
