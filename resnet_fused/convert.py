@@ -193,20 +193,20 @@ class ConvertedUnits(Converted):
         return _why_unlike(self, self._conversion.seen)
 
 
-def _why_unlike(module: nn.Module, seen: tuple[tuple[str, _Seen], ...]) -> str | None:
-    """Why ``module``, or one inside that is seen through, is not as it was ``seen`` by its name, or None."""
-    if not seen:
+def _why_unlike(module: nn.Module, known: tuple[tuple[str, _Seen], ...]) -> str | None:
+    """Why ``module``, or one inside that is seen through, is not as it is ``known`` by its name, or None."""
+    if not known:
         return "it was never recognised"
-    for name, known in seen:
+    for name, seen in known:
         try:
             part: nn.Module = descendant(module, name) if name else module
         except KeyError:
             return f"it has no submodule {name} any more"
-        if name and (own_class(part) is not known.kind or eligible.hooked(part)):
+        if name and (own_class(part) is not seen.kind or eligible.hooked(part)):
             return f"{name} is not what was recognised, or hooks are registered on it"
-        if _children(part) != known.children:
+        if _children(part) != seen.children:
             return "its submodules are not those that were recognised"
-        if (reason := _why_changed(part, known.plain)) is not None:
+        if (reason := _why_changed(part, seen.plain)) is not None:
             return reason
     return None
 

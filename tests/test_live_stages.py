@@ -178,6 +178,31 @@ class Two(Stage):
         return super().forward(x) * scale
 
 
+class Tupled(Stage):
+    def forward(self, x):
+        return (super().forward(x),)
+
+
+class Ticking(Stage):
+    """Calls something on nothing."""
+
+    class Clock(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.hand = nn.Identity()
+
+        def forward(self):
+            self.hand.ticks = 1
+
+    def __init__(self):
+        super().__init__()
+        self.clock = self.Clock()
+
+    def forward(self, x):
+        self.clock()
+        return super().forward(x)
+
+
 class Passing(Stage):
     def forward(self, x):
         return x
@@ -191,7 +216,9 @@ class Elsewhere(Stage):
         self.head = nn.Linear(1, 1)
 
 
-@pytest.mark.parametrize("kind", [Doubling, Adding, Between, Listing, Writing, Sized, Trained, Two, Passing, Elsewhere])
+@pytest.mark.parametrize(
+    "kind", [Doubling, Adding, Between, Listing, Writing, Sized, Trained, Two, Tupled, Ticking, Passing, Elsewhere]
+)
 def test_others_are_left_alone(kind):
     model, fused, x = fused_pair(kind)
     assert type(fused) is kind
