@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from inspect import signature
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from types import FunctionType
 from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
@@ -36,7 +36,7 @@ from resnet_fused.modules import (
 )
 from resnet_fused.pieces import Piece, UnitsLayout
 from resnet_fused.plan import checked
-from resnet_fused.recognise import has_units, is_container, recognise, recognise_stem
+from resnet_fused.recognise import has_units, is_container, recognise, recognise_stage, recognise_stem
 from resnet_fused.traced import INTERNAL, is_plain, own_class
 
 Filter = Callable[[str, nn.Module], bool]
@@ -49,14 +49,16 @@ _CLAIMED = (
     *(*_STATE, "original", "described", "why_eager", "why_unfusable", "is_stale", "eager_forward"),
     *("title", "forward_ahead", "_infer", "_launched", "_repetition", "_run", "_resolve", "_chain", "_piece"),
     *("_repeated", "_repetition_of", "_why_apart", "_layer", "_shortcut", "_unit", "_why_here", "_why_stale"),
+    "_called",
 )
 
 
 class _Conversion(NamedTuple):
-    """What is known of a converted module. ``memory``: see :class:`FusedBlock`; ``layout``: None for a sequence.
+    """What is known of a converted module. ``memory``: see :class:`FusedBlock`.
 
-    ``kinds``: names and types of its submodules when it was recognised; ``plain``: its plain attributes; ``seen``: of
-    a module with units, what is known of itself and of the modules inside that are seen through, by their names;
+    ``layout``: None for a sequence or a stage; ``kinds``: names and types of its submodules when it was recognised;
+    ``plain``: its plain attributes; ``seen``: of a module with units, or a stage, what is known of itself and of the
+    modules inside that are seen through, by their names; ``calls``: the names of the modules that a stage calls;
     ``name``: its own, in the model that was fused.
     """
 
@@ -65,6 +67,7 @@ class _Conversion(NamedTuple):
     kinds: tuple[Any, ...] = ()
     plain: tuple[tuple[str, Any], ...] = ()
     seen: tuple[tuple[str, _Seen], ...] = ()
+    calls: tuple[str, ...] = ()
     name: str = ""
 
 
@@ -187,20 +190,25 @@ class ConvertedUnits(Converted):
         return None
 
     def _why_stale(self) -> str | None:
-        if not self._conversion.seen:
-            return "it was never recognised"
-        for name, seen in self._conversion.seen:
-            try:
-                part: nn.Module = descendant(self, name) if name else self
-            except KeyError:
-                return f"it has no submodule {name} any more"
-            if name and (own_class(part) is not seen.kind or eligible.hooked(part)):
-                return f"{name} is not what was recognised, or hooks are registered on it"
-            if _children(part) != seen.children:
-                return "its submodules are not those that were recognised"
-            if (reason := _why_changed(part, seen.plain)) is not None:
-                return reason
-        return None
+        return _why_unlike(self, self._conversion.seen)
+
+
+def _why_unlike(module: nn.Module, known: tuple[tuple[str, _Seen], ...]) -> str | None:
+    """Why ``module``, or one inside that is seen through, is not as it is ``known`` by its name, or None."""
+    if not known:
+        return "it was never recognised"
+    for name, seen in known:
+        try:
+            part: nn.Module = descendant(module, name) if name else module
+        except KeyError:
+            return f"it has no submodule {name} any more"
+        if name and (own_class(part) is not seen.kind or eligible.hooked(part)):
+            return f"{name} is not what was recognised, or hooks are registered on it"
+        if _children(part) != seen.children:
+            return "its submodules are not those that were recognised"
+        if (reason := _why_changed(part, seen.plain)) is not None:
+            return reason
+    return None
 
 
 def _children(module: nn.Module) -> tuple[tuple[str, bool], ...]:
@@ -386,34 +394,48 @@ class ConvertedBlocks(Converted):
         if tracing or not isinstance(input, Tensor):
             return self.eager_forward(input)
         if torch.is_grad_enabled():
-            return self._run(input)[0] if any(map(is_norm_first, self._modules.values())) else self.eager_forward(input)
+            called = self._called()
+            return self._run(input, called)[0] if any(map(is_norm_first, called)) else self.eager_forward(input)
         situation = functional.situation(input)
         known = _apart.get(self)
-        if known is not None and situation in known:
+        if (known is not None and situation in known) or not (called := self._called()):
             return self.eager_forward(input)
-        z, apart = self._run(input)
+        z, apart = self._run(input, called)
         if apart:
             _apart[self] = {situation, *(known if known is not None and len(known) < KEPT_LAYOUTS else ())}
         return z
 
     def why_eager(self, x: Tensor) -> str | None:
         """That of the first of its blocks."""
-        blocks = [child for child in self._modules.values() if runs_fused(child)]
+        blocks = [child for child in self._called() if runs_fused(child)]
         return cast(FusedBlock, blocks[0]).why_eager(x) if blocks else "it has no fused block any more"
 
-    def _run(self, x: Tensor) -> tuple[Tensor, bool]:
-        """What the blocks return, one behind the other, and whether the plan has each unit of theirs by itself."""
-        children = cast(list[Any], list(self._modules.values()))
+    def _called(self) -> list[Any]:
+        """The modules that its own forward calls, one behind the other; none if that is not known any more."""
+        return list(self._modules.values())
+
+    def _run(self, x: Tensor, called: list[Any]) -> tuple[Tensor, bool]:
+        """What those ``called`` return in the end, and whether the plan has each unit of theirs by itself."""
         known = is_norm_first if torch.is_grad_enabled() else runs_fused
-        blocks = [child if known(child) and not eligible.answered(child) else None for child in children]
+        blocks = [child if known(child) and not eligible.answered(child) else None for child in called]
         ran, apart = functional.Ran(x), True
-        for child, block, following in zip(children, blocks, [*blocks[1:], None], strict=True):
+        for child, block, following in zip(called, blocks, [*blocks[1:], None], strict=True):
             if block is None:
                 ran = functional.Ran(child(ran.z), apart=not runs_fused(child))
             else:
                 ran = _looked_at(block, ran, following)
             apart = apart and ran.apart
         return ran.z, apart
+
+
+class ConvertedStage(ConvertedBlocks):
+    """A converted module whose own forward calls its blocks as a sequence would: they share launches as there."""
+
+    def _called(self) -> list[Any]:
+        return [] if self.is_stale() else [descendant(self, name) for name in self._conversion.calls]
+
+    def _why_stale(self) -> str | None:
+        return _why_unlike(self, self._conversion.seen)
 
 
 def _looked_at(block: FusedBlock, before: functional.Ran, following: FusedBlock | None) -> functional.Ran:
@@ -435,7 +457,7 @@ def _layer(run: Sequence[Any]) -> eligible.Layer:
     return eligible.Layer(run[0], run[1], IDENTITY if len(run) == 2 else eligible.activation_of(run[2]) or IDENTITY)
 
 
-_KINDS = ConvertedSequential, ConvertedBlocks, ConvertedStem, ConvertedUnits, ConvertedBlock
+_KINDS = ConvertedSequential, ConvertedStage, ConvertedBlocks, ConvertedStem, ConvertedUnits, ConvertedBlock
 _classes: dict[tuple[type, type], type] = {}
 
 
@@ -445,7 +467,7 @@ def _converted(kind: type[Converted], original: type[nn.Module]) -> type[Convert
     if key not in _classes:
         attributes: dict[str, Any] = {"original": original, "__module__": __name__, "__doc__": kind.__doc__}
         _, parameter = signature(original.forward).parameters
-        if parameter != "x" and kind not in (ConvertedSequential, ConvertedBlocks):
+        if parameter != kind.forward.__code__.co_varnames[1]:
             attributes["forward"] = _taking(kind.forward, parameter)
         if original.__new__ is not object.__new__:  # FSDP's looks among the bases for what a slice is made of
             attributes["__new__"] = lambda _, *args, **named: original.__new__(original, *args, **named)
@@ -566,8 +588,8 @@ def fuse(
     with _restored_on_error(list(model.modules())):
         for block in changed:
             _swap(block, memory)
-        for sequence in [part for part in model.modules() if _holds_chains(part)]:
-            _become(sequence, ConvertedBlocks, _Conversion(memory))
+        for part in list(model.modules()):
+            _let_share(part, memory)
     if len(found) == len(refused):
         reasons = "; ".join(sorted({str(f.verdict) for f in refused})) or "no residual block was recognised"
         warnings.warn(f"nothing was fused: {reasons}", UserWarning, stacklevel=2)
@@ -635,9 +657,9 @@ def _judged(module: nn.Module, verdicts: dict[nn.Module, Verdict]) -> Verdict:
         return cast(Verdict, module.described()[0])
     if isinstance(module, _ConvNd) or not any(isinstance(part, _ConvNd) for part in module.modules()):
         return None
-    if not isinstance(module, Converted) and (taken := [name for name in _CLAIMED if hasattr(module, name)]):
+    if taken := _taken(module):
         return f"it has an attribute {taken[0]!r} of its own"
-    if type(module).forward in (nn.Sequential.forward, ConvertedBlocks.forward):
+    if own_class(module).forward is nn.Sequential.forward:
         children = list(module._modules.values())
         return any(_run_length(children[i : i + 3]) for i in range(len(children))) or None
     if (stem := recognise_stem(module)) is not None:
@@ -729,14 +751,39 @@ def _become(module: nn.Module, kind: type[Converted], state: _Conversion) -> Non
     module.__class__ = _converted(kind, type(module))
 
 
-def _holds_chains(module: nn.Module) -> bool:
-    """Whether ``module`` is a plain sequence of which a block may share a launch with what comes behind it."""
-    if type(module).forward is not nn.Sequential.forward or any(hasattr(module, name) for name in _CLAIMED):
-        return False
-    children = list(module._modules.values())
-    return any(map(_ends_pointwise, children)) or any(
-        is_norm_first(child) and is_norm_first(following) for child, following in pairwise(children)
-    )
+def _let_share(module: nn.Module, memory: str) -> None:
+    """Swap the class of ``module`` if it calls blocks one behind the other of which some may share launches."""
+    if (isinstance(module, FusedBlock) and not isinstance(module, ConvertedStage)) or _foreign(module):
+        return
+    if type(module).forward is nn.Sequential.forward:
+        if _may_share(module._modules.values()) and not _taken(module):
+            _become(module, ConvertedBlocks, _Conversion(memory))
+        return
+    held = list(_held(module))
+    if not (_may_share(held) and all(part._modules for part in held)) or _taken(module):
+        return
+    calls = recognise_stage(module)
+    if _may_share(map(module.get_submodule, calls)):
+        around = dict.fromkeys(path for call in calls for path in accumulate(call.split(".")[:-1], "{}.{}".format))
+        seen = tuple([(path, _seen(module.get_submodule(path))) for path in ("", *around)])
+        _become(module, ConvertedStage, _Conversion(memory, seen=seen, calls=calls))
+
+
+def _taken(module: nn.Module) -> list[str]:
+    """The names of ours that a stranger's ``module`` has attributes of."""
+    return [] if isinstance(module, Converted) else [name for name in _CLAIMED if hasattr(module, name)]
+
+
+def _may_share(modules: Iterable[nn.Module | None]) -> bool:
+    """Whether one of the ``modules`` may share a launch with what is called behind it."""
+    called = list(modules)
+    return any(map(_ends_pointwise, called)) or any(is_norm_first(a) and is_norm_first(b) for a, b in pairwise(called))
+
+
+def _held(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules that ``module`` holds, itself or in containers."""
+    for child in module.children():
+        yield from _held(child) if is_container(child) else (child,)
 
 
 def _ends_pointwise(block: nn.Module | None) -> bool:

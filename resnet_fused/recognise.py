@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -137,6 +138,20 @@ def _is_watched(module: nn.Module) -> bool:
     return "forward" in vars(module) or eligible.hooked(module) or parametrize.is_parametrized(module)
 
 
+def recognise_stage(module: nn.Module) -> tuple[str, ...]:
+    """The names of the modules that ``module`` calls, if all that it does is to call one on the result of the other.
+
+    Its own forward is traced as by :func:`recognise`, but for what it calls. Else there are none.
+    """
+    try:
+        graph = forward_of(module, frozenset())
+    except Untraceable:
+        return ()
+    calls = list(_calls(graph))
+    _, *nodes, output = graph.nodes
+    return tuple(str(call.target) for call in calls) if nodes == calls and output.args == (*calls[-1:],) else ()
+
+
 NETWORKS = (
     ("torchvision.models.resnet", "ResNet"),
     ("timm.models.resnet", "ResNet"),
@@ -166,16 +181,21 @@ def recognise_stem(module: nn.Module) -> StemLayout | None:
 
 
 def _match_stem(module: nn.Module, graph: fx.Graph) -> StemLayout | None:
+    parts = [str(call.target) for call in _calls(graph)]
+    for i, part in enumerate(parts):
+        if eligible.why_not_pooled(module.get_submodule(part)) is None:
+            return _stem(module, parts[:i], part)
+    return _stem(module, parts[:3], None)
+
+
+def _calls(graph: fx.Graph) -> Iterator[fx.Node]:
+    """The calls of modules from the input on, each on the result of the one before, which nothing else reads."""
     before = next(node for node in graph.nodes if node.op == "placeholder")
-    parts: list[str] = []
     while len(before.users) == 1 and (node := next(iter(before.users))).op == "call_module":
         if node.args != (before,) or node.kwargs:
-            break
-        parts.append(str(node.target))
-        if eligible.why_not_pooled(module.get_submodule(parts[-1])) is None:
-            return _stem(module, parts[:-1], parts[-1])
+            return
+        yield node
         before = node
-    return _stem(module, parts[:3], None)
 
 
 def _stem(module: nn.Module, unit: list[str], pool: str | None) -> StemLayout | None:

@@ -22,6 +22,7 @@ class Mutation(NamedTuple):
 
 AUTOGRAD = "tests/test_autograd.py"
 LIVE_CHAINS, TUNED_CHAINS = "tests/test_live_chains.py", "tests/test_tuned_chains.py"
+LIVE_STAGES = "tests/test_live_stages.py"
 
 CHAIN, CHAIN_TESTS = "kernels/chain_forward.py", "tests/kernels/test_chain_forward.py"
 
@@ -2289,7 +2290,7 @@ MUTATIONS = [
     ),
     Mutation(
         "resnet_fused/convert.py",
-        "self._run(input)[0] if any(map(is_norm_first, self._modules.values())) else self",
+        "self._run(input, called)[0] if any(map(is_norm_first, called)) else self",
         "self",
         f"{PREACT} -k hands_the_moments",
     ),
@@ -2526,5 +2527,47 @@ MUTATIONS = [
         "geometry = None if part.squeezes or part.averages or part.pooled else part.geometry",
         "geometry = None if part.squeezes or part.averages else part.geometry",
         "tests/test_inference.py -k front_before_a_pool",
+    ),
+    Mutation(
+        "resnet_fused/convert.py",
+        "return [] if self.is_stale() else [descendant(",
+        "return [descendant(",
+        f"{LIVE_STAGES} -k changes_are",
+    ),
+    Mutation(
+        "resnet_fused/convert.py",
+        "if not (_may_share(held) and all(part._modules for part in held)) or _taken(module):",
+        "if not _may_share(held) or _taken(module):",
+        f"{LIVE_STAGES} -k left_alone",
+    ),
+    Mutation(
+        "resnet_fused/convert.py",
+        "        _become(module, ConvertedStage, _Conversion(memory, seen=seen, calls=calls))",
+        "        _become(module, ConvertedStage, _Conversion(memory, seen=seen[:1], calls=calls))",
+        f"{LIVE_STAGES} -k changes_are",
+    ),
+    Mutation(
+        "resnet_fused/convert.py",
+        "_KINDS = ConvertedSequential, ConvertedStage, ConvertedBlocks,",
+        "_KINDS = ConvertedSequential, ConvertedBlocks, ConvertedStage,",
+        f"{LIVE_STAGES} -k pickles",
+    ),
+    Mutation(
+        "resnet_fused/convert.py",
+        "if parameter != kind.forward.__code__.co_varnames[1]:",
+        'if parameter != "x" and not issubclass(kind, ConvertedBlocks):',
+        f"{LIVE_STAGES} -k keeps_its_name",
+    ),
+    Mutation(
+        "resnet_fused/recognise.py",
+        "if nodes == calls and output.args == (*calls[-1:],) else",
+        "if output.args == (*calls[-1:],) else",
+        f"{LIVE_STAGES} -k left_alone",
+    ),
+    Mutation(
+        "resnet_fused/recognise.py",
+        "if nodes == calls and output.args == (*calls[-1:],) else",
+        "if nodes == calls else",
+        f"{LIVE_STAGES} -k left_alone",
     ),
 ]
