@@ -447,9 +447,9 @@ def _observe(
             if training and args[0].requires_grad:
                 args[0].register_hook(lambda _, stem=stem: start(stem, "backward"))
         start(module, "forward")
-        problems[module] = len(planned), len(refused)
         if isinstance(module, FusedBlock | Called) and (reason := module.why_eager(*args)) is not None:
             rows[module].implementation, rows[module].reason = "eager", reason
+        problems[module] = len(planned), len(refused)  # behind the question, which may plan units itself
 
     def leave(module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
         if isinstance(module, ConvertedStem) and len(spans[module, "forward"]) == 2:
