@@ -84,6 +84,10 @@ class TestCount:
             (OURS[1], "resnet50", BACKWARD, 256, 477, 360.6),
             (BASELINE, "resnet18", FORWARD, 32, 68, 37.4),
             (OURS[0], "resnet18", FORWARD, 32, 23, 10.7),
+            (BASELINE, "resnet50_v2", FORWARD, 32, 170, 154.1),
+            (OURS[0], "resnet50_v2", FORWARD, 32, 74, 58.7),
+            (BASELINE, "resnet50_v2", BACKWARD, 256, 391, 365.0),
+            (OURS[0], "resnet50_v2", BACKWARD, 256, 441, 293.3),
         ],
     )
     def test_whole_models_are_those_of_the_results(self, peer, model, phase, batch, launches, megabytes):
