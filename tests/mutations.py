@@ -2432,6 +2432,24 @@ MUTATIONS = [
         "tests/test_squeeze.py -k hook_saw",
     ),
     Mutation(
+        "resnet_fused/engine/eligible.py",
+        'padding_mode"], norm["eps"], inside, layer.activation',
+        'padding_mode"], norm["eps"], layer.activation',
+        "tests/test_replay.py -k activation_in_a_norm",
+    ),
+    Mutation(
+        "resnet_fused/engine/eligible.py",
+        'norm["_modules"] and why_inside(layer.bn) is not None:',
+        "False:",
+        "tests/test_replay.py -k activation_in_a_norm",
+    ),
+    Mutation(
+        "resnet_fused/engine/eligible.py",
+        '(norm["training"] and not frozen) or read[0]',
+        'norm["training"] or read[0]',
+        "tests/test_replay.py -k frozen_norms",
+    ),
+    Mutation(
         "resnet_fused/convert.py",
         "inputs = (x,) if source is None else (x, source)",
         "inputs = (x,)",
