@@ -464,7 +464,7 @@ def _observe(
     looks = (Onlooker(enter), Onlooker(leave)) if together else (enter, leave)
     handles = [h for b in rows for h in (b.register_forward_pre_hook(looks[0]), b.register_forward_hook(looks[1]))]
     if not together:
-        chained = [unit for module in rows if isinstance(module, TritonChain) for unit in module.links]
+        chained = [part for part in model.modules() if isinstance(part, TritonConv) and part not in rows]
         handles += [unit.register_forward_hook(lambda *_: None) for unit in chained]
     try:
         model.train(training)
