@@ -1170,8 +1170,8 @@ def _fuse_chain(graph: fx.GraphModule, node: fx.Node, expand: TritonConv) -> Non
         spatial = None
     if spatial is None and after is None:
         return
-    members = {0: None if spatial is None else before, chains.EXPAND: node, 2: after}
-    members = {place: member for place, member in members.items() if member is not None}
+    three = (None if spatial is None else before, node, after)
+    members: dict[int, fx.Node] = {place: member for place, member in enumerate(three) if member is not None}
     name = f"{node.name}_chain"
     graph.add_submodule(name, TritonChain(tuple(members)))
     with graph.graph.inserting_before(node):
@@ -1186,8 +1186,8 @@ def _fuse_chain(graph: fx.GraphModule, node: fx.Node, expand: TritonConv) -> Non
         graph.graph.erase_node(old)
 
 
-def _links(graph: fx.GraphModule, chain: fx.Node) -> list[TritonConv]:
-    """The units that the graph calls a :class:`TritonChain` with."""
+def _links(graph: nn.Module, chain: fx.Node) -> list[TritonConv]:
+    """The units that the ``graph`` calls a :class:`TritonChain` with."""
     return [cast(TritonConv, graph.get_submodule(str(cast(fx.Node, unit).target))) for unit in chain.args[2:]]
 
 

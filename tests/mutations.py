@@ -2432,6 +2432,12 @@ MUTATIONS = [
         "tests/test_squeeze.py -k hook_saw",
     ),
     Mutation(
+        "resnet_fused/inference.py",
+        'inside |= {f"{node.target}.{name}": part',
+        'inside = {f"{node.target}.{name}": part',
+        "tests/test_inference.py -k 'in_front_go_into'",
+    ),
+    Mutation(
         "resnet_fused/engine/eligible.py",
         'padding_mode"], norm["eps"], inside, layer.activation',
         'padding_mode"], norm["eps"], layer.activation',
