@@ -8,7 +8,7 @@ import pytest
 
 from .measure import BACKWARD, FORWARD
 from .peers import Peer
-from .shapes import BlockCase
+from .shapes import BlockCase, PreActCase
 from .suite import BLOCKS, combinations, run, timed
 
 pytestmark = timed
@@ -16,5 +16,5 @@ pytestmark = timed
 
 @combinations(FORWARD, BACKWARD)
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
-def test_block(benchmark: Any, block: BlockCase, phase: str, peer: Peer) -> None:
+def test_block(benchmark: Any, block: BlockCase | PreActCase, phase: str, peer: Peer) -> None:
     run(benchmark, peer, block, phase)

@@ -9,12 +9,12 @@ import pytest
 from .measure import BACKWARD, FORWARD, STEP
 from .peers import Peer
 from .shapes import NetworkCase
-from .suite import NETWORKS, combinations, run, timed
+from .suite import MODELS, combinations, run, timed
 
 pytestmark = timed
 
 
 @combinations(FORWARD, BACKWARD, STEP)
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", MODELS)
 def test_model(benchmark: Any, name: str, phase: str, peer: Peer) -> None:
     run(benchmark, peer, NetworkCase(name), phase)

@@ -21,6 +21,7 @@ from resnet_fused.commands import check
 from resnet_fused.commands.machine import describe
 from resnet_fused.commands.shared import (
     DTYPES,
+    NETWORKS,
     UserError,
     add_size_argument,
     images,
@@ -34,7 +35,7 @@ from .compare import PeerRow, compare, failed, table
 from .count import counted_gpu
 from .measure import BACKWARD, FORWARD, STEP, WARM_UP, Setting
 from .peers import PEERS, Peer
-from .shapes import MODELS, Case, NetworkCase, layers
+from .shapes import Case, NetworkCase, layers
 
 FILES = ("results.json", "results.csv", "report.html")
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -50,7 +51,7 @@ CLOCKS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``python -m resnet_fused bench``."""
     add = parser.add_argument
-    add("--models", nargs="+", default=["resnet50"], choices=MODELS, metavar="NAME", help=f"of {', '.join(MODELS)}")
+    add("--models", nargs="+", default=["resnet50"], choices=NETWORKS, metavar="NAME", help=f"of {', '.join(NETWORKS)}")
     add("--batch", nargs="+", type=images, metavar="N", help="default: 1 8 on a CPU, 1 32 256 on a GPU")
     add_size_argument(parser)
     add("--dtype", nargs="+", choices=DTYPES, help="default: float32 on a CPU, bfloat16 on a GPU")
@@ -180,7 +181,7 @@ def method(options: argparse.Namespace, device: torch.device) -> dict[str, str]:
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "times": f"medians with quartiles, by {CLOCKS[device.type]}; {WARM_UP} calls to warm up",
         "rounds": "each calls every peer once, in an order that shifts from round to round",
-        "inputs": "random; models with random weights, torchvision's where it has them",
+        "inputs": "random; models with random weights, torchvision's or timm's where they have them",
         "inference": "weights and input in the dtype, without gradients",
         "training": "weights in fp32, under autocast where the dtype has 16 bits; steps with SGD with momentum",
         "counts": "from shapes, nothing is run: every operand of a launch once, parameters in the dtype",

@@ -11,14 +11,14 @@ from .compare import derived, prepare
 from .count import count
 from .measure import PHASES, Setting, Stopwatch, synchronised
 from .peers import PEERS, Peer
-from .shapes import MODELS, BlockCase, LayerCase, blocks, distinct, distinct_blocks, layers
+from .shapes import NETWORKS, BlockCase, LayerCase, PreActCase, blocks, distinct, distinct_blocks, layers
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 BATCH, DTYPE, ROUNDS = (32, torch.bfloat16, 50) if ON_GPU else (1, torch.float32, 5)
 LAYERS: list[LayerCase] = distinct() if ON_GPU else list(layers("resnet20"))
-BLOCKS: list[BlockCase] = distinct_blocks() if ON_GPU else list(blocks("resnet20"))
-NETWORKS: list[str] = list(MODELS) if ON_GPU else ["resnet18", "resnet20"]
+BLOCKS: list[BlockCase | PreActCase] = distinct_blocks() if ON_GPU else list(blocks("resnet20"))
+MODELS: list[str] = list(NETWORKS) if ON_GPU else ["resnet18", "resnet20"]
 
 timed = pytest.mark.benchmark(timer=synchronised, disable_gc=True)
 """Marks a suite: its clock waits for the GPU."""

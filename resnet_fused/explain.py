@@ -447,9 +447,9 @@ def _observe(
             if training and args[0].requires_grad:
                 args[0].register_hook(lambda _, stem=stem: start(stem, "backward"))
         start(module, "forward")
-        problems[module] = len(planned), len(refused)
         if isinstance(module, FusedBlock | Called) and (reason := module.why_eager(*args)) is not None:
             rows[module].implementation, rows[module].reason = "eager", reason
+        problems[module] = len(planned), len(refused)  # behind the question, which may plan units itself
 
     def leave(module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
         if isinstance(module, ConvertedStem) and len(spans[module, "forward"]) == 2:
@@ -464,7 +464,7 @@ def _observe(
     looks = (Onlooker(enter), Onlooker(leave)) if together else (enter, leave)
     handles = [h for b in rows for h in (b.register_forward_pre_hook(looks[0]), b.register_forward_hook(looks[1]))]
     if not together:
-        chained = [unit for module in rows if isinstance(module, TritonChain) for unit in module.links]
+        chained = [part for part in model.modules() if isinstance(part, TritonConv) and part not in rows]
         handles += [unit.register_forward_hook(lambda *_: None) for unit in chained]
     try:
         model.train(training)

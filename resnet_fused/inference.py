@@ -252,7 +252,7 @@ def _fed_from_inside(network: nn.Module) -> Iterator[nn.Module]:
             if node.op != "call_module" or not node.args:
                 continue
             module = part.get_submodule(node.target)
-            layers = module.links if isinstance(module, TritonChain) else [module]
+            layers = _links(part, node) if isinstance(module, TritonChain) else [module]
             yield from layers[1 if _is_input(node.args[0]) else 0 :]
 
 
@@ -639,18 +639,16 @@ class TritonFront(nn.Module):
     """Batch norm, with an activation in it or behind it, of which 1x1 convolutions alone read the result.
 
     Returns what they are to read, and the stats [5, C] by which they compute it on the way in: ``x`` itself; or, where
-    no launch takes it, what the modules make of it, and None. The norm is a child of the graph that calls this, under
-    the name that it has without it. ``activation``: the one behind it.
+    no launch takes it, what the modules make of it, and None. The norm is a child of the graph that calls this with it,
+    under the name that it has without it. ``activation``: the one behind it.
     """
 
-    def __init__(self, norm: nn.Module, activation: Activation) -> None:
+    def __init__(self, activation: Activation) -> None:
         super().__init__()
         self.training = False
-        self.named: tuple[Any] = (norm,)
         self.activation = activation
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        (norm,) = self.named
+    def forward(self, x: Tensor, norm: Any) -> tuple[Tensor, Tensor | None]:
         if not self._launches(x, norm):
             return reference.activate(norm(x), self.activation, inplace=True), None
         held = norm.weight, norm.bias, norm.running_mean, norm.running_var
@@ -671,49 +669,53 @@ class TritonFront(nn.Module):
 class TritonChain(nn.Module):
     """``z = expand(spatial(x), residual)`` and ``y = reduce(z)``, in as few launches as are predicted to be fastest.
 
-    Returns both. ``spatial`` or ``reduce`` may be None: the input takes its place, or there is no ``y``. The units are
-    children of the graph that calls this, under the names that they have without it.
+    Returns both. ``places``: of the three, those that there are among the ``units``. Without ``spatial`` the input
+    takes its place, without ``reduce`` there is no ``y``. The units are children of the graph that calls this with
+    them, under the names that they have without it.
     """
 
-    def __init__(self, spatial: TritonConv | None, expand: TritonConv, reduce: TritonConv | None) -> None:
+    def __init__(self, places: tuple[int, ...]) -> None:
         super().__init__()
         self.training = False
-        self.named = spatial, expand, reduce
-        for unit in self.links:
-            unit.link()
+        self.places = places
 
-    @property
-    def links(self) -> list[TritonConv]:
-        """The units that there are, in order."""
-        return [unit for unit in self.named if unit is not None]
+    def forward(self, x: Tensor, residual: Any, *units: TritonConv) -> tuple[Any, Any]:
+        given = dict(zip(self.places, units, strict=True))
+        members = given.get(0), given[chains.EXPAND], given.get(2)
+        return chains.run(members, _parts(members, units, x, residual), x, residual, _alone, _together)
 
-    def forward(self, x: Tensor, residual: Any) -> tuple[Any, Any]:
-        return chains.run(self.named, self._parts(x, residual), x, residual, _alone, _together)
-
-    def why_eager(self, x: Tensor, *_: Any) -> str | None:
+    def why_eager(self, x: Tensor, residual: Any, first: TritonConv, *_: Any) -> str | None:
         """Why PyTorch's operators run on ``x`` as things stand, or None."""
-        return self.links[0].why_eager(x)
+        return first.why_eager(x)
 
-    def _parts(self, x: Any, residual: Any) -> Parts:
-        """How many units each launch computes, with its tile."""
-        first, *_ = units = self.links
-        x = _cast(x, first.weight) if first.casts else x
-        if eligible.hooked(*units) or not first._launches(x, None) or not self._fits(x, residual):
-            return ((1, None),) * len(units)
-        filters = tuple(None if unit is None else (tuple(unit.weight.shape), unit.geometry) for unit in self.named)
-        return forward.choose_chain(tuple(x.shape), filters, x.dtype, "frozen", x.device, requested()).parts
 
-    def _fits(self, x: Tensor, residual: Any) -> bool:
-        """Whether all is of one dtype and each unit reads what the one before returns."""
-        shape = tuple(x.shape)
-        for unit in self.links:
-            found = _output_shape(torch.Size(shape), unit.weight, unit.geometry)
-            if found is None or not _is_like(unit.weight, x):
-                return False
-            shape = found
-            if unit is self.named[1] and not (_is_like(residual, x) and tuple(residual.shape) == shape):
-                return False
-        return True
+Members = tuple[TritonConv | None, TritonConv, TritonConv | None]
+"""Spatial, expand and reduce of a chain, those that there are."""
+
+
+def _parts(members: Members, units: Sequence[TritonConv], x: Any, residual: Any) -> Parts:
+    """How many of the ``units``, which the ``members`` are, each launch computes, with its tile."""
+    first = units[0]
+    x = _cast(x, first.weight) if first.casts else x
+    if eligible.hooked(*units) or not first._launches(x, None) or not _fits(members, x, residual):
+        return ((1, None),) * len(units)
+    filters = tuple(None if unit is None else (tuple(unit.weight.shape), unit.geometry) for unit in members)
+    return forward.choose_chain(tuple(x.shape), filters, x.dtype, "frozen", x.device, requested()).parts
+
+
+def _fits(members: Members, x: Tensor, residual: Any) -> bool:
+    """Whether all is of one dtype and each unit reads what the one before returns."""
+    shape = tuple(x.shape)
+    for place, unit in enumerate(members):
+        if unit is None:
+            continue
+        found = _output_shape(torch.Size(shape), unit.weight, unit.geometry)
+        if found is None or not _is_like(unit.weight, x):
+            return False
+        shape = found
+        if place == chains.EXPAND and not (_is_like(residual, x) and tuple(residual.shape) == shape):
+            return False
+    return True
 
 
 def _alone(unit: TritonConv, x: Tensor, residual: Tensor | None) -> Tensor:
@@ -1028,7 +1030,7 @@ def _fused(graph: fx.GraphModule, dtype: torch.dtype | None) -> fx.GraphModule:
     for node, unit in units:
         if isinstance(unit, FoldedConv):
             unit.in_place = _owns_residual(graph, node)
-    kept: dict[str, nn.Module] = {str(node.target): unit for node, unit in units if isinstance(unit, TritonConv)}
+    inside: dict[str, nn.Module] = {}
     for node, unit in units:
         if isinstance(unit, TritonConv):
             _fuse_gate(graph, node, unit)
@@ -1038,9 +1040,9 @@ def _fused(graph: fx.GraphModule, dtype: torch.dtype | None) -> fx.GraphModule:
     for node in list(graph.graph.nodes):
         norm = _norm(graph, node)
         if norm is not None and _fuse_front(graph, node, norm, dtype):
-            kept[str(node.target)] = norm
+            inside |= {f"{node.target}.{name}": part for name, part in norm.named_children()}
     graph.delete_all_unused_submodules()
-    for name, part in kept.items():
+    for name, part in inside.items():  # of a norm that nothing calls, they count as unused
         graph.add_submodule(name, part)
     graph.graph.lint()
     graph.recompile()
@@ -1233,17 +1235,25 @@ def _fuse_chain(graph: fx.GraphModule, node: fx.Node, expand: TritonConv) -> Non
         spatial = None
     if spatial is None and after is None:
         return
-    chain = TritonChain(spatial, expand, None if after is None else _unit(graph, after))
+    three = (None if spatial is None else before, node, after)
+    members: dict[int, fx.Node] = {place: member for place, member in enumerate(three) if member is not None}
     name = f"{node.name}_chain"
-    graph.add_submodule(name, chain)
+    graph.add_submodule(name, TritonChain(tuple(members)))
     with graph.graph.inserting_before(node):
-        both = graph.graph.call_module(name, (before if spatial is None else before.args[0], node.args[1]))
+        units = [graph.graph.get_attr(str(member.target)) for member in members.values()]
+        both = graph.graph.call_module(name, (before if spatial is None else before.args[0], node.args[1], *units))
         for i, old in enumerate((node, after)):
             if old is not None:
                 old.replace_all_uses_with(graph.graph.call_function(operator.getitem, (both, i)))
-    for old in (after, node, None if spatial is None else before):
-        if old is not None:
-            graph.graph.erase_node(old)
+    for unit in _links(graph, both):
+        unit.link()
+    for old in reversed(members.values()):
+        graph.graph.erase_node(old)
+
+
+def _links(graph: nn.Module, chain: fx.Node) -> list[TritonConv]:
+    """The units that the ``graph`` calls a :class:`TritonChain` with."""
+    return [cast(TritonConv, graph.get_submodule(str(cast(fx.Node, unit).target))) for unit in chain.args[2:]]
 
 
 def _following(graph: fx.GraphModule, node: fx.Node) -> fx.Node | None:
@@ -1280,9 +1290,9 @@ def _fuse_front(graph: fx.GraphModule, node: fx.Node, norm: nn.Module, dtype: to
     if not all(_pure_between(graph, *span) for span in spans):
         return False
     name = f"{node.name}_front"
-    graph.add_submodule(name, TritonFront(norm, following))
+    graph.add_submodule(name, TritonFront(following))
     with graph.graph.inserting_before(node):
-        both = graph.graph.call_module(name, node.args)
+        both = graph.graph.call_module(name, (*node.args, graph.graph.get_attr(str(node.target))))
         x, stats = (graph.graph.call_function(operator.getitem, (both, i)) for i in (0, 1))
     for reader in readers:
         unit: Any = graph.get_submodule(str(reader.target))

@@ -7,9 +7,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torchvision
 
-from benchmarks.shapes import MODELS, layers
+from benchmarks.shapes import NETWORKS, NetworkCase, layers
 from resnet_fused import explain, fuse
 from resnet_fused.kernels.chain_forward import Chain
 from resnet_fused.plan.decide import decide, decide_chain
@@ -26,7 +25,7 @@ def path(arch: int) -> Path:
 def text(arch: int) -> str:
     """Each distinct layer once, in bf16: what runs it, and the times that the model predicts."""
     lines = [f"sm_{arch}, bfloat16: implementation, and predicted microseconds of each", ""]
-    found = dict.fromkeys(layer for model in MODELS for layer in layers(model))
+    found = dict.fromkeys(layer for model in NETWORKS for layer in layers(model))
     for direction, batches in BATCHES.items():
         for batch in batches:
             for layer in found:
@@ -50,8 +49,10 @@ def text(arch: int) -> str:
             names = ", ".join(link.layer for link in chain.links)
             lines.append(f"{names:<100} {_parts(length for length, _ in plan.parts):<6} {times}")
     if arch == WHOLE:
-        for batch in CHAINED:
-            lines += ["", *network(batch, arch)]
+        for name in ("resnet50", "resnet50_v2"):
+            for batch in CHAINED:
+                lines += ["", *network(name, batch, arch)]
+        lines += ["", *network("resnet50_v2", *BATCHES["training"], arch, training=True)]
     return "\n".join(lines) + "\n"
 
 
@@ -61,19 +62,21 @@ def _parts(lengths: Iterable[int]) -> str:
 
 CHAINED = (1, 32, 256)
 WHOLE = 90
-"""The architecture for which a whole network is planned."""
+"""The architecture for which whole networks are planned."""
 
 
-def network(batch: int, arch: int) -> Iterator[str]:
-    """A fused ResNet-50, live: of each block the launches, its units and their ways, and which of them share one."""
+def network(name: str, batch: int, arch: int, training: bool = False) -> Iterator[str]:
+    """A fused network, live: of each block the launches, its units and their ways, and which of them share one."""
+    case = NetworkCase(name)
     with torch.device("meta"):
-        model = fuse(torchvision.models.resnet50().to(torch.bfloat16, memory_format=torch.channels_last).eval())
-        x = torch.empty(batch, 3, 224, 224, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
-    found = explain(model, x, arch=arch)
+        model = fuse(case.build().to(torch.bfloat16, memory_format=torch.channels_last).eval())
+        x = torch.empty(batch, *case.image, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    found = explain(model, x, arch=arch, training=training)
     total = found.totals()[0].to_dict()
+    step = "a training step, " if training else ""
     yield (
-        f"a fused ResNet-50, {batch} images: {total['launches']} launches, {total['bytes_per_image'] / 1e6:.2f} MB and "
-        f"{total['seconds'] * 1e6 / batch:.2f} us an image predicted"
+        f"a fused {name}, {step}{batch} images: {total['launches']} launches, "
+        f"{total['bytes_per_image'] / 1e6:.2f} MB and {total['seconds'] * 1e6 / batch:.2f} us an image predicted"
     )
     yield ""
     for row in found.rows:

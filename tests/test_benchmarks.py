@@ -23,7 +23,7 @@ from benchmarks.compare import compare
 from benchmarks.count import KINDS, count, kind, least_work, roof
 from benchmarks.measure import BACKWARD, FORWARD, STEP, Setting, Stopwatch, Timing, interleave
 from benchmarks.peers import BASELINE, OURS, PEERS, Peer
-from benchmarks.shapes import BlockCase, LayerCase, NetworkCase
+from benchmarks.shapes import BlockCase, LayerCase, NetworkCase, PreActCase
 from resnet_fused import __version__, implementation, trace
 from resnet_fused.commands import check
 from resnet_fused.commands.shared import Parser, UserError
@@ -36,6 +36,7 @@ ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 LAYER = LayerCase(16, 24, 8, 8, kernel=3, stride=1, padding=1, groups=1)
 BLOCK = BlockCase("bottleneck", 64, 16, 8, 8, 1, 1, 64, "identity")
+PREACT = PreActCase("preact_bottleneck", 64, 128, 8, 8, 2)
 SKIPPED = [peer.name for peer in PEERS.values() if peer.name.startswith(("torch.compile", "OpenVINO", "ONNX"))]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -46,7 +47,7 @@ def setting(case=LAYER, phase=FORWARD, batch=2, dtype=torch.float32) -> Setting:
 
 class TestCount:
     @pytest.mark.parametrize("peer", [BASELINE, OURS[0]], ids=lambda peer: peer.name)
-    @pytest.mark.parametrize("case", [LAYER, BLOCK], ids=lambda case: case.name)
+    @pytest.mark.parametrize("case", [LAYER, BLOCK, PREACT], ids=lambda case: case.name)
     def test_is_what_a_trace_of_real_tensors_sees(self, peer, case):
         work = count(peer, setting(case, BACKWARD))
         model = case.build().train()
@@ -83,6 +84,10 @@ class TestCount:
             (OURS[1], "resnet50", BACKWARD, 256, 477, 360.6),
             (BASELINE, "resnet18", FORWARD, 32, 68, 37.4),
             (OURS[0], "resnet18", FORWARD, 32, 23, 10.7),
+            (BASELINE, "resnet50_v2", FORWARD, 32, 170, 154.1),
+            (OURS[0], "resnet50_v2", FORWARD, 32, 74, 58.7),
+            (BASELINE, "resnet50_v2", BACKWARD, 256, 391, 365.0),
+            (OURS[0], "resnet50_v2", BACKWARD, 256, 441, 293.3),
         ],
     )
     def test_whole_models_are_those_of_the_results(self, peer, model, phase, batch, launches, megabytes):

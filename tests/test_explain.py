@@ -168,6 +168,15 @@ def test_nobody_wants_the_gradient_of_the_image(road):
     assert roofline.compulsory(unit, leaf=True) < roofline.compulsory(unit)
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_units_of_a_pre_activation_block_count_once(training):
+    """Whether it runs is asked beforehand, which plans them too."""
+    network = nn.Sequential(PreActBottleneck(64, 128, 2), PreActBottleneck(128, 128)).bfloat16()
+    images = torch.randn(4, 64, 14, 14, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    rows = explain(fuse(network), images, arch=90, training=training).to_dict()
+    assert [len(row["units"]) for row in rows] == [4, 3]
+
+
 def test_what_is_computed_again_takes_longer():
     """By its arithmetic at the least."""
 

@@ -1793,6 +1793,49 @@ def test_norms_in_front_go_into_the_convolutions_that_read_them(name, dtype):
     _check(frozen, model, x, dtype)
 
 
+REPLICATED = {
+    "oneDNN": (lambda: nn.Sequential(zoo.Gated(8, 16, 2), nn.Conv2d(16, 8, 1)), (8, 4, 3), "auto"),
+    "stem and chains": (
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(3, 2, 1),
+            *(torchvision.models.resnet.Bottleneck(16, 4) for _ in range(2)),
+        ),
+        (3, 12, 10),
+        "triton",
+    ),
+    "norms in front": (_own_v2, (8, 4, 3), "triton"),
+    "norms in front, with an activation": (_PreActivated, (8, 4, 3), "triton"),
+    "gates": (lambda: nn.Sequential(zoo.Gated(8, 16, 2), zoo.Gated(16, 16)), (8, 4, 3), "triton"),
+}  # fmt: skip
+
+
+@interpreted
+@pytest.mark.parametrize("name", REPLICATED)
+def test_replicas_of_data_parallel_read_nothing_of_the_original(name, monkeypatch):
+    """As :func:`torch.nn.parallel.replicate` makes them, but for the broadcast, which is of CUDA's tensors alone."""
+    torch.manual_seed(0)
+    make, shape, road = REPLICATED[name]
+    model, x = _drawn(make()), torch.randn(1, *shape)
+
+    def copies(tensors: list[Tensor], devices: list[int], detach: bool = False) -> list[list[Tensor]]:
+        return [[t.detach().clone() for t in tensors] for _ in devices]
+
+    monkeypatch.setattr(sys.modules["torch.nn.parallel.replicate"], "_broadcast_coalesced_reshape", copies)
+    with implementation(road):
+        frozen = optimize_for_inference(model)
+        want = frozen(x)
+        for replica in nn.parallel.replicate(frozen, [0, 1]):
+            with torch.inference_mode():
+                held = [t for t in (*frozen.parameters(), *frozen.buffers()) if t.is_floating_point()]
+                kept = [t.clone() for t in held]
+                for t in held:
+                    t.fill_(float("nan"))
+                assert torch.equal(replica(x), want)
+                for t, value in zip(held, kept, strict=True):
+                    t.copy_(value)
+        assert torch.equal(frozen(x), want)
+
+
 @interpreted
 def test_a_norm_in_front_keeps_its_keys_and_takes_new_weights():
     models = [_drawn(_own_v2()) for _ in range(2)]

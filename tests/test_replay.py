@@ -365,14 +365,20 @@ print(torch.equal(first, second), first.stride() == second.stride() != convoluti
 
 INFERENCE = """
 import copy
+from functools import partial
 
 import torchvision
+from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d
+from torchvision.ops import FrozenBatchNorm2d
 from resnet_fused import fuse, modules, trace
 
 can_repeat = replay.can_repeat
 
-def projected(ci, co, stride, *before):
-    return nn.Sequential(*before, nn.Conv2d(ci, co, 1, 1 if before else stride, bias=False), nn.BatchNorm2d(co))
+def projected(ci, co, stride, *before, norm=nn.BatchNorm2d):
+    return nn.Sequential(*before, nn.Conv2d(ci, co, 1, 1 if before else stride, bias=False), norm(co))
+
+def bottleneck(norm, stride=1):
+    return Bottleneck(16, 8, stride, projected(16, 32, stride, norm=norm), norm_layer=norm)
 
 def pooled():
     block = torchvision.models.resnet.Bottleneck(16, 8, 2, projected(16, 32, 2, nn.AvgPool2d(2, 2)))
@@ -382,6 +388,10 @@ def input_of(block, n=2):
     return torch.randn(n, block.conv1.in_channels, 8, 8).to(memory_format=torch.channels_last)
 
 def ready(block):
+    for norm in block.modules():
+        if hasattr(norm, "running_var"):  # such that no vector is that of another norm
+            for vector in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+                nn.init.uniform_(vector, 0.5, 2)
     return block.eval().to(memory_format=torch.channels_last)
 
 @torch.no_grad()
@@ -414,6 +424,8 @@ blocks = [
     BasicBlock(16, 32, 2, projected(16, 32, 2)), BasicBlock(16, 16), pooled(),
     Bottleneck(16, 8, 2, modules.PaddedShortcut(16, 32, 2)),
     Bottleneck(16, 16, 2, projected(16, 64, 2)),
+    bottleneck(FrozenBatchNorm2d, 2), bottleneck(partial(FrozenBatchNormAct2d, apply_act=False)),
+    bottleneck(partial(BatchNormAct2d, apply_act=False)),
 ]
 for block in map(ready, blocks):
     for road in ("triton", "mixed"):
@@ -433,7 +445,21 @@ for block in map(ready, blocks):
                 played(block) == 1,
             )
 """
-    assert lines(INFERENCE + code) == ["True True True True"] * 20
+    assert lines(INFERENCE + code) == ["True True True True"] * 32
+
+
+def test_frozen_norms_are_repeated_in_training_too():
+    """In which they are as ever; a live one in evaluation among them is not."""
+    code = """
+for norm in (FrozenBatchNorm2d, partial(FrozenBatchNormAct2d, apply_act=False), nn.BatchNorm2d):
+    block = ready(bottleneck(norm)).train()
+    x = input_of(block)
+    with torch.no_grad(), implementation("triton"):
+        want = directly(block, x)
+        print(all(torch.equal(want, restored(block, x)) for _ in range(4)), played(block))
+"""
+    assert lines(INFERENCE + code)[:2] == ["True 1"] * 2
+    assert lines(INFERENCE + code)[2].endswith(" 0")
 
 
 def test_inference_after_a_change_is_that_of_the_changed_block():
@@ -508,6 +534,60 @@ for change in changes:
     assert [line.split()[0] for line in found if line.endswith(" True")] == ["contiguous"]
 
 
+def test_inference_after_a_change_of_a_frozen_norm():
+    code = """
+def in_place(block):
+    block.bn1.weight.add_(1)
+
+def swapped(block):
+    block.bn2.bias.data = block.bn2.bias.data * 2
+
+def new_buffer(block):
+    block.bn1.running_mean = block.bn1.running_mean + 1
+
+def moved(block):
+    for name, buffer in block.bn3._buffers.items():
+        block.bn3._buffers[name] = buffer.clone()
+
+def loaded(block):
+    block.load_state_dict({k: v + 1 for k, v in block.state_dict().items()})
+
+def statistics(block):
+    block.downsample[1].running_var.mul_(4)
+
+def eps(block):
+    block.bn2.eps = 0.5
+
+def half(block):
+    block.half()
+
+def gapped(block):
+    block.bn1.weight = torch.randn(2 * len(block.bn1.weight))[::2]
+
+def trainable(block):
+    block.bn1.weight = nn.Parameter(block.bn1.weight + 1)
+
+def exchanged(block):
+    block.bn2 = ready(nn.BatchNorm2d(8))
+
+changes = [in_place, swapped, new_buffer, moved, loaded, statistics, eps, half, gapped, trainable, exchanged]
+for norm in (FrozenBatchNorm2d, partial(FrozenBatchNormAct2d, apply_act=False)):
+    for change in changes:
+        block = ready(bottleneck(norm))
+        x = input_of(block)
+        with torch.no_grad(), implementation("triton"):
+            want = directly(block, x)
+            assert all(torch.equal(restored(block, x), want) for _ in range(3)) and played(block) == 1
+            change(block)
+            x = x.to(block.conv1.weight.dtype)
+            now = directly(block, x)
+            print(change.__name__, all(torch.equal(restored(block, x), now) for _ in range(4)), torch.equal(now, want))
+"""
+    changed = ["in_place", "swapped", "new_buffer", "moved", "loaded", "statistics", "eps", "half", "gapped"]
+    changed += ["trainable", "exchanged"]
+    assert lines(INFERENCE + code) == [f"{name} True {name == 'moved'}" for name in changed] * 2
+
+
 def test_inference_that_is_not_to_be_repeated():
     code = """
 block = ready(Bottleneck(16, 8, 1, projected(16, 32, 1)))
@@ -571,9 +651,12 @@ class Doubled(torchvision.models.resnet.Bottleneck):
         out = self.relu(self.bn2(self.conv2(out)))
         return self.relu(self.bn3(self.conv3(out)) + self.downsample(x))
 
-def units(stride=1):
+def units(stride=1, norm=nn.BatchNorm2d):
     torch.manual_seed(0)
-    block = fuse(nn.Sequential(ready(Doubled(16, 8, stride, projected(16, 32, stride)))))[0]
+    made = Doubled(16, 8, stride, projected(16, 32, stride, norm=norm), norm_layer=norm)
+    for added in (made.bn3, made.downsample[1]):
+        added.act = nn.Identity()  # where it has one
+    block = fuse(nn.Sequential(ready(made)))[0]
     assert isinstance(block, convert.ConvertedUnits)
     return block
 
@@ -586,10 +669,11 @@ def played(block):
 
 def test_units_are_repeated_to_the_bit():
     code = """
-for stride in (1, 2):
+norms = nn.BatchNorm2d, FrozenBatchNorm2d, FrozenBatchNormAct2d, BatchNormAct2d
+for stride, norm in ((1, norms[0]), *((2, norm) for norm in norms)):
     for road in ("triton", "mixed"):
         for dtype in (None, torch.bfloat16):
-            block = units(stride)
+            block = units(stride, norm)
             x = input_of(block)
             with implementation(road), torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype is not None):
                 want = directly(block, x)
@@ -600,10 +684,11 @@ for stride in (1, 2):
             print(
                 all(torch.equal(want, z) and z.stride() == want.stride() and z.dtype == want.dtype for z in results),
                 names == names[:once] * 4 and once > 0,
-                played(block) == 2,
+                played(block),
             )
 """
-    assert lines(UNITS + code) == ["True True True"] * 8
+    # A ReLU behind one in the norm ends a piece.
+    assert lines(UNITS + code) == ["True True 2"] * 12 + ["True True 3"] * 8
 
 
 def test_units_after_a_change_are_those_of_the_changed_module():
@@ -658,6 +743,35 @@ for change in changes:
     changed = ["in_place", "swapped", "statistics", "eps", "dilated", "biased", "half", "exchanged", "hooked"]
     changed += ["activated", "training"]
     assert lines(UNITS + code) == [f"{name} True False" for name in changed]
+
+
+def test_units_after_a_change_of_the_activation_in_a_norm():
+    code = """
+def activated(block):
+    block.bn2.act = nn.SiLU()
+
+def hooked(block):
+    block.bn2.act.register_forward_hook(lambda module, inputs, z: 2 * z)
+
+def dropped(block):
+    block.bn2.drop = nn.Threshold(0.5, 0.25)
+
+def doubled(block):
+    block.bn2.forward = lambda x: 2 * type(block.bn2).forward(block.bn2, x)
+
+for norm in (FrozenBatchNormAct2d, BatchNormAct2d):
+    for change in (activated, hooked, dropped, doubled):
+        block = units(norm=norm)
+        x = input_of(block)
+        with torch.no_grad(), implementation("triton"):
+            want = directly(block, x)
+            assert all(torch.equal(restored(block, x), want) for _ in range(3)) and played(block) == 3
+            change(block)
+            now = directly(block, x)
+            print(change.__name__, all(torch.equal(restored(block, x), now) for _ in range(4)), torch.equal(now, want))
+"""
+    changed = ["activated", "hooked", "dropped", "doubled"]
+    assert lines(UNITS + code) == [f"{name} True False" for name in changed] * 2
 
 
 def test_units_that_are_not_to_be_repeated():

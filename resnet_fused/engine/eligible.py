@@ -293,10 +293,12 @@ def constants(layer: Layer, tensors: list[Tensor | None]) -> tuple[Any, ...] | N
     """All that :func:`unit` reads of a ``layer`` in evaluation but its tensors, which are added to ``tensors``.
 
     None where these are not simply parameters and buffers, strided and without operators of their own, where numbers
-    are of other types than usual, or where the norm has more in it. Raises TypeError for sizes that are no pairs.
+    are of other types than usual, or where the norm has more in it than an activation. Raises TypeError for sizes that
+    are no pairs.
     """
-    conv, norm = layer.conv.__dict__, layer.bn.__dict__
-    weights, affine, running = conv["_parameters"], norm["_parameters"], norm["_buffers"]
+    conv, norm, frozen = layer.conv.__dict__, layer.bn.__dict__, is_frozen(layer.bn)
+    weights, running = conv["_parameters"], norm["_buffers"]
+    affine = running if frozen else norm["_parameters"]
     try:
         read = (
             *(weights["weight"], weights["bias"], affine["weight"], affine["bias"]),
@@ -304,7 +306,9 @@ def constants(layer: Layer, tensors: list[Tensor | None]) -> tuple[Any, ...] | N
         )
     except KeyError:
         return None
-    if norm["training"] or read[0] is None or read[4] is None or type(layer.bn) not in _NORMS:
+    if (norm["training"] and not frozen) or read[0] is None or read[4] is None or not is_norm(layer.bn):
+        return None
+    if norm["_modules"] and why_inside(layer.bn) is not None:
         return None
     sizes = *conv["stride"], *conv["padding"], *conv["dilation"], conv["groups"]
     for size in sizes:
@@ -316,10 +320,8 @@ def constants(layer: Layer, tensors: list[Tensor | None]) -> tuple[Any, ...] | N
         if t is not None and (type(t) not in PLAIN or t.layout is not torch.strided):
             return None
     tensors += read
-    return type(layer.conv), type(layer.bn), *sizes, conv["padding_mode"], norm["eps"], layer.activation
-
-
-_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+    inside = activation_in(layer.bn)
+    return type(layer.conv), type(layer.bn), *sizes, conv["padding_mode"], norm["eps"], inside, layer.activation
 
 
 def _held(module: nn.Module, among: dict[str, Any], *names: str) -> list[Any]:

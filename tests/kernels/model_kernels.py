@@ -370,7 +370,7 @@ def _calls(arch: int, number_format: str, models: Iterable[str], training: bool)
     for road, batches in (("triton", BATCHES), ("mixed", BATCHES[:1])):
         with resnet_fused.implementation(road), dry_run(arch), observe(calls.append), torch.set_grad_enabled(training):
             for name, batch in product(models, batches):
-                dtype, side = DTYPES[number_format], shapes.MODELS[name]
+                dtype, side = DTYPES[number_format], shapes.NETWORKS[name]
                 model = meta_model(name, dtype).train(training)
                 logits = model(torch.empty(batch, 3, side, side, dtype=dtype, device="meta"))
                 if training:
