@@ -2612,4 +2612,22 @@ MUTATIONS = [
         "if nodes == calls else",
         f"{LIVE_STAGES} -k left_alone",
     ),
+    Mutation(
+        "resnet_fused/engine/replay.py",
+        " or torch._C._len_torch_dispatch_stack() > 0:\n        return implementation",
+        ":\n        return implementation",
+        "tests/test_replay.py -k one_tape",
+    ),
+    Mutation(
+        "resnet_fused/engine/replay.py",
+        "any(t is not None and t not in self.slots for t",
+        "any(t not in self.slots for t",
+        "tests/test_replay.py -k one_tape",
+    ),
+    Mutation(
+        "resnet_fused/engine/autograd.py",
+        "return forward(*arguments) if replay.is_watched(arguments) else replay.run",
+        "return replay.run",
+        "tests/test_replay.py -k a_mode_sees",
+    ),
 ]

@@ -635,8 +635,11 @@ def test_operators_pass_opcheck():
     arguments = (*arguments, [True, False, *needs[2:]], *rest[-2:])
     torch.library.opcheck(operators.residual_backward.default, arguments, test_utils=tests)
     norm = (mean, var, gamma, beta, 1e-5)
-    arguments = (x, w, None, *norm, residual, 1, 0, convolution, "silu", torch.float32)
-    torch.library.opcheck(operators.conv_bn_act.default, arguments, test_utils=tests)
+    for gate in (None, torch.rand(2, 16)):
+        arguments = (x, w, None, *norm, gate, residual, 1, 0, convolution, "silu", torch.float32)
+        torch.library.opcheck(operators.conv_bn_act.default, arguments, test_utils=tests)
+    arguments = (x, w, None, *norm, convolution, "relu")
+    torch.library.opcheck(operators.conv_bn_act_means.default, arguments, test_utils=tests)
     for channels in (3, 12):  # packed, and too many for that
         arguments = (x[:, :channels], w[:, :channels].contiguous(memory_format=torch.channels_last), None, *norm)
         stem = Convolution(Geometry((2, 2), (1, 1), (1, 1), 1), True, Tiles()).encode()

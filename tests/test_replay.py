@@ -250,6 +250,55 @@ with implementation({road!r}):
     assert lines(STEPS + code) == ["True True"]
 
 
+def test_a_block_has_one_tape_in_each_direction():
+    code = """
+from resnet_fused import fuse
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.squeeze = nn.Conv2d(64, 64, 1, bias=False), nn.BatchNorm2d(64), nn.Conv2d(64, 64, 1)
+
+    def forward(self, x):
+        y = self.norm(self.conv(x))
+        return torch.relu(y * torch.sigmoid(self.squeeze(y.mean((2, 3), keepdim=True))) + x)
+
+for make in (lambda: block, lambda: PreActBottleneck(64, 64), lambda: fuse(nn.Sequential(Scaled()))):
+    replay._tapes.clear()
+    block = make().train().to(memory_format=torch.channels_last)
+    with implementation("triton"):
+        for _ in range(3):
+            step()
+    print(*sorted(implementation.__name__ for implementation, *_ in replay._tapes), None in replay._tapes.values())
+"""
+    assert lines(STEPS + code) == [
+        "_residual _residual_backward False",
+        "_preact _preact_backward False",
+        "_squeezed _squeezed_backward False",
+    ]
+
+
+def test_a_mode_sees_the_operators_of_a_block():
+    code = """
+from torch.utils._python_dispatch import TorchDispatchMode
+
+class Seeing(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        seen.append(function._schema.name)
+        return function(*args, **(kwargs or {}))
+
+seen = []
+with implementation("triton"):
+    for _ in range(2):
+        step()
+    with Seeing():
+        step()
+print(*[name for name in seen if name.startswith("resnet_fused")])
+"""
+    operators = ["unit_forward"] * 3 + ["join_forward", "residual_backward"]
+    assert lines(STEPS + code) == [" ".join(f"resnet_fused::{name}" for name in operators)]
+
+
 def test_threads_repeat_at_once():
     code = """
 from concurrent.futures import ThreadPoolExecutor

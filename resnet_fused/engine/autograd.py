@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from resnet_fused.engine import eligible, ops
+from resnet_fused.engine import eligible, ops, replay
 from resnet_fused.engine.forward import Taken
 from resnet_fused.kernels.activation import IDENTITY, RELU, Activation
 
@@ -70,12 +71,11 @@ class ResidualFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, spec: ChainSpec, x: Tensor, shortcut: Tensor | None, *tensors: Tensor | None) -> Tensor:
-        convolved = _convolved(spec, x, shortcut, tensors)
-        z, *peaks = _joined(spec, convolved.ys, convolved.stats, x if shortcut is None else shortcut)
+        convolved, z, *peaks = _repeated(_residual, spec, x, shortcut, tensors)
         last = spec.units[spec.branch - 1].activation
         mask = z if last == RELU and not spec.pooled else None
-        _save(ctx, spec, x, shortcut, (mask, *peaks), convolved)
-        return z
+        _save(ctx, spec, x, shortcut, (mask, *peaks), tensors, convolved)
+        return cast(Tensor, z)
 
     @staticmethod
     def backward(ctx: Any, dz: Tensor) -> Any:
@@ -96,10 +96,10 @@ class SqueezeFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, spec: ChainSpec, x: Tensor, shortcut: Tensor | None, *tensors: Tensor | None) -> Any:
-        convolved = _convolved(spec, x, shortcut, tensors, squeezes=True)
-        squeeze, means = convolved.squeezed
-        ys, stats, n, last = convolved.ys, convolved.stats, spec.branch, spec.branch - 1
-        _save(ctx, spec, x, shortcut, (means, None, None), convolved)
+        convolved, squeeze, means = _repeated(_squeezed, spec, x, shortcut, tensors)
+        _, ys, stats = convolved
+        n, last = spec.branch, spec.branch - 1
+        _save(ctx, spec, x, shortcut, (means, None, None), tensors, convolved)
         ctx.set_materialize_grads(False)
         y_p, stats_p = (ys[n], stats[n]) if spec.kind == "projection" else (None, None)
         fixed = [t for t in (stats[last], y_p, stats_p) if t is not None]
@@ -162,30 +162,62 @@ class GateFunction(torch.autograd.Function):
 
 
 class _Convolved(NamedTuple):
-    """The units of a chain, each with its tensors; their filters as they were read; what came of them.
+    """What came of the units of a chain: their filters as they were read, their raw outputs, and stats."""
 
-    ``squeezed``: of the last unit of the branch, if it was squeezed, the means of :func:`forward.unit_forward`.
-    """
-
-    units: list[tuple[Tensor | None, ...]]
     weights: list[Tensor]
     ys: list[Tensor]
     stats: list[Tensor]
-    squeezed: list[Tensor]
+
+
+def _repeated(
+    forward: Callable[..., list[Tensor | None]],
+    spec: ChainSpec,
+    x: Tensor,
+    shortcut: Tensor | None,
+    tensors: tuple[Tensor | None, ...],
+) -> list[Any]:
+    """What :func:`_played` returns, but what ``forward`` has of each unit, which it returns first, as one value."""
+    found, n = _played(forward, x, shortcut, spec, *tensors), len(spec.units)
+    return [_Convolved(found[:n], found[n : 2 * n], found[2 * n : 3 * n]), *found[3 * n :]]
+
+
+def _played(forward: Callable[..., list[Any]], *arguments: Any) -> list[Any]:
+    """What ``forward`` returns of the ``arguments``, from a tape where no one watches."""
+    return forward(*arguments) if replay.is_watched(arguments) else replay.run(forward, arguments)
+
+
+def _by_unit(tensors: tuple[Tensor | None, ...]) -> list[tuple[Tensor | None, ...]]:
+    return [tensors[i : i + TENSORS_PER_UNIT] for i in range(0, len(tensors), TENSORS_PER_UNIT)]
+
+
+def _residual(x: Tensor, shortcut: Tensor | None, spec: ChainSpec, *tensors: Tensor | None) -> list[Tensor | None]:
+    """Filters, raw outputs and stats; the block's output, and the peaks of its pool."""
+    weights, ys, stats, _ = _convolved(spec, x, shortcut, tensors, squeezes=False)
+    joined = _joined(spec, ys, stats, x if shortcut is None else shortcut)
+    return [*weights, *ys, *stats, *joined]
+
+
+def _squeezed(x: Tensor, shortcut: Tensor | None, spec: ChainSpec, *tensors: Tensor | None) -> list[Tensor | None]:
+    """Filters, raw outputs and stats; of the last unit of the branch, the means of :func:`forward.unit_forward`."""
+    weights, ys, stats, squeezed = _convolved(spec, x, shortcut, tensors, squeezes=True)
+    return [*weights, *ys, *stats, *squeezed]
 
 
 def _convolved(
-    spec: ChainSpec, x: Tensor, shortcut: Tensor | None, tensors: tuple[Tensor | None, ...], squeezes: bool = False
-) -> _Convolved:
-    units = [tensors[i : i + TENSORS_PER_UNIT] for i in range(0, len(tensors), TENSORS_PER_UNIT)]
+    spec: ChainSpec, x: Tensor, shortcut: Tensor | None, tensors: tuple[Tensor | None, ...], squeezes: bool
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    """Filters as they are read, raw outputs, stats, and of the branch's last unit what it ``squeezes``."""
+    units = _by_unit(tensors)
     weights = [laid_out(cast(Tensor, unit[0]), x.dtype) for unit in units]
-    found = _Convolved(units, weights, [], [], [])
+    ys: list[Tensor] = []
+    stats: list[Tensor] = []
+    squeezed: list[Tensor] = []
     for i, unit in enumerate(spec.units):
         chained = 0 < i < spec.branch
         operator = ops.squeezed_forward if squeezes and i == spec.branch - 1 else ops.unit_forward
-        y, s, *squeezed = operator(
-            found.ys[-1] if chained else x if i == 0 or shortcut is None else shortcut,
-            found.stats[-1] if chained else None,
+        y, s, *means = operator(
+            ys[-1] if chained else x if i == 0 or shortcut is None else shortcut,
+            stats[-1] if chained else None,
             weights[i],
             spec.units[i - 1].activation.code if chained else IDENTITY.code,
             *units[i][1:],
@@ -195,10 +227,10 @@ def _convolved(
             unit.convolution,
             unit.group,
         )
-        found.ys.append(y)
-        found.stats.append(s)
-        found.squeezed.extend(squeezed)
-    return found
+        ys.append(y)
+        stats.append(s)
+        squeezed += means
+    return weights, ys, stats, squeezed
 
 
 def _save(
@@ -207,10 +239,12 @@ def _save(
     x: Tensor,
     shortcut: Tensor | None,
     others: tuple[Tensor | None, ...],
+    tensors: tuple[Tensor | None, ...],
     convolved: _Convolved,
 ) -> None:
     """For the backward of a chain, which also reads three ``others``."""
-    units, weights, ys, stats, _ = convolved
+    weights, ys, stats = convolved
+    units = _by_unit(tensors)
     filters = [cast(Tensor, unit[0]) for unit in units]
     keep = [True] * (spec.branch - 1) + [spec.keep_last_y, spec.keep_projection_y]
     kept = [y if k else None for y, k in zip(ys, keep, strict=False)]
@@ -288,30 +322,19 @@ class PreActFunction(torch.autograd.Function):
         taken: Taken | None,
         *tensors: Tensor | None,
     ) -> Tensor | tuple[Tensor, Taken]:
-        units = [tensors[i : i + TENSORS_PER_UNIT] for i in range(0, len(tensors), TENSORS_PER_UNIT)]
+        units = _by_unit(tensors)
         filters = [cast(Tensor, unit[0]) for unit in units] + ([] if projection is None else [projection])
-        weights = [laid_out(w, x.dtype) for w in filters]
-        (first, *others), ys = zip(spec.units, units, strict=True), [x]
-        moments = ([], 0) if taken is None else taken
-        stats = [ops.norm_forward(x, *moments, *first[1][2:], *_numbers(first[0]), first[0].group)]
-        for i, (unit, held) in enumerate(others):
-            y, s = ops.unit_forward(
-                *(ys[i], stats[i], weights[i], spec.units[i].activation.code, None, *held[2:], *_numbers(unit)),
-                *(spec.units[i].convolution, unit.group),
-            )
-            ys.append(y)
-            stats.append(s)
-        residual = x
-        if spec.projection is not None:
-            residual = _summand(x, stats[0], weights[-1], spec.units[0], None, spec.projection)
-        last, w = spec.units[-1], weights[len(units) - 1]
+        *found, residual = _played(_preact, x, projection, taken, spec, *tensors)
+        n, m = len(filters), len(units)
+        weights, ys, stats = found[:n], [x, *found[n:-m]], found[-m:]
         ctx.save_for_backward(*weights, *ys, *stats, *_watched(filters, weights, units, spec.units))
         ctx.spec, ctx.dtypes = spec, _dtypes(x, units)
         ctx.weight_strides = [step for w in filters for step in _gradient_stride(w)]
+        last, w = spec.units[-1], weights[m - 1]
         if not spec.hands_on:
             return _summand(ys[-1], stats[-1], w, last, residual, last.convolution)
-        z, *found = ops.raw_sum(ys[-1], stats[-1], w, last.activation.code, residual, last.convolution)
-        return z, Taken(*found)
+        z, *moments = ops.raw_sum(ys[-1], stats[-1], w, last.activation.code, residual, last.convolution)
+        return z, Taken(*moments)
 
     @staticmethod
     def backward(ctx: Any, dz: Tensor, *_: None) -> Any:
@@ -341,6 +364,28 @@ class PreActFunction(torch.autograd.Function):
             if ctx.needs_input_grad[i]:
                 gradients[i] = next(found)
         return tuple(gradients)
+
+
+def _preact(
+    x: Tensor, projection: Tensor | None, taken: Taken | None, spec: PreActSpec, *tensors: Tensor | None
+) -> list[Tensor]:
+    """All that is in front of the last convolution: filters, raw outputs, stats, and what the shortcut adds."""
+    units = _by_unit(tensors)
+    weights = [laid_out(cast(Tensor, w), x.dtype) for w in (*tensors[::TENSORS_PER_UNIT], projection) if w is not None]
+    (first, *others), ys = zip(spec.units, units, strict=True), [x]
+    moments = ([], 0) if taken is None else taken
+    stats = [ops.norm_forward(x, *moments, *first[1][2:], *_numbers(first[0]), first[0].group)]
+    for i, (unit, held) in enumerate(others):
+        y, s = ops.unit_forward(
+            *(ys[i], stats[i], weights[i], spec.units[i].activation.code, None, *held[2:], *_numbers(unit)),
+            *(spec.units[i].convolution, unit.group),
+        )
+        ys.append(y)
+        stats.append(s)
+    residual = x
+    if spec.projection is not None:
+        residual = _summand(x, stats[0], weights[-1], spec.units[0], None, spec.projection)
+    return [*weights, *ys[1:], *stats, residual]
 
 
 def _numbers(unit: UnitSpec) -> tuple[float | None, float, bool]:

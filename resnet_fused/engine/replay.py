@@ -22,10 +22,10 @@ from resnet_fused.plan.decide import tf32
 def run(implementation: Callable[..., Any], arguments: Sequence[Any]) -> Any:
     """What ``implementation(*arguments)`` does and returns, a tensor or several, which follows from their layouts.
 
-    It is just called where its launches are more than launches, where a mode of PyTorch's functions is to see it, and
-    where two of the tensors are the same.
+    It is just called where its launches are more than launches, where a mode of PyTorch's functions is to see it, where
+    it is part of what is written down, and where two of the tensors are the same.
     """
-    if not only_launches() or torch._C._len_torch_function_stack() > 0:
+    if not only_launches() or torch._C._len_torch_function_stack() > 0 or torch._C._len_torch_dispatch_stack() > 0:
         return implementation(*arguments)
     tensors: list[Tensor] = []
     key = implementation, _settings(arguments[0]), *_signature(arguments, tensors)
@@ -318,7 +318,7 @@ class _Recorder(TorchDispatchMode):
 
     def tape(self, result: Any) -> _Tape | None:
         """Of an operator that returned ``result``; None if it can not be repeated."""
-        if not self.clear or any(tensor not in self.slots for tensor in _several(result)):
+        if not self.clear or any(t is not None and t not in self.slots for t in _several(result)):
             return None
         outputs = [self._slot(tensor) for tensor in _several(result)]
         kind = type(result) if isinstance(result, list | tuple) else None
