@@ -19,7 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from resnet_fused import functional
 from resnet_fused.engine import eligible
-from resnet_fused.engine.replay import Repetition
+from resnet_fused.engine.replay import Repetition, can_repeat
 from resnet_fused.engine.request import requested
 from resnet_fused.kernels.activation import IDENTITY
 from resnet_fused.kernels.launch import KEPT_LAYOUTS
@@ -31,7 +31,6 @@ from resnet_fused.modules import (
     descendants,
     in_range,
     is_norm_first,
-    may_repeat,
     runs_fused,
 )
 from resnet_fused.pieces import Piece, UnitsLayout
@@ -156,16 +155,16 @@ class ConvertedUnits(Converted):
         if isinstance(found, str):
             eligible.report_once(found)
             return cast(Tensor, layout.program.functions[number + 1](self, x, source))
-        if repetition is not None:
+        if repetition is not None and not torch.is_grad_enabled():
             return cast(Tensor, repetition.run(partial(self._infer, piece.layout, x, read)))
         if piece.gate is None or not isinstance(found, functional.Chain):
-            return self._launched(found)
+            return self._launched(found, repetition)
         return functional.run_gated(found, partial(layout.program.functions[piece.gate], self))
 
     def _repetition_of(self, layout: BlockLayout, x: Tensor, source: Tensor | None) -> Repetition | None:
         """The call of a piece without a gate, if it may be one that was seen before."""
         inputs = (x,) if source is None else (x, source)
-        if not may_repeat(*inputs):
+        if not can_repeat(*inputs):
             return None
         # Of each piece by itself, however many there are; what its convolution is in besides counts in the call.
         return self._repeated(descendant(self, layout.units[0].conv), layout, requested(self), *inputs)

@@ -18,6 +18,7 @@ from resnet_fused.engine.autograd import (
     PreActSpec,
     ResidualFunction,
     SqueezeFunction,
+    Step,
     UnitSpec,
     laid_out,
 )
@@ -25,6 +26,7 @@ from resnet_fused.engine.eligible import Layer, Unit, plain, process_group_name,
 from resnet_fused.engine.forward import Choice, Taken, choose, choose_chain, settings, undecided
 from resnet_fused.engine.ops import channels_last
 from resnet_fused.engine.reference import PaddedIdentity
+from resnet_fused.engine.replay import Repetition
 from resnet_fused.engine.request import requested
 from resnet_fused.kernels.activation import IDENTITY, RELU, Activation
 from resnet_fused.kernels.chain_forward import Link
@@ -255,16 +257,25 @@ def resolve(
     return Chain(x, units, projection, source, step, before, dtype, out_dtype, request)
 
 
-def run(chain: Chain, *, recompute: bool = False) -> Tensor:
-    """What :func:`residual_block` returns."""
+def run(chain: Chain, *, recompute: bool = False, repetition: Repetition | None = None) -> Tensor:
+    """What :func:`residual_block` returns. ``repetition``: the call that it is, to be kept where it can be repeated."""
+    z, step = _run(chain, recompute, () if repetition is None else repetition.inputs)
+    if repetition is not None:
+        repetition.keep(step)
+    return z
+
+
+def _run(chain: Chain, recompute: bool, inputs: Sequence[Tensor]) -> tuple[Tensor, Step | None]:
+    """What :func:`run` returns, and what would do it again, if that is one node of the graph that reads ``inputs``."""
     if _is_fixed(chain.all_units, chain.x, chain.source):
-        return _infer(chain, chain.x, chain.units)
+        return _infer(chain, chain.x, chain.units), None
     *parts, last = _parts(chain)
     x = _run_inner(chain, parts)
     if _is_eager(*last):
-        return _run_eager(x, last[0].unit.layer, _shortcut(chain)).to(chain.out_dtype)
+        return _run_eager(x, last[0].unit.layer, _shortcut(chain)).to(chain.out_dtype), None
     spec, *arguments = _arguments(x, last, chain, True, recompute)
-    return ResidualFunction.apply(spec, *arguments)
+    z = ResidualFunction.apply(spec, None, *arguments)
+    return z, Step.learned(spec, arguments, inputs) if inputs and not parts else None
 
 
 def _run_inner(chain: Chain, parts: Sequence[Sequence[_Planned]]) -> Tensor:
@@ -274,7 +285,8 @@ def _run_inner(chain: Chain, parts: Sequence[Sequence[_Planned]]) -> Tensor:
         if _is_eager(*part):
             x = _run_eager(x, part[0].unit.layer, None)
         else:
-            x = ResidualFunction.apply(*_arguments(x, part, chain, False, False))
+            spec, *arguments = _arguments(x, part, chain, False, False)
+            x = ResidualFunction.apply(spec, None, *arguments)
     return x
 
 
@@ -582,7 +594,7 @@ def _arguments(x: Tensor, part: Sequence[_Planned], chain: Chain, last: bool, re
 
 def _train_pooled(x: Tensor, planned: _Planned, dtype: torch.dtype) -> Tensor:
     spec = ChainSpec((_spec(planned),), "none", 1, 0, dtype, True, True, pooled=True)
-    return ResidualFunction.apply(spec, channels_last(plain(x).to(dtype)), None, *planned.unit[1:8])
+    return ResidualFunction.apply(spec, None, channels_last(plain(x).to(dtype)), None, *planned.unit[1:8])
 
 
 def _is_cheap(projection: Unit | None, branch: Sequence[_Planned]) -> bool:

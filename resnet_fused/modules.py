@@ -16,7 +16,7 @@ from resnet_fused.engine import eligible
 from resnet_fused.engine.forward import Taken, settings
 from resnet_fused.engine.ops import channels_last
 from resnet_fused.engine.reference import PaddedIdentity
-from resnet_fused.engine.replay import Repetition, can_repeat
+from resnet_fused.engine.replay import Repetition, can_repeat, is_refused
 from resnet_fused.engine.request import requested
 from resnet_fused.kernels.activation import IDENTITY, RELU, Activation
 from resnet_fused.plan.problem import Request
@@ -146,14 +146,17 @@ class FusedBlock(nn.Module):
         if isinstance(found, str):
             eligible.report_once(found)
             return self.eager_forward(x)
-        if repetition is not None:
-            return in_range(self, repetition.run, partial(self._infer, self.described()[0], x, x))
-        return in_range(self, self._launched, found)
+        if repetition is None or torch.is_grad_enabled():
+            return in_range(self, self._launched, found, repetition)
+        return in_range(self, repetition.run, partial(self._infer, self.described()[0], x, x))
 
-    def _launched(self, found: functional.Chain | functional.PreAct) -> Tensor:
+    def _launched(self, found: functional.Chain | functional.PreAct, repetition: Repetition | None = None) -> Tensor:
+        """``repetition``: see :func:`functional.run`."""
         if isinstance(found, functional.PreAct):
+            if repetition is not None:
+                repetition.keep(None)
             return found.run()
-        return functional.run(found, recompute=self.described()[1] == "recompute")
+        return functional.run(found, recompute=self.described()[1] == "recompute", repetition=repetition)
 
     def _infer(self, layout: BlockLayout, x: Tensor, source: Tensor) -> Tensor:
         """``layout`` on ``x``, and its shortcut on ``source``, without gradients, where they are not to run eager."""
@@ -161,8 +164,8 @@ class FusedBlock(nn.Module):
         return self._launched(cast(functional.Chain | functional.PreAct, found))
 
     def _repetition(self, x: Tensor) -> Repetition | None:
-        """The call on ``x``, if it may be one that was seen before: in evaluation, without gradients and onlookers."""
-        if not isinstance(x, Tensor) or not may_repeat(x):
+        """The call on ``x``, if it may be one that was seen before: without onlookers, in evaluation or with gradients."""
+        if not isinstance(x, Tensor) or not can_repeat(x):
             return None
         request = requested(self)
         if eligible.why_not_here(x, request) is not None or self.why_unfusable() is not None:
@@ -170,14 +173,23 @@ class FusedBlock(nn.Module):
         return self._repeated(self, self.described()[0], request, x)
 
     def _repeated(self, owner: nn.Module, layout: BlockLayout, request: Request, *inputs: Tensor) -> Repetition | None:
-        """The call of ``layout`` on ``inputs`` that :func:`may_repeat`, kept with ``owner``; None if not evaluated."""
+        """The call of ``layout`` on ``inputs`` that can be repeated, kept with ``owner``; None if it is no such one."""
+        if any(x.layout is not torch.strided for x in inputs):
+            return None
         tensors: list[Tensor | None] = [*inputs]
-        try:
-            constants = [eligible.constants(self._layer(unit), tensors) for unit in layout.all_units()]
-            others = [_attributes(self.get_submodule(name)) for name in _others(layout)]
-            if any(x.layout is not torch.strided for x in inputs) or None in constants:
+        training, situation = torch.is_grad_enabled(), None
+        if training:
+            situation = functional.situation(inputs[0]), inputs[0].stride(), inputs[0].requires_grad, self.training
+            if is_refused(owner, situation):
                 return None
-            return Repetition(owner, (request, settings(inputs[0].device), layout, *constants, *others), tensors)
+        try:
+            constants = [eligible.constants(self._layer(unit), tensors, training) for unit in layout.all_units()]
+            others = [_attributes(self.get_submodule(name)) for name in _others(layout)]
+            if None in constants:
+                return None
+            kept = (self.described()[1], *[t is not None and t.requires_grad for t in tensors]) if training else ()
+            key = request, settings(inputs[0].device), layout, *constants, *others, kept
+            return Repetition(owner, key, tensors, situation)
         except (AttributeError, KeyError, TypeError):  # of submodules that are gone, or sizes that are no pairs
             return None
 
@@ -241,11 +253,6 @@ class FusedBlock(nn.Module):
         if layout.pool is not None:
             x = self.get_submodule(layout.pool)(x)
         return x if layout.shortcut is None else functional.Projection(x, *projection[:2])
-
-
-def may_repeat(*inputs: Tensor) -> bool:
-    """Whether a call on ``inputs`` may be one that was seen before: without gradients and onlookers."""
-    return not (torch.compiler.is_compiling() or torch.is_grad_enabled()) and can_repeat(*inputs)
 
 
 def _others(layout: BlockLayout) -> Iterator[str]:

@@ -2500,8 +2500,8 @@ MUTATIONS = [
     ),
     Mutation(
         "resnet_fused/engine/eligible.py",
-        'padding_mode"], norm["eps"], inside, layer.activation',
-        'padding_mode"], norm["eps"], layer.activation',
+        "type(layer.bn), activation_in(layer.bn), layer.activation",
+        "type(layer.bn), layer.activation",
         "tests/test_replay.py -k activation_in_a_norm",
     ),
     Mutation(
@@ -2512,8 +2512,8 @@ MUTATIONS = [
     ),
     Mutation(
         "resnet_fused/engine/eligible.py",
-        '(norm["training"] and not frozen) or read[0]',
-        'norm["training"] or read[0]',
+        'if norm["training"] and not frozen:',
+        'if norm["training"]:',
         "tests/test_replay.py -k frozen_norms",
     ),
     Mutation(
@@ -2629,5 +2629,53 @@ MUTATIONS = [
         "return forward(*arguments) if replay.is_watched(arguments) else replay.run",
         "return replay.run",
         "tests/test_replay.py -k a_mode_sees",
+    ),
+    Mutation(
+        "resnet_fused/modules.py",
+        "kept = (self.described()[1], *[",
+        "kept = (None, *[",
+        "tests/test_replay.py -k training_step_after",
+    ),
+    Mutation(
+        "resnet_fused/modules.py",
+        "*[t is not None and t.requires_grad for t in tensors]) if training",
+        ") if training",
+        "tests/test_replay.py -k training_step_after",
+    ),
+    Mutation(
+        "resnet_fused/modules.py",
+        "            if is_refused(owner, situation):\n                return None\n",
+        "",
+        "tests/test_replay.py -k no_one_node",
+    ),
+    Mutation(
+        "resnet_fused/engine/eligible.py",
+        'statistics = norm["track_running_stats"], norm["momentum"]',
+        'statistics = norm["track_running_stats"],',
+        "tests/test_replay.py -k training_step_after",
+    ),
+    Mutation(
+        "resnet_fused/engine/eligible.py",
+        'statistics = norm["track_running_stats"], norm["momentum"]',
+        'statistics = norm["momentum"],',
+        "tests/test_replay.py -k training_step_after",
+    ),
+    Mutation(
+        "resnet_fused/functional.py",
+        "if inputs and not parts else None",
+        "if inputs else None",
+        "tests/test_replay.py -k no_one_node",
+    ),
+    Mutation(
+        "resnet_fused/engine/autograd.py",
+        "if tape is None or len(places) < len(inputs) or any(",
+        "if len(places) < len(inputs) or any(",
+        "tests/test_replay.py -k no_one_node",
+    ),
+    Mutation(
+        "resnet_fused/convert.py",
+        "return self._launched(found, repetition)",
+        "return self._launched(found)",
+        "tests/test_replay.py -k steps_of_units",
     ),
 ]

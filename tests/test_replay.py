@@ -463,7 +463,7 @@ def directly(block, x):
         modules.can_repeat = can_repeat
 
 def played(block):
-    return sum(isinstance(tape, replay._Tape) for tape in replay._repeated.get(block, {}).values())
+    return sum(isinstance(tape, replay.Tape) for tape in replay._repeated.get(block, {}).values())
 """
 
 
@@ -509,6 +509,202 @@ for norm in (FrozenBatchNorm2d, partial(FrozenBatchNormAct2d, apply_act=False), 
 """
     assert lines(INFERENCE + code)[:2] == ["True 1"] * 2
     assert lines(INFERENCE + code)[2].endswith(" 0")
+
+
+TRAINING = (
+    INFERENCE
+    + """
+from resnet_fused.engine.autograd import Step
+
+@torch.enable_grad()
+def restored(block, x):
+    'The result of the block, all gradients and buffers; what the kernels wrote to is undone.'
+    tensors = [*block.parameters(), *block.buffers()]
+    kept = [t.detach().clone() for t in tensors]
+    leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    z = block(leaf)
+    z.backward(torch.ones_like(z))
+    left = [z.detach(), leaf.grad, *[p.grad for p in block.parameters()], *block.buffers()]
+    found = [(None, None) if t is None else (t.stride(), t.clone()) for t in left]
+    block.zero_grad()
+    with torch.no_grad():
+        for t, value in zip(tensors, kept, strict=True):
+            t.copy_(value)
+    return found
+
+def directly(block, x):
+    'The same, without tapes.'
+    only_launches, replay.only_launches = replay.only_launches, lambda: False
+    try:
+        learn(lambda: restored(block, x))
+        return restored(block, x)
+    finally:
+        replay.only_launches = only_launches
+
+def same(ours, theirs):
+    return all(
+        a == b if a is None or t is None else a == b and t.dtype == u.dtype and torch.equal(t, u)
+        for (a, t), (b, u) in zip(ours, theirs, strict=True)
+    )
+
+def played(block):
+    return sum(isinstance(step, Step) for step in replay._repeated.get(block, {}).values())
+"""
+)
+
+
+def test_training_steps_are_repeated_to_the_bit():
+    """Where what the graph has of a block is one node, which reads its input and parameters as they lie."""
+    code = """
+def recomputing(block):
+    block.memory = "recompute"
+    return block
+
+def partly(block):
+    block.bn1.eval()
+    block.conv2.weight.requires_grad_(False)
+    block.bn2.momentum = None
+    return block
+
+def last(block):
+    block.relu = nn.SiLU()
+    return block
+
+blocks = [
+    (BasicBlock(16, 32, 2, projected(16, 32, 2)), 1), (BasicBlock(16, 16), 1),
+    (Bottleneck(16, 8, 2, modules.PaddedShortcut(16, 32, 2)), 1),
+    (recomputing(Bottleneck(16, 16, 2, projected(16, 64, 2))), 1), (last(Bottleneck(32, 8)), 1),
+    (bottleneck(FrozenBatchNorm2d, 2), 1), (bottleneck(partial(BatchNormAct2d, apply_act=False)), 1),
+    (partly(ready(Bottleneck(16, 16, 2, projected(16, 64, 2))).train()), 1), (pooled(), 0),
+]
+for block, kept in blocks:
+    evaluated = [m for m in block.modules() if not m.training]
+    block = ready(block).train()
+    for module in evaluated:
+        module.eval()
+    for road in ("triton", "mixed"):
+        for dtype in (None, torch.bfloat16):
+            replay._repeated.clear()
+            x = input_of(block).to(dtype)
+            with implementation(road), torch.autocast("cpu", dtype, enabled=dtype is not None):
+                want = directly(block, x)
+                launched.clear()
+                results = [restored(block, x) for _ in range(4)]
+            names = list(map(name, launched))
+            once = len(names) // 4
+            print(
+                all(same(want, found) for found in results),
+                names == names[:once] * 4 and once > 0,
+                played(block) == kept,
+            )
+"""
+    assert lines(TRAINING + code) == ["True True True"] * 36
+
+
+def test_a_training_step_after_a_change_is_that_of_the_changed_block():
+    code = """
+def in_place(block):
+    block.conv2.weight.data.add_(1)
+
+def swapped(block):
+    block.conv2.weight.data = block.conv2.weight.data * 2
+
+def misaligned(block):
+    w = block.conv2.weight.data
+    memory = torch.empty(w.numel() + 1)
+    block.conv2.weight.data = torch.as_strided(memory, w.shape, w.stride(), 1).copy_(w * 2)
+
+def new_parameter(block):
+    block.bn1.weight = nn.Parameter(block.bn1.weight.detach() + 1)
+
+def eps(block):
+    block.bn2.eps = 0.5
+
+def momentum(block):
+    block.bn2.momentum = 0.5
+
+def averaged(block):
+    block.bn2.momentum = None
+
+def untracked(block):
+    block.bn2.track_running_stats = False
+
+def evaluated(block):
+    block.bn2.eval()
+
+def frozen(block):
+    block.conv2.weight.requires_grad_(False)
+    block.bn1.bias.requires_grad_(False)
+
+def recomputing(block):
+    block.memory = "recompute"
+
+def dilated(block):
+    block.conv2.padding = block.conv2.dilation = (2, 2)
+
+def biased(block):
+    block.conv1.bias = nn.Parameter(torch.ones(block.conv1.out_channels))
+
+def half(block):
+    block.half()
+
+def activated(block):
+    block.relu = nn.SiLU()
+
+def gapped(block):
+    block.bn1.running_mean = torch.randn(2 * block.bn1.num_features)[::2]
+
+def without(block):
+    block.bn1.weight = None
+
+def uncounted(block):
+    block.bn1.num_batches_tracked = None
+
+def negative(block):
+    block.bn1.bias.data = torch._neg_view(block.bn1.bias.data)
+
+def hooked(block):
+    block.bn2.register_forward_hook(lambda module, args, result: result * 2)
+
+changes = [
+    in_place, swapped, misaligned, new_parameter, eps, momentum, averaged, untracked, evaluated, frozen, recomputing,
+    dilated, biased, half, activated, gapped, without, uncounted, negative, hooked,
+]
+for change in changes:
+    block = ready(Bottleneck(16, 8, 1, projected(16, 32, 1))).train()
+    x = input_of(block)
+    with implementation("triton"):
+        want = directly(block, x)
+        assert all(same(restored(block, x), want) for _ in range(3)) and played(block) == 1
+        change(block)
+        x = x.to(block.conv1.weight.dtype)
+        now = directly(block, x)
+        print(change.__name__, all(same(restored(block, x), now) for _ in range(4)), len(now) == len(want) and same(now, want))
+"""
+    changed = ["in_place", "swapped", "misaligned", "new_parameter", "eps", "momentum", "averaged", "untracked"]
+    changed += ["evaluated", "frozen", "recomputing", "dilated", "biased", "half", "activated", "gapped", "without"]
+    changed += ["uncounted", "negative", "hooked"]
+    assert lines(TRAINING + code) == [f"{name} True False" for name in changed]
+
+
+def test_what_is_no_one_node_is_looked_at_once():
+    """A block of which PyTorch runs a unit, or without anything to train: its calls are not taken for repetitions."""
+    code = """
+block = ready(Bottleneck(16, 8, 1, projected(16, 32, 1))).train()
+x, asked = input_of(block), []
+constants = modules.eligible.constants
+modules.eligible.constants = lambda *arguments: asked.append(arguments) or constants(*arguments)
+block.relu = nn.Identity()
+with implementation("triton"):
+    for _ in range(3):
+        block(x)
+        print(len(asked), played(block))
+    block.requires_grad_(False).eval()
+    for _ in range(3):
+        block(x)
+        print(len(asked), played(block))
+"""
+    assert lines(TRAINING + code) == ["4 0"] * 3 + ["8 0"] * 3
 
 
 def test_inference_after_a_change_is_that_of_the_changed_block():
@@ -687,9 +883,7 @@ print(len(replay._repeated))
     assert lines(INFERENCE + code) == ["4 4", "3", "True 1", "True", "1 [0]", "0", "TypeError", "0 True", "0"]
 
 
-UNITS = (
-    INFERENCE
-    + """
+DOUBLED = """
 from resnet_fused import convert
 
 class Doubled(torchvision.models.resnet.Bottleneck):
@@ -711,9 +905,9 @@ def units(stride=1, norm=nn.BatchNorm2d):
 
 def played(block):
     kept = [tape for conv in block.modules() for tape in replay._repeated.get(conv, {}).values()]
-    return sum(isinstance(tape, replay._Tape) for tape in kept)
+    return sum(hasattr(tape, "play") for tape in kept)
 """
-)
+UNITS = INFERENCE + DOUBLED
 
 
 def test_units_are_repeated_to_the_bit():
@@ -738,6 +932,21 @@ for stride, norm in ((1, norms[0]), *((2, norm) for norm in norms)):
 """
     # A ReLU behind one in the norm ends a piece.
     assert lines(UNITS + code) == ["True True 2"] * 12 + ["True True 3"] * 8
+
+
+def test_training_steps_of_units_are_repeated_to_the_bit():
+    code = """
+for stride in (1, 2):
+    for road in ("triton", "mixed"):
+        for dtype in (None, torch.bfloat16):
+            block = units(stride).train()
+            x = input_of(block).to(dtype)
+            with implementation(road), torch.autocast("cpu", dtype, enabled=dtype is not None):
+                want = directly(block, x)
+                results = [restored(block, x) for _ in range(4)]
+            print(all(same(want, found) for found in results), played(block))
+"""
+    assert lines(TRAINING + DOUBLED + code) == ["True 2"] * 8
 
 
 def test_units_after_a_change_are_those_of_the_changed_module():
@@ -848,4 +1057,4 @@ with torch.no_grad(), implementation("triton"):
 del block
 print(len(replay._repeated))
 """
-    assert lines(UNITS + code) == ["True", "0", "4 4", "2 0", "0"]
+    assert lines(UNITS + code) == ["True", "0", "4 4", "4 0", "0"]

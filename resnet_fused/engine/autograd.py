@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -63,15 +63,27 @@ TENSORS_PER_UNIT = 7
 class ResidualFunction(torch.autograd.Function):
     """``act(units(x) + shortcut(x))``, each unit a convolution and batch norm, with activations between; or pooled.
 
-    ``apply(spec, x, shortcut, *tensors)``: ``x`` and the ``shortcut``'s input (None: x itself) are channels_last;
+    ``apply(spec, tape, x, shortcut, *tensors)``: ``tape``: what plays the forward on such tensors, or None if that is
+    to be seen. ``x`` and the ``shortcut``'s input (None: x itself) are channels_last;
     ``tensors`` are TENSORS_PER_UNIT for each unit of ``spec``, None where there is none; filters may lie in memory as
     they like, and so do their gradients. Saved for the backward are the convolutions' raw outputs, vectors, and the
     block's output behind a ReLU (of a pool, its peaks). First derivatives only.
     """
 
     @staticmethod
-    def forward(ctx: Any, spec: ChainSpec, x: Tensor, shortcut: Tensor | None, *tensors: Tensor | None) -> Tensor:
-        convolved, z, *peaks = _repeated(_residual, spec, x, shortcut, tensors)
+    def forward(
+        ctx: Any,
+        spec: ChainSpec,
+        tape: replay.Tape | None,
+        x: Tensor,
+        shortcut: Tensor | None,
+        *tensors: Tensor | None,
+    ) -> Tensor:
+        if tape is None:
+            found = _played(_residual, x, shortcut, spec, *tensors)
+        else:
+            found = tape.play([t for t in (x, shortcut, *tensors) if t is not None])
+        convolved, z, *peaks = _by_kind(spec, found)
         last = spec.units[spec.branch - 1].activation
         mask = z if last == RELU and not spec.pooled else None
         _save(ctx, spec, x, shortcut, (mask, *peaks), tensors, convolved)
@@ -82,13 +94,35 @@ class ResidualFunction(torch.autograd.Function):
         _require_first_derivative()
         x, shortcut, z, peak, place, *saved = ctx.saved_tensors
         needs, chain = _arguments(ctx, saved)
-        return _in_place(needs, ops.residual_backward(dz, z, x, shortcut, peak, place, *chain))
+        return None, None, *_in_place(needs, ops.residual_backward(dz, z, x, shortcut, peak, place, *chain))
+
+
+class Step(NamedTuple):
+    """A forward of :class:`ResidualFunction` that is known: its ``tape``, and which inputs are its arguments."""
+
+    spec: ChainSpec
+    tape: replay.Tape
+    places: tuple[int | None, ...]
+
+    @classmethod
+    def learned(cls, spec: ChainSpec, arguments: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> Step | None:
+        """From a call with the ``arguments``; None if some are not among the ``inputs``, or if it has no tape."""
+        places = {id(t): i for i, t in enumerate(inputs)}
+        tape = replay.tape_of(_residual, (*arguments[:2], spec, *arguments[2:]))
+        if tape is None or len(places) < len(inputs) or any(id(t) not in places for t in arguments if t is not None):
+            return None
+        return cls(spec, tape, tuple([None if t is None else places[id(t)] for t in arguments]))
+
+    def play(self, inputs: Sequence[Tensor]) -> Tensor:
+        """What the call returns for ``inputs``, laid out as those that it was learned from."""
+        arguments = [None if i is None else inputs[i] for i in self.places]
+        return cast(Tensor, ResidualFunction.apply(self.spec, self.tape, *arguments))
 
 
 class SqueezeFunction(torch.autograd.Function):
     """What :class:`GateFunction` reads, and what a gate is made of: the units of a branch up to its last batch norm.
 
-    ``apply(spec, x, shortcut, *tensors)``: see :class:`ResidualFunction`. Returns the raw output ``y`` of the last unit
+    ``apply(spec, x, shortcut, *tensors)``: as of :class:`ResidualFunction`. Returns the raw output ``y`` of the last unit
     of the branch; the mean of each image behind batch norm, [N, CO, 1, 1]; two tensors that only bring back, in place
     of gradients, the sums and the gate of :class:`resnet_fused.engine.backward.Gated`; the stats; and, of a projection,
     raw output and stats, or None. The gradient of ``y`` is the one in front of the activation behind the addition.
@@ -96,7 +130,7 @@ class SqueezeFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, spec: ChainSpec, x: Tensor, shortcut: Tensor | None, *tensors: Tensor | None) -> Any:
-        convolved, squeeze, means = _repeated(_squeezed, spec, x, shortcut, tensors)
+        convolved, squeeze, means = _by_kind(spec, _played(_squeezed, x, shortcut, spec, *tensors))
         _, ys, stats = convolved
         n, last = spec.branch, spec.branch - 1
         _save(ctx, spec, x, shortcut, (means, None, None), tensors, convolved)
@@ -119,7 +153,7 @@ class SqueezeFunction(torch.autograd.Function):
             g, gate = torch.zeros_like(y), means.new_zeros(means.shape)
             sums = means.new_zeros(3 if ctx.spec.kind == "projection" else 2, *means.shape)
         dsqueeze = torch.zeros_like(means) if dsqueeze is None else dsqueeze.reshape(means.shape)
-        return _in_place(needs, ops.squeezed_backward(g, sums, gate, dsqueeze, means, x, shortcut, *chain))
+        return None, *_in_place(needs, ops.squeezed_backward(g, sums, gate, dsqueeze, means, x, shortcut, *chain))
 
 
 class GateFunction(torch.autograd.Function):
@@ -169,15 +203,9 @@ class _Convolved(NamedTuple):
     stats: list[Tensor]
 
 
-def _repeated(
-    forward: Callable[..., list[Tensor | None]],
-    spec: ChainSpec,
-    x: Tensor,
-    shortcut: Tensor | None,
-    tensors: tuple[Tensor | None, ...],
-) -> list[Any]:
-    """What :func:`_played` returns, but what ``forward`` has of each unit, which it returns first, as one value."""
-    found, n = _played(forward, x, shortcut, spec, *tensors), len(spec.units)
+def _by_kind(spec: ChainSpec, found: list[Any]) -> list[Any]:
+    """``found``, but what it has of each unit of the chain, which comes first, as one value."""
+    n = len(spec.units)
     return [_Convolved(found[:n], found[n : 2 * n], found[2 * n : 3 * n]), *found[3 * n :]]
 
 
@@ -262,9 +290,10 @@ def _arguments(ctx: Any, saved: list[Tensor | None]) -> tuple[list[bool], tuple[
     """
     units, n = ctx.spec.units, len(ctx.spec.units)
     weights, biases, ys, stats = (saved[i * n : i * n + n] for i in range(4))  # the rest is watched alone
-    needs = [*ctx.needs_input_grad[1:3]]
+    needed = ctx.needs_input_grad[-2 - n * TENSORS_PER_UNIT :]
+    needs = [*needed[:2]]
     for i in range(n):
-        needs += ctx.needs_input_grad[3 + i * TENSORS_PER_UNIT : 7 + i * TENSORS_PER_UNIT]
+        needs += needed[2 + i * TENSORS_PER_UNIT : 6 + i * TENSORS_PER_UNIT]
     return needs, (
         weights,
         biases,
@@ -284,11 +313,11 @@ def _arguments(ctx: Any, saved: list[Tensor | None]) -> tuple[list[bool], tuple[
 
 
 def _in_place(needs: list[bool], found: list[Tensor]) -> tuple[Tensor | None, ...]:
-    """Of those gradients that are needed, for each argument of a chain's ``apply`` its own."""
+    """Of those gradients that are needed, for each tensor that a chain's ``apply`` takes its own."""
     each = iter(found)
     gradients = [next(each) if need else None for need in needs]
     per_unit = [[*gradients[i : i + 4], None, None, None] for i in range(2, len(gradients), 4)]
-    return None, *gradients[:2], *(gradient for unit in per_unit for gradient in unit)
+    return *gradients[:2], *(gradient for unit in per_unit for gradient in unit)
 
 
 class PreActSpec(NamedTuple):

@@ -289,25 +289,31 @@ def unit(
     return Unit(layer, *used, momentum, eps, batch_stats, activation, numbers, out)
 
 
-def constants(layer: Layer, tensors: list[Tensor | None]) -> tuple[Any, ...] | None:
-    """All that :func:`unit` reads of a ``layer`` in evaluation but its tensors, which are added to ``tensors``.
+def constants(layer: Layer, tensors: list[Tensor | None], training: bool) -> tuple[Any, ...] | None:
+    """All that :func:`unit` reads of a ``layer`` but its tensors, which are added to ``tensors``.
 
     None where these are not simply parameters and buffers, strided and without operators of their own, where numbers
-    are of other types than usual, or where the norm has more in it than an activation. Raises TypeError for sizes that
-    are no pairs.
+    are of other types than usual, where the norm has more in it than an activation, and, if not ``training``, where it
+    takes the statistics of the batch, or if it shares them. Raises TypeError for sizes that are no pairs.
     """
     conv, norm, frozen = layer.conv.__dict__, layer.bn.__dict__, is_frozen(layer.bn)
     weights, running = conv["_parameters"], norm["_buffers"]
     affine = running if frozen else norm["_parameters"]
     try:
-        read = (
+        read: tuple[Any, ...] = (
             *(weights["weight"], weights["bias"], affine["weight"], affine["bias"]),
             *(running["running_mean"], running["running_var"]),
         )
     except KeyError:
         return None
-    if (norm["training"] and not frozen) or read[0] is None or read[4] is None or not is_norm(layer.bn):
+    if read[0] is None or read[4] is None or not is_norm(layer.bn):
         return None
+    statistics: tuple[Any, ...] = ()
+    if norm["training"] and not frozen:
+        statistics = norm["track_running_stats"], norm["momentum"]
+        if not training or type(layer.bn) is nn.SyncBatchNorm or type(norm["momentum"]) not in (float, type(None)):
+            return None
+        read = *read, running["num_batches_tracked"]
     if norm["_modules"] and why_inside(layer.bn) is not None:
         return None
     sizes = *conv["stride"], *conv["padding"], *conv["dilation"], conv["groups"]
@@ -320,8 +326,8 @@ def constants(layer: Layer, tensors: list[Tensor | None]) -> tuple[Any, ...] | N
         if t is not None and (type(t) not in PLAIN or t.layout is not torch.strided):
             return None
     tensors += read
-    inside = activation_in(layer.bn)
-    return type(layer.conv), type(layer.bn), *sizes, conv["padding_mode"], norm["eps"], inside, layer.activation
+    kinds = type(layer.conv), type(layer.bn), activation_in(layer.bn), layer.activation
+    return *kinds, *sizes, conv["padding_mode"], norm["eps"], statistics
 
 
 def _held(module: nn.Module, among: dict[str, Any], *names: str) -> list[Any]:

@@ -1,7 +1,7 @@
-"""Operators, and blocks without gradients, on what they ran on before: the same launches again, and nothing else.
+"""Operators and blocks, on what they ran on before: the same launches again, and nothing else.
 
 What an operator does follows from the layouts of its tensors and from its other arguments. Its allocations, launches
-and library calls are written down while it runs, as a :class:`_Tape`; from then on, the tape is played.
+and library calls are written down while it runs, as a :class:`Tape`; from then on, the tape is played.
 """
 
 from __future__ import annotations
@@ -19,6 +19,15 @@ from resnet_fused.kernels.launch import KEPT_LAYOUTS, Recipe, current_stream, on
 from resnet_fused.plan.decide import tf32
 
 
+def tape_of(implementation: Callable[..., Any], arguments: Sequence[Any]) -> Tape | None:
+    """That of ``implementation(*arguments)``, if :func:`run` wrote it down."""
+    return _tapes.get(_key(implementation, arguments, []))
+
+
+def _key(implementation: Callable[..., Any], arguments: Sequence[Any], tensors: list[Tensor]) -> tuple[Any, ...]:
+    return implementation, _settings(arguments[0]), *_signature(arguments, tensors)
+
+
 def run(implementation: Callable[..., Any], arguments: Sequence[Any]) -> Any:
     """What ``implementation(*arguments)`` does and returns, a tensor or several, which follows from their layouts.
 
@@ -28,7 +37,7 @@ def run(implementation: Callable[..., Any], arguments: Sequence[Any]) -> Any:
     if not only_launches() or torch._C._len_torch_function_stack() > 0 or torch._C._len_torch_dispatch_stack() > 0:
         return implementation(*arguments)
     tensors: list[Tensor] = []
-    key = implementation, _settings(arguments[0]), *_signature(arguments, tensors)
+    key = _key(implementation, arguments, tensors)
     if len(set(map(id, tensors))) < len(tensors):
         return implementation(*arguments)
     tape = _tapes.get(key)
@@ -42,7 +51,7 @@ def run(implementation: Callable[..., Any], arguments: Sequence[Any]) -> Any:
     return result
 
 
-def _recorded(tensors: Sequence[Tensor], function: Callable[[], Any]) -> tuple[Any, _Tape | None]:
+def _recorded(tensors: Sequence[Tensor], function: Callable[[], Any]) -> tuple[Any, Tape | None]:
     """What ``function`` returns, of the ``tensors``, and its tape; None if it can not be repeated."""
     with _Recorder(tensors) as recorder, recording(recorder.launched):
         result = function()
@@ -54,9 +63,12 @@ class Repetition:
 
     The first of its kind is just run, the second written down, which takes several times as long, and all others are
     played: where layouts are ever new, none is written down. Raises TypeError for a ``key`` that has no hash.
+    With gradients, what plays it stands in the graph, and is kept at once. ``situation``: what is seen of such a call
+    at a glance; see :func:`is_refused`.
     """
 
-    def __init__(self, owner: Any, key: tuple[Any, ...], tensors: Sequence[Any]) -> None:
+    def __init__(self, owner: Any, key: tuple[Any, ...], tensors: Sequence[Any], situation: Any = None) -> None:
+        self.situation = situation
         self.inputs: list[Tensor] = []
         self.key = _settings(tensors[0]), key, *_signature(tensors, self.inputs)
         known = _repeated.get(owner)
@@ -66,7 +78,7 @@ class Repetition:
     @property
     def is_known(self) -> bool:
         """Whether it can be played."""
-        return isinstance(self.tape, _Tape)
+        return not isinstance(self.tape, str | None)
 
     def play(self) -> Any:
         """What it returns."""
@@ -75,13 +87,23 @@ class Repetition:
     def run(self, function: Callable[[], Any]) -> Any:
         """What ``function`` returns, which is the call."""
         if self.tape is _NEW:
-            if len(self.known) >= KEPT_CALLS:
-                self.known.clear()
-            self.known[self.key] = _MET
+            self.keep(_MET)
         elif self.tape is _MET and len(set(map(id, self.inputs))) == len(self.inputs):
             result, self.known[self.key] = _recorded(self.inputs, function)
             return result
         return function()
+
+    def keep(self, tape: Any) -> None:
+        """Whatever plays the call on its inputs, or None if nothing can."""
+        if len(self.known) >= KEPT_CALLS:
+            self.known.clear()
+        self.known[self.situation if tape is None else self.key] = tape
+
+
+def is_refused(owner: Any, situation: Any) -> bool:
+    """Whether a call of ``owner`` that looked like this one could not be played: then it is not worth a second look."""
+    known = _repeated.get(owner)
+    return known is not None and situation in known
 
 
 KEPT_CALLS = 16
@@ -316,13 +338,13 @@ class _Recorder(TorchDispatchMode):
         step = recipe.repeated(compiled, slots)
         self.events.append(_Event(step, [*slots.values()], [slots[name] for name in recipe.boxes]))
 
-    def tape(self, result: Any) -> _Tape | None:
+    def tape(self, result: Any) -> Tape | None:
         """Of an operator that returned ``result``; None if it can not be repeated."""
         if not self.clear or any(t is not None and t not in self.slots for t in _several(result)):
             return None
         outputs = [self._slot(tensor) for tensor in _several(result)]
         kind = type(result) if isinstance(result, list | tuple) else None
-        return _Tape(self._steps(outputs), self.count, outputs, kind)
+        return Tape(self._steps(outputs), self.count, outputs, kind)
 
     def _steps(self, outputs: Sequence[int]) -> list[Step]:
         """All that happened, and where memory is used for the last time, its release."""
@@ -346,7 +368,7 @@ class _Recorder(TorchDispatchMode):
         return steps
 
 
-class _Tape(NamedTuple):
+class Tape(NamedTuple):
     """``slots``: how many there are, ``outputs``: those that are returned, in a ``kind`` of list or alone."""
 
     steps: Sequence[Step]
@@ -367,5 +389,5 @@ class _Tape(NamedTuple):
         return results[0] if self.kind is None else self.kind(results)
 
 
-_tapes: dict[tuple[Any, ...], _Tape | None] = {}
+_tapes: dict[tuple[Any, ...], Tape | None] = {}
 """By what an operator is given; None: it does what can not be repeated."""
