@@ -15,10 +15,12 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx, nn
+from torch.autograd import profiler
 from torch.nn.modules.conv import _ConvNd
 
 from resnet_fused import functional
 from resnet_fused.engine import eligible
+from resnet_fused.engine.forward import settings
 from resnet_fused.engine.replay import Repetition, can_repeat
 from resnet_fused.engine.request import requested
 from resnet_fused.kernels.activation import IDENTITY
@@ -47,7 +49,18 @@ _STATE = ("_conversion", "memory")
 _CLAIMED = (
     *(*_STATE, "original", "described", "why_eager", "why_unfusable", "is_stale", "eager_forward"),
     *("title", "forward_ahead", "_infer", "_launched", "_repetition", "_run", "_resolve", "_chain", "_piece"),
-    *("_repeated", "_repetition_of", "_why_apart", "_layer", "_shortcut", "_unit", "_why_here", "_why_stale"),
+    *(
+        "_repeated",
+        "_repetition_of",
+        "_shared",
+        "read_by",
+        "_why_apart",
+        "_layer",
+        "_shortcut",
+        "_unit",
+        "_why_here",
+        "_why_stale",
+    ),
     "_called",
 )
 
@@ -399,9 +412,36 @@ class ConvertedBlocks(Converted):
         known = _apart.get(self)
         if (known is not None and situation in known) or not (called := self._called()):
             return self.eager_forward(input)
-        z, apart = self._run(input, called)
+        repetition = self._repetition_of(input, called)
+        if repetition is None:
+            return self._shared(input, called, situation)
+        if repetition.is_known:
+            return cast(Tensor, repetition.play())
+        return cast(Tensor, repetition.run(partial(self._shared, input, called, situation)))
+
+    def _repetition_of(self, x: Tensor, called: list[Any]) -> Repetition | None:
+        """The call of all blocks at once, if it may be one that was seen before, and nobody is to see them apart."""
+        if profiler._is_profiler_enabled or not can_repeat(x) or x.layout is not torch.strided:
+            return None
+        tensors: list[Tensor | None] = [x]
+        key: list[Any] = [settings(x.device)]
+        for block in called:
+            if not runs_fused(block) or block._compiled_call_impl is not None or eligible.hooked(block):
+                return None
+            request = requested(block)
+            if eligible.why_not_here(x, request) is not None or block.why_unfusable() is not None:
+                return None
+            if (read := block.read_by(block.described()[0], tensors)) is None:
+                return None
+            key += request, read
+        return Repetition(self, tuple(key), tensors)
+
+    def _shared(self, x: Tensor, called: list[Any], situation: tuple[Any, ...]) -> Tensor:
+        """What the blocks return without gradients; ``situation``: kept if they share nothing in it."""
+        z, apart = self._run(x, called)
         if apart:
-            _apart[self] = {situation, *(known if known is not None and len(known) < KEPT_LAYOUTS else ())}
+            known = _apart.get(self, set())
+            _apart[self] = {situation, *(known if len(known) < KEPT_LAYOUTS else ())}
         return z
 
     def why_eager(self, x: Tensor) -> str | None:

@@ -182,16 +182,24 @@ class FusedBlock(nn.Module):
             situation = functional.situation(inputs[0]), inputs[0].stride(), inputs[0].requires_grad, self.training
             if is_refused(owner, situation):
                 return None
+        read = self.read_by(layout, tensors)
+        if read is None:
+            return None
+        kept = (self.described()[1], *[t is not None and t.requires_grad for t in tensors]) if training else ()
+        return Repetition(owner, (request, settings(inputs[0].device), *read, kept), tensors, situation)
+
+    def read_by(self, layout: BlockLayout, tensors: list[Tensor | None]) -> tuple[Any, ...] | None:
+        """``layout``, and all that it reads of submodules but tensors, which are added to ``tensors``.
+
+        None where that is more than :func:`eligible.constants` knows.
+        """
+        training = torch.is_grad_enabled()
         try:
             constants = [eligible.constants(self._layer(unit), tensors, training) for unit in layout.all_units()]
             others = [_attributes(self.get_submodule(name)) for name in _others(layout)]
-            if None in constants:
-                return None
-            kept = (self.described()[1], *[t is not None and t.requires_grad for t in tensors]) if training else ()
-            key = request, settings(inputs[0].device), layout, *constants, *others, kept
-            return Repetition(owner, key, tensors, situation)
         except (AttributeError, KeyError, TypeError):  # of submodules that are gone, or sizes that are no pairs
             return None
+        return None if None in constants else (layout, *constants, *others)
 
     def forward_ahead(self, x: Tensor, ahead: Tensor | Taken | None, following: FusedBlock | None) -> functional.Ran:
         """What ``forward`` returns, and what the first unit of ``following`` makes of it, or its moments, or None.

@@ -2678,4 +2678,16 @@ MUTATIONS = [
         "return self._launched(found)",
         "tests/test_replay.py -k steps_of_units",
     ),
+    Mutation(
+        "resnet_fused/convert.py",
+        "if not runs_fused(block) or block._compiled_call_impl is not None or eligible.hooked(block):",
+        "if not runs_fused(block) or block._compiled_call_impl is not None:",
+        "tests/test_replay.py -k share_launches",
+    ),
+    Mutation(
+        "resnet_fused/convert.py",
+        "if (read := block.read_by(block.described()[0], tensors)) is None:",
+        "if (read := block.read_by(block.described()[0], [])) is None:",
+        "tests/test_replay.py -k share_launches",
+    ),
 ]
