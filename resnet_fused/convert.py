@@ -37,8 +37,9 @@ from resnet_fused.modules import (
 )
 from resnet_fused.pieces import Piece, UnitsLayout
 from resnet_fused.plan import checked
-from resnet_fused.recognise import has_units, is_container, recognise, recognise_stage, recognise_stem
-from resnet_fused.traced import INTERNAL, is_plain, own_class
+from resnet_fused.recognise import has_units, is_container, recognise, recognise_stem
+from resnet_fused.stages import recognise_stage
+from resnet_fused.traced import INTERNAL, attributes_read, is_plain, own_class
 
 Filter = Callable[[str, nn.Module], bool]
 
@@ -426,7 +427,7 @@ class ConvertedBlocks(Converted):
         tensors: list[Tensor | None] = [x]
         key: list[Any] = [settings(x.device)]
         for block in called:
-            if not runs_fused(block) or block._compiled_call_impl is not None or eligible.hooked(block):
+            if not runs_fused(block) or eligible.answered(block) or eligible.hooked(block):
                 return None
             request = requested(block)
             if eligible.why_not_here(x, request) is not None or block.why_unfusable() is not None:
@@ -506,8 +507,9 @@ def _converted(kind: type[Converted], original: type[nn.Module]) -> type[Convert
     if key not in _classes:
         attributes: dict[str, Any] = {"original": original, "__module__": __name__, "__doc__": kind.__doc__}
         _, parameter = signature(original.forward).parameters
-        if parameter != kind.forward.__code__.co_varnames[1]:
-            attributes["forward"] = _taking(kind.forward, parameter)
+        default = original.forward.__defaults__
+        if parameter != kind.forward.__code__.co_varnames[1] or default is not None:
+            attributes["forward"] = _taking(kind.forward, parameter, default)
         if original.__new__ is not object.__new__:  # FSDP's looks among the bases for what a slice is made of
             attributes["__new__"] = lambda _, *args, **named: original.__new__(original, *args, **named)
         _classes[key] = type(_fused_name(original), key, attributes)
@@ -528,10 +530,11 @@ def _fused_name(original: type) -> str:
     return f"Fused{original.__name__}"
 
 
-def _taking(forward: Any, parameter: str) -> FunctionType:
-    """``forward`` for callers who name its ``parameter`` as the original does."""
+def _taking(forward: Any, parameter: str, default: tuple[Any, ...] | None) -> FunctionType:
+    """``forward`` for callers who name its ``parameter`` as the original does, or leave it out where that may be."""
     own, _, *rest = forward.__code__.co_varnames
-    return FunctionType(forward.__code__.replace(co_varnames=(own, parameter, *rest)), forward.__globals__, "forward")
+    code = forward.__code__.replace(co_varnames=(own, parameter, *rest))
+    return FunctionType(code, forward.__globals__, "forward", default)
 
 
 def _blank(kind: type[Converted], original: type[nn.Module]) -> Converted:
@@ -555,9 +558,27 @@ def _kinds(module: nn.Module) -> tuple[Any, ...]:
 
 
 def _plain(module: nn.Module) -> tuple[tuple[str, Any], ...]:
-    """What a forward may branch on: attributes that are numbers, text, flags or functions, or hold some of these."""
+    """What a forward may branch on: attributes that are numbers, text, flags or functions, or hold some of these.
+
+    Those that its class asks for and that it does not have by itself, it has as ``_Missing``.
+    """
     names = [name for name in vars(module) if name not in INTERNAL and name not in _STATE]
-    return tuple((name, _copied(vars(module)[name])) for name in names if is_plain(vars(module)[name]))
+    missing = [name for name in attributes_read(own_class(module)) if _attribute(module, name) is _Missing]
+    plain = [(name, _copied(vars(module)[name])) for name in names if is_plain(vars(module)[name])]
+    return *plain, *((name, _Missing) for name in sorted(missing))
+
+
+class _Missing:
+    """In place of an attribute that an instance does not have."""
+
+
+def _attribute(module: nn.Module, name: str) -> Any:
+    """That of the instance; a parameter, buffer or submodule that is None is missing."""
+    own = vars(module)
+    if name in own:
+        return own[name]
+    held = (own[kind].get(name) for kind in ("_parameters", "_buffers", "_modules"))
+    return next((value for value in held if value is not None), _Missing)
 
 
 def _copied(value: Any) -> Any:
@@ -567,14 +588,10 @@ def _copied(value: Any) -> Any:
     return {k: _copied(v) for k, v in value.items()} if type(value) is dict else value
 
 
-_GONE = object()
-
-
 def _why_changed(module: nn.Module, plain: tuple[tuple[str, Any], ...]) -> str | None:
     """Why ``module`` does not have the attributes of :func:`_plain` any more, or None."""
-    own = vars(module)
     for name, value in plain:
-        now = own.get(name, _GONE)
+        now = _attribute(module, name)
         if now is not value and not (is_plain(now) and now == value):
             return f"its attribute {name!r} is not what it was when it was recognised"
     return None

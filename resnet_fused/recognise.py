@@ -138,20 +138,6 @@ def _is_watched(module: nn.Module) -> bool:
     return "forward" in vars(module) or eligible.hooked(module) or parametrize.is_parametrized(module)
 
 
-def recognise_stage(module: nn.Module) -> tuple[str, ...]:
-    """The names of the modules that ``module`` calls, if all that it does is to call one on the result of the other.
-
-    Its own forward is traced as by :func:`recognise`, but for what it calls. Else there are none.
-    """
-    try:
-        graph = forward_of(module, frozenset())
-    except Untraceable:
-        return ()
-    calls = list(_calls(graph))
-    _, *nodes, output = graph.nodes
-    return tuple(str(call.target) for call in calls) if nodes == calls and output.args == (*calls[-1:],) else ()
-
-
 NETWORKS = (
     ("torchvision.models.resnet", "ResNet"),
     ("timm.models.resnet", "ResNet"),

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import dis
 import enum
 import operator
 import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from inspect import Parameter, isroutine, signature
+from types import CodeType
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -103,7 +106,7 @@ class Tracer(fx.Tracer):
     def __init__(self, leaf: Callable[[nn.Module, str], bool]) -> None:
         super().__init__()
         self.leaf = leaf
-        self.modes = _modes()
+        self.modes = modes()
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return Value(node, self)
@@ -118,19 +121,19 @@ class Tracer(fx.Tracer):
         return super().call_module(m, traced_forward(m, forward), args, kwargs)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        if _modes() != self.modes:
+        if modes() != self.modes:
             raise Untraceable("its forward switches gradients, autocast or saved-tensor hooks")
         return super().create_node(*args, **kwargs)
 
 
-class _NoArithmetic(TorchDispatchMode):
+class NoArithmetic(TorchDispatchMode):
     """A graph would keep what comes of tensors that are no inputs."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         raise Untraceable("its forward computes with tensors of its own, or draws random numbers")
 
 
-def _modes() -> tuple[Any, ...]:
+def modes() -> tuple[Any, ...]:
     """What a forward may switch for a part of itself."""
     return (
         torch.is_grad_enabled(),
@@ -157,7 +160,7 @@ def trace(module: nn.Module, state: State, tracer: Callable[[], Tracer]) -> fx.G
         try:
             twin = _twin(module, state, twins)
             before = [_attributes(part) for part in twins.values()]
-            with _NoArithmetic(), _autocast(state.autocast):
+            with NoArithmetic(), autocast_told(state.autocast):
                 graph = tracer().trace(twin)
         except Untraceable as reason:
             failure = str(reason)
@@ -173,7 +176,7 @@ def trace(module: nn.Module, state: State, tracer: Callable[[], Tracer]) -> fx.G
 
 
 @contextmanager
-def _autocast(enabled: bool) -> Iterator[None]:
+def autocast_told(enabled: bool) -> Iterator[None]:
     """What a forward that asks for autocast is told, whichever devices there are."""
     before = [(device, torch.is_autocast_enabled(device)) for device in ("cpu", "cuda")]
     try:
@@ -228,6 +231,25 @@ def _is_same(now: tuple[Any, Any], before: tuple[Any, Any]) -> bool:
 
 def _is_identical(a: Any, b: Any) -> bool:
     return a is b or (isinstance(a, tuple) and len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True)))
+
+
+@cache
+def attributes_read(kind: type[nn.Module]) -> frozenset[str]:
+    """Names that the functions of ``kind`` ask something for, or might, once it is made: texts in them count as well.
+
+    Not counted are those of PyTorch's own classes.
+    """
+    found: set[str] = set()
+    bases = [base for base in kind.__mro__ if base is not object and not base.__module__.startswith("torch.")]
+    own = [value for base in bases for name, value in vars(base).items() if name != "__init__"]
+    code = [getattr(getattr(value, "fget", value), "__code__", None) for value in own]
+    while code:
+        if (part := code.pop()) is None:
+            continue
+        code += [value for value in part.co_consts if isinstance(value, CodeType)]
+        found.update(value for value in part.co_consts if isinstance(value, str))
+        found.update(i.argval for i in dis.get_instructions(part) if i.opname in ("LOAD_ATTR", "LOAD_METHOD"))
+    return frozenset(name for name in found if name.isidentifier() and not name.startswith("__"))
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:

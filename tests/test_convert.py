@@ -349,6 +349,41 @@ def test_keys_parameters_and_optimizer_stay():
         torch.testing.assert_close(a, b)
 
 
+class Flagged(torchvision.models.resnet.BasicBlock):
+    """Looks at what its class has, at a buffer that is none yet, and at what nobody has yet."""
+
+    doubled = False
+
+    def __init__(self, units=False):
+        super().__init__(16, 16)
+        self.units = units
+        self.register_buffer("scale", None)
+
+    def forward(self, x):
+        y = super().forward(x)
+        if self.units:
+            y = y.sin()
+        if self.doubled or getattr(self, "more", False):
+            y = y + y
+        return y if self.scale is None else y * self.scale
+
+
+@pytest.mark.parametrize("units", [False, True])
+@pytest.mark.parametrize("name", ["doubled", "more", "scale"])
+def test_attributes_that_come_later_and_that_its_forward_asks_for_count(name, units):
+    block = fuse(nn.Sequential(Flagged(units)).eval())[0]
+    x, value = torch.randn(2, 16, 5, 4), torch.tensor(3.0) if name == "scale" else True
+    assert isinstance(block, ConvertedUnits if units else ConvertedBlock)
+    for part in (block, copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
+        with torch.no_grad(), implementation("triton"):
+            assert part.why_eager(x) is None
+            part.unrelated = 1
+            assert part.why_eager(x) is None
+            setattr(part, name, value)
+            torch.testing.assert_close(part(x), Flagged.forward(part, x))
+            assert name in part.why_eager(x)
+
+
 def test_attributes_that_come_later_are_the_users():
     model = fuse(small().eval())
     mine = {"memory": [1], "layout": "NHWC", "kinds": 3, "plain": None, "pooled_stem": True}

@@ -226,6 +226,162 @@ def test_others_are_left_alone(kind):
         torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-4)
 
 
+class Skipping(Stage):
+    def forward(self, x):
+        for layer in self.layers:
+            x = x if getattr(layer, "skip", False) else layer(x)
+        return x
+
+
+class ByKind(Stage):
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x) if isinstance(layer, BOTTLENECK) else layer(x) + x
+        return x
+
+
+class ByClass(Stage):
+    """Reads what its class has, until the instance has it."""
+
+    doubled = False
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return 2 * x if self.doubled else x
+
+
+class Later(Stage):
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return 2 * x if hasattr(self, "doubled") else x
+
+
+class Scaled(Stage):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", None)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x if self.scale is None else x * self.scale
+
+
+class Ordered(Stage):
+    def __init__(self):
+        super().__init__()
+        self.order = [*self.layers]
+
+    def forward(self, x):
+        for layer in self.order:
+            x = layer(x)
+        return x
+
+
+class Tied(Stage):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([self.layers[0]] * 2)
+
+
+class OfParameters(Stage):
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return 2 * x if isinstance(x, nn.Parameter) else x
+
+
+class Switching(Stage):
+    def forward(self, x):
+        for layer in self.layers:
+            with torch.set_grad_enabled(layer.conv1.weight.requires_grad):
+                x = layer(x)
+        return x
+
+
+def _skipped(stage):
+    stage.layers[1].skip = True
+
+
+def _exchanged(stage):
+    torch.manual_seed(1)
+    stage.layers[1] = _randomised(nn.Sequential(nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16))).eval()
+
+
+def _doubled(stage):
+    stage.doubled = True
+
+
+def _scaled(stage):
+    stage.scale = torch.full((1,), 3.0)
+
+
+def _reversed(stage):
+    stage.order.reverse()
+
+
+def _untied(stage):
+    torch.manual_seed(1)
+    stage.layers[1] = _randomised(BOTTLENECK(16, 4)).eval()
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        *[(Skipping, _skipped), (ByKind, _exchanged), (ByClass, _doubled), (Later, _doubled), (Scaled, _scaled)],
+        *[(Ordered, _reversed), (Tied, _untied), (OfParameters, None), (Switching, None)],
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_a_stage_that_looks_at_more_than_what_it_calls_is_none(kind, change):
+    model, fused, x = fused_pair(kind)
+    assert type(fused) is kind
+    if change is not None:
+        change(model)
+        change(fused)
+    with torch.no_grad(), implementation("triton"):
+        torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+class Calling(BOTTLENECK):
+    scale = 1
+
+    def __call__(self, x):
+        return super().__call__(x) * self.scale
+
+
+@pytest.mark.parametrize("kind", [Stage, nn.Sequential])
+def test_a_block_with_a_call_of_its_own_is_called(kind):
+    def build():
+        stage = Stage()
+        stage.layers = nn.ModuleList([Calling(16, 4), Calling(16, 4)])
+        return stage if kind is Stage else nn.Sequential(*stage.layers)
+
+    model, fused, x = fused_pair(build)
+    Calling.scale = 3
+    try:
+        with torch.no_grad(), implementation("triton"):
+            torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-4)
+    finally:
+        Calling.scale = 1
+
+
+def test_an_input_may_have_a_default():
+    class Default(Stage):
+        def forward(self, x=None):
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    model, fused, x = fused_pair(Default)
+    assert isinstance(fused, ConvertedStage)
+    with pytest.raises(TypeError, match="NoneType"):
+        fused()
+    assert chains(check(fused, model, x)) > 0
+
+
 def test_a_forward_set_on_the_instance_is_called():
     model, x = make()
     model.forward = lambda x: x + 1
