@@ -425,10 +425,9 @@ def _recipe(
         INT64=max(map(span, (x, res, *outputs))) + tile.block_m * max(out.shape[1] for out in outputs) >= 2**31,
         PRECISION=precision(first),
     )
-    runtime = sizes(first)
     scalars = {
         "M": expand.m,
-        **{name: size for name, size in runtime.items() if not name.startswith("group")},
+        **sizes(first),
         "crop": crop,
         "widths": Widths(first.ci, expand.ci, expand.co, reduce.co if reduce else 0, stride_of(x), stride_of(res)),
         "form": form,

@@ -119,14 +119,18 @@ def output_size(size: int, taps: int, stride: int, padding: int, dilation: int) 
 
 
 def sizes(problem: ConvProblem) -> dict[str, int]:
-    """The arguments of every convolution's kernel that RUNTIME_SIZES names, but for the first."""
+    """The arguments of every convolution's kernel that RUNTIME_SIZES names, but for the first, and those of groups."""
     (stride_h, stride_w), (pad_h, pad_w), (dil_h, dil_w) = problem.stride, problem.padding, problem.dilation
     return {
         **{"H": problem.h, "W": problem.w, "P": problem.p, "Q": problem.q},
         **{"stride_h": stride_h, "stride_w": stride_w, "pad_h": pad_h, "pad_w": pad_w},
         **{"dil_h": dil_h, "dil_w": dil_w},
-        **{"group_ci": problem.ci // problem.groups, "group_co": problem.co // problem.groups},
     }
+
+
+def group_sizes(problem: ConvProblem) -> dict[str, int]:
+    """The last of RUNTIME_SIZES: channels of a group."""
+    return {"group_ci": problem.ci // problem.groups, "group_co": problem.co // problem.groups}
 
 
 WALK = ["tap_h", "tap_w", "hop_h", "hop_w"]

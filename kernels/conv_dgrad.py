@@ -23,6 +23,7 @@ from .conv import (
     Size,
     blocks,
     check_geometry,
+    group_sizes,
     load_width,
     parity_walk,
     precision,
@@ -433,6 +434,7 @@ def _gathered(problem: ConvProblem, inputs: _Inputs, tile: TileConfig, vectors: 
     scalars = {
         "N": problem.n,
         **sizes(problem),
+        **group_sizes(problem),
         **parity_walk(problem),
         "crop": crop,
         "widths": widths,

@@ -47,13 +47,13 @@ from .tile import (
 class Form(NamedTuple):
     """What the compiled code depends on: the filter's size, and which of the kernel's cases it is.
 
-    ``PRE``, ``ACT``: the activation of the prologue, of the epilogue.
+    ``MERGED``: how many groups share a tile. ``PRE``, ``ACT``: the activation of the prologue, of the epilogue.
     ``VECTOR``: see :func:`resnet_fused.kernels.conv.load_width`.
     """
 
     R: int
     S: int
-    MERGED: bool
+    MERGED: int
     POINTWISE: bool
     PADDED: bool
     FLAT: bool
@@ -136,8 +136,6 @@ def conv_forward_kernel(
     pad_w,
     dil_h,
     dil_w,
-    group_ci,
-    group_co,
     eps,
     crop,
     widths,
@@ -151,14 +149,14 @@ def conv_forward_kernel(
     before the loop. CI and CO are the channels of the group.
 
     FLAT: so few input channels that a chunk runs across taps: K = (r, s, ci) is cut every BLOCK_K wherever that falls.
-    MERGED: CI and CO hold several groups of group_ci and group_co channels each, and the filter is block-diagonal.
+    Where several groups are MERGED, CI and CO are those of all of them, and the filter is block-diagonal.
     SPLIT: the programs of the grid's third axis share a tile's steps through K; each stores its part of the sum, in y
     [splits, M, channels], for conv_forward_sum_kernel.
     BY_IMAGE: no tile crosses images, as where the epilogue multiplies with a gate for each image and channel.
     """
     R: tl.constexpr = form.R
     S: tl.constexpr = form.S
-    MERGED: tl.constexpr = form.MERGED
+    MERGED: tl.constexpr = form.MERGED > 1
     POINTWISE: tl.constexpr = form.POINTWISE
     PADDED: tl.constexpr = form.PADDED
     FLAT: tl.constexpr = form.FLAT
@@ -176,6 +174,8 @@ def conv_forward_kernel(
     OFFSET: tl.constexpr = tl.int64 if form.INT64 else tl.int32
     CI = widths.ci
     CO = widths.co
+    group_ci = CI // form.MERGED
+    group_co = CO // form.MERGED
     x_stride = widths.x
     w_stride = widths.w
     if VECTOR > 1:
@@ -768,7 +768,7 @@ def _form(
         raise ValueError(f"config.block_k must hold the {ci} input channels of merged groups; got {tile.block_k}")
     return Form(
         *(problem.r, problem.s),
-        MERGED=problem.merged > 1,
+        MERGED=problem.merged,
         POINTWISE=taps == 1 and problem.stride == (1, 1) and not padded,
         PADDED=padded,
         FLAT=problem.flat,

@@ -13,7 +13,17 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import IDENTITY, RELU, Activation, activate
-from .conv import RUNTIME_SIZES, ConvProblem, Geometry, blocks, check_geometry, load_width, precision, sizes
+from .conv import (
+    RUNTIME_SIZES,
+    ConvProblem,
+    Geometry,
+    blocks,
+    check_geometry,
+    group_sizes,
+    load_width,
+    precision,
+    sizes,
+)
 from .gpus import gpu_of
 from .launch import INTERPRETER, KEPT_LAYOUTS, Cost, Recipe, TileConfig, Vector, target_arch
 from .memory import Layout, cdiv, empty_channels_last, layout, pixel_stride, require_pixel_linear, span, stride_of
@@ -398,6 +408,7 @@ def _recipe(
     scalars = {
         "M": problem.m,
         **sizes(problem),
+        **group_sizes(problem),
         "steps": steps,
         "widths": widths,
         "form": _form(problem, widths, inputs.before or IDENTITY, far),
