@@ -197,6 +197,8 @@ class ConvertedUnits(Converted):
             return "hooks are registered on a submodule"
         if not all(map(eligible.takes_means, pools)):
             return "a pool does not take the means of images any more"
+        if piece.gate is not None and eligible.activation_in(units[2 * len(piece.layout.units) - 1]) != IDENTITY:
+            return "a batch norm has an activation of its own, in front of the gate"
         for part, (name, activation) in zip(passed, piece.passed, strict=True):
             if eligible.activation_of(part) != activation:
                 return f"{name} is {part}, which is not {activation}"

@@ -658,7 +658,11 @@ class TritonFront(nn.Module):
 
     def _launches(self, x: Any, norm: Any) -> bool:
         """Whether the kernels take ``x`` and, behind it, what the ``norm`` holds."""
-        if torch.compiler.is_compiling() or eligible.why_not_here(x) is not None or _runs_hooks(norm):
+        if (
+            torch.compiler.is_compiling()
+            or eligible.why_not_here(x) is not None
+            or any(map(_runs_hooks, norm.modules()))
+        ):
             return False
         mean = norm.running_mean
         if not _is_like(x, mean, FLOATS if mean.dtype == torch.float32 else ()) or x.dtype not in FLOATS:
@@ -1116,7 +1120,7 @@ def _fuse_gate(graph: fx.GraphModule, node: fx.Node, unit: TritonConv) -> None:
     if gate is None or not pieces.gives_gates(seen, gate, _means_like(seen, gate, unit.weight)):
         return
     movable = _pure_between(graph, node, gate.product, gate.all_nodes())
-    late = movable and functional.takes_means(unit.weight, unit.geometry)
+    late = movable and functional.takes_means(unit.weight, unit.geometry) and not _is_input(node.args[0])
     if late:
         x, means = _with_means(graph, node)
         with graph.graph.inserting_before(node):
@@ -1163,7 +1167,8 @@ def _with_means(graph: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, fx.Node]
     """What ``node`` reads, and the mean of each image of it, which come along with it where a launch makes it."""
     read = cast(fx.Node, node.args[0])
     unit: Any = graph.get_submodule(str(read.target)) if _calls(graph, read, TritonConv) else None
-    if unit is None or unit.norm is None or unit.pooled or unit.squeezes or len(read.args) != 1:
+    alone = unit is not None and unit.norm is not None and not unit.pooled and not unit.squeezes
+    if not (alone and len(read.args) == 1 and _pure_between(graph, read, node)):
         with graph.graph.inserting_before(node):
             return read, graph.graph.call_function(_means, (read,))
     unit.averages, readers = True, list(read.users)

@@ -93,6 +93,7 @@ def test_every_kernel_is_checked_in_every_number_format():
     convolutions = {
         "conv_forward",
         "conv_forward, boxes",
+        "conv_forward, gate",
         "conv_forward, split",
         "conv_forward, wide",
         "conv_forward_moments",

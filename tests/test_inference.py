@@ -1862,6 +1862,18 @@ def test_hooks_of_a_norm_in_front_are_run():
 
 
 @interpreted
+def test_hooks_in_a_norm_in_front_are_run():
+    norm = timm.layers.BatchNormAct2d(8, act_layer=nn.SiLU)
+    model, x = _drawn(nn.Sequential(norm, nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8))), torch.randn(1, 8, 4, 3)
+    with implementation("triton"):
+        frozen = optimize_for_inference(model)
+        assert any(isinstance(part, inference.TritonFront) for part in frozen.modules())
+        for part in (frozen.network.get_submodule("0.act"), model[0].act):
+            part.register_forward_hook(lambda module, args, out: out * 2)
+        _check(frozen, model, x)
+
+
+@interpreted
 @pytest.mark.parametrize("tracer", ["compile", "export", "jit.trace", "fx of the network", "make_fx"])
 def test_tracers_see_norms_in_front(tracer):
     torch._dynamo.reset()
@@ -2120,6 +2132,60 @@ def test_a_gate_under_another_dtype_and_on_inputs_that_no_launch_takes():
             _assert_same_outcome(plain, model, INPUTS[name](torch.randn(2, 8, 4, 4)))
     with implementation("eager"):
         _check(plain, model, x)
+
+
+class _Overwritten(zoo.Gated):
+    """What the last convolution reads is written to in between, itself or a part of it."""
+
+    def __init__(self, part: bool) -> None:
+        super().__init__(16, 16)
+        self.part = part
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.act(self.bn1(self.conv1(x)))
+        out = self.act(self.bn2(self.conv2(out)))
+        (out[:, :2] if self.part else out).mul_(20)
+        return self.act(self.se(self.bn3(self.conv3(out))) + x)
+
+
+@interpreted
+@pytest.mark.parametrize("part", [False, True])
+def test_means_are_of_what_a_convolution_reads_in_the_end(part):
+    model, x = _drawn(_Overwritten(part)), torch.randn(2, 16, 5, 4)
+    with implementation("triton"):
+        frozen = optimize_for_inference(model)
+        assert _gates(frozen) == 1
+        _check(frozen, model, x)
+
+
+@interpreted
+def test_a_gate_behind_a_convolution_of_the_input_itself():
+    """Which is cast to the model's dtype first, or refused as ever."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn, self.se = nn.Conv2d(8, 16, 1, bias=False), nn.BatchNorm2d(16), timm.layers.SEModule(16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.se(self.bn(self.conv(x)))
+
+    model, x = _drawn(Block()), torch.randn(2, 8, 4, 4)
+    with implementation("triton"), torch.no_grad():
+        frozen = optimize_for_inference(model)
+        assert _gates(frozen) == 1
+        for dtype in (torch.float32, torch.float16, torch.float64):
+            got, want = frozen(x.to(dtype)), model(x.to(dtype).float())
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+        for name in INPUTS:
+            _assert_same_outcome(frozen, model, INPUTS[name](x))
+        for wrong in ("x", None, x.to_sparse(), x[:, :5]):
+            with pytest.raises(Exception) as ours:
+                frozen(wrong)
+            with pytest.raises(ours.type):
+                model(wrong)
+        with pytest.raises(RuntimeError, match="2, 5, 4, 4"):
+            frozen(x[:, :5])
 
 
 @interpreted

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from timm.layers import EcaModule, SEModule, get_attn
+from timm.layers import BatchNormAct2d, EcaModule, SEModule, get_attn
 from timm.models.resnet import BasicBlock, Bottleneck
 from timm.models.senet import SEBottleneck
 from torch import Tensor, nn
@@ -315,16 +315,31 @@ def a_pool_of_more(block: Any) -> None:
     block.se.avgpool.output_size = (None, None)
 
 
+def an_activation_in_the_norm(block: Any) -> None:
+    block.bn3.act = nn.Hardswish()
+
+
 CHANGES = [
     *(hook_on_the_gate, hook_on_its_pool, hook_on_the_norm, another_gate, one_gate_for_all_channels, a_gate_in_fp64),
-    *(no_gate, a_pool_of_more),
+    *(no_gate, a_pool_of_more, an_activation_in_the_norm),
 ]
+
+
+class Quiet(Gated):
+    """Without a shortcut, and with a norm that may have an activation."""
+
+    def __init__(self) -> None:
+        super().__init__(16, 16)
+        self.bn3 = BatchNormAct2d(16, apply_act=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.se(self.bn3(self.conv3(self.act(self.bn1(self.conv1(x))))))
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_is_changed_behind_fuse_counts(change):
     torch.manual_seed(0)
-    block = fused(BLOCKS["identity"]).eval()
+    block = fused(Quiet if change is an_activation_in_the_norm else BLOCKS["identity"]).eval()
     randomise(block)
     twin, x = unfuse(copy.deepcopy(block)), torch.randn(2, 16, 5, 4)
     change(block)
