@@ -103,10 +103,10 @@ class _Container(_Part):
         parts = _parts(module, log, f"{name}.")
         object.__setattr__(self, "parts", parts if isinstance(module, nn.ModuleDict) else [*parts.values()])
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         return iter(object.__getattribute__(self, "parts"))
 
-    def __len__(self) -> int:
+    def __len__(self) -> int:  # type: ignore[override]
         return len(object.__getattribute__(self, "parts"))
 
     def __getitem__(self, key: Any) -> Any:
@@ -130,7 +130,7 @@ class _Self(_Silent):
             raise Untraceable(f"its forward reads {name!r}")
         return copy.copy(value)
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         module, parts = object.__getattribute__(self, "held")
         if getattr(own_class(module), "__iter__", None) is not nn.Sequential.__iter__:
             raise Untraceable("its forward iterates over the module")

@@ -234,7 +234,7 @@ def _is_identical(a: Any, b: Any) -> bool:
 
 
 @cache
-def attributes_read(kind: type[nn.Module]) -> frozenset[str]:
+def attributes_read(kind: type) -> frozenset[str]:
     """Names that the functions of ``kind`` ask something for, or might, once it is made: texts in them count as well.
 
     Not counted are those of PyTorch's own classes.
