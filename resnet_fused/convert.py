@@ -565,7 +565,8 @@ def _plain(module: nn.Module) -> tuple[tuple[str, Any], ...]:
     Those that its class asks for and that it does not have by itself, it has as ``_Missing``.
     """
     names = [name for name in vars(module) if name not in INTERNAL and name not in _STATE]
-    missing = [name for name in attributes_read(own_class(module)) if _attribute(module, name) is _Missing]
+    kind: type = own_class(module)
+    missing = [name for name in attributes_read(kind) if _attribute(module, name) is _Missing]
     plain = [(name, _copied(vars(module)[name])) for name in names if is_plain(vars(module)[name])]
     return *plain, *((name, _Missing) for name in sorted(missing))
 

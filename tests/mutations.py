@@ -918,9 +918,7 @@ MUTATIONS = [
         "if False and any(",
         "tests/test_convert.py -k left_alone",
     ),
-    Mutation(
-        "resnet_fused/traced.py", "if modes() != self.modes:", "if False:", "tests/test_untouched.py -k branches"
-    ),
+    Mutation("resnet_fused/traced.py", "if modes() != self.modes:", "if False:", "tests/test_untouched.py -k branches"),
     Mutation(
         "resnet_fused/engine/ops.py",
         "z, shortcut, ys = _restored(z), _restored(shortcut)",
