@@ -40,7 +40,7 @@ from resnet_fused.kernels import (
 from resnet_fused.kernels.launch import Call, dry_run, observe
 from resnet_fused.plan import checked
 from resnet_fused.plan.cache import digest
-from tests.kernels.model_kernels import meta_model
+from tests.kernels.model_kernels import merges, meta_model
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
@@ -227,8 +227,8 @@ def compiled_code(call: Call) -> tuple:
     tensors = [t for t in (getattr(value, "base", value) for value in call.arguments.values()) if isinstance(t, Tensor)]
     narrowest = min((t.dtype for t in tensors), key=lambda dtype: dtype.itemsize)
     form = call.arguments.get("form")
-    flags = tuple(getattr(form, name, None) for name in ("PRECISION", "R", "FLAT", "MERGED"))
-    return call.kernel.__name__, blocks, narrowest, flags
+    flags = tuple(getattr(form, name, None) for name in ("PRECISION", "R", "FLAT"))
+    return call.kernel.__name__, blocks, narrowest, (*flags, merges(form))
 
 
 @pytest.mark.parametrize("arch", [80, 86, 90, 100, 120])

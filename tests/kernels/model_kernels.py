@@ -41,6 +41,12 @@ DRAWN = 4
 """Units of odd sizes for each architecture."""
 
 
+def merges(form: Any) -> bool:
+    """Whether groups share a tile of a kernel of this ``form``, which says so or how many."""
+    merged = getattr(form, "MERGED", False)
+    return merged if isinstance(merged, bool) else merged > 1
+
+
 class Kernel(NamedTuple):
     """One that Triton compiles apart from all others: for an architecture, and as a call specialises it.
 
@@ -76,7 +82,7 @@ class Kernel(NamedTuple):
         if self.call.config.box is not None:
             single = form.ONE_CHUNK and form.R * form.S == 1
             return "vectors are loaded among the products, which are in no loop" if single else ""
-        if form.MERGED:
+        if merges(form):
             return "merged groups: narrower than a load"
         if form.VECTOR > 1 and triton.__version__.startswith("3.6"):
             return "Triton 3.6 does not see how far a mask of channels is constant"
@@ -90,7 +96,7 @@ class Kernel(NamedTuple):
             return ""
         if self.prologue:
             return "a factor that is transformed stands in registers, which are written while products run"
-        if getattr(self.call.arguments.get("form"), "MERGED", False):
+        if merges(self.call.arguments.get("form")):
             return "merged groups: a filter that is masked by the element comes through registers"
         if triton.__version__.startswith("3.6.") and self.name == "conv_box_kernel" and self.call.config.num_warps == 8:
             return "Triton 3.6 writes accumulators of eight warps while products run"
