@@ -456,6 +456,8 @@ def _registers(problem: ConvProblem, block_m: int, block_n: int, block_k: int) -
         return 192 if problem.dtype == torch.float32 else 168
     if (block_m, block_n) == (128, 32) and not problem.flat and tensor and problem.arch == 80:
         return 168
+    if (block_m, block_n, block_k) == (64, 32, 32) and problem.merged > 1 and problem.prologue and problem.arch == 80:
+        return 168 if tensor else None
     if (block_m, block_n) == (128, 16) and problem.dtype == torch.float32 and problem.arch == 80:
         return 96
     if small and tensor and not problem.prologue and problem.arch in (86, 89, 120):
