@@ -164,7 +164,7 @@ class FusedBlock(nn.Module):
         return self._launched(cast(functional.Chain | functional.PreAct, found))
 
     def _repetition(self, x: Tensor) -> Repetition | None:
-        """The call on ``x``, if it may be one that was seen before: without onlookers, in evaluation or with gradients."""
+        """The call on ``x``, if it may be one that was seen before: without onlookers, evaluated or with gradients."""
         if not isinstance(x, Tensor) or not can_repeat(x):
             return None
         request = requested(self)

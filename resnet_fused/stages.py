@@ -1,7 +1,8 @@
 """Stages: modules that call what they hold, one on the result of the other, and do nothing else.
 
-A symbolic trace would show what a forward calls, but not what it looked at to get there: a flag of a block, its class, an
-attribute that may come later. So the forward runs on stand-ins that can be called and iterated over, and answer nothing.
+A symbolic trace would show what a forward calls, but not what it looked at to get there: a flag of a block, its class,
+an attribute that may come later. So the forward runs on stand-ins that can be called and iterated over, and answer
+nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from resnet_fused.traced import (
 
 
 def recognise_stage(module: nn.Module) -> tuple[str, ...]:
-    """The names of the modules that ``module`` calls, if its own forward looks at nothing but plain attributes of its own.
+    """The names of the modules that ``module`` calls, if its forward looks at nothing but plain attributes of its own.
 
     With gradients and without, and under autocast, it must call the same. Else there are none.
     """

@@ -668,7 +668,8 @@ for change in changes:
         change(block)
         x = x.to(block.conv1.weight.dtype)
         now = directly(block, x)
-        print(change.__name__, all(same(restored(block, x), now) for _ in range(4)), len(now) == len(want) and same(now, want))
+        alike = len(now) == len(want) and same(now, want)
+        print(change.__name__, all(same(restored(block, x), now) for _ in range(4)), alike)
 """
     changed = ["in_place", "swapped", "misaligned", "new_parameter", "eps", "momentum", "averaged", "untracked"]
     changed += ["evaluated", "frozen", "recomputing", "dilated", "biased", "half", "activated", "gapped", "without"]

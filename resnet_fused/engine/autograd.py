@@ -122,7 +122,7 @@ class Step(NamedTuple):
 class SqueezeFunction(torch.autograd.Function):
     """What :class:`GateFunction` reads, and what a gate is made of: the units of a branch up to its last batch norm.
 
-    ``apply(spec, x, shortcut, *tensors)``: as of :class:`ResidualFunction`. Returns the raw output ``y`` of the last unit
+    ``apply(spec, x, shortcut, *tensors)``: see :class:`ResidualFunction`. Returns the raw output ``y`` of the last unit
     of the branch; the mean of each image behind batch norm, [N, CO, 1, 1]; two tensors that only bring back, in place
     of gradients, the sums and the gate of :class:`resnet_fused.engine.backward.Gated`; the stats; and, of a projection,
     raw output and stats, or None. The gradient of ``y`` is the one in front of the activation behind the addition.

@@ -658,7 +658,7 @@ class Onlooker:
 
 
 def answered(module: nn.Module) -> bool:
-    """Whether calling ``module`` does more than its forward, onlookers apart: hooks, what was compiled, its own call."""
+    """Whether calling ``module`` is more than its forward, onlookers apart: hooks, what was compiled, its own call."""
     if module._compiled_call_impl is not None or type(module).__call__ is not nn.Module.__call__:
         return True
     if not hooked(module):
