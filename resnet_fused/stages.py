@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager
 from inspect import Parameter, signature
 from typing import Any, NoReturn
 
@@ -31,34 +31,64 @@ from resnet_fused.traced import (
 def recognise_stage(module: nn.Module) -> tuple[str, ...]:
     """The names of the modules that ``module`` calls, if its forward looks at nothing but plain attributes of its own.
 
-    With gradients and without, and under autocast, it must call the same. Else there are none.
+    With gradients, without, in inference mode, and under autocast, it must call the same. Else there are none.
     """
-    parameters = list(signature(own_class(module).forward).parameters.values())[1:]
+    forward = own_class(module).forward
+    parameters = list(signature(forward).parameters.values())[1:]
     variable = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
     if "forward" in vars(module) or len(parameters) != 1 or parameters[0].kind in variable:
         return ()
-    found = {_calls(module, grad, autocast) for grad in (False, True) for autocast in (False, True)}
+    if not _ASKING.isdisjoint(getattr(getattr(forward, "__code__", None), "co_names", _ASKING)):
+        return ()
+    found = {_calls(module, mode(), autocast) for mode in _MODES for autocast in (False, True)}
     return found.pop() if len(found) == 1 else ()
 
 
-def _calls(module: nn.Module, grad: bool, autocast: bool) -> tuple[str, ...]:
+_MODES = (torch.no_grad, torch.enable_grad, torch.inference_mode)
+_ASKING = frozenset(("type", "id", "vars", "dir"))
+"""What a stand-in would have to answer."""
+
+
+def _calls(module: nn.Module, mode: AbstractContextManager[Any], autocast: bool) -> tuple[str, ...]:
     try:
-        with ExitStack() as stack:
-            for context in (same_random_numbers(Untraceable), torch.set_grad_enabled(grad), autocast_told(autocast)):
-                stack.enter_context(context)
-            stack.enter_context(NoArithmetic())
+        with same_random_numbers(Untraceable), mode, autocast_told(autocast), NoArithmetic():
             log = _Log()
             result = own_class(module).forward(_Self(module, log), log.last)  # type: ignore[arg-type]
-            return tuple(log.calls) if result is log.last else ()
+            return tuple(log.calls) if result is log.last and not log.refused else ()
     except Exception:  # whatever the forward of a stranger may raise
         return ()
+
+
+class _Log:
+    """What was called so far, by name, and what came of it in the end; whether anything was ``refused``."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.refused = False
+        self.last = _Value(self)
+        self.modes = modes()
+
+    def call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Value:
+        if len(args) != 1 or args[0] is not self.last or kwargs or modes() != self.modes:
+            self.refuse("calls a module on something else than what came of the one before")
+        self.calls.append(name)
+        self.last = _Value(self)
+        return self.last
+
+    def refuse(self, reason: str) -> NoReturn:
+        self.refused = True  # a forward may catch what is raised
+        raise Untraceable(f"its forward {reason}")
 
 
 class _Silent:
     """Answers nothing."""
 
+    def __init__(self, log: _Log) -> None:
+        object.__setattr__(self, "log", log)
+
     def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise Untraceable("its forward looks at what it calls, or at what comes of it")
+        log: _Log = object.__getattribute__(self, "log")
+        log.refuse("looks at what it calls, or at what comes of it")
 
     __getattribute__ = __setattr__ = __delattr__ = __eq__ = __ne__ = __bool__ = __len__ = _refuse  # type: ignore[assignment]
     __iter__ = __getitem__ = __contains__ = __repr__ = __format__ = __call__ = _refuse
@@ -69,30 +99,15 @@ class _Value(_Silent):
     """In place of a tensor."""
 
 
-class _Log:
-    """What was called so far, by name, and what came of it in the end."""
-
-    def __init__(self) -> None:
-        self.calls: list[str] = []
-        self.last = _Value()
-        self.modes = modes()
-
-    def call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Value:
-        if len(args) != 1 or args[0] is not self.last or kwargs or modes() != self.modes:
-            raise Untraceable("it calls a module on something else than what came of the one before")
-        self.calls.append(name)
-        self.last = _Value()
-        return self.last
-
-
 class _Part(_Silent):
     """In place of a module of this ``name``."""
 
     def __init__(self, name: str, log: _Log) -> None:
-        object.__setattr__(self, "held", (name, log))
+        super().__init__(log)
+        object.__setattr__(self, "name", name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        name, log = object.__getattribute__(self, "held")
+        log, name = (object.__getattribute__(self, held) for held in ("log", "name"))
         return log.call(name, args, kwargs)
 
 
@@ -118,6 +133,7 @@ class _Self(_Silent):
     """In place of the ``module`` itself: has its submodules, and its own plain attributes, as copies."""
 
     def __init__(self, module: nn.Module, log: _Log) -> None:
+        super().__init__(log)
         object.__setattr__(self, "held", (module, _parts(module, log, "")))
 
     def __getattribute__(self, name: str) -> Any:
@@ -128,13 +144,13 @@ class _Self(_Silent):
             return parts[name]
         value = vars(module).get(name, _Silent)
         if name in INTERNAL or value is _Silent or not is_plain(value):
-            raise Untraceable(f"its forward reads {name!r}")
+            object.__getattribute__(self, "log").refuse(f"reads {name!r}")
         return copy.copy(value)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         module, parts = object.__getattribute__(self, "held")
         if getattr(own_class(module), "__iter__", None) is not nn.Sequential.__iter__:
-            raise Untraceable("its forward iterates over the module")
+            object.__getattribute__(self, "log").refuse("iterates over the module")
         return iter(parts.values())
 
 

@@ -20,7 +20,9 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from resnet_fused.engine.request import requested
 from resnet_fused.modules import traced_forward
+from resnet_fused.plan.decide import tf32
 
 
 class Untraceable(Exception):
@@ -122,7 +124,7 @@ class Tracer(fx.Tracer):
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if modes() != self.modes:
-            raise Untraceable("its forward switches gradients, autocast or saved-tensor hooks")
+            raise Untraceable("its forward switches gradients, autocast, saved-tensor hooks, libraries or streams")
         return super().create_node(*args, **kwargs)
 
 
@@ -141,6 +143,10 @@ def modes() -> tuple[Any, ...]:
         torch.is_autocast_enabled("cpu"),
         torch.is_autocast_enabled("cuda"),
         torch._C._autograd._top_saved_tensors_default_hooks(True),
+        requested(),
+        tf32(torch.float32),
+        *(torch._C._get_cudnn_enabled(), torch._C._get_cudnn_benchmark(), torch._C._get_cudnn_deterministic()),
+        torch.cuda.is_initialized() and torch.cuda.current_stream(),
     )
 
 

@@ -2678,21 +2678,21 @@ MUTATIONS = [
     ),
     Mutation(
         "resnet_fused/stages.py",
-        "return tuple(log.calls) if result is log.last else ()",
-        "return tuple(log.calls)",
+        "return tuple(log.calls) if result is log.last and not log.refused else ()",
+        "return tuple(log.calls) if not log.refused else ()",
         f"{LIVE_STAGES} -k left_alone",
     ),
     Mutation(
         "resnet_fused/stages.py",
         "if len(args) != 1 or args[0] is not self.last or kwargs or modes() != self.modes:",
         "if len(args) != 1 or kwargs or modes() != self.modes:",
-        f"{LIVE_STAGES} -k left_alone",
+        f"{LIVE_STAGES} -k looks_at_more",
     ),
     Mutation(
         "resnet_fused/stages.py",
         "if len(args) != 1 or args[0] is not self.last or kwargs or modes() != self.modes:",
         "if len(args) != 1 or args[0] is not self.last or kwargs:",
-        f"{LIVE_STAGES} -k looks_at_more",
+        f"{LIVE_STAGES} -k switches",
     ),
     Mutation(
         "resnet_fused/stages.py",
@@ -2759,5 +2759,35 @@ MUTATIONS = [
         "if piece.gate is not None and eligible.activation_in(units[2 * len(piece.layout.units) - 1]) != IDENTITY:",
         "if False:",
         "tests/test_squeeze.py -k behind_fuse",
+    ),
+    Mutation(
+        "resnet_fused/engine/eligible.py",
+        "if not training or isinstance(layer.bn, nn.SyncBatchNorm) or",
+        "if not training or type(layer.bn) is nn.SyncBatchNorm or",
+        "tests/test_eligible.py -k its_group",
+    ),
+    Mutation(
+        "resnet_fused/stages.py",
+        "self.refused = True",
+        "self.refused = False",
+        f"{LIVE_STAGES} -k looks_at_more",
+    ),
+    Mutation(
+        "resnet_fused/stages.py",
+        "_MODES = (torch.no_grad, torch.enable_grad, torch.inference_mode)",
+        "_MODES = (torch.no_grad, torch.enable_grad)",
+        f"{LIVE_STAGES} -k looks_at_more",
+    ),
+    Mutation(
+        "resnet_fused/stages.py",
+        '_ASKING = frozenset(("type", ',
+        "_ASKING = frozenset((",
+        f"{LIVE_STAGES} -k looks_at_more",
+    ),
+    Mutation(
+        "resnet_fused/traced.py",
+        "        requested(),\n",
+        "",
+        f"{LIVE_STAGES} -k switches",
     ),
 ]

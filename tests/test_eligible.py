@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from resnet_fused.engine import reference
-from resnet_fused.engine.eligible import activation_of, activation_of_call
+from resnet_fused.engine import eligible, reference
+from resnet_fused.engine.eligible import Layer, activation_of, activation_of_call
 from resnet_fused.kernels.activation import IDENTITY, RELU, RELU6, Activation
 
 MODULES = [
@@ -102,3 +103,12 @@ def test_activations_of_timm():
         activation = activation_of(module)
         assert activation is not None, name
         assert torch.equal(reference.activate(v, activation), module(v.clone())), name
+
+
+@pytest.mark.parametrize("kind", [nn.SyncBatchNorm, timm.layers.SyncBatchNormAct])
+def test_a_norm_that_may_share_its_statistics_is_asked_for_its_group_at_every_step(kind):
+    """Which may come, go, or be another: nothing of such a unit is repeated."""
+    layer, tensors = Layer(nn.Conv2d(8, 8, 1), kind(8)), []
+    assert eligible.constants(layer, tensors, True) is None
+    layer.bn.eval()
+    assert eligible.constants(layer, tensors, True) is not None

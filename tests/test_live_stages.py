@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+from typing import Any
 
 import pytest
 import timm
@@ -294,11 +295,51 @@ class OfParameters(Stage):
 
 
 class Switching(Stage):
+    mode: Any
+
     def forward(self, x):
         for layer in self.layers:
-            with torch.set_grad_enabled(layer.conv1.weight.requires_grad):
+            with Switching.mode():
                 x = layer(x)
         return x
+
+
+MODES = [
+    torch.no_grad,
+    lambda: implementation("eager"),
+    lambda: torch.backends.cudnn.flags(enabled=True, allow_tf32=not torch.backends.cudnn.allow_tf32),
+]
+
+
+class ByType(Stage):
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(layer(x)) if type(x) is nn.Parameter else layer(x)
+        return x
+
+
+class Catching(Stage):
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        try:
+            twice = self.layers[0].stride == 1
+        except Exception:
+            twice = False
+        return self.layers[0](x) if twice else x
+
+
+class InInference(Stage):
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.layers[0](x) if torch.is_inference_mode_enabled() else x
+
+
+class Apart(Stage):
+    def forward(self, x):
+        self.layers[0](x)
+        return self.layers[1](x)
 
 
 def _skipped(stage):
@@ -331,7 +372,8 @@ def _untied(stage):
     ("kind", "change"),
     [
         *[(Skipping, _skipped), (ByKind, _exchanged), (ByClass, _doubled), (Later, _doubled), (Scaled, _scaled)],
-        *[(Ordered, _reversed), (Tied, _untied), (OfParameters, None), (Switching, None)],
+        *[(Ordered, _reversed), (Tied, _untied), (OfParameters, None), (ByType, None), (Catching, None)],
+        *[(InInference, None), (Apart, None)],
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
@@ -343,6 +385,12 @@ def test_a_stage_that_looks_at_more_than_what_it_calls_is_none(kind, change):
         change(fused)
     with torch.no_grad(), implementation("triton"):
         torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_stage_that_switches_modes_is_none(mode, monkeypatch):
+    monkeypatch.setattr(Switching, "mode", staticmethod(mode), raising=False)
+    assert type(fuse(Switching().eval())) is Switching
 
 
 class Calling(BOTTLENECK):

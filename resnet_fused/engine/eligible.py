@@ -311,7 +311,9 @@ def constants(layer: Layer, tensors: list[Tensor | None], training: bool) -> tup
     statistics: tuple[Any, ...] = ()
     if norm["training"] and not frozen:
         statistics = norm["track_running_stats"], norm["momentum"]
-        if not training or type(layer.bn) is nn.SyncBatchNorm or type(norm["momentum"]) not in (float, type(None)):
+        if not training or isinstance(layer.bn, nn.SyncBatchNorm) or type(norm["momentum"]) not in (float, type(None)):
+            return None
+        if type(norm["track_running_stats"]) is not bool:
             return None
         read = *read, running["num_batches_tracked"]
     if norm["_modules"] and why_inside(layer.bn) is not None:
@@ -320,7 +322,7 @@ def constants(layer: Layer, tensors: list[Tensor | None], training: bool) -> tup
     for size in sizes:
         if type(size) is not int:
             return None
-    if type(norm["eps"]) is not float:
+    if type(norm["eps"]) is not float or type(conv["padding_mode"]) is not str:
         return None
     for t in read:
         if t is not None and (type(t) not in PLAIN or t.layout is not torch.strided):
