@@ -2703,8 +2703,8 @@ MUTATIONS = [
     Mutation(
         "resnet_fused/stages.py",
         "if name in INTERNAL or value is _Silent or not is_plain(value):",
-        "if value is _Silent:",
-        f"{LIVE_STAGES} -k looks_at_more",
+        "if value is _Silent or not is_plain(value):",
+        f"{LIVE_STAGES} -k left_alone",
     ),
     Mutation(
         "resnet_fused/engine/eligible.py",

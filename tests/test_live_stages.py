@@ -171,7 +171,9 @@ class Sized(Stage):
 
 class Trained(Stage):
     def forward(self, x):
-        return super().forward(x) if self.training else self.layers[0](x)
+        for layer in self.layers[: 1 if self.training else 2]:
+            x = layer(x)
+        return x
 
 
 class Two(Stage):
