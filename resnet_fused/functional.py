@@ -275,7 +275,7 @@ def _run(chain: Chain, recompute: bool, inputs: Sequence[Tensor]) -> tuple[Tenso
         return _run_eager(x, last[0].unit.layer, _shortcut(chain)).to(chain.out_dtype), None
     spec, *arguments = _arguments(x, last, chain, True, recompute)
     z = ResidualFunction.apply(spec, None, *arguments)
-    return z, Step.learned(spec, arguments, inputs) if inputs and not parts else None
+    return z, Step.learned(spec, arguments, inputs) if inputs else None
 
 
 def _run_inner(chain: Chain, parts: Sequence[Sequence[_Planned]]) -> Tensor:
