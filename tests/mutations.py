@@ -2614,7 +2614,7 @@ MUTATIONS = [
         "resnet_fused/engine/autograd.py",
         "return forward(*arguments) if replay.is_watched(arguments) else replay.run",
         "return replay.run",
-        "tests/test_replay.py -k a_mode_sees",
+        "tests/test_autograd.py -k 'a_compiled_step and stem'",
     ),
     Mutation(
         "resnet_fused/modules.py",
@@ -2626,7 +2626,7 @@ MUTATIONS = [
         "resnet_fused/modules.py",
         "*[t is not None and t.requires_grad for t in tensors]) if training",
         ") if training",
-        "tests/test_replay.py -k training_step_after",
+        "tests/test_replay.py -k frozen_in_the_end",
     ),
     Mutation(
         "resnet_fused/modules.py",

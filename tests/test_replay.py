@@ -677,6 +677,27 @@ for change in changes:
     assert lines(TRAINING + code) == [f"{name} True False" for name in changed]
 
 
+def test_what_is_frozen_in_the_end_is_inference():
+    code = """
+block = ready(Bottleneck(32, 8))
+x = input_of(block)
+
+def launches():
+    launched.clear()
+    block(x)
+    return len(launched)
+
+with implementation("triton"):
+    trained = [launches() for _ in range(3)]
+    assert played(block) == 1
+    block.requires_grad_(False)
+    frozen = launches()
+    with torch.no_grad():
+        print(frozen == launches() < min(trained))
+"""
+    assert lines(TRAINING + code) == ["True"]
+
+
 def test_what_is_no_one_node_is_looked_at_once():
     """A block of which PyTorch runs a unit, or without anything to train: its calls are not taken for repetitions."""
     code = """
