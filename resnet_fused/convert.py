@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
-from inspect import signature
+from inspect import Parameter, signature
 from itertools import accumulate, pairwise
 from types import FunctionType
 from typing import Any, NamedTuple, cast
@@ -50,19 +50,8 @@ _STATE = ("_conversion", "memory")
 _CLAIMED = (
     *(*_STATE, "original", "described", "why_eager", "why_unfusable", "is_stale", "eager_forward"),
     *("title", "forward_ahead", "_infer", "_launched", "_repetition", "_run", "_resolve", "_chain", "_piece"),
-    *(
-        "_repeated",
-        "_repetition_of",
-        "_shared",
-        "read_by",
-        "_why_apart",
-        "_layer",
-        "_shortcut",
-        "_unit",
-        "_why_here",
-        "_why_stale",
-    ),
-    "_called",
+    *("_repeated", "_repetition_of", "_shared", "read_by", "_called"),
+    *("_why_apart", "_layer", "_shortcut", "_unit", "_why_here", "_why_stale"),
 )
 
 
@@ -508,10 +497,9 @@ def _converted(kind: type[Converted], original: type[nn.Module]) -> type[Convert
     key = kind, original
     if key not in _classes:
         attributes: dict[str, Any] = {"original": original, "__module__": __name__, "__doc__": kind.__doc__}
-        _, parameter = signature(original.forward).parameters
-        default = original.forward.__defaults__
-        if parameter != kind.forward.__code__.co_varnames[1] or default is not None:
-            attributes["forward"] = _taking(kind.forward, parameter, default)
+        _, taken = signature(original.forward).parameters.values()
+        if taken.name != kind.forward.__code__.co_varnames[1] or taken.default is not taken.empty:
+            attributes["forward"] = _taking(kind.forward, taken)
         if original.__new__ is not object.__new__:  # FSDP's looks among the bases for what a slice is made of
             attributes["__new__"] = lambda _, *args, **named: original.__new__(original, *args, **named)
         _classes[key] = type(_fused_name(original), key, attributes)
@@ -532,11 +520,12 @@ def _fused_name(original: type) -> str:
     return f"Fused{original.__name__}"
 
 
-def _taking(forward: Any, parameter: str, default: tuple[Any, ...] | None) -> FunctionType:
+def _taking(forward: Any, parameter: Parameter) -> FunctionType:
     """``forward`` for callers who name its ``parameter`` as the original does, or leave it out where that may be."""
     own, _, *rest = forward.__code__.co_varnames
-    code = forward.__code__.replace(co_varnames=(own, parameter, *rest))
-    return FunctionType(code, forward.__globals__, "forward", default)
+    code = forward.__code__.replace(co_varnames=(own, parameter.name, *rest))
+    defaults = () if parameter.default is parameter.empty else (parameter.default,)
+    return FunctionType(code, forward.__globals__, "forward", defaults)
 
 
 def _blank(kind: type[Converted], original: type[nn.Module]) -> Converted:

@@ -21,6 +21,7 @@ from resnet_fused.traced import (
     NoArithmetic,
     Untraceable,
     autocast_told,
+    code_of,
     is_plain,
     modes,
     own_class,
@@ -38,7 +39,7 @@ def recognise_stage(module: nn.Module) -> tuple[str, ...]:
     variable = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
     if "forward" in vars(module) or len(parameters) != 1 or parameters[0].kind in variable:
         return ()
-    if not _ASKING.isdisjoint(getattr(getattr(forward, "__code__", None), "co_names", _ASKING)):
+    if any(not _ASKING.isdisjoint(code.co_names) for code in code_of([forward])):
         return ()
     found = {_calls(module, mode(), autocast) for mode in _MODES for autocast in (False, True)}
     return found.pop() if len(found) == 1 else ()

@@ -8,7 +8,7 @@ import enum
 import operator
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from inspect import Parameter, isroutine, signature
@@ -239,6 +239,19 @@ def _is_identical(a: Any, b: Any) -> bool:
     return a is b or (isinstance(a, tuple) and len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True)))
 
 
+def code_of(values: Iterable[Any]) -> Iterator[CodeType]:
+    """That of functions and properties among ``values``, of what they wrap, and of the functions in them."""
+    waiting: list[Any] = [*values]
+    while waiting:
+        value = waiting.pop()
+        waiting += [
+            held for held in (getattr(value, name, None) for name in ("fget", "__wrapped__", "__code__")) if held
+        ]
+        if isinstance(value, CodeType):
+            yield value
+            waiting += [constant for constant in value.co_consts if isinstance(constant, CodeType)]
+
+
 @cache
 def attributes_read(kind: type) -> frozenset[str]:
     """Names that the functions of ``kind`` ask something for, or might, once it is made: texts in them count as well.
@@ -248,11 +261,7 @@ def attributes_read(kind: type) -> frozenset[str]:
     found: set[str] = set()
     bases = [base for base in kind.__mro__ if base is not object and not base.__module__.startswith("torch.")]
     own = [value for base in bases for name, value in vars(base).items() if name != "__init__"]
-    code = [getattr(getattr(value, "fget", value), "__code__", None) for value in own]
-    while code:
-        if (part := code.pop()) is None:
-            continue
-        code += [value for value in part.co_consts if isinstance(value, CodeType)]
+    for part in code_of(own):
         found.update(value for value in part.co_consts if isinstance(value, str))
         found.update(i.argval for i in dis.get_instructions(part) if i.opname in ("LOAD_ATTR", "LOAD_METHOD"))
     return frozenset(name for name in found if name.isidentifier() and not name.startswith("__"))

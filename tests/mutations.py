@@ -2594,8 +2594,8 @@ MUTATIONS = [
     ),
     Mutation(
         "resnet_fused/convert.py",
-        "if parameter != kind.forward.__code__.co_varnames[1] or default",
-        'if (parameter != "x" and not issubclass(kind, ConvertedBlocks)) or default',
+        "if taken.name != kind.forward.__code__.co_varnames[1] or taken",
+        'if (taken.name != "x" and not issubclass(kind, ConvertedBlocks)) or taken',
         f"{LIVE_STAGES} -k keeps_its_name",
     ),
     Mutation(
@@ -2708,7 +2708,7 @@ MUTATIONS = [
     ),
     Mutation(
         "resnet_fused/convert.py",
-        'return FunctionType(code, forward.__globals__, "forward", default)',
+        'return FunctionType(code, forward.__globals__, "forward", defaults)',
         'return FunctionType(code, forward.__globals__, "forward")',
         f"{LIVE_STAGES} -k may_have_a_default",
     ),

@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 import weakref
+from functools import wraps
 from itertools import islice
 
 import pytest
@@ -349,6 +350,14 @@ def test_keys_parameters_and_optimizer_stay():
         torch.testing.assert_close(a, b)
 
 
+def wrapped(function):
+    @wraps(function)
+    def call(*args):
+        return function(*args)
+
+    return call
+
+
 class Flagged(torchvision.models.resnet.BasicBlock):
     """Looks at what its class has, at a buffer that is none yet, and at what nobody has yet."""
 
@@ -359,6 +368,7 @@ class Flagged(torchvision.models.resnet.BasicBlock):
         self.units = units
         self.register_buffer("scale", None)
 
+    @wrapped
     def forward(self, x):
         y = super().forward(x)
         if self.units:

@@ -316,7 +316,7 @@ MODES = [
 class ByType(Stage):
     def forward(self, x):
         for layer in self.layers:
-            x = layer(layer(x)) if type(x) is nn.Parameter else layer(x)
+            x = layer(layer(x)) if (lambda v: type(v) is nn.Parameter)(x) else layer(x)
         return x
 
 

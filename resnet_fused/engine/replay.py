@@ -128,7 +128,7 @@ PLAIN = (Tensor, torch.nn.Parameter)
 def is_watched(arguments: tuple[Any, ...]) -> bool:
     """Whether a compiler, a tracer, a mode, the meta device or a subclass of Tensor is to see an operator.
 
-    Input and filter are among its first three arguments. Not counted is what writes down, alone.
+    Input and filter, if it reads one, are among its first three arguments. Not counted is what writes down, alone.
     """
     if (
         torch.compiler.is_compiling()
