@@ -16,9 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import chain_box, conv_box
 from .activation import relu
+from .chain import WIDEST, Chain, Link, Widths, affine, block_of, block_output, even, held, shared, tail_stages
 from .conv import ConvProblem, Geometry, Size, blocks, check_geometry, precision, sizes
-from .epilogue import WHOLE, Added, Residual, added, load_residual
+from .epilogue import WHOLE, Added, Residual, added
 from .gpus import gpu_of
 from .launch import INTERPRETER, KEPT_LAYOUTS, Cost, Recipe, TileConfig, Vector, target_arch
 from .memory import (
@@ -32,45 +34,14 @@ from .memory import (
     span,
     stride_of,
 )
-from .tile import Pixels, Tile, bound, dot, load_channels, settled, tap_mask
-
-TAIL_STAGES = tl.constexpr(2)
-"""Of the loop over the channels of z."""
-
-
-class Link(NamedTuple):
-    """A convolution of a chain, ``w`` [CO, CI, R, S], channels_last, and behind it ``affine[0]*y + affine[1]``.
-
-    ``affine``: fp32 [2, CO], what batch norm with constants comes to, a bias of the convolution included.
-    """
-
-    w: Tensor
-    affine: Tensor
-
-
-class Chain(NamedTuple):
-    """The convolutions of a chain: ``spatial`` of any filter, then two of 1x1. The first or the last may lack."""
-
-    spatial: ConvProblem | None
-    expand: ConvProblem
-    reduce: ConvProblem | None
-
-    @property
-    def first(self) -> ConvProblem:
-        """That which reads the input."""
-        return self.spatial or self.expand
-
-    @property
-    def links(self) -> tuple[ConvProblem, ...]:
-        """Those that there are, in order."""
-        return tuple(link for link in self if link is not None)
+from .tile import Pixels, Tile, bound, dot, settled, tap_mask
 
 
 class Form(NamedTuple):
     """What the compiled code depends on: the 3x3's size and chunks of channels, the widths between, and which case.
 
     ``EVEN``: all channels fill their blocks. ``MIDDLE``, ``NEXT``: blocks that hold all channels of the first and of
-    the last convolution's output.
+    the last convolution's output. ``TAIL_STAGES``: of the loop over the channels of z.
     """
 
     R: int
@@ -78,21 +49,11 @@ class Form(NamedTuple):
     CHUNKS: int
     MIDDLE: int
     NEXT: int
+    TAIL_STAGES: int
     EVEN: bool
     RES_PADDED: bool
     INT64: bool
     PRECISION: str
-
-
-class Widths(NamedTuple):
-    """Channels of the input and of the three outputs, and elements from one pixel to the next."""
-
-    ci: int
-    middle: int
-    wide: int
-    next: int
-    x: int
-    res: int
 
 
 @triton.jit
@@ -140,12 +101,6 @@ def product_by_tap(x, w, row, mask_m, size, geometry, ci, offs_n, mask_n, form: 
         w_step += BLOCK_K if form.EVEN else tl.where(last, ci - (CHUNKS - 1) * BLOCK_K, BLOCK_K)
         x_step += tl.where(wrap, row_step, tl.where(last, tap_step, BLOCK_K))
     return acc
-
-
-@triton.jit
-def affine(acc, ptr, c, mask_c, channels):
-    """``scale*acc + shift`` for columns that are the channels ``c`` of [2, channels]."""
-    return tl.fma(acc, load_channels(ptr, c, mask_c)[None, :], load_channels(ptr + channels, c, mask_c)[None, :])
 
 
 @triton.jit(do_not_specialize=["M", "H", "W", "P", "Q", "stride_h", "stride_w", "pad_h", "pad_w", "dil_h", "dil_w"])
@@ -213,7 +168,7 @@ def chain_forward_kernel(
     following = tl.arange(0, NEXT)
     mask_next = following < widths.next
     acc = tl.zeros((BLOCK_M, NEXT), tl.float32)
-    for chunk in tl.range(0, bound(tl.cdiv(widths.wide, BLOCK_N)), num_stages=TAIL_STAGES):
+    for chunk in tl.range(0, bound(tl.cdiv(widths.wide, BLOCK_N)), num_stages=form.TAIL_STAGES):
         c = chunk * BLOCK_N + tl.arange(0, BLOCK_N)
         mask_c = c < widths.wide
         expand = expand_w_ptr + (c * widths.middle)[None, :] + middle[:, None]
@@ -222,13 +177,8 @@ def chain_forward_kernel(
         else:
             b = tl.load(expand, mask=mask_middle[:, None] & mask_c[None, :], other=0.0)
         v = dot(inner, b, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
-        v = affine(v, expand_affine_ptr, c, mask_c, widths.wide)
-        if res_ptr is not None:
-            if EVEN and not form.RES_PADDED:
-                v += tl.load(res_ptr + (row * widths.res)[:, None] + c[None, :]).to(tl.float32)
-            else:
-                v += load_residual(res, crop, Tile(row, c, mask_m, mask_c), P, Q, form.RES_PADDED)
-        z = relu(v).to(FACTOR)
+        tile = Tile(row, c, mask_m, mask_c)
+        z = block_output(v, expand_affine_ptr, widths.wide, tile, res, crop, P, Q, form).to(FACTOR)
         at = (row * widths.wide)[:, None] + c[None, :]
         if EVEN:
             tl.store(z_ptr + at, z, mask=mask_m[:, None])
@@ -260,15 +210,13 @@ def why_not(chain: Chain) -> str | None:
         return "one convolution is no chain"
     if first.dtype.itemsize == 4 and not first.tf32:
         return "fp32 is not multiplied by tensor cores"
-    if max(_block(expand.ci), _block(chain.reduce.co if chain.reduce else 0)) > WIDEST:
+    if max(block_of(expand.ci), block_of(chain.reduce.co if chain.reduce else 0)) > WIDEST:
         return f"more than {WIDEST} channels do not stay in a program's registers"
     if expand.ci % 16:
         return "it needs a multiple of 16 channels in the middle: narrower loads of a filter are not fenced"
     return None
 
 
-WIDEST = 256
-"""Channels between two convolutions of a chain that a program's registers hold."""
 _SMALL = (128, 64, 64, 8, 3, 256), (64, 64, 64, 8, 3, 512), (64, 32, 64, 4, 3, 256)
 TILES: dict[int, tuple[tuple[int, int, int, int, int, int], ...]] = {
     80: ((128, 64, 128, 8, 3, 272), (128, 64, 64, 8, 3, 272), (64, 64, 64, 8, 3, 512)),
@@ -290,69 +238,28 @@ def tiles(chain: Chain) -> Iterator[TileConfig]:
         return
     first, gpu = chain.first, gpu_of(chain.first.arch)
     for block_m, block_n, block_k, warps, stages, most in TILES[gpu.arch] if first.dtype.itemsize == 2 else TF32_TILES:
-        tile = TileConfig(block_m, block_n, min(block_k, _block(first.ci)), warps, stages)
+        # Of a low tile in TF32 the compiler would spill for one more program at a time.
+        registers = 255 if first.dtype.itemsize == 4 and block_m == 64 else None
+        tile = TileConfig(block_m, block_n, min(block_k, block_of(first.ci)), warps, stages, registers)
         fits = held(chain) <= most and shared(chain, tile) <= gpu.shared
         if fits and block_k <= max(tile.block_k, 64) and (chain.spatial is not None or block_k <= 64):
             yield tile
-
-
-def held(chain: Chain) -> int:
-    """Channels of the accumulators that live at a time, and what the input of a chain without a 3x3 takes beside."""
-    middle, following = _block(chain.expand.ci), 64 if chain.reduce is None else _block(chain.reduce.co)
-    return following + (middle // 8 if chain.spatial is None else middle)
-
-
-class Product(NamedTuple):
-    """Columns and depth of one of a program's products, whose rows are its pixels; padding included."""
-
-    columns: int
-    depth: int
-
-
-def products(chain: Chain, tile: TileConfig) -> list[Product]:
-    """Of the links, in order."""
-    expand, wide = chain.expand, cdiv(chain.expand.co, tile.block_n) * tile.block_n
-    found = [Product(wide, _block(expand.ci))]
-    if (spatial := chain.spatial) is not None:
-        taps = spatial.r * spatial.s * cdiv(spatial.ci, tile.block_k)
-        found.insert(0, Product(_block(spatial.co), taps * tile.block_k))
-    if chain.reduce is not None:
-        found.append(Product(_block(chain.reduce.co), wide))
-    return found
-
-
-def shared(chain: Chain, tile: TileConfig) -> int:
-    """Bytes of shared memory that a program takes at most: for the pipeline of either loop, or to turn a factor."""
-    middle = _block(chain.expand.ci)
-    reduce = 0 if chain.reduce is None else _block(chain.reduce.co)
-    walk = 0 if chain.spatial is None else tile.num_stages * (tile.block_m + middle) * tile.block_k
-    tail = TAIL_STAGES.value * (middle + reduce + tile.block_m) * tile.block_n + tile.block_m * max(
-        middle, tile.block_n
-    )
-    return chain.first.dtype.itemsize * max(walk, tail) + BARRIERS
-
-
-BARRIERS = 1024
-"""Bytes for what is no buffer of a pipeline."""
+    yield from chain_box.tiles(chain)
 
 
 MOST_ELEMENTS = 2**20
 """Of a tensor in a kernel (``triton.language.core.TRITON_MAX_TENSOR_NUMEL``)."""
 
 
-def _block(channels: int) -> int:
-    return max(16, triton.next_power_of_2(channels))
-
-
 @lru_cache(maxsize=KEPT_LAYOUTS)
 def default_config(chain: Chain) -> TileConfig:
     """The tile where nothing was measured."""
-    first, wide = chain.first, _block(chain.expand.co)
-    block_k = _block(first.ci)
+    first, wide = chain.first, block_of(chain.expand.co)
+    block_k = block_of(first.ci)
     if first.arch == INTERPRETER:
-        columns = max(_block(chain.expand.ci), _block(chain.reduce.co if chain.reduce else 0))
+        columns = max(block_of(chain.expand.ci), block_of(chain.reduce.co if chain.reduce else 0))
         block_n = min(wide, 512, MOST_ELEMENTS // columns)
-        block_m = min(_block(chain.expand.m), 1024, MOST_ELEMENTS // max(block_n, columns))
+        block_m = min(block_of(chain.expand.m), 1024, MOST_ELEMENTS // max(block_n, columns))
         return TileConfig(block_m, block_n, min(block_k, 512, MOST_ELEMENTS // columns))
     # What the plan never takes, fp32 without tensor cores above all, has room with few channels at a time.
     low = TileConfig(64, min(wide, 16), min(block_k, 16), num_warps=8, num_stages=2, max_registers=255)
@@ -375,14 +282,16 @@ def chain_forward(
     ``x`` [N, CI, H, W] and the residual are pixel-linear, filters have the dtype of ``x``. ``spatial``: a filter
     [C, CI, R, S] of at most 64 taps, with ``geometry``; None: ``x`` is what ``expand`` reads. ``expand``: [K, C, 1, 1].
     ``reduce``: [D, K, 1, 1]; or None. What a convolution reads was rounded to the dtype of ``x``. ``config``: the tile,
-    whose ``block_n`` are the channels of ``z`` at a time; without it, ``default_config``.
+    whose ``block_n`` are the channels of ``z`` at a time; without it, and for a box that TMA cannot load,
+    ``default_config``.
 
     Returns z [N, K, P, Q] and y [N, D, P, Q] or None, channels_last, of the dtype of ``x``. Raises ValueError for
     tensors that do not fit or lie otherwise, RuntimeError where nothing can execute the kernel.
     """
     links = {"spatial": spatial, "expand": expand, "reduce": reduce}
     filters = tuple(None if link is None else layout(link.w) for link in links.values())
-    recipe = _recipe(layout(x), filters, geometry, added(residual), tf32, target_arch(), config)
+    chosen = conv_box.loadable(config, x, *(link.w for link in links.values() if link is not None))
+    recipe = _recipe(layout(x), filters, geometry, added(residual), tf32, target_arch(), chosen)
     n, (p, q) = x.shape[0], (recipe.scalars["P"], recipe.scalars["Q"])
     z, y = (None if w is None else _output(x, (n, w.shape[0], p, q)) for w in filters[1:])
     tensors: dict[str, Tensor | None] = {}
@@ -410,17 +319,29 @@ def _recipe(
     require_pixel_linear(x=x, residual=residual.layout)
     chain = _chain(x, filters, geometry, tf32, arch)
     expand, first, reduce = chain.expand, chain.first, chain.reduce
-    tile = config or default_config(chain)
     shape = (expand.n, expand.co, expand.p, expand.q)
     residual.require_fits(shape)
+    vectors = {
+        f"{name}_affine_ptr": Vector(f"{name}.affine", (2, link.co), (torch.float32,))
+        for name, link in chain._asdict().items()
+        if link is not None
+    }
+    cost = partial(_cost, chain)
+    if config is not None and config.box is not None:
+        boxed = chain_box.recipe(chain, x, residual, config, cost, vectors)
+        if boxed is not None:
+            return boxed
+        config = None
+    tile = config or default_config(chain)
     crop, res = residual.crop(shape), residual.layout
     outputs = [channels_last((expand.n, link.co, expand.p, expand.q), x.dtype) for link in chain.links]
     form = Form(
         *((first.r, first.s) if chain.spatial else (1, 1)),
         CHUNKS=cdiv(first.ci, tile.block_k),
-        MIDDLE=_block(expand.ci),
-        NEXT=_block(reduce.co if reduce else 0),
-        EVEN=_even(chain, tile),
+        MIDDLE=block_of(expand.ci),
+        NEXT=block_of(reduce.co if reduce else 0),
+        TAIL_STAGES=tail_stages(chain, tile),
+        EVEN=even(chain, tile),
         RES_PADDED=crop is not WHOLE,
         INT64=max(map(span, (x, res, *outputs))) + tile.block_m * max(out.shape[1] for out in outputs) >= 2**31,
         PRECISION=precision(first),
@@ -433,13 +354,8 @@ def _recipe(
         "form": form,
         "blocks": blocks(tile),
     }
-    vectors = {
-        f"{name}_affine_ptr": Vector(f"{name}.affine", (2, link.co), (torch.float32,))
-        for name, link in chain._asdict().items()
-        if link is not None
-    }
     grid = (cdiv(expand.m, tile.block_m),)
-    return Recipe(chain_forward_kernel, grid, scalars, tile, partial(_cost, chain), vectors)
+    return Recipe(chain_forward_kernel, grid, scalars, tile, cost, vectors)
 
 
 def _chain(x: Layout, filters: tuple[Layout | None, ...], geometry: Geometry, tf32: bool, arch: int) -> Chain:
@@ -466,14 +382,6 @@ def _chain(x: Layout, filters: tuple[Layout | None, ...], geometry: Geometry, tf
     if expand is None or (spatial is None and reduce is None):
         raise ValueError("a chain has expand, and spatial or reduce")
     return Chain(spatial, expand, reduce)
-
-
-def _even(chain: Chain, tile: TileConfig) -> bool:
-    """Whether all channels fill their blocks."""
-    whole = [chain.expand.co % tile.block_n == 0]
-    whole += [link.co == _block(link.co) for link in chain.links if link is not chain.expand]
-    whole.append(chain.first.ci % tile.block_k == 0 if chain.spatial else chain.expand.ci == _block(chain.expand.ci))
-    return all(whole)
 
 
 def _cost(chain: Chain, tensors: Mapping[str, Any]) -> Cost:

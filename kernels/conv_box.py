@@ -265,7 +265,7 @@ def why_not(problem: ConvProblem) -> str | None:
         return "fp32 is not multiplied by tensor cores"
     if problem.merged > 1 or ci % MIN_CHANNELS or co < MIN_OUT_CHANNELS:
         return f"it needs a multiple of {MIN_CHANNELS} input and at least {MIN_OUT_CHANNELS} output channels a group"
-    if not _steps(problem):
+    if not steps(problem):
         return f"TMA does not step by {problem.stride} over {problem.h}x{problem.w} pixels"
     return None
 
@@ -276,7 +276,8 @@ MIN_OUT_CHANNELS = 64
 """Rows of the shortest product of sm_90's and sm_100's wide instructions."""
 
 
-def _steps(problem: ConvProblem) -> bool:
+def steps(problem: ConvProblem) -> bool:
+    """Whether TMA moves its boxes by its stride."""
     even = problem.h % 2 == 0 and problem.w % 2 == 0
     return problem.stride == (1, 1) or (problem.stride == (2, 2) and even)
 
@@ -339,9 +340,9 @@ CHUNK_BYTES = 128
 
 def least_waste(problem: ConvProblem, pixels: int) -> Box:
     """The box of so many pixels that covers the output best."""
-    if _pointwise(problem):
+    if pointwise(problem):
         return Box(1, 1, pixels)
-    return covering(_extent(problem), (problem.r, problem.s), pixels)
+    return covering(extent_of(problem), (problem.r, problem.s), pixels)
 
 
 def within_images(problem: ConvProblem, tile: TileConfig) -> TileConfig | None:
@@ -351,7 +352,7 @@ def within_images(problem: ConvProblem, tile: TileConfig) -> TileConfig | None:
     """
     assert tile.box is not None
     pixels = min(tile.block_m, max(64, triton.next_power_of_2(problem.p * problem.q)))
-    if pixels == tile.block_m and (_pointwise(problem) or tile.box[0] == 1):
+    if pixels == tile.block_m and (pointwise(problem) or tile.box[0] == 1):
         return tile
     box = covering((1, problem.p, problem.q), (problem.r, problem.s), pixels)
     lower = (t for t in tiles(problem) if (t.block_m, t.block_n) == (pixels, tile.block_n))
@@ -375,17 +376,18 @@ def covering(extent: tuple[int, int, int], taps: tuple[int, int], pixels: int) -
 
 def count(problem: ConvProblem, box: tuple[int, int, int]) -> int:
     """Boxes that cover the output."""
-    return prod(map(cdiv, _extent(problem), box))
+    return prod(map(cdiv, extent_of(problem), box))
 
 
-def _extent(problem: ConvProblem, by_image: bool = False) -> tuple[int, int, int]:
+def extent_of(problem: ConvProblem, by_image: bool = False) -> tuple[int, int, int]:
     """Images, rows and columns that boxes cover: of a 1x1 convolution a single row of all pixels, or one an image."""
-    if not _pointwise(problem):
+    if not pointwise(problem):
         return problem.n, problem.p, problem.q
     return (problem.n, 1, problem.p * problem.q) if by_image else (1, 1, problem.m)
 
 
-def _pointwise(problem: ConvProblem) -> bool:
+def pointwise(problem: ConvProblem) -> bool:
+    """Whether its output is its input's pixels, one by one."""
     return problem.r * problem.s == 1 and problem.stride == (1, 1) and problem.padding == (0, 0)
 
 
@@ -416,12 +418,12 @@ def recipe(
     ``by_image``: of a 1x1 convolution, no box crosses images. Raises ValueError for a box that is not of ``block_m``
     pixels.
     """
-    box = Box(1, 1, tile.block_m) if _pointwise(problem) else box_of(tile)
-    extent = _extent(problem, by_image)
-    pixels, filters = _pixels(problem, x, extent, box, tile), _filters(problem, w, tile)
+    box = Box(1, 1, tile.block_m) if pointwise(problem) else box_of(tile)
+    extent = extent_of(problem, by_image)
+    pixels, filters = input_boxes(problem, x, extent, box, tile), _filters(problem, w, tile)
     ci, co = problem.tile_channels
     fits = pixels.fits(x.dtype.itemsize) and filters.fits(x.dtype.itemsize)
-    if problem.prologue or problem.merged > 1 or ci % tile.block_k or not _steps(problem) or not fits:
+    if problem.prologue or problem.merged > 1 or ci % tile.block_k or not steps(problem) or not fits:
         return None
     res = epilogue.residual.layout
     crop = epilogue.residual.crop(out.shape)
@@ -477,10 +479,11 @@ def moment_tiles(recipe: Recipe) -> int:
     return recipe.grid[0] // cdiv(widths.co, recipe.config.block_n) * form.PARTS
 
 
-def _pixels(problem: ConvProblem, x: Layout, extent: tuple[int, int, int], box: Box, tile: TileConfig) -> Boxes:
+def input_boxes(problem: ConvProblem, x: Layout, extent: tuple[int, int, int], box: Box, tile: TileConfig) -> Boxes:
+    """Of the pixels of ``x`` that a tap of a box of the output meets, ``block_k`` channels at a time."""
     n, channels, h, w = x.shape
     step = stride_of(x)
-    if _pointwise(problem):
+    if pointwise(problem):
         return _rows(extent, channels, step, (*box, tile.block_k))
     if problem.stride == (1, 1):
         return image_boxes(x, box, tile)
@@ -505,7 +508,7 @@ def _stored(
         return None
     n, channels, p, q = out.shape
     step = stride_of(out)
-    if _pointwise(problem):
+    if pointwise(problem):
         boxes = _rows(extent, channels, step, (*part, tile.block_n))
     else:
         boxes = Boxes((n, p, q, channels), (p * q * step, q * step, step, 1), (*part, tile.block_n))

@@ -17,7 +17,7 @@ from resnet_fused.engine.eligible import Onlooker, reasons
 from resnet_fused.engine.request import implementation, requested
 from resnet_fused.engine.trace import Launch, trace
 from resnet_fused.inference import Called, FoldedConv, FrozenModel, TritonChain, TritonConv, called
-from resnet_fused.kernels.chain_forward import Chain
+from resnet_fused.kernels.chain import Chain
 from resnet_fused.kernels.launch import TileConfig, dry_run, interpreting
 from resnet_fused.modules import FusedBlock, StemLayout
 from resnet_fused.pieces import UnitsLayout

@@ -29,7 +29,7 @@ from resnet_fused.engine.reference import PaddedIdentity
 from resnet_fused.engine.replay import Repetition
 from resnet_fused.engine.request import requested
 from resnet_fused.kernels.activation import IDENTITY, RELU, Activation
-from resnet_fused.kernels.chain_forward import Link
+from resnet_fused.kernels.chain import Link
 from resnet_fused.kernels.conv import Geometry, output_size
 from resnet_fused.kernels.conv_pool import POOL
 from resnet_fused.kernels.launch import FLOATS, TileConfig

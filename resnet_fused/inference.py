@@ -28,7 +28,7 @@ from resnet_fused.engine.request import requested
 from resnet_fused.engine.trace import is_watched
 from resnet_fused.functional import conv_bn_act, conv_bn_act_pool
 from resnet_fused.kernels.activation import IDENTITY, RELU, Activation
-from resnet_fused.kernels.chain_forward import Link
+from resnet_fused.kernels.chain import Link
 from resnet_fused.kernels.conv import Geometry, output_size
 from resnet_fused.kernels.conv_pool import POOL
 from resnet_fused.kernels.epilogue import Norm

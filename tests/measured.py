@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from resnet_fused.kernels.chain_forward import Chain
+from resnet_fused.kernels.chain import Chain
 from resnet_fused.kernels.launch import TileConfig
 from resnet_fused.plan.problem import Problem
 

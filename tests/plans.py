@@ -7,10 +7,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import triton
 
 from benchmarks.shapes import NETWORKS, NetworkCase, layers
 from resnet_fused import explain, fuse
-from resnet_fused.kernels.chain_forward import Chain
+from resnet_fused.kernels.chain import Chain
 from resnet_fused.plan.decide import decide, decide_chain
 from resnet_fused.plan.problem import Problem
 
@@ -61,6 +62,8 @@ def _parts(lengths: Iterable[int]) -> str:
 
 
 CHAINED = (1, 32, 256)
+IN_CHAINS = 7 if triton.__version__.startswith("3.6.") else 13
+"""Blocks of a live ResNet-50 that share launches, batch 256, H100: for 256 channels Triton 3.6 has no good tiles."""
 WHOLE = 90
 """The architecture for which whole networks are planned."""
 

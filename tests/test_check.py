@@ -26,6 +26,7 @@ from resnet_fused.engine import eligible, tolerance
 from resnet_fused.engine.tolerance import error_ratio
 from resnet_fused.kernels import (
     batch_norm,
+    chain_box,
     chain_forward,
     conv_box,
     conv_dgrad,
@@ -115,7 +116,7 @@ def test_every_kernel_is_checked_in_every_number_format():
     assert len(keys) == len(set(keys))
     kernels = {call.kernel.__name__ for call in launched(90).values()}
     norms = batch_norm, norm_backward, norm_pool, squeeze
-    modules = *norms, chain_forward, conv_box, conv_forward, conv_pool, conv_dgrad, dgrad_box, conv_wgrad
+    modules = *norms, chain_box, chain_forward, conv_box, conv_forward, conv_pool, conv_dgrad, dgrad_box, conv_wgrad
     assert kernels == {name for module in modules for name in vars(module) if name.endswith("_kernel")}
 
 

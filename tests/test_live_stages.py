@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from resnet_fused import PreActBottleneck, explain, fuse, implementation, modules, trace, unfuse
 from resnet_fused.convert import Converted, ConvertedBlocks, ConvertedStage
 from resnet_fused.modules import runs_fused
+from tests.plans import IN_CHAINS
 from tests.rule import assert_within_rule
 from tests.test_chains import BOTTLENECK, check
 from tests.test_inference import _randomised
@@ -664,7 +665,7 @@ def test_the_plan_has_them_where_they_are_predicted_to_be_faster():
     with torch.device("meta"):
         model = transformers.ResNetForImageClassification(transformers.ResNetConfig())
     names = launched(copy.deepcopy(model), 256)
-    assert chains(names) == 3
+    assert chains(names) == IN_CHAINS
     assert chains(launched(model, 1)) == 0
 
 
@@ -674,4 +675,6 @@ def test_explain_shows_the_chains():
     x = torch.empty(256, 3, 224, 224, dtype=torch.bfloat16, device="meta", memory_format=torch.channels_last)
     rows = explain(fuse(model), x, arch=90).rows
     shared = [row.name for row in rows if row.chains]
-    assert shared == [f"resnet.encoder.stages.0.layers.{i}" for i in range(3)]
+    stages = ((0, 3), (1, 4), (2, 6))
+    layers = [f"resnet.encoder.stages.{stage}.layers.{i}" for stage, blocks in stages for i in range(blocks)]
+    assert shared == layers[:IN_CHAINS]

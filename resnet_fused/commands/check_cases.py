@@ -21,7 +21,7 @@ from resnet_fused.engine.request import implementation
 from resnet_fused.kernels import chain_forward, conv_box, dgrad_box
 from resnet_fused.kernels.activation import IDENTITY, RELU, Activation
 from resnet_fused.kernels.batch_norm import batch_norm_apply, batch_norm_stats, channel_moments, merge_moments
-from resnet_fused.kernels.chain_forward import Chain, Link
+from resnet_fused.kernels.chain import Chain, Link
 from resnet_fused.kernels.conv import ConvProblem, Geometry, output_size
 from resnet_fused.kernels.conv_dgrad import conv_dgrad
 from resnet_fused.kernels.conv_forward import conv_forward, conv_forward_moments, default_config, steps, wide_tiles

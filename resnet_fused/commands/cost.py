@@ -33,7 +33,7 @@ from resnet_fused.commands.shared import (
 from resnet_fused.commands.tune import find_problems
 from resnet_fused.commands.tune_trial import Candidate, ChainCandidate, rehearse
 from resnet_fused.engine.trace import Launch
-from resnet_fused.kernels.chain_forward import Chain
+from resnet_fused.kernels.chain import Chain
 from resnet_fused.kernels.gpus import gpu_of
 from resnet_fused.kernels.launch import Call, TileConfig, interpreting
 from resnet_fused.plan import decide, roofline, tuned
@@ -136,7 +136,7 @@ def _cells(kernel: Kernel) -> tuple[object, ...]:
 
 def _slots(code: MachineCode, kernel: str) -> float | str | None:
     """Of the main loop; of a chain, of its walk over the taps and of the loop behind it."""
-    if kernel == "chain_forward" and len(code.loop_slots) > 1:
+    if kernel in ("chain_forward", "chain_box") and len(code.loop_slots) > 1:
         return ", ".join("?" if slots is None else f"{slots:.2f}" for slots in code.loop_slots)
     return None if code.issue_slots is None else round(code.issue_slots, 2)
 

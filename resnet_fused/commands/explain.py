@@ -8,6 +8,7 @@ import json
 import torch
 
 from resnet_fused.commands.shared import NETWORKS, add_network_arguments, chosen_input, network, pick_arch
+from resnet_fused.convert import fuse
 from resnet_fused.engine.request import implementation
 from resnet_fused.explain import explain
 from resnet_fused.plan.problem import REQUESTS
@@ -26,7 +27,7 @@ def main(options: argparse.Namespace) -> int:
     """Print the plan of a model; returns 0."""
     dtype, side = getattr(torch, options.dtype), options.size or NETWORKS[options.model]
     with torch.device("meta"), implementation(options.implementation):
-        model = network(options.model).to(dtype).to(memory_format=torch.channels_last)
+        model = fuse(network(options.model).to(dtype).to(memory_format=torch.channels_last))
         x = torch.empty(options.batch, 3, side, side, dtype=dtype)
         with chosen_input():
             explanation = explain(model, x, arch=pick_arch(options.arch), training=options.train)

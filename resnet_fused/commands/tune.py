@@ -39,7 +39,7 @@ from resnet_fused.commands.tune_trial import Candidate, ChainCandidate, candidat
 from resnet_fused.convert import fuse
 from resnet_fused.engine.request import implementation
 from resnet_fused.inference import optimize_for_inference
-from resnet_fused.kernels.chain_forward import Chain
+from resnet_fused.kernels.chain import Chain
 from resnet_fused.kernels.launch import dry_run, interpreting
 from resnet_fused.plan import decide, tuned
 from resnet_fused.plan.constants import ASSUMED, Constants

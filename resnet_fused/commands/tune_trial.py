@@ -20,7 +20,7 @@ from resnet_fused.engine.trace import Launch, trace
 from resnet_fused.kernels import chain_forward, conv_dgrad, conv_forward, conv_wgrad
 from resnet_fused.kernels.activation import IDENTITY, RELU
 from resnet_fused.kernels.batch_norm import batch_norm_apply
-from resnet_fused.kernels.chain_forward import Chain, Link
+from resnet_fused.kernels.chain import Chain, Link
 from resnet_fused.kernels.conv_pool import POOL, pooled_size
 from resnet_fused.kernels.epilogue import Norm, Residual
 from resnet_fused.kernels.launch import Call, TileConfig, dry_run, observe

@@ -27,7 +27,7 @@ import torch
 from resnet_fused.commands.clock import ColdClock
 from resnet_fused.commands.tune_constants import measure
 from resnet_fused.commands.tune_trial import Candidate, ChainCandidate, decoded, rehearse, trial_of
-from resnet_fused.kernels.chain_forward import Chain
+from resnet_fused.kernels.chain import Chain
 from resnet_fused.kernels.gpus import gpu_of
 from resnet_fused.plan.problem import Problem
 from resnet_fused.plan.tuned import asked_in

@@ -10,7 +10,7 @@ from torch import Tensor
 from resnet_fused.engine import ops
 from resnet_fused.engine.forward import Convolution
 from resnet_fused.engine.ops import channels_last
-from resnet_fused.kernels.chain_forward import Link
+from resnet_fused.kernels.chain import Link
 from resnet_fused.kernels.conv import Geometry
 from resnet_fused.kernels.launch import TileConfig
 from resnet_fused.plan.problem import Parts, Tiles

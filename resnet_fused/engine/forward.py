@@ -22,7 +22,8 @@ from resnet_fused.engine import reference
 from resnet_fused.kernels import conv_pool
 from resnet_fused.kernels.activation import RELU, Activation
 from resnet_fused.kernels.batch_norm import batch_norm_apply, batch_norm_stats, channel_moments, merge_moments
-from resnet_fused.kernels.chain_forward import Chain, Link, chain_forward
+from resnet_fused.kernels.chain import Chain, Link
+from resnet_fused.kernels.chain_forward import chain_forward
 from resnet_fused.kernels.conv import ConvProblem, Geometry
 from resnet_fused.kernels.conv_forward import conv_forward, conv_forward_moments
 from resnet_fused.kernels.epilogue import Moments, Norm, Prologue, Residual

@@ -14,7 +14,7 @@ from resnet_fused.engine import backward, forward, replay
 from resnet_fused.engine.trace import implementations
 from resnet_fused.kernels.activation import IDENTITY, decode
 from resnet_fused.kernels.batch_norm import batch_norm_apply, batch_norm_stats
-from resnet_fused.kernels.chain_forward import Link
+from resnet_fused.kernels.chain import Link
 from resnet_fused.kernels.conv import output_size
 from resnet_fused.kernels.conv_pool import pooled_size
 from resnet_fused.kernels.epilogue import Norm, Residual

@@ -12,7 +12,7 @@ from typing import cast
 import torch
 
 from resnet_fused.kernels import chain_forward, conv_box, conv_pool, dgrad_box
-from resnet_fused.kernels.chain_forward import Chain
+from resnet_fused.kernels.chain import Chain
 from resnet_fused.kernels.gpus import gpu_of
 from resnet_fused.kernels.launch import INTERPRETER, KEPT_LAYOUTS, TileConfig, dry_target, interpreting
 from resnet_fused.plan import roofline
@@ -147,13 +147,13 @@ def decide_chain(links: Chain, request: Request = "auto", table: Table | None = 
         whole = ((len(links.links), None),)
         return ChainPlan(whole, None, "model", "the interpreter has no speed to predict", ())
     constants = constants_of(table)
-    roads = {}
+    roads = []
     for lengths in PARTS[len(links.links)]:
         found = [_part(part, request, constants) for part in cut(links, lengths)]
-        if math.inf not in (seconds for seconds, _ in found):
-            parts = tuple(zip(lengths, (tile for _, tile in found), strict=True))
-            roads[parts] = sum(seconds for seconds, _ in found)
-    order = sorted(roads.items(), key=lambda road: road[1])
+        times, gpus, tiles = zip(*found, strict=True)
+        if math.inf not in times:
+            roads.append((sum(times), sum(gpus), tuple(zip(lengths, tiles, strict=True))))
+    order = [(parts, seconds) for seconds, _, parts in sorted(roads, key=lambda road: road[:2])]
     alternatives = tuple((tuple(length for length, _ in parts), seconds) for parts, seconds in order)
     entry = None if table is None or request != "auto" else table.lookup_chain(links)
     if entry is not None:
@@ -162,24 +162,27 @@ def decide_chain(links: Chain, request: Request = "auto", table: Table | None = 
     return ChainPlan(*order[0], "model", reason, alternatives)
 
 
-def _part(part: Chain | Problem, request: Request, constants: Constants) -> tuple[float, TileConfig | None]:
-    """Seconds and tile of the fastest launch of a part; infinity where there is none."""
+def _part(part: Chain | Problem, request: Request, constants: Constants) -> tuple[float, float, TileConfig | None]:
+    """Of the fastest launch of a part its seconds, those of the GPU alone, and its tile; infinity where there is none.
+
+    Where the host takes longer than either of two, that of which the GPU is done first.
+    """
+    found: list[tuple[float, float, TileConfig | None]]
     if isinstance(part, Problem):
         tiles = best_tiles(part, constants)
         ways = roofline.compare(part, tiles, constants)
         asked = [way for way in ways if request == "auto" or way[0] == ROADS[request]]
-        return min(waited(part, way, seconds, tiles, constants) for way, seconds in asked), None
-    return min(
-        ((_chain_seconds(part, tile, constants), tile) for tile in chain_forward.tiles(part)),
-        key=lambda found: found[0],
-        default=(math.inf, None),
-    )
+        found = [(waited(part, way, seconds, tiles, constants), seconds, None) for way, seconds in asked]
+    else:
+        found = [_chain(part, tile, constants) for tile in chain_forward.tiles(part)]
+    return min(found, key=lambda times: times[:2], default=(math.inf, math.inf, None))
 
 
-HOST_CHAIN = 1.1
+HOST_CHAIN = 2.25
 """What a live chain takes the host, in fused units, by the same command; HOST_LINK: for each of its links, whose batch
-norm another launch reads. For three, 137 us and 4 launches, beside 35 us and one of a unit without a tape."""
-HOST_LINK = 0.9
+norm another launch reads. For three, 35 us and 4 launches, beside 14 us and one of a unit: no less than three units,
+since what a launch takes is assumed."""
+HOST_LINK = 0.25
 
 
 def parts_waited(links: Chain, parts: Parts, seconds: float, constants: Constants = ASSUMED) -> float:
@@ -191,10 +194,10 @@ def parts_waited(links: Chain, parts: Parts, seconds: float, constants: Constant
     return max(seconds, unit * host)
 
 
-def _chain_seconds(links: Chain, tile: TileConfig, constants: Constants) -> float:
-    """Of a chain in one launch; a live one has others before it, that read its batch norms."""
+def _chain(links: Chain, tile: TileConfig, constants: Constants) -> tuple[float, float, TileConfig]:
+    """Of a chain in one launch, as :func:`_part` says; a live one has others before it, that read its batch norms."""
     seconds = sum(launch.seconds for launch in roofline.chain(links, tile, constants))
-    return parts_waited(links, ((len(links.links), tile),), seconds, constants)
+    return parts_waited(links, ((len(links.links), tile),), seconds, constants), seconds, tile
 
 
 def constants_of(table: Table | None) -> Constants:

@@ -9,7 +9,7 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 
-from resnet_fused.kernels.chain_forward import Chain
+from resnet_fused.kernels.chain import Chain
 from resnet_fused.kernels.conv import ConvProblem
 from resnet_fused.kernels.launch import FLOATS, KEPT_LAYOUTS, TileConfig
 

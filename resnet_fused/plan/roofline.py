@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
 from resnet_fused.kernels import (
-    chain_forward,
     conv_box,
     conv_dgrad,
     conv_forward,
@@ -20,7 +19,7 @@ from resnet_fused.kernels import (
     conv_wgrad,
     dgrad_box,
 )
-from resnet_fused.kernels.chain_forward import Chain
+from resnet_fused.kernels.chain import Chain, accumulators, products, shared, tail_stages
 from resnet_fused.kernels.gpus import gpu_of
 from resnet_fused.kernels.launch import TileConfig
 from resnet_fused.plan.constants import ASSUMED, Constants
@@ -35,6 +34,8 @@ MOMENTS_BYTES = 8
 MOST_REGISTERS = 255
 SPARE_REGISTERS = 64
 """Of a thread, beside those that hold its share of the tile; an estimate."""
+SPARE_OF_CHAINS = 80
+"""The same of a chain, whose loop has more beside it."""
 REGISTERS = 65536
 """Of a multiprocessor."""
 CUDNN_TILE = (128, 64)
@@ -81,11 +82,14 @@ ISSUE_SLOTS: dict[str, dict[int, tuple[float, ...]]] = {
 # cycles of its product.
 POOL_SLOTS = {80: 0.969, 86: 0.484, 89: 0.242, 90: 1.496, 100: 7.411, 120: 0.24}
 
-# Of chain_forward's two loops, the walk over the taps and that over the channels of z, with 128 channels between the
+# Of the two loops of a chain, the walk over the taps and that over the channels of z, with 128 channels between the
 # convolutions; counted alike.
 CHAIN_SLOTS = {
-    **{80: (0.33, 0.594), 86: (0.229, 0.291), 89: (0.114, 0.146)},
-    **{90: (0.309, 0.637), 100: (1.039, 1.402), 120: (0.105, 0.134)},
+    "chain_forward": {
+        **{80: (0.33, 0.594), 86: (0.229, 0.291), 89: (0.114, 0.146)},
+        **{90: (0.309, 0.662), 100: (1.039, 1.535), 120: (0.105, 0.134)},
+    },
+    "chain_box": {90: (0.193, 0.705), 100: (0.426, 1.551)},
 }
 
 _T = TypeVar("_T")
@@ -126,18 +130,27 @@ other architectures and in other number formats they are assumed: causes lie in 
 
 
 class ChainPace(NamedTuple):
-    """The same of a chain: of issuing the walk over the taps and the loop behind it, of L2, and of device memory."""
+    """The same of a chain, whose parts do not hide each other: of issuing, of loads, and of the start of programs.
+
+    ``walk``: of issuing the walk over the taps; ``tail``: of the loop behind it; ``l2``, ``memory``: of L2 and of
+    device memory. ``step``: seconds for which a step of the tail waits for its loads, but for those that pass while the
+    step before is computed, where they are under way by then (``chain.tail_stages``). ``program``: seconds of a program
+    for its start and its last stores. What the programs that a multiprocessor holds wait for passes at the same time.
+    """
 
     walk: float
     tail: float
     l2: float
     memory: float
+    step: float
+    program: float
 
 
-CHAIN_PACE = ChainPace(2.6, 6.0, 0.38, 0.69)
-"""Fitted, to within 0.83 and 1.18, to 34 times of chains and of their pairs on the same H100: 64, 128 and 256 channels
-between the convolutions, batches of 32 and 256. They were taken beside cuDNN's, convolution by convolution, in one run,
-and are scaled so that those are what they are predicted to be."""
+CHAIN_PACE = ChainPace(2.23, 3.38, 0.48, 0.18, 0.73e-6, 2.7e-6)
+"""Fitted, to within 0.87 and 1.11, to 27 times of chains and of their pairs on the same H100, whose tails were two
+stages deep: 64, 128 and 256 channels between the convolutions, batches of 1, 32 and 256 (``tests/measured.py``). They
+were taken beside cuDNN's, convolution by convolution, in one run, and are scaled so that those are what they are
+predicted to be. Of tails of three stages, and of boxes, which nobody has timed, it is a prediction."""
 
 STREAMS = {
     "channel_moments": (1, 1.45),
@@ -314,24 +327,37 @@ def chain(links: Chain, tile: TileConfig, constants: Constants = ASSUMED) -> tup
 
 def _chain(links: Chain, tile: TileConfig, constants: Constants) -> PredictedLaunch:
     """What stays in registers is neither loaded nor stored."""
+    kernel = "chain_forward" if tile.box is None else "chain_box"
     models = [_Model(link, Tiles(), constants) for link in links.links]  # type: ignore[arg-type]
     first, last = models[0], models[-1]
-    programs = _tiles(last.problem.m, tile.block_m)
+    programs = _tiles(last.problem.m, tile.block_m) if tile.box is None else conv_box.count(links.first, tile.box)
     waves = _tiles(programs, first.gpu.multiprocessors)
-    tensor = issue = l2 = 0.0
-    walk, tail = CHAIN_SLOTS[first.gpu.arch]
-    for model, product in zip(models, chain_forward.products(links, tile), strict=True):
-        spatial = model.problem is links.spatial
+    tensor = walk = tail = l2 = 0.0
+    walk_slots, tail_slots = CHAIN_SLOTS[kernel][first.gpu.arch]
+    for model, product in zip(models, products(links, tile), strict=True):
         work = model.work(programs, replace(tile, block_n=product.columns), product.depth)
         held = 0 if model is first else tile.block_m * product.depth * model.problem.dtype.itemsize
         at_peak = waves * 2 * work.macs / (model.peak / model.gpu.multiprocessors)
         tensor += at_peak / (model.efficiency * constants.triton_of_cudnn)
-        issue += at_peak * (CHAIN_PACE.walk * walk if spatial else CHAIN_PACE.tail * tail)
+        if model.problem is links.spatial:
+            walk += CHAIN_PACE.walk * at_peak * walk_slots
+        else:
+            tail += CHAIN_PACE.tail * at_peak * tail_slots
         l2 += programs * (work.l2_bytes - held) / (model.gpu.l2 * 1e9)
+    registers = tile.block_m * accumulators(links, tile) // (32 * tile.num_warps) + SPARE_OF_CHAINS
+    resident = first.resident(shared(links, tile), tile.num_warps, registers)
+    generations = _tiles(programs, first.gpu.multiprocessors * resident)
+    waited = CHAIN_PACE.step * generations * _tiles(links.expand.co, tile.block_n)
+    hidden = tail if tail_stages(links, tile) > 2 else 0.0
     size = compulsory_of_chain(links)
     flops, memory = sum(model.flops for model in models), size / first.bandwidth
-    parts = {"issue": issue, "l2": CHAIN_PACE.l2 * l2, "memory": CHAIN_PACE.memory * memory}
-    return first.added_up("chain_forward", flops, size, parts, memory, tensor)
+    parts = {
+        "issue": walk + tail,
+        "l2": CHAIN_PACE.l2 * l2,
+        "memory": CHAIN_PACE.memory * memory + max(0.0, waited - hidden),
+        "program": CHAIN_PACE.program * generations,
+    }
+    return first.added_up(kernel, flops, size, parts, memory, tensor)
 
 
 def roof(flops: int, size: int, beside: Problem) -> float:

@@ -21,7 +21,8 @@ from resnet_fused import functional
 from resnet_fused.commands.tune_trial import Candidate, rehearse
 from resnet_fused.kernels import chain_forward, conv_box, dgrad_box
 from resnet_fused.kernels.activation import RELU
-from resnet_fused.kernels.chain_forward import Chain, Link, default_config
+from resnet_fused.kernels.chain import Chain, Link
+from resnet_fused.kernels.chain_forward import default_config
 from resnet_fused.kernels.conv import ConvProblem, Geometry
 from resnet_fused.kernels.conv_forward import conv_forward, conv_forward_moments, split_tiles, wide_tiles
 from resnet_fused.kernels.conv_forward import default_config as conv_tile
@@ -39,6 +40,7 @@ ACTIVATIONS = [nn.SiLU(), nn.Hardtanh(-2.0, 3.0)]
 """In place of ReLU: one whose derivative takes the value in front of it, and one whose output decides it."""
 DRAWN = 4
 """Units of odd sizes for each architecture."""
+CHAINS = ("chain_forward_kernel", "chain_box_kernel")
 
 
 def merges(form: Any) -> bool:
@@ -71,7 +73,7 @@ class Kernel(NamedTuple):
         form, widths = self.call.arguments.get("form"), self.call.arguments.get("widths")
         if form is None:
             return ""
-        if self.name == "chain_forward_kernel":
+        if self.name in CHAINS:
             if self.arch == 100:
                 return "a product leaves whole rows to a thread, which then reads whole vectors of batch norm"
             if triton.__version__.startswith("3.6"):
@@ -92,7 +94,7 @@ class Kernel(NamedTuple):
     @property
     def serial(self) -> str:
         """Why each of its products may wait on sm_90 for the one before; "" where none must."""
-        if self.name == "chain_forward_kernel":
+        if self.name in CHAINS:
             return ""
         if self.prologue:
             return "a factor that is transformed stands in registers, which are written while products run"
@@ -241,7 +243,7 @@ CHAINED = {
         (256, 256, 1024, 256),
     ],
     "wide_resnet50_2": [(128, 128, 256, 128), (128, 128, 256, 256), (256, 256, 512, 256)],
-    "odd": [(40, 48, 136, 24)],
+    "odd": [(40, 48, 136, 24), (96, 72, 264, 40)],
 }
 """Channels of the 3x3's input and output, of z, and of the next block's first output. The models' 1x1 are ResNeXt's."""
 

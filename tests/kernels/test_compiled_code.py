@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import warnings
 
-from resnet_fused.kernels import conv_box
+from resnet_fused.kernels import chain_box, conv_box, dgrad_box
 from resnet_fused.kernels.gpus import ARCHITECTURES, gpu_of
 from resnet_fused.plan import roofline
 from tests.compiler import answer
+from tests.kernels.model_kernels import CHAINS
 
 TENSOR_CORE = {80: "mma.sync", 86: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05.mma", 120: "mma.sync"}
 
 TENSOR_CORE_KERNELS = (
     *("conv_forward_kernel", "conv_dgrad_kernel", "conv_wgrad_kernel", "conv_pool_kernel"),
     *("conv_box_kernel", "dgrad_box_kernel"),
-    "chain_forward_kernel",
+    *CHAINS,
 )
-BY_TMA = {"conv_box_kernel", "dgrad_box_kernel"}
+BY_TMA = {
+    **{"conv_box_kernel": conv_box.TILES, "dgrad_box_kernel": dgrad_box.TILES},
+    "chain_box_kernel": chain_box.TILES,
+}
 
 
 def test_no_spills_and_tensor_cores():
@@ -30,7 +34,7 @@ def test_no_spills_and_tensor_cores():
         kernels = [kernel for kernel in report["kernels"] if kernel["arch"] == arch]
         assert len(kernels) >= 80, arch
         found = {kernel["kernel"] for kernel in kernels}
-        assert set(TENSOR_CORE_KERNELS) - found == (set() if arch in conv_box.TILES else BY_TMA), arch
+        assert set(TENSOR_CORE_KERNELS) - found == {name for name, tiles in BY_TMA.items() if arch not in tiles}, arch
     tried = [kernel for kernel in report["kernels"] if kernel["figures"] is not None]
     assert len(tried) == (len(report["kernels"]) if report["has_ledger"] else report["compiled"])
     for kernel in tried:
@@ -64,7 +68,7 @@ def assert_good(kernel: dict) -> None:
         assert kernel["narrow"] or may_be_slow(kernel, load, count), kernel
     assert "loads" not in figures["waits"], kernel
     # A chain's step waits once, so that the products of the next one need not each.
-    settled = int(kernel["kernel"] == "chain_forward_kernel")
+    settled = int(kernel["kernel"] in CHAINS)
     assert figures["waits"].get("products", 0) <= settled or kernel["serial"] or kernel["odd"], kernel
     assert figures["shared"] <= gpu_of(arch).shared, kernel
     if kernel["number_format"] != "float32" and kernel["kernel"] in TENSOR_CORE_KERNELS:
