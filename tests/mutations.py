@@ -25,6 +25,7 @@ LIVE_CHAINS, TUNED_CHAINS = "tests/test_live_chains.py", "tests/test_tuned_chain
 LIVE_STAGES = "tests/test_live_stages.py"
 
 CHAIN, CHAIN_TESTS = "kernels/chain_forward.py", "tests/kernels/test_chain_forward.py"
+CHAIN_PARTS, CHAIN_BOX, CHAIN_BOX_TESTS = "kernels/chain.py", "kernels/chain_box.py", "tests/kernels/test_chain_box.py"
 
 POOL, POOL_TESTS = "kernels/conv_pool.py", "tests/kernels/test_conv_pool.py"
 PREACT = "tests/test_preact.py"
@@ -1371,8 +1372,8 @@ MUTATIONS = [
     ),
     Mutation(
         "kernels/conv_box.py",
-        "ci % tile.block_k or not _steps(problem)",
-        "not _steps(problem)",
+        "ci % tile.block_k or not steps(problem)",
+        "not steps(problem)",
         "tests/kernels/test_conv_box.py -k fit",
     ),
     Mutation(
@@ -1810,8 +1811,8 @@ MUTATIONS = [
     Mutation(CHAIN, "z = tl.where(mask_c[None, :], z, 0.0)", "pass", f"{CHAIN_TESTS} -k finite"),
     Mutation(CHAIN, "tap = tl.where(last, tap << 1, tap)", "tap = tap << 1", f"{CHAIN_TESTS} -k geometry"),
     Mutation(CHAIN, "tl.where(wrap, row_step,", "tl.where(wrap, tap_step,", f"{CHAIN_TESTS} -k geometry"),
-    Mutation(CHAIN, "if EVEN and not form.RES_PADDED:", "if EVEN:", f"{CHAIN_TESTS} -k even_widths"),
-    Mutation(CHAIN, "z = relu(v).to(FACTOR)", "z = v.to(FACTOR)", f"{CHAIN_TESTS} -k shapes"),
+    Mutation(CHAIN_PARTS, "if form.EVEN and not form.RES_PADDED:", "if form.EVEN:", f"{CHAIN_TESTS} -k even_widths"),
+    Mutation(CHAIN_PARTS, "return relu(v)", "return v", f"{CHAIN_TESTS} -k shapes"),
     Mutation(
         CHAIN, "CHUNKS=cdiv(first.ci, tile.block_k)", "CHUNKS=first.ci // tile.block_k", f"{CHAIN_TESTS} -k shapes"
     ),
@@ -2372,7 +2373,7 @@ MUTATIONS = [
     ),
     Mutation(
         "kernels/conv_box.py",
-        "if pixels == tile.block_m and (_pointwise(problem) or tile.box[0] == 1):",
+        "if pixels == tile.block_m and (pointwise(problem) or tile.box[0] == 1):",
         "if True:",
         'tests/kernels/test_squeeze.py -k "several_images or hardly_larger"',
     ),
@@ -2783,5 +2784,60 @@ MUTATIONS = [
         "        requested(),\n",
         "",
         f"{LIVE_STAGES} -k switches",
+    ),
+    Mutation(
+        CHAIN_BOX,
+        "inner = tl.where((middle < widths.middle)[:, None], inner, 0.0)",
+        "pass",
+        f"{CHAIN_BOX_TESTS} -k finite",
+    ),
+    Mutation(CHAIN_BOX, "z = tl.where(mask_c[None, :], z, 0.0)", "pass", f"{CHAIN_BOX_TESTS} -k finite"),
+    Mutation(CHAIN_BOX, "present = (n < images) &", "present =", f"{CHAIN_BOX_TESTS} -k kinds"),
+    Mutation(CHAIN_BOX, "w_start * STRIDE - pad[1]", "w_start * STRIDE - pad[0]", f"{CHAIN_BOX_TESTS} -k geometry"),
+    Mutation(CHAIN_BOX, "first.w + S * dilation[1]", "first.w + S * dilation[0]", f"{CHAIN_BOX_TESTS} -k geometry"),
+    Mutation(CHAIN_BOX, "(at.w & 1) * widths.x", "(at.w & 1) * widths.ci", f"{CHAIN_BOX_TESTS} -k slices"),
+    Mutation(CHAIN_BOX, "whole = first.groups == 1 and (", "whole = (True or ", f"{CHAIN_BOX_TESTS} -k gathered"),
+    Mutation(CHAIN_BOX, "not conv_box.steps(first) or ", "", f"{CHAIN_BOX_TESTS} -k a_step"),
+    Mutation(CHAIN_BOX, "tail_stages(chain, tile) == 3 and ", "", f"{CHAIN_BOX_TESTS} -k tiles"),
+    Mutation(CHAIN_BOX, "if chain.first.dtype.itemsize != 2:", "if False:", f"{CHAIN_BOX_TESTS} -k why_not"),
+    Mutation(
+        CHAIN_PARTS, "return 3 if chain.first.arch", "return 2 if chain.first.arch", f"{CHAIN_BOX_TESTS} -k as_deep"
+    ),
+    Mutation(CHAIN_PARTS, "_tail(chain, tile, 3) <= room", "True", f"{CHAIN_BOX_TESTS} -k as_deep"),
+    Mutation(
+        "kernels/chain_forward.py",
+        "chosen = conv_box.loadable(config, x, *(link.w for link in links.values() if link is not None))",
+        "chosen = config",
+        f"{CHAIN_BOX_TESTS} -k gathered",
+    ),
+    Mutation(
+        "resnet_fused/plan/decide.py",
+        "key=lambda times: times[:2]",
+        "key=lambda times: times[0]",
+        f"{TUNED_CHAINS} -k done_first",
+    ),
+    Mutation(
+        "resnet_fused/plan/decide.py",
+        "sorted(roads, key=lambda road: road[:2])",
+        "sorted(roads, key=lambda road: road[0])",
+        f"{TUNED_CHAINS} -k done_first",
+    ),
+    Mutation(
+        "resnet_fused/plan/roofline.py",
+        "CHAIN_PACE.step * generations * _tiles(links.expand.co, tile.block_n)",
+        "0.0",
+        "tests/test_measured.py -k about_as_long",
+    ),
+    Mutation(
+        "resnet_fused/plan/roofline.py",
+        "hidden = tail if tail_stages(links, tile) > 2 else 0.0",
+        "hidden = tail",
+        "tests/test_measured.py -k about_as_long",
+    ),
+    Mutation(
+        "resnet_fused/commands/explain.py",
+        "model = fuse(network(",
+        "model = (network(",
+        "tests/test_commands.py -k chains",
     ),
 ]

@@ -90,6 +90,11 @@ def test_the_largest_numbers_are_planned(capsys):
     assert "65536x1024x1024" in capsys.readouterr().out
 
 
+def test_explain_shows_a_fused_model_with_its_chains(capsys):
+    assert main(["explain", "--model", "resnet50", "--arch", "sm_90", "--batch", "256"]) == 0
+    assert "Chains, each once" in capsys.readouterr().out
+
+
 OWN_SIZES = [
     ("resnet20", "16->16 of 32x32x32"),
     ("resnet18", "64->64 of 32x56x56"),

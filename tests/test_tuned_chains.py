@@ -18,7 +18,7 @@ from resnet_fused.engine import chains
 from resnet_fused.engine.tolerance import products
 from resnet_fused.kernels import chain_forward
 from resnet_fused.kernels.chain import Chain
-from resnet_fused.plan import decide, tuned
+from resnet_fused.plan import decide, roofline, tuned
 from resnet_fused.plan.problem import Problem, apart, changed, shown
 from resnet_fused.plan.tuned import ChainEntry, Entry, Table
 from tests.test_tune import DEVICE, FakeRunner, nothing
@@ -141,6 +141,18 @@ def test_a_live_chain_that_keeps_the_host_longer_does_not_win():
         times = {str(way): 30e-6 for way in chain_candidates(chain)} | {str(whole): 10e-6}
         entry = tune_chain(chain, FakeRunner(times), nothing)
         assert any(length > 1 for length, _ in entry.parts) == together
+
+
+def test_where_the_host_takes_longer_what_the_gpu_has_done_first_wins():
+    """Of roads that keep the host as long, and of tiles."""
+    small, larger = links(n=1, side=28, width=128), links(n=14)
+    for chain in (small, larger):
+        times = dict(decide.decide_chain(chain).alternatives)
+        assert times[3,] == times[1, 1, 1], "the host's"
+    assert not decide.decide_chain(small).together
+    seconds = {tile: sum(x.seconds for x in roofline.chain(larger, tile)) for tile in chain_forward.tiles(larger)}
+    fastest = min(seconds, key=seconds.__getitem__)
+    assert decide.decide_chain(larger).parts == ((3, fastest),) != ((3, next(iter(seconds))),)
 
 
 def test_a_wrong_chain_is_quarantined_and_all_wrong_ones_leave_nothing():
