@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -405,10 +405,11 @@ def _check_conv_pool(layer: CheckLayer, variant: str, draw: Draw) -> Comparison:
     return Comparison(ours, expected)
 
 
-def _chain_tiles(chain: Chain) -> Iterator[TileConfig]:
-    """Every one that may be chosen; none in the interpreter."""
-    if chain.first.arch != INTERPRETER:
-        yield from chain_forward.tiles(chain)
+def _chain_tiles(chain: Chain) -> list[TileConfig | None]:
+    """Every one that may be chosen, or the launcher's; in the interpreter that, and one of boxes."""
+    if chain.first.arch == INTERPRETER:
+        return [None, *_box_tiles(chain.first)]
+    return [*chain_forward.tiles(chain)] or [None]
 
 
 def _check_chain(layer: CheckLayer, variant: str, draw: Draw) -> Comparison:
@@ -425,7 +426,7 @@ def _check_chain(layer: CheckLayer, variant: str, draw: Draw) -> Comparison:
     residual = _residual(layers[1], variant, draw) or Residual(draw.images(layers[1].output))
 
     problems = [_problem(of, draw) if keeps else None for of, keeps in zip(layers, kept, strict=True)]
-    chosen: list[TileConfig | None] = [*_chain_tiles(Chain(*problems))] or [None]  # type: ignore[arg-type]
+    chosen = _chain_tiles(Chain(*problems))  # type: ignore[arg-type]
 
     def ours() -> Results:
         results: Results = {}
