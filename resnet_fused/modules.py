@@ -195,7 +195,12 @@ class FusedBlock(nn.Module):
         """
         training = torch.is_grad_enabled()
         try:
-            constants = [eligible.constants(self._layer(unit), tensors, training) for unit in layout.all_units()]
+            constants = [eligible.constants(self._layer(unit), tensors, training) for unit in layout.units]
+            if isinstance(layout.shortcut, UnitNames):
+                found: list[Tensor | None] = []
+                constants.append(eligible.constants(self._layer(layout.shortcut), found, training))
+                # Filter and bias: the norm of a pre-activation block's projection is that of its first unit.
+                tensors += found[:2] if layout.norm_first else found
             others = [_attributes(self.get_submodule(name)) for name in _others(layout)]
         except (AttributeError, KeyError, TypeError):  # of submodules that are gone, or sizes that are no pairs
             return None

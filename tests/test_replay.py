@@ -472,13 +472,15 @@ blocks = [
     Bottleneck(16, 8, 2, modules.PaddedShortcut(16, 32, 2)),
     Bottleneck(16, 16, 2, projected(16, 64, 2)),
     bottleneck(FrozenBatchNorm2d, 2), bottleneck(partial(FrozenBatchNormAct2d, apply_act=False)),
-    bottleneck(partial(BatchNormAct2d, apply_act=False)),
+    bottleneck(partial(BatchNormAct2d, apply_act=False)), PreActBottleneck(64, 64), PreActBlock(16, 32, 2),
 ]
 for block in map(ready, blocks):
     for road in ("triton", "mixed"):
         for dtype in (None, torch.bfloat16):
             replay._repeated.clear()
             x = input_of(block)
+            if hasattr(block, "norm1"):  # a block of pre-activations adds to what the one before returned
+                x = x.to(dtype)
             with implementation(road), torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype is not None):
                 want = directly(block, x)
                 launched.clear()
@@ -492,7 +494,7 @@ for block in map(ready, blocks):
                 played(block) == 1,
             )
 """
-    assert lines(INFERENCE + code) == ["True True True True"] * 32
+    assert lines(INFERENCE + code) == ["True True True True"] * 40
 
 
 def test_frozen_norms_are_repeated_in_training_too():
@@ -590,24 +592,49 @@ for block, kept in blocks:
     assert lines(TRAINING + code) == ["True True True"] * 36
 
 
-def test_a_training_step_after_a_change_is_that_of_the_changed_block():
-    code = """
+CHANGES = """
 def in_place(block):
     block.conv2.weight.data.add_(1)
 
 def swapped(block):
     block.conv2.weight.data = block.conv2.weight.data * 2
 
-def misaligned(block):
-    w = block.conv2.weight.data
-    memory = torch.empty(w.numel() + 1)
-    block.conv2.weight.data = torch.as_strided(memory, w.shape, w.stride(), 1).copy_(w * 2)
-
 def new_parameter(block):
     block.bn1.weight = nn.Parameter(block.bn1.weight.detach() + 1)
 
 def eps(block):
     block.bn2.eps = 0.5
+
+def dilated(block):
+    block.conv2.padding = block.conv2.dilation = (2, 2)
+
+def biased(block):
+    block.conv1.bias = nn.Parameter(torch.ones(block.conv1.out_channels))
+
+def half(block):
+    block.half()
+
+def activated(block):
+    block.relu = nn.SiLU()
+
+def gapped(block):
+    block.bn1.running_mean = torch.randn(2 * block.bn1.num_features)[::2]
+
+def without(block):
+    block.bn1.weight = None
+
+def negative(block):
+    block.bn1.bias.data = torch._neg_view(block.bn1.bias.data)
+"""
+"""What may become of a block between two calls."""
+
+
+def test_a_training_step_after_a_change_is_that_of_the_changed_block():
+    code = """
+def misaligned(block):
+    w = block.conv2.weight.data
+    memory = torch.empty(w.numel() + 1)
+    block.conv2.weight.data = torch.as_strided(memory, w.shape, w.stride(), 1).copy_(w * 2)
 
 def momentum(block):
     block.bn2.momentum = 0.5
@@ -628,29 +655,8 @@ def frozen(block):
 def recomputing(block):
     block.memory = "recompute"
 
-def dilated(block):
-    block.conv2.padding = block.conv2.dilation = (2, 2)
-
-def biased(block):
-    block.conv1.bias = nn.Parameter(torch.ones(block.conv1.out_channels))
-
-def half(block):
-    block.half()
-
-def activated(block):
-    block.relu = nn.SiLU()
-
-def gapped(block):
-    block.bn1.running_mean = torch.randn(2 * block.bn1.num_features)[::2]
-
-def without(block):
-    block.bn1.weight = None
-
 def uncounted(block):
     block.bn1.num_batches_tracked = None
-
-def negative(block):
-    block.bn1.bias.data = torch._neg_view(block.bn1.bias.data)
 
 def hooked(block):
     block.bn2.register_forward_hook(lambda module, args, result: result * 2)
@@ -674,7 +680,7 @@ for change in changes:
     changed = ["in_place", "swapped", "misaligned", "new_parameter", "eps", "momentum", "averaged", "untracked"]
     changed += ["evaluated", "frozen", "recomputing", "dilated", "biased", "half", "activated", "gapped", "without"]
     changed += ["uncounted", "negative", "hooked"]
-    assert lines(TRAINING + code) == [f"{name} True False" for name in changed]
+    assert lines(TRAINING + CHANGES + code) == [f"{name} True False" for name in changed]
 
 
 def test_what_is_frozen_in_the_end_is_inference():
@@ -720,47 +726,14 @@ with implementation("triton"):
 
 def test_inference_after_a_change_is_that_of_the_changed_block():
     code = """
-def in_place(block):
-    block.conv2.weight.add_(1)
-
-def swapped(block):
-    block.conv2.weight.data = block.conv2.weight.data * 2
-
-def new_parameter(block):
-    block.bn1.weight = nn.Parameter(block.bn1.weight + 1)
-
 def loaded(block):
     block.load_state_dict({k: v + 1 for k, v in block.state_dict().items()})
 
 def statistics(block):
     block.bn2.running_var.mul_(4)
 
-def eps(block):
-    block.bn2.eps = 0.5
-
-def dilated(block):
-    block.conv2.padding = block.conv2.dilation = (2, 2)
-
-def biased(block):
-    block.conv1.bias = nn.Parameter(torch.ones(block.conv1.out_channels))
-
-def half(block):
-    block.half()
-
-def activated(block):
-    block.relu = nn.SiLU()
-
-def gapped(block):
-    block.bn1.running_mean = torch.randn(2 * block.bn1.num_features)[::2]
-
 def contiguous(block):
     block.to(memory_format=torch.contiguous_format)
-
-def without(block):
-    block.bn1.weight = None
-
-def negative(block):
-    block.bn1.bias.data = torch._neg_view(block.bn1.bias.data)
 
 def filled(block):
     block.bn1.eps = torch.tensor(0.25)
@@ -785,7 +758,7 @@ for change in changes:
 """
     changed = ["in_place", "swapped", "new_parameter", "loaded", "statistics", "eps", "dilated", "biased", "half"]
     changed += ["activated", "gapped", "contiguous", "without", "negative", "filled"]
-    found = lines(INFERENCE + code)
+    found = lines(INFERENCE + CHANGES + code)
     assert [line.split()[:2] for line in found] == [[name, "True"] for name in changed]
     assert [line.split()[0] for line in found if line.endswith(" True")] == ["contiguous"]
 
