@@ -13,7 +13,7 @@ from .conv import ConvProblem
 from .epilogue import load_residual
 from .gpus import gpu_of
 from .launch import INTERPRETER, TileConfig
-from .memory import cdiv
+from .memory import Layout, cdiv, channels_last, span
 from .tile import load_channels
 
 
@@ -89,6 +89,13 @@ def even(chain: Chain, tile: TileConfig) -> bool:
     whole += [link.co == block_of(link.co) for link in chain.links if link is not chain.expand]
     whole.append(chain.first.ci % tile.block_k == 0 if chain.spatial else chain.expand.ci == block_of(chain.expand.ci))
     return all(whole)
+
+
+def far(chain: Chain, x: Layout, res: Layout | None, tile: TileConfig) -> bool:
+    """Whether offsets within a tensor, rows that there are not included, do not fit 32 bits."""
+    expand = chain.expand
+    outputs = [channels_last((expand.n, link.co, expand.p, expand.q), x.dtype) for link in chain.links]
+    return max(map(span, (x, res, *outputs))) + tile.block_m * max(out.shape[1] for out in outputs) >= 2**31
 
 
 def held(chain: Chain) -> int:

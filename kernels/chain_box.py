@@ -17,13 +17,13 @@ import triton.language as tl
 
 from . import conv_box
 from .activation import relu
-from .chain import WIDEST, Chain, Widths, affine, block_of, block_output, even, held, shared, tail_stages
+from .chain import WIDEST, Chain, Widths, affine, block_of, block_output, even, far, held, shared, tail_stages
 from .conv import ConvProblem, blocks, precision, sizes
 from .conv_box import Box, Chunk, next_chunk, pixels_of, start_of
 from .epilogue import WHOLE, Added
 from .gpus import gpu_of
 from .launch import Boxes, Cost, Recipe, TileConfig, Vector
-from .memory import Layout, cdiv, channels_last, span, stride_of
+from .memory import Layout, cdiv, stride_of
 from .tile import Pixels, Tile, bound, dot, load_channels, rounded_to, settled
 
 
@@ -216,7 +216,7 @@ def recipe(
 ) -> Recipe | None:
     """The launch by boxes of ``tile``, or None where TMA does not take the tensors so.
 
-    Raises ValueError for a box that is not of ``block_m`` pixels.
+    Raises ValueError for a box of a wider first filter that is not of ``block_m`` pixels.
     """
     first, expand, reduce = chain.first, chain.expand, chain.reduce
     box = Box(1, 1, tile.block_m) if conv_box.pointwise(first) else conv_box.box_of(tile)
@@ -233,7 +233,7 @@ def recipe(
     if not whole or not conv_box.steps(first) or not all(of.fits(x.dtype.itemsize) for of in boxes.values()):
         return None
     shape = (expand.n, expand.co, expand.p, expand.q)
-    crop, res, z = residual.crop(shape), residual.layout, channels_last(shape, x.dtype)
+    crop, res = residual.crop(shape), residual.layout
     runtime = sizes(first)
     images, rows, columns = extent
     scalars = {
@@ -250,7 +250,7 @@ def recipe(
             TAIL_STAGES=tail_stages(chain, tile),
             EVEN=even(chain, tile),
             RES_PADDED=crop is not WHOLE,
-            INT64=max(map(span, (x, res, z))) + tile.block_m * max(expand.co, following) >= 2**31,
+            INT64=far(chain, x, res, tile),
             PRECISION=precision(first),
         ),
         "blocks": blocks(tile),

@@ -8,6 +8,7 @@ computed twice.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -18,20 +19,18 @@ from torch import Tensor
 
 from . import chain_box, conv_box
 from .activation import relu
-from .chain import WIDEST, Chain, Link, Widths, affine, block_of, block_output, even, held, shared, tail_stages
+from .chain import WIDEST, Chain, Link, Widths, affine, block_of, block_output, even, far, held, shared, tail_stages
 from .conv import ConvProblem, Geometry, Size, blocks, check_geometry, precision, sizes
 from .epilogue import WHOLE, Added, Residual, added
-from .gpus import gpu_of
+from .gpus import ARCHITECTURES, gpu_of
 from .launch import INTERPRETER, KEPT_LAYOUTS, Cost, Recipe, TileConfig, Vector, target_arch
 from .memory import (
     Layout,
     cdiv,
-    channels_last,
     empty_channels_last,
     layout,
     require_channels_last_filter,
     require_pixel_linear,
-    span,
     stride_of,
 )
 from .tile import Pixels, Tile, bound, dot, settled, tap_mask
@@ -212,8 +211,8 @@ def why_not(chain: Chain) -> str | None:
         return "fp32 is not multiplied by tensor cores"
     if max(block_of(expand.ci), block_of(chain.reduce.co if chain.reduce else 0)) > WIDEST:
         return f"more than {WIDEST} channels do not stay in a program's registers"
-    if expand.ci % 16:
-        return "it needs a multiple of 16 channels in the middle: narrower loads of a filter are not fenced"
+    if expand.ci % 16 or expand.co % 16:
+        return "it needs multiples of 16 channels between convolutions: loads of others are narrow, and some not fenced"
     return None
 
 
@@ -228,6 +227,8 @@ TILES: dict[int, tuple[tuple[int, int, int, int, int, int], ...]] = {
 channels (:func:`held`) with which none spills; for factors of 16 bits."""
 if triton.__version__.startswith("3.6."):
     TILES[90] = (128, 64, 128, 8, 3, 256), (128, 64, 64, 8, 3, 272), (64, 64, 64, 8, 3, 512)
+LOW = dict.fromkeys(ARCHITECTURES, 64) | {90: 128, 100: 128}
+"""Per architecture, the most pixels of a tile for channels that do not fill their blocks: higher ones would spill."""
 TF32_TILES = (128, 32, 32, 8, 3, 128), (64, 32, 32, 8, 3, 384)
 """The same of every architecture, for factors in TF32."""
 
@@ -238,10 +239,13 @@ def tiles(chain: Chain) -> Iterator[TileConfig]:
         return
     first, gpu = chain.first, gpu_of(chain.first.arch)
     for block_m, block_n, block_k, warps, stages, most in TILES[gpu.arch] if first.dtype.itemsize == 2 else TF32_TILES:
-        # Of a low tile in TF32 the compiler would spill for one more program at a time.
-        registers = 255 if first.dtype.itemsize == 4 and block_m == 64 else None
-        tile = TileConfig(block_m, block_n, min(block_k, block_of(first.ci)), warps, stages, registers)
-        fits = held(chain) <= most and shared(chain, tile) <= gpu.shared
+        tile = TileConfig(block_m, block_n, min(block_k, block_of(first.ci)), warps, stages)
+        masked = not even(chain, tile)
+        if masked or (first.dtype.itemsize == 4 and block_m == 64):
+            # The compiler would spill for one more program at a time.
+            tile = replace(tile, max_registers=255)
+        fits = held(chain) <= most and shared(chain, tile) <= gpu.shared and not (masked and block_m > LOW[gpu.arch])
+        fits = fits and chain.expand.co % block_n == 0  # else some load the residual by the element, and spill
         if fits and block_k <= max(tile.block_k, 64) and (chain.spatial is not None or block_k <= 64):
             yield tile
     yield from chain_box.tiles(chain)
@@ -334,7 +338,6 @@ def _recipe(
         config = None
     tile = config or default_config(chain)
     crop, res = residual.crop(shape), residual.layout
-    outputs = [channels_last((expand.n, link.co, expand.p, expand.q), x.dtype) for link in chain.links]
     form = Form(
         *((first.r, first.s) if chain.spatial else (1, 1)),
         CHUNKS=cdiv(first.ci, tile.block_k),
@@ -343,7 +346,7 @@ def _recipe(
         TAIL_STAGES=tail_stages(chain, tile),
         EVEN=even(chain, tile),
         RES_PADDED=crop is not WHOLE,
-        INT64=max(map(span, (x, res, *outputs))) + tile.block_m * max(out.shape[1] for out in outputs) >= 2**31,
+        INT64=far(chain, x, res, tile),
         PRECISION=precision(first),
     )
     scalars = {

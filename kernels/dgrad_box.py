@@ -173,9 +173,13 @@ def tiles(problem: ConvProblem) -> Iterator[TileConfig]:
     """The tiles to choose from; none where :func:`why_not` has a reason."""
     if why_not(problem) is None:
         columns, depth = problem.tile_channels
-        taps = cdiv(problem.r, problem.stride[0]), cdiv(problem.s, problem.stride[1])
-        cover = partial(conv_box.covering, _extent(problem), taps)
-        yield from conv_box.tiles_of(problem, TILES[problem.arch], depth, columns, cover)
+        yield from conv_box.tiles_of(problem, TILES[problem.arch], depth, columns, partial(least_waste, problem))
+
+
+def least_waste(problem: ConvProblem, pixels: int) -> conv_box.Box:
+    """The box of so many pixels that covers those of a parity best."""
+    taps = cdiv(problem.r, problem.stride[0]), cdiv(problem.s, problem.stride[1])
+    return conv_box.covering(_extent(problem), taps, pixels)
 
 
 def count(problem: ConvProblem, box: tuple[int, int, int]) -> int:

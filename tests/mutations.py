@@ -2846,4 +2846,28 @@ MUTATIONS = [
         "found",
         "tests/test_replay.py -k inference_is_repeated",
     ),
+    Mutation(CHAIN_BOX, "INT64=far(chain, x, res, tile)", "INT64=False", f"{CHAIN_BOX_TESTS} -k 64_bits"),
+    Mutation(CHAIN, "INT64=far(chain, x, res, tile)", "INT64=False", f"{CHAIN_BOX_TESTS} -k 64_bits"),
+    Mutation(CHAIN_PARTS, "span, (x, res, *outputs)", "span, (x, res, outputs[0])", f"{CHAIN_BOX_TESTS} -k 64_bits"),
+    Mutation(CHAIN, "if masked or (", "if (", f"{CHAIN_BOX_TESTS} -k fill_their"),
+    Mutation(CHAIN, " and not (masked and block_m > LOW[gpu.arch])", "", f"{CHAIN_BOX_TESTS} -k fill_their"),
+    Mutation(CHAIN, " or expand.co % 16", "", f"{CHAIN_BOX_TESTS} -k fill_their"),
+    Mutation(
+        "resnet_fused/plan/tuned.py",
+        "return found if found.problem.n == problem.n else replace(",
+        "return found if True else replace(",
+        f"{TUNED_CHAINS} -k images_that_are",
+    ),
+    Mutation(
+        "resnet_fused/plan/tuned.py",
+        "if found is None or found.links.first.n == links.first.n:",
+        "if True:",
+        f"{TUNED_CHAINS} -k images_that_are",
+    ),
+    Mutation(
+        "resnet_fused/plan/tuned.py",
+        "if dgrad is not None and dgrad.box is not None:",
+        "if False:",
+        f"{TUNED_CHAINS} -k images_that_are",
+    ),
 ]

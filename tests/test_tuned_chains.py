@@ -16,7 +16,7 @@ from resnet_fused.commands.tune_trial import Candidate, ChainCandidate, ChainTri
 from resnet_fused.commands.tune_worker import serve
 from resnet_fused.engine import chains
 from resnet_fused.engine.tolerance import products
-from resnet_fused.kernels import chain_forward
+from resnet_fused.kernels import chain_box, chain_forward, conv_box, dgrad_box
 from resnet_fused.kernels.chain import Chain
 from resnet_fused.plan import decide, roofline, tuned
 from resnet_fused.plan.problem import Problem, apart, changed, shown
@@ -69,6 +69,27 @@ def test_the_nearest_number_of_images_answers():
     for other in (links(side=28), links(width=128), links(direction="frozen"), Chain(*links()[:2], None)):
         assert table.lookup_chain(other) is None
     assert table.exact(links(n=2)) is None
+
+
+def test_boxes_cover_the_images_that_are_asked_for():
+    boxed = next(tile for tile in chain_forward.tiles(links(side=14)) if tile.box is not None)
+    entry = replace(ENTRY, links=links(side=14), parts=((3, boxed),))
+    pair = Chain(*links(side=14)[:2], None)
+    cut_in_two = replace(ENTRY, links=links(n=1, side=14), parts=((2, next(chain_box.tiles(pair))), (1, None)))
+    table = Table(GPU, chains=(entry, cut_in_two))
+    assert table.lookup_chain(links(side=14)) is entry
+    ((_, tile),) = table.lookup_chain(links(n=64, side=14)).parts
+    assert tile == replace(boxed, box=conv_box.least_waste(links(n=64, side=14).spatial, boxed.block_m))
+    (_, tile), (_, alone) = table.lookup_chain(links(n=2, side=14)).parts
+    assert alone is None and tile.box == conv_box.least_waste(links(n=2, side=14).spatial, tile.block_m)
+    unit_ = replace(links(side=14, direction="training").spatial, n=32)
+    forward = next(conv_box.tiles(unit_))
+    dgrad = next(dgrad_box.tiles(unit_.gradient))
+    table = Table(GPU, (Entry(unit_, "fused", tuned.Tiles(forward, dgrad), 1e-4, 1e-6, "measured"),))
+    few = replace(unit_, n=1)
+    found = table.lookup(few).tiles
+    assert found.forward.box == conv_box.least_waste(few, forward.block_m) != forward.box
+    assert found.dgrad.box == dgrad_box.least_waste(few.gradient, dgrad.block_m) != dgrad.box
 
 
 CODE = tuned.parts_out(WHOLE)

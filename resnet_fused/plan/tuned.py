@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from resnet_fused.kernels import chain_forward, conv_box, dgrad_box
 from resnet_fused.kernels.chain import Chain
+from resnet_fused.kernels.conv import ConvProblem
 from resnet_fused.kernels.conv_dgrad import conv_dgrad
 from resnet_fused.kernels.conv_forward import conv_forward
 from resnet_fused.kernels.conv_wgrad import conv_wgrad
@@ -99,14 +100,36 @@ class Table:
             kind = replace(problem, n=1, gpu="", direction=direction)
             alike = [entry for entry in self.entries if replace(entry.problem, n=1, gpu="") == kind]
             if alike:
-                return min(alike, key=lambda entry: _distance(entry.problem.n, problem.n))
+                found = min(alike, key=lambda entry: _distance(entry.problem.n, problem.n))
+                return found if found.problem.n == problem.n else replace(found, tiles=_covering(found.tiles, problem))
         return None
 
     def lookup_chain(self, links: Chain) -> ChainEntry | None:
         """The same of a chain."""
         kind = changed(links, n=1, gpu="")
         alike = [entry for entry in self.chains if changed(entry.links, n=1, gpu="") == kind]
-        return min(alike, key=lambda entry: _distance(entry.links.first.n, links.first.n), default=None)
+        found = min(alike, key=lambda entry: _distance(entry.links.first.n, links.first.n), default=None)
+        if found is None or found.links.first.n == links.first.n:
+            return found
+        parts = cut(links, [length for length, _ in found.parts])
+        firsts = (part.first if isinstance(part, Chain) else part for part in parts)
+        boxed = ((n, _boxed(tile, first)) for (n, tile), first in zip(found.parts, firsts, strict=True))
+        return replace(found, parts=tuple(boxed))
+
+
+def _covering(tiles: Tiles, problem: Problem) -> Tiles:
+    """``tiles`` with the boxes that cover this many images best."""
+    dgrad = tiles.dgrad
+    if dgrad is not None and dgrad.box is not None:
+        dgrad = replace(dgrad, box=dgrad_box.least_waste(problem.gradient, dgrad.block_m))
+    return replace(tiles, forward=_boxed(tiles.forward, problem), dgrad=dgrad)
+
+
+def _boxed(tile: TileConfig | None, problem: ConvProblem) -> TileConfig | None:
+    """The same of a tile of the forward."""
+    if tile is None or tile.box is None:
+        return tile
+    return replace(tile, box=conv_box.least_waste(problem, tile.block_m))
 
 
 def _distance(known: int, images: int) -> float:

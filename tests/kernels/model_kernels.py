@@ -94,13 +94,15 @@ class Kernel(NamedTuple):
     @property
     def serial(self) -> str:
         """Why each of its products may wait on sm_90 for the one before; "" where none must."""
+        eight = triton.__version__.startswith("3.6.") and self.call.config.num_warps == 8
         if self.name in CHAINS:
-            return ""
+            masked = self.name == "chain_box_kernel" and not self.call.arguments["form"].EVEN
+            return "Triton 3.6 writes accumulators that are masked while products run" if masked and eight else ""
         if self.prologue:
             return "a factor that is transformed stands in registers, which are written while products run"
         if merges(self.call.arguments.get("form")):
             return "merged groups: a filter that is masked by the element comes through registers"
-        if triton.__version__.startswith("3.6.") and self.name == "conv_box_kernel" and self.call.config.num_warps == 8:
+        if self.name == "conv_box_kernel" and eight:
             return "Triton 3.6 writes accumulators of eight warps while products run"
         return ""
 
@@ -243,21 +245,21 @@ CHAINED = {
         (256, 256, 1024, 256),
     ],
     "wide_resnet50_2": [(128, 128, 256, 128), (128, 128, 256, 256), (256, 256, 512, 256)],
-    "odd": [(40, 48, 136, 24), (96, 72, 264, 40)],
+    "masked": [(40, 48, 144, 24), (96, 80, 272, 40)],
 }
 """Channels of the 3x3's input and output, of z, and of the next block's first output. The models' 1x1 are ResNeXt's."""
 
 
 def _chained(arch: int, number_format: str) -> Iterator[Kernel]:
     """What the plan may take of convolutions that follow each other in a frozen model: of three, or of two."""
-    for model, units in CHAINED.items():
+    for units in CHAINED.values():
         for widths in units:
             spatial, expand, reduce = chain = chain_of(arch, number_format, widths)
             for part in (chain, Chain(None, expand, reduce), Chain(spatial, expand, None)):
                 # In fp32 none is planned, but the self-test launches some of at most 128 channels.
                 own = [default_config(part)] if number_format == "float32" and expand.ci <= 128 else []
                 for tile in (*chain_forward.tiles(part), *own):
-                    yield Kernel(arch, number_format, chain_call(part, tile), odd=model == "odd")
+                    yield Kernel(arch, number_format, chain_call(part, tile))
 
 
 def chain_of(arch: int, number_format: str, widths: tuple[int, int, int, int]) -> Chain:

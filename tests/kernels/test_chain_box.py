@@ -13,7 +13,7 @@ from resnet_fused.kernels.chain_forward import chain_forward, tiles
 from resnet_fused.kernels.conv import Geometry
 from resnet_fused.kernels.epilogue import Residual
 from resnet_fused.kernels.gpus import ARCHITECTURES, gpu_of
-from resnet_fused.kernels.launch import TileConfig, observe
+from resnet_fused.kernels.launch import TileConfig, dry_run, observe
 from tests.kernels.model_kernels import chain_of
 from tests.kernels.test_chain_forward import PADDED, check, link
 from tests.kernels.test_conv_forward import DTYPES, random
@@ -152,6 +152,31 @@ def test_tiles(arch):
         assert all(prod(config.box) == config.block_m for config in found)
 
 
+@pytest.mark.parametrize("large", ["x", "residual", "z", "y"])
+@pytest.mark.parametrize("box", [None, (1, 8, 16)])
+def test_offsets_are_of_64_bits_where_any_tensor_is_large(large, box):
+    """Of 2^31 elements, or so many that rows past the end are; the others have less."""
+    widths = {"x": 64, "residual": 80, "z": 80, "y": 64} | {large: 128}
+    forms = []
+    for n in (128, 1024):
+
+        def images(channels: int, n: int = n) -> torch.Tensor:
+            empty = torch.empty(n, channels, 128, 128, dtype=torch.bfloat16, device="meta")
+            return empty.to(memory_format=torch.channels_last)
+
+        wide = widths["z"]
+        residual = images(widths["residual"])[:, :wide] if large == "residual" else images(wide)
+        with torch.device("meta"), dry_run(90), observe(lambda call: forms.append(call.arguments["form"])):
+            links = [
+                Link(torch.empty(co, ci, 1, 1, dtype=torch.bfloat16), torch.empty(2, co))
+                for ci, co in ((widths["x"], wide), (wide, widths["y"]))
+            ]
+            config = TileConfig(128, 64, 64, 4, box=box)
+            chain_forward(images(widths["x"]), None, *links, residual=Residual(residual), config=config)
+    assert [form.INT64 for form in forms] == [False, True]
+    assert all(isinstance(form, chain_box.Form) == (box is not None) for form in forms)
+
+
 @pytest.mark.parametrize("arch", [90, 100])
 def test_no_step_of_a_box_waits_for_its_own_loads(arch):
     for widths in ((64, 64, 256, 128), (128, 128, 512, 256), (256, 256, 1024, 256)):
@@ -163,6 +188,17 @@ def test_no_step_of_a_box_waits_for_its_own_loads(arch):
 def test_tiles_of_many_channels_come_fewer_at_a_time():
     assert {config.block_n for config in boxed(90, (256, 256, 1024, 256))} == {32}
     assert not boxed(100, (256, 256, 1024, 256)), "they would spill"
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_channels_that_do_not_fill_their_blocks_have_lower_tiles(arch):
+    """Or other programs, so that nothing spills; and none where loads and stores would be by the element."""
+    for widths in ((64, 80, 320, 80), (32, 48, 192, 24)):
+        chain = chain_of(arch, "bfloat16", widths)
+        found = [*tiles(chain)]
+        assert found and all(config.max_registers == 255 for config in found if config.box is None)
+        assert arch in (90, 100) or all(config.block_m == 64 for config in found)
+    assert not [*tiles(chain_of(arch, "bfloat16", (64, 80, 328, 80)))]
 
 
 @pytest.mark.parametrize(

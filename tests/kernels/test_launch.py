@@ -245,7 +245,7 @@ def test_the_loops_of_kernels_end_at_a_bound(path):
     ]
     loops = [node for function in functions for node in ast.walk(function) if isinstance(node, ast.For)]
     ends = [ast.unparse(loop.iter) for loop in loops if not ast.unparse(loop.iter).startswith("tl.static_range(")]
-    start, step = r"(0, |bound\(.*\), )?", r"(, BLOCK_T|, loop_unroll_factor=\d|, num_stages=\w+)?"
+    start, step = r"(0, |bound\(.*\), )?", r"(, BLOCK_T|, loop_unroll_factor=\d|, num_stages=[\w.]+)?"
     assert all(re.fullmatch(rf"(tl\.)?range\({start}bound\(.*\){step}\)", end) for end in ends), ends
 
 
