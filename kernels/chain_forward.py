@@ -257,7 +257,7 @@ MOST_ELEMENTS = 2**20
 
 @lru_cache(maxsize=KEPT_LAYOUTS)
 def default_config(chain: Chain) -> TileConfig:
-    """The tile where nothing was measured."""
+    """The tile where none is given; of no boxes, since it serves those that TMA does not take."""
     first, wide = chain.first, block_of(chain.expand.co)
     block_k = block_of(first.ci)
     if first.arch == INTERPRETER:
@@ -267,7 +267,7 @@ def default_config(chain: Chain) -> TileConfig:
         return TileConfig(block_m, block_n, min(block_k, 512, MOST_ELEMENTS // columns))
     # What the plan never takes, fp32 without tensor cores above all, has room with few channels at a time.
     low = TileConfig(64, min(wide, 16), min(block_k, 16), num_warps=8, num_stages=2, max_registers=255)
-    return next(tiles(chain), low)
+    return next((tile for tile in tiles(chain) if tile.box is None), low)
 
 
 def chain_forward(

@@ -2870,4 +2870,10 @@ MUTATIONS = [
         "if False:",
         f"{TUNED_CHAINS} -k images_that_are",
     ),
+    Mutation(
+        CHAIN,
+        "next((tile for tile in tiles(chain) if tile.box is None), low)",
+        "next(tiles(chain), low)",
+        f"{CHAIN_BOX_TESTS} -k fill_their",
+    ),
 ]

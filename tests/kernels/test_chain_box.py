@@ -9,7 +9,7 @@ import torch
 
 from resnet_fused.kernels import chain_box
 from resnet_fused.kernels.chain import Chain, Link, shared, tail_stages
-from resnet_fused.kernels.chain_forward import chain_forward, tiles
+from resnet_fused.kernels.chain_forward import chain_forward, default_config, tiles
 from resnet_fused.kernels.conv import Geometry
 from resnet_fused.kernels.epilogue import Residual
 from resnet_fused.kernels.gpus import ARCHITECTURES, gpu_of
@@ -199,6 +199,7 @@ def test_channels_that_do_not_fill_their_blocks_have_lower_tiles(arch):
         assert found and all(config.max_registers == 255 for config in found if config.box is None)
         assert arch in (90, 100) or all(config.block_m == 64 for config in found)
     assert not [*tiles(chain_of(arch, "bfloat16", (64, 80, 328, 80)))]
+    assert default_config(chain_of(arch, "bfloat16", (64, 80, 272, 80))).box is None, "whatever tiles there are"
 
 
 @pytest.mark.parametrize(
