@@ -324,7 +324,7 @@ def test_other_roads_run_each_by_itself(road):
 @pytest.mark.skipif(triton.__version__.startswith("3.6."), reason="its compiler spills in one of these chains")
 @pytest.mark.parametrize(
     ("batch", "road", "launches", "megabytes"),
-    [(32, "triton", 43, 42.7), (32, "auto", 43, 42.7), (256, "triton", 38, 41.7), (256, "auto", 45, 43.3)],
+    [(32, "triton", 43, 42.7), (32, "auto", 43, 42.7), (256, "triton", 37, 40.1), (256, "auto", 44, 41.7)],
 )
 def test_launches_and_bytes_are_those_of_the_results(batch, road, launches, megabytes):
     """Of torchvision's ResNet-50 in bf16 as planned for an H100, from its second forward on."""

@@ -338,10 +338,10 @@ def test_a_frozen_model_shows_its_units_and_chains():
     assert sum(len(row["units"]) for row in rows) == 53
     assert {row["implementation"] for row in rows} == {"fused", "cudnn"}
     together = [row for row in rows if row["chains"]]
-    assert [row["chains"][0]["launches"] for row in together] == ["3", "3", "2+1", "1+2", "3", "3", "2+1"]
-    assert [row["launches"] for row in together] == [1, 1, 2, 2, 1, 1, 2]
+    assert [row["chains"][0]["launches"] for row in together] == ["3", "3", "3", "1+2", "3", "3", "2+1"]
+    assert [row["launches"] for row in together] == [1, 1, 1, 2, 1, 1, 2]
     planned, fused, *_ = explanation.totals()
-    assert (planned.launches, fused.launches) == (45, 56)
+    assert (planned.launches, fused.launches) == (44, 56)
     assert planned.seconds < fused.seconds
 
 
