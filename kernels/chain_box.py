@@ -229,7 +229,7 @@ def recipe(
     boxes["expand_w_ptr"] = _filter(expand, (tile.block_n, middle))
     if reduce is not None:
         boxes["reduce_w_ptr"] = _filter(reduce, (following, tile.block_n))
-    whole = first.groups == 1 and (chain.spatial is None or first.ci % tile.block_k == 0)
+    whole = chain.spatial is None or first.ci % tile.block_k == 0
     if not whole or not conv_box.steps(first) or not all(of.fits(x.dtype.itemsize) for of in boxes.values()):
         return None
     shape = (expand.n, expand.co, expand.p, expand.q)

@@ -363,6 +363,8 @@ def _recipe(
 
 def _chain(x: Layout, filters: tuple[Layout | None, ...], geometry: Geometry, tf32: bool, arch: int) -> Chain:
     """The convolutions; raises ValueError where a filter does not fit what it is to read."""
+    if geometry.groups != 1:
+        raise ValueError(f"geometry.groups must be 1 in a chain; got {geometry.groups}")
     links: list[ConvProblem | None] = []
     n, ci, h, w = x.shape
     for name, filter, of in zip(Chain._fields, filters, (geometry, Geometry(), Geometry()), strict=True):

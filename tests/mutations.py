@@ -2796,7 +2796,7 @@ MUTATIONS = [
     Mutation(CHAIN_BOX, "w_start * STRIDE - pad[1]", "w_start * STRIDE - pad[0]", f"{CHAIN_BOX_TESTS} -k geometry"),
     Mutation(CHAIN_BOX, "first.w + S * dilation[1]", "first.w + S * dilation[0]", f"{CHAIN_BOX_TESTS} -k geometry"),
     Mutation(CHAIN_BOX, "(at.w & 1) * widths.x", "(at.w & 1) * widths.ci", f"{CHAIN_BOX_TESTS} -k slices"),
-    Mutation(CHAIN_BOX, "whole = first.groups == 1 and (", "whole = (True or ", f"{CHAIN_BOX_TESTS} -k gathered"),
+    Mutation(CHAIN_BOX, "whole = chain.spatial is None or ", "whole = True or ", f"{CHAIN_BOX_TESTS} -k gathered"),
     Mutation(CHAIN_BOX, "not conv_box.steps(first) or ", "", f"{CHAIN_BOX_TESTS} -k a_step"),
     Mutation(CHAIN_BOX, "tail_stages(chain, tile) == 3 and ", "", f"{CHAIN_BOX_TESTS} -k own_loads"),
     Mutation(CHAIN_BOX, "if chain.first.dtype.itemsize != 2:", "if False:", f"{CHAIN_BOX_TESTS} -k why_not"),

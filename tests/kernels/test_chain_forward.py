@@ -164,6 +164,7 @@ def test_cost():
         ({"residual": Residual(random(2, 64, 5, 5))}, "residual must have shape"),
         ({"spatial": None, "reduce": None}, "spatial or reduce"),
         ({"geometry": Geometry((1, 1), (-1, 0))}, "geometry.padding must be two integers"),
+        ({"geometry": Geometry((1, 1), (1, 1), (1, 1), 2)}, "geometry.groups must be 1 in a chain; got 2"),
     ],
 )
 def test_errors_name_the_argument(change, message):
